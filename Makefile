@@ -1,0 +1,34 @@
+# Two commands: `make train` and `make test`. Each sets itself up in $(VENV) from the pinned constraints.
+# More words for the trainer: make train ARGS="--arch v1 max_steps=100"
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt
+
+.PHONY: train test lint bench
+
+train: $(VENV)/.runtime
+	$(VENV)/bin/python train.py $(ARGS)
+
+test: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest bench/ --benchmark-only $(ARGS)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: setup.py constraints.txt | $(VENV)/bin/python
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(PIP) -e '.[dev]'
+	touch $@

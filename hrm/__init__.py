@@ -1,0 +1,1 @@
+"""Hierarchical reasoning models: the model, its training step, its data and its commands."""

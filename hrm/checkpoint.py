@@ -1,0 +1,438 @@
+"""Checkpoints: saved whole or not at all, checked before they are believed, read without running anything.
+
+A run's folder holds one folder `step_<N>` for each checkpoint:
+
+    model.safetensors   the weights
+    training.pt         optimiser, carry, sampler, random states: nested dicts, lists, tensors, numbers
+    manifest.json       format, step, serial, size and sha256 of each file, arch, versions, caller's extras
+
+A save writes into `.tmp_step_*` beside them, syncs, and renames; so whatever has the name `step_<N>` is
+complete, and a process killed at any moment leaves the earlier checkpoints as they were. "Newest" is the one
+saved last (the manifest's serial): not the largest step, once a run went back to an earlier checkpoint.
+"""
+
+import errno
+import hashlib
+import importlib.metadata
+import json
+import math
+import platform
+import re
+import secrets
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hrm.storage import (
+    CheckpointError,
+    brief,
+    compact,
+    nbytes,
+    os_error,
+    plain,
+    read_safetensors,
+    read_torch,
+    read_training,
+    sha256,
+    size_text,
+    sync,
+    to_json,
+)
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "check_same_run",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "load_weights",
+    "read_manifest",
+    "save_checkpoint",
+]
+
+FORMAT = 1
+WEIGHTS, TRAINING, MANIFEST = "model.safetensors", "training.pt", "manifest.json"
+
+_STEP = re.compile(r"step_(\d{1,18})(\.old)?")
+_TEMP = ".tmp_step_"
+_MANIFEST_LIMIT = 1 << 20
+_PUZZLE_TABLE = "puzzle_emb.weights"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load_checkpoint` read: `notes` names each newer checkpoint that was damaged and passed over."""
+
+    step: int
+    weights: dict[str, Tensor]
+    training: dict[str, Any]
+    manifest: dict[str, Any]
+    path: Path
+    notes: list[str] = field(default_factory=list)
+
+
+# --- saving
+
+
+def save_checkpoint(
+    run_dir: str | Path,
+    step: int,
+    *,
+    weights: Mapping[str, Tensor],
+    training: Mapping[str, Any],
+    arch: Mapping[str, Any],
+    extra: Mapping[str, Any] | None = None,
+    keep: int | None = 3,
+) -> Path:
+    """Save `run_dir/step_<step>` whole or not at all, then remove all but the last `keep` (None: keep all).
+
+    weights: tensors of any device and layout; views of one flat buffer are copied apart. training: nested
+    dicts, lists and tuples of tensors, numbers, strings and None; anything else is a TypeError that names its
+    place. arch: the fields `check_same_run` compares. extra: further manifest fields, such as
+    data_fingerprint and metrics. An existing `step_<step>` is replaced. Returns the checkpoint's folder.
+    Raises CheckpointError when it cannot be written; the earlier checkpoints stay and no partial one is left.
+    """
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep is {keep}: at least one checkpoint must stay, or None for all")
+    run_dir, step = Path(run_dir), int(step)
+    # a copy first: whatever training does next, what is written belongs to one step
+    tensors = {name: compact(tensor) for name, tensor in weights.items()}
+    state = plain(training, "training")
+    needed = nbytes(tensors) + nbytes(state)
+    final, temp = run_dir / f"step_{step}", run_dir / f"{_TEMP}{step}_{secrets.token_hex(4)}"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _clean(run_dir)
+        serial = 1 + max((serial or 0 for _, serial in _folders(run_dir)), default=0)
+        fields = {"format": FORMAT, "step": step, "serial": serial, "arch": arch, "versions": _versions()}
+        temp.mkdir()
+        _write(temp, tensors, state, {**(extra or {}), **fields})
+        _swap_in(temp, final)
+    except Exception as error:
+        cause = os_error(error)
+        if cause is None:
+            raise
+        # before the message looks at the free space
+        shutil.rmtree(temp, ignore_errors=True)
+        raise _save_error(run_dir, needed, cause) from error
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+    if keep is not None:
+        for folder in [folder for folder, serial in _folders(run_dir) if serial is not None][keep:]:
+            _discard(folder)
+    return final
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any], fields: dict[str, Any]) -> None:
+    save_file(tensors, folder / WEIGHTS)
+    with open(folder / TRAINING, "wb") as file:
+        torch.save(state, file)
+    files = {}
+    for name in (WEIGHTS, TRAINING):
+        sync(folder / name)
+        files[name] = {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+    manifest = json.loads(to_json({**fields, "files": files}))
+    manifest["digest"] = _digest(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    sync(folder / MANIFEST)
+    sync(folder)
+
+
+def _swap_in(temp: Path, final: Path) -> None:
+    # A folder cannot be renamed over another, so the one it replaces steps aside first: killed in between,
+    # `step_<N>.old` is found by readers and put back by the next save.
+    old = final.with_name(final.name + ".old")
+    if final.is_dir():
+        _discard(old)
+        final.rename(old)
+    temp.rename(final)
+    sync(final.parent)
+    _discard(old)
+
+
+def _clean(run_dir: Path) -> None:
+    """Remove what killed saves left behind, and put back a checkpoint whose replacement never arrived."""
+    for entry in run_dir.iterdir():
+        match = _STEP.fullmatch(entry.name)
+        if entry.name.startswith(_TEMP):
+            shutil.rmtree(entry, ignore_errors=True)
+        elif match and match[2]:
+            current = run_dir / f"step_{match[1]}"
+            if current.is_dir():
+                _discard(entry)
+            else:
+                entry.rename(current)
+
+
+def _discard(folder: Path) -> None:
+    # Renamed first: a process killed during the removal leaves a leftover, not a damaged checkpoint.
+    with suppress(OSError):
+        folder.rename(gone := folder.with_name(f"{_TEMP}gone_{secrets.token_hex(4)}"))
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def _save_error(run_dir: Path, needed: int, cause: OSError) -> CheckpointError:
+    existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(existing).free
+    remedy = "choose a folder you may write to with output_dir="
+    if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        remedy = "free space or raise the quota, or choose another disk with output_dir="
+    return CheckpointError(
+        f"cannot save a checkpoint in {run_dir}: {cause.strerror or cause} "
+        f"({size_text(needed)} needed, {size_text(free)} free); earlier checkpoints are kept; {remedy}"
+    )
+
+
+# --- loading
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
+    """Read a checkpoint, every file checked against the manifest's hashes first.
+
+    path: a `step_<N>` folder, or a run's folder, whose newest good one is taken. Weights come on `device`;
+    `training` stays on the CPU, mapped from the file where possible, for the caller to copy from.
+    Raises CheckpointError naming the damaged file; a pickled object in it is refused without being built.
+    """
+    folder, manifest, notes = _choose(Path(path))
+    return Checkpoint(
+        step=manifest["step"],
+        weights=read_safetensors(folder / WEIGHTS, device),
+        training=read_training(folder / TRAINING),
+        manifest=manifest,
+        path=folder,
+        notes=notes,
+    )
+
+
+def latest_checkpoint(run_dir: str | Path) -> tuple[Path | None, list[str]]:
+    """The run's newest undamaged checkpoint (None without one), and a line for each damaged one passed."""
+    folder, _, notes = _newest(Path(run_dir))
+    return folder, notes
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of one checkpoint folder, checked in itself but not against the files it lists."""
+    path = Path(folder) / MANIFEST
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing: not a complete checkpoint; use another one")
+        if path.stat().st_size > _MANIFEST_LIMIT:
+            raise ValueError("too large")
+        manifest = json.loads(path.read_bytes())
+        intact = manifest.pop("digest") == _digest(manifest) and _well_formed(manifest)
+    # what damaged text makes of the parser: deep nesting, huge numbers, no object at all
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged ({brief(error)}); use an earlier checkpoint") from error
+    if not intact:
+        raise CheckpointError(f"{path} is damaged (wrong digest or fields); use an earlier checkpoint")
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} has checkpoint format {manifest['format']}, this version reads {FORMAT}; "
+            "use the version that wrote it"
+        )
+    match = _STEP.fullmatch(path.parent.name)
+    if match and int(match[1]) != manifest["step"]:
+        step = manifest["step"]
+        raise CheckpointError(f"{path} belongs to step {step}; rename its folder to step_{step}")
+    return manifest
+
+
+def check_same_run(manifest: Mapping[str, Any], arch: Mapping[str, Any], data_fingerprint: str) -> None:
+    """Raise CheckpointError naming each architecture field, and the data set, that a resume would change."""
+    saved = _flat({"arch": manifest["arch"], "data_fingerprint": manifest.get("data_fingerprint")})
+    now = _flat({"arch": json.loads(to_json(arch)), "data_fingerprint": data_fingerprint})
+    differing = [
+        f"{name} was {saved.get(name, 'unset')!r} and is now {now.get(name, 'unset')!r}"
+        for name in sorted(saved.keys() | now.keys())
+        if saved.get(name, "unset") != now.get(name, "unset")
+    ]
+    if differing:
+        raise CheckpointError(
+            f"cannot resume from the checkpoint of step {manifest['step']}: {'; '.join(differing)}; give the "
+            "options and data it was trained with, or resume=none with checkpoint_path= for its weights alone"
+        )
+
+
+def _choose(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
+    if not path.is_dir():
+        what = "is a file, not a checkpoint folder" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {what}; expected a step_<N> folder or a run's folder that holds some")
+    if (path / MANIFEST).exists() or _STEP.fullmatch(path.name):
+        return path, _verified(path), []
+    folder, manifest, notes = _newest(path)
+    if folder is None:
+        found = f"no undamaged checkpoint ({'; '.join(notes)})" if notes else "no step_<N> folder"
+        raise CheckpointError(f"{path} holds {found}; expected a run's folder or one of its checkpoints")
+    return folder, manifest, notes
+
+
+def _newest(run_dir: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
+    notes: list[str] = []
+    for folder, _ in _folders(run_dir):
+        try:
+            return folder, _verified(folder), notes
+        except CheckpointError as error:
+            notes.append(str(error))
+    return None, {}, notes
+
+
+def _folders(run_dir: Path) -> list[tuple[Path, int | None]]:
+    """Checkpoint folders and serials: first those whose manifest cannot be read, then the newest first."""
+    found: list[tuple[Path, int | None]] = []
+    for entry in run_dir.iterdir() if run_dir.is_dir() else ():
+        match = _STEP.fullmatch(entry.name)
+        if not match or not entry.is_dir() or (match[2] and (run_dir / f"step_{match[1]}").is_dir()):
+            continue
+        try:
+            found.append((entry, read_manifest(entry)["serial"]))
+        except CheckpointError:
+            found.append((entry, None))
+    return sorted(found, key=lambda item: math.inf if item[1] is None else item[1], reverse=True)
+
+
+def _verified(folder: Path) -> dict[str, Any]:
+    manifest = read_manifest(folder)
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        try:
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing; use an earlier checkpoint")
+            if (size := path.stat().st_size) != entry["size"]:
+                what = f"{size} bytes instead of {entry['size']}"
+                raise CheckpointError(f"{path} is damaged ({what}); use an earlier checkpoint")
+            if sha256(path) != entry["sha256"]:
+                raise CheckpointError(f"{path} is damaged (wrong sha256); use an earlier checkpoint")
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be read: {error.strerror}; use another checkpoint"
+            ) from error
+    return manifest
+
+
+def _well_formed(manifest: dict[str, Any]) -> bool:
+    files = manifest.get("files")
+    return (
+        all(type(manifest.get(key)) is int and manifest[key] >= 0 for key in ("format", "step", "serial"))
+        and isinstance(manifest.get("arch"), dict)
+        and isinstance(files, dict)
+        and {WEIGHTS, TRAINING} <= files.keys()
+        # a plain name each, so that nothing outside the folder is read
+        and all(re.fullmatch(r"\w[\w.-]*", name) for name in files)
+        and all(isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in files.values())
+    )
+
+
+# --- another run's weights
+
+
+def load_weights(
+    path: str | Path, expected: Mapping[str, torch.Size], reset_puzzle_emb: bool = False
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights to start a model from, fitted to its names and shapes, and a line for each thing left out.
+
+    path: a `step_<N>` folder, a run's folder, a .safetensors file, or a `step_<N>` file of the official code
+    (github.com/sapientinc/HRM; a state dict under `_orig_mod.model.inner.`) or the folder that holds it.
+    expected: the shape of every parameter and persistent buffer. A checkpoint without any gate network fits a
+    gated model, and with reset_puzzle_emb one with a puzzle table of another length: those names are missing
+    from the result, so that the model keeps its own values. Tensors are on the CPU in the file's dtype.
+    Raises CheckpointError for a damaged file, or one of another architecture, naming the first differences.
+    """
+    path, weights, notes = _read_weights(Path(path))
+    shapes = dict(expected)
+    if reset_puzzle_emb and _PUZZLE_TABLE in shapes.keys() & weights.keys():
+        rows, *width = weights[_PUZZLE_TABLE].shape
+        if width == list(shapes[_PUZZLE_TABLE][1:]):
+            notes.append(f"{path}: its puzzle embeddings ({rows} rows) are left out; the table starts fresh")
+            del shapes[_PUZZLE_TABLE], weights[_PUZZLE_TABLE]
+    gates = [name for name in shapes if ".gating_network." in name]
+    if gates and not any(".gating_network." in name for name in weights):
+        notes.append(
+            f"{path}: it has no gate networks; all {len(gates)} gate tensors keep their fresh values"
+        )
+        shapes = {name: shape for name, shape in shapes.items() if name not in gates}
+
+    reshaped = [name for name in shapes if name in weights and weights[name].shape != shapes[name]]
+    differing = [
+        f"{name} is {tuple(weights[name].shape)} there, {tuple(shapes[name])} here" for name in reshaped
+    ]
+    differing += [f"{name} is missing there" for name in shapes if name not in weights]
+    differing += [f"{name} is unknown here" for name in weights if name not in shapes]
+    if not differing:
+        return weights, notes
+    if len(differing) == 1 and reshaped == [_PUZZLE_TABLE]:
+        there, here = weights[_PUZZLE_TABLE].shape, shapes[_PUZZLE_TABLE]
+        if there[1:] == here[1:]:
+            raise CheckpointError(
+                f"{path} has a puzzle table of {there[0]} rows, but {here[0]} are needed here; use the data "
+                "it was trained on, or reset_puzzle_emb=true for a fresh table"
+            )
+    more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+    raise CheckpointError(
+        f"{path} is a checkpoint of another architecture: {'; '.join(differing[:3])}{more}; "
+        "give the arch and arch.* options it was trained with"
+    )
+
+
+def _read_weights(path: Path) -> tuple[Path, dict[str, Tensor], list[str]]:
+    notes: list[str] = []
+    if path.is_dir():
+        # a folder of the official code holds state dicts where ours would hold folders
+        steps = {int(match[1]): file for file in path.iterdir() if (match := _STEP.fullmatch(file.name))}
+        if steps and not (path / MANIFEST).exists() and all(file.is_file() for file in steps.values()):
+            path = steps[max(steps)]
+        else:
+            path, _, notes = _choose(path)
+            path = path / WEIGHTS
+    elif not path.exists():
+        raise CheckpointError(f"{path} does not exist; expected a checkpoint's file or folder")
+    state = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+
+    weights: dict[str, Tensor] = {}
+    if not isinstance(state, dict) or not all(_is_weight(*item) for item in state.items()):
+        raise CheckpointError(f"{path} is not a state dict; expected names with tensors of floats only")
+    for name, tensor in state.items():
+        for prefix in ("_orig_mod.", "model.inner."):
+            name = name.removeprefix(prefix)
+        if name in weights:
+            raise CheckpointError(f"{path} holds {name} twice, under two prefixes; save it again with one")
+        weights[name] = tensor
+    return path, weights, notes
+
+
+def _is_weight(name: Any, tensor: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and isinstance(tensor, Tensor)
+        and tensor.is_floating_point()
+        and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
+    )
+
+
+# --- helpers
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    project = "not installed"
+    with suppress(importlib.metadata.PackageNotFoundError):
+        project = importlib.metadata.version("hrm-kernels")
+    return {"project": project, "torch": str(torch.__version__), "python": platform.python_version()}

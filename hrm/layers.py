@@ -1,0 +1,120 @@
+"""The layers of a hierarchical reasoning model: linear, embedding, attention, SwiGLU, block.
+
+Parameters are kept in float32 and cast to their input's dtype at use. Names of parameters and buffers are
+those of the official checkpoints.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import attention, rms_norm, swiglu
+
+# The standard deviation that is left of a unit normal cut off at two standard deviations.
+TRUNCATED_STD = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
+
+
+def truncated_normal_(tensor: Tensor, std: float, generator: torch.Generator) -> None:
+    """Fills with a normal truncated at two (underlying) deviations whose own deviation is exactly std."""
+    wide = std / TRUNCATED_STD
+    nn.init.trunc_normal_(tensor, std=wide, a=-2 * wide, b=2 * wide, generator=generator)
+
+
+class Linear(nn.Module):
+    """A linear map computed in its input's dtype. weight: (out, in); bias: (out,) or None."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Truncated LeCun normal weights, zero biases."""
+        truncated_normal_(self.weight, 1 / math.sqrt(self.weight.shape[1]), generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Embedding(nn.Module):
+    """A dense table of vectors. embedding_weight: (rows, D), deviation 1/sqrt(D) at the start."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.embedding_weight = nn.Parameter(torch.empty(rows, width))
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        truncated_normal_(self.embedding_weight, 1 / math.sqrt(self.embedding_weight.shape[1]), generator)
+
+    def forward(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.embedding(index, self.embedding_weight.to(dtype))
+
+
+class PuzzleEmbedding(nn.Module):
+    """One vector per puzzle identifier, zero at the start.
+
+    weights: (num_puzzle_identifiers, puzzle_emb_ndim), a buffer: autograd sees only the gathered rows of a
+    batch, so the memory of a million rows is the table's own and its optimiser needs no state.
+    """
+
+    weights: Tensor
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("weights", torch.zeros(rows, width))
+
+    def forward(self, puzzle_identifiers: Tensor) -> Tensor:
+        return self.weights[puzzle_identifiers]
+
+
+class Attention(nn.Module):
+    """Self-attention with a packed projection and no biases."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv_proj = Linear(hidden_size, 3 * hidden_size)
+        self.o_proj = Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, queries: int | None) -> Tensor:
+        return self.o_proj(attention(self.qkv_proj(x), self.num_heads, cos, sin, queries))
+
+
+def swiglu_width(hidden_size: int, expansion: float) -> int:
+    """The inner width of SwiGLU: two thirds of the expansion, rounded up to a multiple of 256."""
+    return -(-round(expansion * hidden_size * 2 / 3) // 256) * 256
+
+
+class SwiGLU(nn.Module):
+    """The feed-forward half of a block: down(silu(gate) * up), gate and up in one projection."""
+
+    def __init__(self, hidden_size: int, expansion: float) -> None:
+        super().__init__()
+        width = swiglu_width(hidden_size, expansion)
+        self.gate_up_proj = Linear(hidden_size, 2 * width)
+        self.down_proj = Linear(width, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
+
+
+class Block(nn.Module):
+    """A post-norm transformer block without norm weights."""
+
+    def __init__(self, hidden_size: int, num_heads: int, expansion: float, eps: float) -> None:
+        super().__init__()
+        self.self_attn = Attention(hidden_size, num_heads)
+        self.mlp = SwiGLU(hidden_size, expansion)
+        self.eps = eps
+
+    def forward(
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, queries: int | None = None
+    ) -> Tensor:
+        """x: (B, T, D). Returns (B, T, D), or (B, queries, D) when only the first positions are wanted."""
+        attended = self.self_attn(x, cos, sin, queries)
+        x = rms_norm(x[:, :queries], attended, self.eps)
+        return rms_norm(x, self.mlp(x), self.eps)

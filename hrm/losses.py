@@ -1,0 +1,54 @@
+"""The loss of an ACT step and the sums its metrics are made of."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hrm.act import Carry, Outputs
+from kernels import softmax_cross_entropy, stablemax_cross_entropy
+
+IGNORE_LABEL_ID = -100
+LOSSES = {
+    "stablemax_cross_entropy": stablemax_cross_entropy,
+    "softmax_cross_entropy": softmax_cross_entropy,
+}
+
+
+def act_loss(loss_type: str, carry: Carry, outputs: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
+    """lm + 0.5 * (q_halt + q_continue), summed over the batch, and the metric sums.
+
+    carry: after the step. lm is a sequence's mean token loss over its valid tokens; q_halt is taught
+    whether every valid token is right, q_continue its target, both by binary cross-entropy with logits.
+    Returns the loss () and sums (), over sequences that halted at this step: count, accuracy,
+    exact_accuracy, q_halt_accuracy, steps; over the batch: lm_loss, q_halt_loss and, with a target,
+    q_continue_loss. Float32 (float64 for float64 logits). Source: the official HRM code.
+    """
+    logits, q_halt, q_continue, target = outputs
+    labels = carry.labels
+    valid = labels != IGNORE_LABEL_ID
+    valid_count = valid.sum(-1)
+    divisor = valid_count.clamp(min=1)
+
+    token_losses = LOSSES[loss_type](logits, labels, IGNORE_LABEL_ID)
+    lm_loss = (token_losses.sum(-1) / divisor).sum()
+
+    with torch.no_grad():
+        right_count = (valid & (logits.argmax(-1) == labels)).sum(-1)
+        is_exact = right_count == valid_count
+        counted = carry.halted & (valid_count > 0)
+        sums = {
+            "count": counted.sum(),
+            "accuracy": torch.where(counted, right_count / divisor, 0).sum(),
+            "exact_accuracy": (counted & is_exact).sum(),
+            "q_halt_accuracy": (counted & ((q_halt >= 0) == is_exact)).sum(),
+            "steps": torch.where(counted, carry.steps, 0).sum(),
+        }
+
+    q_halt_loss = F.binary_cross_entropy_with_logits(q_halt, is_exact.to(q_halt.dtype), reduction="sum")
+    loss = lm_loss + 0.5 * q_halt_loss
+    sums |= {"lm_loss": lm_loss.detach(), "q_halt_loss": q_halt_loss.detach()}
+    if target is not None:
+        q_continue_loss = F.binary_cross_entropy_with_logits(q_continue, target, reduction="sum")
+        loss = loss + 0.5 * q_continue_loss
+        sums["q_continue_loss"] = q_continue_loss.detach()
+    return loss, sums

@@ -1,0 +1,186 @@
+"""The files a checkpoint is made of: written durably, read with no trust in what they hold.
+
+Reading builds tensors, numbers, strings and plain containers, and nothing else: no pickled object is ever
+constructed, and no file makes memory grow much beyond its own size.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hrm.errors import UserError
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, read or used: names the file or field, and the remedy."""
+
+
+def to_json(value: Any) -> str:
+    """One line of strict JSON; a float that is not finite, which JSON cannot hold, becomes null."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    # float() also takes the scalars of numpy and torch
+    return number if math.isfinite(number := float(value)) else None
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """A contiguous copy on the CPU with a storage of its own, of any tensor, such as a view of a flat buffer.
+
+    safetensors refuses tensors that share a storage, and torch.save would write that storage out whole.
+    """
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def plain(value: Any, where: str) -> Any:
+    """A copy of nested dicts, lists and tuples of tensors, numbers, strings and None, each tensor compact.
+
+    Raises TypeError naming the place of anything else: the restricted unpickler would refuse it on reading.
+    """
+    if isinstance(value, Tensor):
+        return compact(value)
+    if isinstance(value, Mapping):
+        for key in value:
+            if type(key) not in (str, int):
+                raise TypeError(f"{where}: key {key!r} is a {type(key).__name__}; a str or int is needed")
+        return {key: plain(item, f"{where}.{key}") for key, item in value.items()}
+    # exact types from here on: a np.float64 is a float too, but is pickled as an object
+    if type(value) in (list, tuple):
+        return type(value)(plain(item, f"{where}[{i}]") for i, item in enumerate(value))
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise TypeError(f"{where} is a {type(value).__name__}; only tensors, numbers and strings can be saved")
+
+
+def _check_plain(value: Any, limit: int, seen: set[int]) -> None:
+    """Raise ValueError unless value is what `plain` makes: a tree, with no tensor over `limit` bytes."""
+    if type(value) is Tensor:
+        usual = value.layout == torch.strided and value.device.type == "cpu" and value.is_contiguous()
+        if not usual or value.nbytes > limit:
+            raise ValueError("a tensor of an unusual kind or size")
+    elif type(value) in (dict, list, tuple):
+        # shared containers could unfold exponentially, cyclic ones for ever; a save writes neither
+        if value and id(value) in seen:
+            raise ValueError("a container that occurs twice")
+        seen.add(id(value))
+        for item in (*value, *value.values()) if type(value) is dict else value:
+            _check_plain(item, limit, seen)
+    elif value is not None and type(value) not in (bool, int, float, str):
+        raise ValueError(f"a {type(value).__name__}")
+
+
+def nbytes(value: Any) -> int:
+    """Bytes of the tensors in what `plain` made, and a few for each number."""
+    if isinstance(value, dict):
+        return sum(map(nbytes, value.values()))
+    return sum(map(nbytes, value)) if isinstance(value, list | tuple) else getattr(value, "nbytes", 8)
+
+
+def read_safetensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """Tensors of a .safetensors file; raises CheckpointError for a damaged one."""
+    try:
+        return load_file(path, device=str(device))
+    # an absurd header, dtype or device surfaces as one of many types
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors ({brief(error)})") from error
+
+
+def read_training(path: Path) -> dict[str, Any]:
+    """The dict that torch.save wrote from `plain`; raises CheckpointError for anything else."""
+    value = read_torch(path)
+    try:
+        if type(value) is not dict:
+            raise ValueError("not a dict")
+        _check_plain(value, path.stat().st_size, set())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not the training state of a checkpoint ({brief(error)})") from error
+    return value
+
+
+def read_torch(path: Path) -> Any:
+    """What torch.save wrote, on the CPU, tensors mapped from the file.
+
+    Raises CheckpointError for anything but tensors and plain containers, having run none of it.
+    """
+    try:
+        # torch stores its members uncompressed; a compressed one could unfold to any size in memory
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        if not stored or sum(member.file_size for member in members) > path.stat().st_size:
+            raise ValueError("its archive is compressed or overlaps itself")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # damaged bytes reach the unpickler and the archive reader, which raise nearly every type there is
+    except Exception as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        why = f"it asks for {asked[1]}, which was not run" if asked else brief(error)
+        raise CheckpointError(f"{path} is not a torch file of plain tensors and numbers ({why})") from error
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    # Windows cannot open a folder
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # some network file systems cannot sync a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def os_error(error: BaseException | None) -> OSError | None:
+    """The system's error beneath what safetensors (in its text) or torch (as its context) made of it."""
+    while error is not None and not isinstance(error, OSError):
+        number = re.search(r"(?:os error|code:) (\d+)", str(error))
+        if isinstance(error, SafetensorError) and number:
+            return OSError(int(number[1]), os.strerror(int(number[1])))
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def size_text(count: float) -> str:
+    """A number of bytes for people: 2048 is 2 KiB."""
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while count >= 1024 and len(units) > 1:
+        count /= 1024
+        units.pop(0)
+    return f"{count:.4g} {units[0]}"
+
+
+def brief(error: BaseException) -> str:
+    """An exception in one short line."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__

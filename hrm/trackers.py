@@ -1,0 +1,265 @@
+"""Where metrics go: metrics.jsonl always, a tracker where asked for, a bar or lines on the terminal."""
+
+import importlib
+import json
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, TextIO
+
+from tqdm import tqdm
+
+from hrm.errors import UserError
+from hrm.storage import to_json
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsLog:
+    """The run's metrics.jsonl: one JSON object a line, `{"step": n, "train/loss": ..., ...}`.
+
+    run_dir: made where missing. resume_step: None starts the file afresh; n keeps the lines up to step n and
+    cuts later and half-written ones, so that a resumed run's file becomes the uninterrupted run's.
+    A value that is not finite is written as null: every line is strict JSON, every value a number or null.
+    Raises UserError where the file cannot be written.
+    """
+
+    def __init__(self, run_dir: str | Path, resume_step: int | None = None) -> None:
+        self.path = Path(run_dir) / METRICS
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if resume_step is not None and self.path.exists():
+                self._cut(resume_step)
+            self._file = open(self.path, "w" if resume_step is None else "a", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Append one line and hand it to the system: a killed process loses none that was logged."""
+        try:
+            self._file.write(to_json({"step": step, **metrics}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        # what a full disk refused was reported by log
+        with suppress(OSError):
+            self._file.close()
+
+    def _cut(self, last_step: int) -> None:
+        cut = self.path.with_name(METRICS + ".tmp")
+        with open(self.path, "rb") as old, open(cut, "wb") as new:
+            new.writelines(line for line in old if _step_of(line) <= last_step)
+            new.flush()
+            os.fsync(new.fileno())
+        cut.replace(self.path)
+
+    def _failure(self, error: OSError) -> UserError:
+        return UserError(
+            f"cannot write {self.path}: {error.strerror or error}; free space or choose another folder with "
+            "output_dir=, and continue with resume="
+        )
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line of metrics; of a half-written or damaged one, infinity."""
+    try:
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        step = None
+    return step if type(step) is int else float("inf")
+
+
+class Tracker(Protocol):
+    """Another place for the same metrics."""
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def make_tracker(
+    name: str,
+    run_dir: str | Path,
+    *,
+    project: str = "hrm",
+    run: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    resume_step: int | None = None,
+) -> Tracker:
+    """The tracker called `none`, `tensorboard` or `wandb`, with its files under run_dir.
+
+    project, run, config: what wandb shows of the run. resume_step: None for a new run, else the step after
+    which the metrics continue. Raises UserError where its package is missing or it cannot start.
+    """
+    run_dir = Path(run_dir)
+    if name == "none":
+        return _NoTracker()
+    if name == "tensorboard":
+        return _TensorBoard(run_dir, resume_step)
+    if name == "wandb":
+        return _Wandb(run_dir, project, run, config, resume_step)
+    raise UserError(f"tracker={name}: expected none, tensorboard or wandb")
+
+
+class _NoTracker:
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _TensorBoard:
+    def __init__(self, run_dir: Path, resume_step: int | None) -> None:
+        module = _import("torch.utils.tensorboard", "tensorboard")
+        # steps after the one resumed from are logged again, and the reader then hides their first version
+        purge = None if resume_step is None else resume_step + 1
+        self._writer = module.SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, float(value), step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(
+        self,
+        run_dir: Path,
+        project: str,
+        run: str | None,
+        config: Mapping[str, Any] | None,
+        resume_step: int | None,
+    ) -> None:
+        wandb = _import("wandb", "wandb")
+        id_file = run_dir / "wandb_id.txt"
+        known = id_file.read_text(encoding="utf-8").strip() if id_file.is_file() else ""
+        run_id = (
+            known if resume_step is not None and re.fullmatch(r"\w{1,64}", known) else secrets.token_hex(4)
+        )
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            id_file.write_text(run_id + "\n", encoding="utf-8")
+            # a training run must never wait for an answer: without a login it records offline
+            mode = os.environ.get("WANDB_MODE") or (
+                "online" if wandb.login(prompt=False, verify=False) else "offline"
+            )
+            self._run = wandb.init(
+                project=project,
+                name=run,
+                id=run_id,
+                resume="allow",
+                mode=mode,
+                dir=str(run_dir),
+                config=dict(config or {}),
+            )
+        # wandb's errors share no base class: no network, a wrong key, a full disk, another version
+        except Exception as error:
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"tracker=wandb cannot start: {why}; set WANDB_MODE=offline, or use tracker=none"
+            ) from error
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _import(module: str, extra: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"tracker={extra} needs a package that is missing: pip install 'hrm-kernels[{extra}]'"
+        ) from error
+
+
+def _can_draw(file: TextIO) -> bool:
+    if not file.isatty():
+        return False
+    try:
+        # tqdm draws nothing at all on a terminal that says it has no columns, as some containers' do
+        return os.get_terminal_size(file.fileno()).columns > 0
+    except OSError:
+        return True
+
+
+# metric as logged, how it is shown
+_SHOWN = (
+    ("train/loss", "loss {:.4f}"),
+    ("train/accuracy", "token {:.1%}"),
+    ("train/exact_accuracy", "exact {:.1%}"),
+    ("train/steps", "steps {:.1f}"),
+    ("train/samples_per_second", "{:.0f} samples/s"),
+)
+
+
+class Progress:
+    """A progress bar on a terminal; where standard error is a file or a pipe, a plain line now and then.
+
+    total, initial: steps of the whole run, and done before this process. seconds: the least time between two
+    plain lines; the last step has one always. file: where to, standard error when None.
+    """
+
+    def __init__(
+        self, total: int, initial: int = 0, *, seconds: float = 10.0, file: TextIO | None = None
+    ) -> None:
+        self._file = sys.stderr if file is None else file
+        self._total, self._initial, self._step, self._seconds = total, initial, initial, seconds
+        self._shown = ""
+        self._start, self._next = time.monotonic(), 0.0
+        self._bar = None
+        if _can_draw(self._file):
+            # the bar takes the columns that the words leave
+            form = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} {remaining} left{postfix}"
+            self._bar = tqdm(
+                total=total, initial=initial, file=self._file, bar_format=form, dynamic_ncols=True
+            )
+
+    def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
+        """Show that `step` steps are done, and the last metrics given: loss, accuracies, steps, samples/s."""
+        if metrics:
+            known = [(form, metrics[name]) for name, form in _SHOWN if metrics.get(name) is not None]
+            words = [form.format(float(value)) for form, value in known]
+            self._shown = "  ".join(words) or self._shown
+        done, self._step = step - self._step, step
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._shown, refresh=False)
+            self._bar.update(done)
+            return
+        now = time.monotonic()
+        if now >= self._next or step == self._total:
+            self._next = now + self._seconds
+            print(self._line(now - self._start), file=self._file, flush=True)
+
+    def write(self, line: str) -> None:
+        """Print a line, such as an evaluation's result, without breaking the bar."""
+        if self._bar is not None:
+            tqdm.write(line, file=self._file)
+        else:
+            print(line, file=self._file, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _line(self, elapsed: float) -> str:
+        parts = [f"step {self._step}/{self._total}", self._shown]
+        if self._initial < self._step < self._total:
+            left = elapsed * (self._total - self._step) / (self._step - self._initial)
+            parts.append(f"{tqdm.format_interval(left)} left")
+        return "  ".join(part for part in parts if part)

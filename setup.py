@@ -1,0 +1,41 @@
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="hrm-kernels",
+    version="0.1.0",
+    description="Fast, verified training of hierarchical reasoning models (HRM)",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # Named one by one: `kernels` is also a package of others, so nothing may be picked up by chance.
+    packages=["kernels", "hrm", "hrm.data"],
+    py_modules=["train"],
+    install_requires=[
+        "torch>=2.9",
+        "numpy>=1.26",
+        "numba>=0.60",
+        "omegaconf>=2.3",
+        "safetensors>=0.4.3",
+        "tqdm>=4.60",
+    ],
+    extras_require={
+        "flash": ["flash-attn>=2.6; platform_system == 'Linux'"],
+        "wandb": ["wandb>=0.17"],
+        "tensorboard": ["tensorboard>=2.14"],
+        "plots": ["matplotlib>=3.8"],
+        "hub": ["huggingface_hub>=0.23"],
+        "dev": [
+            "hypothesis>=6.100",
+            "mypy>=1.10",
+            "pytest>=8",
+            "pytest-benchmark>=4",
+            "ruff>=0.6",
+            "tensorboard>=2.14",
+            "types-tqdm",
+            "types-PyYAML",
+        ],
+    },
+)

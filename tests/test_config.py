@@ -1,0 +1,524 @@
+"""The configuration: defaults, precedence, files, errors, help."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hrm import config as config_module
+from hrm.config import (
+    KEYS,
+    ArchConfig,
+    Config,
+    ConfigError,
+    help_text,
+    load_config,
+    parse_args,
+    resolve_device,
+    to_yaml,
+    validate,
+)
+from hrm.errors import UserError
+from hrm.presets import ARCHITECTURE_ALIASES, ARCHITECTURES, FULL_SUDOKU, QUICK
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(tmp_path, monkeypatch):
+    """An empty working folder on a machine without a GPU."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(config_module, "resolve_device", lambda name: "cpu" if name == "auto" else name)
+
+
+def value(config, name):
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def error(*argv):
+    with pytest.raises(ConfigError) as caught:
+        parse_args(argv)
+    text = str(caught.value)
+    assert text and text.isprintable()
+    return text
+
+
+# The table of defaults, written out: the dataclasses are not their own judge.
+DEFAULTS = {
+    "arch.hidden_size": 512,
+    "arch.num_heads": 8,
+    "arch.expansion": 4.0,
+    "arch.H_layers": 4,
+    "arch.L_layers": 4,
+    "arch.H_cycles": 2,
+    "arch.L_cycles": 2,
+    "arch.halt_max_steps": 16,
+    "arch.halt_exploration_prob": 0.1,
+    "arch.q_continue": True,
+    "arch.pos_encodings": "rope",
+    "arch.rope_theta": 10000.0,
+    "arch.rms_norm_eps": 1e-5,
+    "arch.puzzle_emb_ndim": 512,
+    "arch.use_gating": False,
+    "arch.gate_hidden_ratio": 0.25,
+    "arch.gate_init_bias": -2.2,
+    "loss.loss_type": "stablemax_cross_entropy",
+    "sudoku.size": 9,
+    "sudoku.num_train": 1000,
+    "sudoku.num_test": 1000,
+    "sudoku.num_aug": 1000,
+    "sudoku.clues": 0,
+    "sudoku.min_difficulty": 0,
+    "sudoku.seed": 0,
+    "preset": "full",
+    "data_path": "data/maze",
+    "global_batch_size": 768,
+    "epochs": 100_000,
+    "eval_interval": 10_000,
+    "max_steps": None,
+    "lr": 1e-4,
+    "lr_warmup_steps": 2000,
+    "lr_min_ratio": 1.0,
+    "weight_decay": 0.1,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "puzzle_emb_lr": 1e-2,
+    "puzzle_emb_weight_decay": 0.1,
+    "seed": 0,
+    "device": "auto",
+    "dtype": "auto",
+    "mode": "auto",
+    "project_name": "maze",
+    "run_name": "v1",
+    "output_dir": "checkpoints",
+    "checkpoint_path": None,
+    "reset_puzzle_emb": False,
+    "resume": "auto",
+    "checkpoint_every_eval": True,
+    "tracker": "none",
+    "log_interval": 50,
+}
+
+
+def test_defaults_of_v1_on_a_data_set():
+    config = parse_args(["--arch", "v1", "data_path=data/maze"])
+    assert {name: value(config, name) for name in KEYS} == DEFAULTS
+    assert config.notes == ["preset full (as data_path is given): the published defaults"]
+
+
+def test_plain_dataclasses_are_usable_by_themselves():
+    assert ArchConfig(hidden_size=64).puzzle_emb_ndim == 64
+    assert ArchConfig(hidden_size=64, puzzle_emb_ndim=0).puzzle_emb_ndim == 0
+    config = Config(arch=ArchConfig(use_gating=True))
+    assert (config.project_name, config.run_name) == ("sudoku-9x9", "gated")
+    validate(config)
+    config.arch.hidden_size = 512.0  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=r"^arch.hidden_size=512.0 is not allowed: give a whole number"):
+        validate(config)
+
+
+def test_quick_is_chosen_on_a_cpu_and_full_on_cuda(monkeypatch):
+    config = parse_args([])
+    assert config.preset == "quick" and config.project_name == "sudoku-4x4" and config.run_name == "gated"
+    assert config.arch.use_gating and config.arch.puzzle_emb_ndim == config.arch.hidden_size == 64
+    assert len(config.notes) == 1 and config.notes[0].startswith("preset quick (on cpu, without CUDA)")
+    for name, expected in QUICK.items():
+        assert value(config, name) == (config.lr if expected == "${lr}" else expected), name
+    monkeypatch.setattr(config_module, "resolve_device", lambda name: "cuda")
+    config = parse_args([])
+    assert config.preset == "full" and config.project_name == "sudoku-9x9"
+    assert config.notes[0].startswith("preset full (on cuda)")
+
+
+def test_full_preset_is_the_sudoku_recipe_without_a_data_path():
+    config = parse_args(["preset=full"])
+    recipe = ("sudoku.size", "sudoku.num_train", "sudoku.num_aug", "global_batch_size", "lr", "puzzle_emb_lr")
+    assert [value(config, name) for name in recipe] == [9, 1000, 1000, 384, 7e-5, 7e-5]
+    assert (config.weight_decay, config.puzzle_emb_weight_decay) == (1.0, 1.0)
+    assert (config.epochs, config.eval_interval, config.arch.hidden_size) == (20_000, 2000, 512)
+    # puzzle_emb_lr follows lr until it is given.
+    assert parse_args(["preset=full", "lr=1e-3"]).puzzle_emb_lr == 1e-3
+    assert parse_args(["preset=full", "lr=1e-3", "puzzle_emb_lr=0"]).puzzle_emb_lr == 0
+
+
+def test_quick_applies_to_a_data_set_only_when_asked_for():
+    assert parse_args(["data_path=x", "device=cpu"]).preset == "full"
+    config = parse_args(["data_path=x", "preset=quick"])
+    assert (config.arch.hidden_size, config.project_name) == (64, "x")
+
+
+@pytest.mark.parametrize("how", [["--arch", "{}"], ["--arch={}"], ["arch={}"]])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *ARCHITECTURE_ALIASES])
+def test_architectures_and_their_aliases(name, how):
+    config = parse_args(["data_path=x", *(word.format(name) for word in how)])
+    plain = name.removeprefix("hrm_").removeprefix("v1_")
+    assert config.run_name == plain
+    assert config.arch.use_gating == (plain == "gated")
+    assert config.arch.halt_max_steps == (8 if plain == "balanced" else 16)
+    assert config.arch.hidden_size == 512
+
+
+def test_each_layer_beats_those_below_it(tmp_path):
+    assert parse_args(["--arch", "gated"]).arch.hidden_size == QUICK["arch.hidden_size"]
+    assert parse_args(["--arch", "balanced", "arch.halt_max_steps=3"]).arch.halt_max_steps == 3
+    assert not parse_args(["--arch", "gated", "arch.use_gating=false"]).arch.use_gating
+    (tmp_path / "mine.yaml").write_text("defaults: [gated, balanced]\nhidden_size: 96\nhalt_max_steps: 5\n")
+    config = parse_args(["--arch", "mine.yaml"])
+    assert config.arch.hidden_size == 96 == config.arch.puzzle_emb_ndim
+    assert config.arch.halt_max_steps == 5 and config.arch.use_gating
+    assert config.arch.H_layers == QUICK["arch.H_layers"]
+    (tmp_path / "part.yaml").write_text("arch: {hidden_size: 32}\nlr: 0.5\n")
+    config = parse_args(["--config", "part.yaml", "lr=0.25"])
+    assert (config.arch.hidden_size, config.lr) == (32, 0.25)
+    assert (config.arch.H_layers, config.puzzle_emb_lr) == (QUICK["arch.H_layers"], 0.25)
+
+
+def test_a_name_whose_fields_the_preset_already_sets_is_noted(monkeypatch):
+    monkeypatch.setitem(QUICK, "arch.halt_max_steps", 8)
+    assert parse_args(["--arch", "balanced"]).notes[1] == (
+        "balanced: preset=quick sets arch.halt_max_steps=8 by itself, so this equals v1"
+    )
+    monkeypatch.setitem(QUICK, "arch.halt_max_steps", 4)
+    config = parse_args(["--arch", "balanced"])
+    assert len(config.notes) == 1 and config.arch.halt_max_steps == 8
+
+
+def test_architecture_file(tmp_path):
+    (tmp_path / "my arch.yml").write_text(
+        "# comment\ndefaults:\n  - hrm_v1_gated\n  - _self_\n\nhidden_size: 256\ngate_init_bias: -1.5\n"
+        "rms_norm_eps: 1e-6\nq_continue: no\n"
+    )
+    config = parse_args(["arch=my arch.yml", "data_path=x"])
+    assert config.run_name == "my arch"
+    expected = ArchConfig(
+        hidden_size=256, use_gating=True, gate_init_bias=-1.5, rms_norm_eps=1e-6, q_continue=False
+    )
+    assert config.arch == expected
+    (tmp_path / "empty.yaml").write_text("")
+    assert parse_args(["--arch", "empty.yaml", "data_path=x"]).arch == ArchConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hiden_size: 3", "a.yaml line 1: unknown key arch.hiden_size: did you mean arch.hidden_size?"),
+        ("\nhidden_size: big", "a.yaml line 2: arch.hidden_size=big is not allowed: give a whole number"),
+        (
+            "num_heads: 0",
+            "a.yaml line 1: arch.num_heads=0 is not allowed: give a whole number from 1 to 4096",
+        ),
+        ("num_heads:", "a.yaml line 1: arch.num_heads has no value: give a whole number"),
+        ("num_heads: [1]", "a.yaml line 1: arch.num_heads: expected a single plain value"),
+        (
+            "num_heads: !!python/name:os.system",
+            "a.yaml line 1: arch.num_heads: expected a single plain value",
+        ),
+        ("num_heads: !mine 4", "a.yaml line 1: arch.num_heads: expected a single plain value"),
+        ("num_heads: 4\nnum_heads: 4", "a.yaml line 2: num_heads is given twice: leave one out"),
+        ("puzzle_emb_ndim: ${.hidden_size}", "a value cannot hold ${...} or be ???; give a whole number"),
+        ("defaults: gated", "a.yaml line 1: defaults: expected a list of architectures, as in [gated]"),
+        (
+            "defaults: [gatd]",
+            "a.yaml line 1: unknown architecture gatd: did you mean gated? The names are v1",
+        ),
+        ("defaults: [a.yaml]", "a.yaml line 1: unknown architecture a.yaml: The names are v1, gated"),
+        ("lr: 3", "a.yaml line 1: lr is not a field of an architecture: give the file by --config"),
+        ("arch: {}", "a.yaml line 1: arch is not a field of an architecture: give the file by --config"),
+        ("name: x@y", "a.yaml line 1: arch.name is not a key here: choose the architecture by --arch NAME"),
+        ("- 1", "a.yaml line 1: expected `key: value` lines"),
+        ("? [a]\n: 3", "a.yaml line 1: expected a plain key"),
+        ("x: 1\na: [", "a.yaml line 2: not valid YAML: "),
+        ("[" * 5000, "a.yaml: not valid YAML: nested too deeply"),
+        ("a: &a {b: *a}", "a.yaml line 1: unknown key arch.a"),
+    ],
+)
+def test_bad_architecture_files(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text)
+    assert message in error("--arch", "a.yaml")
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    assert error("--arch", "no.yaml") == "cannot read no.yaml: No such file or directory"
+    assert error("--config", str(tmp_path)) == f"cannot read {tmp_path}: Is a directory"
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe")
+    assert error("--arch", "b.yaml") == "cannot read b.yaml: not a UTF-8 text file"
+    assert error("--config", "a\0b") == r"cannot read a\x00b: not a UTF-8 text file"
+
+
+def test_an_architecture_where_hydra_kept_it_is_pointed_to(tmp_path):
+    (tmp_path / "config/arch").mkdir(parents=True)
+    (tmp_path / "config/arch/mine.yaml").write_text("")
+    assert "unknown architecture mine: did you mean config/arch/mine.yaml? The names are" in error(
+        "arch=mine"
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("lrr=3", "unknown key lrr: did you mean lr?"),
+        ("hidden_size=3", "unknown key hidden_size: did you mean arch.hidden_size?"),
+        ("arch.hiden_size=3", "unknown key arch.hiden_size: did you mean arch.hidden_size?"),
+        ("qqqq=3", "unknown key qqqq: --help lists every key"),
+        ("=3", "unknown key (empty): --help lists every key"),
+        ("loss=3", "loss is a group of keys: set one of them, as in loss.loss_type=VALUE"),
+        ("lr", "lr: write key=value, with no space around the =; see --help"),
+        ("lr=", "lr has no value: give a number from 0 to 10"),
+        ("max_steps=", "max_steps has no value: give a whole number from 1 to 1000000000, or null"),
+        ("lr=abc", "lr=abc is not allowed: give a number from 0 to 10"),
+        ("lr=nan", "lr=nan is not allowed: give a number from 0 to 10"),
+        ("lr=-inf", "lr=-inf is not allowed: give a number from 0 to 10"),
+        ("lr=1e999", "lr=1e999 is not allowed"),
+        ("lr=-1", "lr=-1 is not allowed"),
+        ("lr=null", "lr=null is not allowed: give a number from 0 to 10"),
+        ("beta1=1", "beta1=1 is not allowed: give a number >= 0 and < 1"),
+        ("beta2=-0.1", "beta2=-0.1 is not allowed: give a number >= 0 and < 1"),
+        ("lr_min_ratio=1.1", "lr_min_ratio=1.1 is not allowed: give a number from 0 to 1"),
+        ("arch.expansion=0", "arch.expansion=0 is not allowed: give a number > 0 and <= 64"),
+        ("epochs=1.5", "epochs=1.5 is not allowed: give a whole number from 1 to 1000000000"),
+        ("epochs=0", "epochs=0 is not allowed"),
+        ("max_steps=0", "max_steps=0 is not allowed: give a whole number from 1 to 1000000000, or null"),
+        ("epochs=" + "9" * 5000, "epochs=" + "9" * 197 + "... is not allowed"),
+        ("global_batch_size=true", "global_batch_size=true is not allowed"),
+        ("seed=-1", "seed=-1 is not allowed: give a whole number from 0 to 4294967295"),
+        ("arch.use_gating=maybe", "arch.use_gating=maybe is not allowed: give true or false"),
+        ("dtype=float16", "dtype=float16 is not allowed: give auto, float32 or bfloat16"),
+        ("sudoku.size=5", "sudoku.size=5 is not allowed: give 4, 6 or 9"),
+        ("device=gpu", "device=gpu is not allowed: give auto, cpu, cuda, cuda:N or mps"),
+        ("lr=${oc.env:HOME}", "lr=${oc.env:HOME}: a value cannot hold ${...} or be ???; give a number"),
+        ("run_name=???", "run_name=???: a value cannot hold ${...} or be ???; give a folder name"),
+        ("run_name=a/b", "run_name=a/b is not allowed: give a folder name"),
+        ("run_name=a\\b", "run_name=a\\b is not allowed: give a folder name"),
+        ("run_name=..", "run_name=.. is not allowed: give a folder name of at most 80 characters"),
+        ("run_name=a\nb", "run_name=a\\nb is not allowed: give a folder name"),
+        ("project_name=null", "project_name=null is not allowed: give a folder name"),
+        ("output_dir=a\0b", "output_dir=a\\x00b is not allowed: give a path"),
+        ("lr=1 lr=2", "lr is given twice, as 1 and 2: leave one out"),
+        ("--arch gated arch=v1", "--arch is given twice: leave one out"),
+        ("--print-config --print-config", "--print-config is given twice: leave one out"),
+        ("--print-config=1", "--print-config takes no value: write --print-config"),
+        ("--arch", "--arch needs a value: write --arch NAME"),
+        ("--config --print-config", "--config needs a value: write --config FILE.yaml"),
+        ("arch=", "arch has no value: write arch=NAME or arch=FILE.yaml"),
+        ("arch=gatedd", "unknown architecture gatedd: did you mean gated? The names are v1, gated, balanced"),
+        ("--epochs=3", "unknown flag --epochs: keys are written without dashes, epochs=VALUE"),
+        ("--num-aug 3", "unknown flag --num-aug: keys are written without dashes, sudoku.num_aug=VALUE"),
+        ("--config-name=x", "unknown flag --config-name: write --config FILE.yaml, or --arch NAME"),
+        ("-x", "unknown flag -x: the flags are --arch, --config, --print-config, --help"),
+        ("enable_wandb=true", "enable_wandb is not a key here: write tracker=wandb"),
+        ("arch.loss.loss_type=x", "arch.loss.loss_type is not a key here: write loss.loss_type=NAME"),
+        ("DISABLE_COMPILE=1", "DISABLE_COMPILE is not a key here: write mode=eager"),
+        (
+            "arch.hidden_size=100 arch.num_heads=3",
+            "arch.hidden_size=100 is not a multiple of arch.num_heads=3: change one",
+        ),
+        (
+            "arch.hidden_size=12 arch.num_heads=4",
+            "arch.hidden_size=12 over arch.num_heads=4 gives heads of odd width",
+        ),
+        (
+            "arch.gate_hidden_ratio=0.001",
+            "arch.gate_hidden_ratio=0.001 of arch.hidden_size=64 leaves the gate network no units",
+        ),
+        ("eval_interval=9 epochs=5", "eval_interval=9 is more than epochs=5: lower it, or set it to null"),
+        ("resume=x checkpoint_path=y", "resume=PATH continues a run, checkpoint_path=PATH starts a new one"),
+        ("data_path=x sudoku.size=4", "sudoku.size is for the built-in data, which data_path replaces"),
+    ],
+)
+def test_errors(argv, message):
+    assert error(*argv.split(" ")).startswith(message)
+
+
+def test_the_error_is_one_that_the_command_reports():
+    assert issubclass(ConfigError, UserError)
+
+
+@pytest.mark.parametrize(
+    ("word", "name", "expected"),
+    [
+        ("run_name=0.10 = 007", "run_name", "0.10 = 007"),
+        ("run_name=true", "run_name", "true"),
+        ("project_name=Großes ß", "project_name", "Großes ß"),
+        ("lr=1e-4", "lr", 1e-4),
+        ("lr=0", "lr", 0.0),
+        ("max_steps=null", "max_steps", None),
+        ("eval_interval=null", "eval_interval", None),
+        ("arch.use_gating=No", "arch.use_gating", False),
+        ("arch.hidden_size=512", "arch.puzzle_emb_ndim", 512),
+        ("arch.puzzle_emb_ndim=0", "arch.puzzle_emb_ndim", 0),
+        ("arch.pos_encodings=learned", "arch.pos_encodings", "learned"),
+        ("device=cuda:1", "device", "cuda:1"),
+        ("resume=runs/a", "resume", "runs/a"),
+        ("data_path=data/arc full/", "project_name", "arc full"),
+        ("data_path=/", "project_name", "run"),
+        ("sudoku.size=6", "project_name", "sudoku-6x6"),
+    ],
+)
+def test_values(word, name, expected):
+    got = value(parse_args([word]), name)
+    assert got == expected and type(got) is type(expected)
+
+
+def test_a_long_command_line():
+    line = (
+        "arch=hrm_v1_gated data_path=path/to/data global_batch_size=256 epochs=50000 eval_interval=5000 "
+        "lr=1e-4 lr_warmup_steps=1000 arch.gate_init_bias=-2.5 arch.halt_max_steps=3 project_name=HRM-Gating "
+        "run_name=gated-baseline checkpoint_every_eval=true checkpoint_path=checkpoints/a/b"
+    )
+    config = parse_args(line.split())
+    arch = ArchConfig(use_gating=True, gate_init_bias=-2.5, halt_max_steps=3)
+    assert config == Config(
+        arch=arch,
+        preset="full",
+        data_path="path/to/data",
+        global_batch_size=256,
+        epochs=50_000,
+        eval_interval=5000,
+        lr_warmup_steps=1000,
+        project_name="HRM-Gating",
+        run_name="gated-baseline",
+        checkpoint_path="checkpoints/a/b",
+    )
+
+
+def test_odd_heads_are_fine_without_rope():
+    argv = ["arch.hidden_size=12", "arch.num_heads=4", "arch.pos_encodings=learned"]
+    assert parse_args(argv).arch.hidden_size == 12
+
+
+def test_the_presets_interval_gives_way_to_few_epochs():
+    config = parse_args(["data_path=x", "epochs=20"])
+    assert config.eval_interval == 20
+    assert config.notes[1] == "eval_interval lowered from 10000 to epochs=20"
+    config = parse_args(["data_path=x", "epochs=20", "eval_interval=null"])
+    assert config.eval_interval is None and len(config.notes) == 1
+
+
+RUNS = [
+    [],
+    ["preset=full", "lr=3e-5", "run_name=null-ish: 'x' # \"y\" é"],
+    ["--arch", "v1", "data_path=a b/c", "epochs=5", "max_steps=null", "run_name=null "],
+    ["--arch", "balanced", "arch.puzzle_emb_ndim=0", "device=cpu", "eval_interval=null", "output_dir=1e3"],
+]
+
+
+@pytest.mark.parametrize("argv", RUNS)
+def test_a_printed_configuration_gives_itself_again(tmp_path, capsys, argv):
+    config = parse_args(argv)
+    with pytest.raises(SystemExit) as done:
+        parse_args([*argv, "--print-config"])
+    assert done.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed == "".join(f"# {note}\n" for note in config.notes) + to_yaml(config)
+    (tmp_path / "saved.yaml").write_text(printed, encoding="utf-8")
+    assert load_config(tmp_path / "saved.yaml") == config
+    again = parse_args(["--config", "saved.yaml", "seed=7"])
+    assert again == dataclasses.replace(config, seed=7) and again.notes == ["configuration from saved.yaml"]
+
+
+def test_a_saved_interval_gives_way_to_few_epochs_too(tmp_path):
+    (tmp_path / "saved.yaml").write_text(to_yaml(parse_args(["preset=full"])))
+    config = parse_args(["--config", "saved.yaml", "epochs=5"])
+    assert (config.epochs, config.eval_interval) == (5, 5)
+
+
+def test_a_saved_configuration_is_not_half_replaced(tmp_path):
+    (tmp_path / "saved.yaml").write_text(to_yaml(parse_args([])))
+    assert "saved.yaml already describes the architecture" in error("--config", "saved.yaml", "--arch", "v1")
+    assert "already holds the values of preset=quick" in error("--config", "saved.yaml", "preset=full")
+    (tmp_path / "part.yaml").write_text("lr: 1\nlr: 2\n")
+    assert error("--config", "part.yaml") == "part.yaml line 2: lr is given twice: leave one out"
+    (tmp_path / "part.yaml").write_text("loss: {loss_type: mse}\n")
+    assert error("--config", "part.yaml").startswith("part.yaml line 1: loss.loss_type=mse is not allowed")
+    (tmp_path / "part.yaml").write_text("arch: {num_heads: 4}\narch.num_heads: 2\n")
+    assert error("--config", "part.yaml") == "part.yaml line 2: arch.num_heads is given twice: leave one out"
+
+
+def test_help_lists_everything(capsys):
+    with pytest.raises(SystemExit) as done:
+        parse_args(["nonsense", "-h"])
+    assert done.value.code == 0
+    page = capsys.readouterr().out
+    assert page == help_text() + "\n"
+    lines = page.splitlines()
+    assert max(map(len, lines)) <= 110
+    flat = " ".join(page.split())
+    for name, key in KEYS.items():
+        shown = [line for line in lines if line.startswith(f"  {name}=")]
+        assert len(shown) == 1, name
+        assert f"{key.meta['help']} [{key.allowed}]" in flat, name
+    for name in [*ARCHITECTURES, *ARCHITECTURE_ALIASES, "auto", "full", "quick"]:
+        assert name in flat
+    for name, setting in {**FULL_SUDOKU, "sudoku.size": 9}.items():
+        assert f"{name}={'lr' if setting == '${lr}' else setting}" in flat
+    for line in (
+        "  arch.halt_exploration_prob=0.1 ",
+        "  seed=0 ",
+        "  lr_min_ratio=1.0 ",
+        "  max_steps=null ",
+    ):
+        assert any(shown.startswith(line) for shown in lines), line
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import sys\nfrom hrm.config import parse_args\ntry: parse_args(['--help'])\nexcept SystemExit: pass"
+    )
+    code += "\nassert 'torch' not in sys.modules"
+    root = str(config_module.__file__).rsplit("/hrm/", 1)[0]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("usage: python train.py"), done.stderr
+
+
+def test_resolve_device(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("cpu") == "cpu" and resolve_device("auto") == "cpu"
+    with pytest.raises(ConfigError, match=r"^device=cuda: PyTorch finds no CUDA GPU .*: use device=cpu, or"):
+        resolve_device("cuda")
+    with pytest.raises(ConfigError, match=r"^device=mps: PyTorch finds no Apple GPU .*: use device=cpu, or"):
+        resolve_device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [resolve_device(name) for name in ("auto", "cuda", "cuda:1")] == ["cuda", "cuda", "cuda:1"]
+    with pytest.raises(ConfigError, match=r"^device=cuda:2: the last CUDA GPU on this machine is cuda:1:"):
+        resolve_device("cuda:2")
+
+
+names = st.sampled_from([*KEYS, *ARCHITECTURES, "arch", "loss", "--arch", "--config", "--print-config"])
+scalars = st.one_of(
+    st.text(max_size=12),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.sampled_from(
+        ["null", "true", "auto", "gated", "${lr}", "???", "f.yaml", "a/../b", "", " ", "9" * 5000]
+    ),
+)
+words = st.one_of(st.text(max_size=12), names, st.builds("{}={}".format, names, scalars))
+lines = st.one_of(st.text(max_size=20), st.builds("{}: {}".format, names | st.just("hidden_size"), scalars))
+
+
+@settings(
+    max_examples=400,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
+)
+@given(argv=st.lists(words, max_size=5), content=st.lists(lines, max_size=4).map("\n".join))
+def test_nothing_a_user_types_is_a_traceback(tmp_path, argv, content):
+    (tmp_path / "f.yaml").write_text(content, encoding="utf-8", errors="replace")
+    for arguments in (argv, ["--arch", "f.yaml", *argv[:1]], ["--config", "f.yaml", *argv[:1]]):
+        try:
+            config = parse_args(arguments)
+        except ConfigError as fault:
+            assert str(fault).isprintable() and len(str(fault)) < 600
+        except SystemExit as done:
+            assert done.code == 0
+        else:
+            (tmp_path / "again.yaml").write_text(to_yaml(config), encoding="utf-8")
+            assert load_config(tmp_path / "again.yaml") == config

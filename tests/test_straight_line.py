@@ -1,0 +1,188 @@
+"""The whole training step and the evaluation against the straight-line implementation, in float64."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from hrm.act import Sequences, act_step, draw_min_halt_steps, initial_carry, replace_halted
+from hrm.config import Config, LossConfig
+from hrm.data.dataset import Batch
+from hrm.data.layout import Metadata
+from hrm.engine import Engine
+from hrm.losses import act_loss
+from tests import straight_line as plain
+from tests.act_cases import (
+    PUZZLES,
+    SOFTMAX,
+    STABLEMAX,
+    B,
+    D,
+    S,
+    V,
+    make_arch,
+    make_batch,
+    make_model,
+    make_weights,
+    package_step,
+    straight_line_run,
+)
+
+
+@pytest.fixture(autouse=True)
+def float64_on_one_thread():
+    """Float64 wherever a dtype is left open; and tensors of this size only lose time to threads."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    """Every tensor of the same dtype and equal to 1e-9, integers and flags exactly."""
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("puzzle_emb_ndim", [0, D, 5 * D // 2])
+@pytest.mark.parametrize("pos_encodings", ["rope", "learned"])
+@pytest.mark.parametrize(
+    ("use_gating", "q_continue", "loss_type"),
+    [(False, True, STABLEMAX), (False, False, SOFTMAX), (True, True, SOFTMAX), (True, False, STABLEMAX)],
+)
+def test_training_steps(use_gating, q_continue, loss_type, pos_encodings, puzzle_emb_ndim):
+    arch = make_arch(
+        use_gating=use_gating,
+        pos_encodings=pos_encodings,
+        puzzle_emb_ndim=puzzle_emb_ndim,
+        q_continue=q_continue,
+    )
+    generator = torch.Generator().manual_seed(0)
+    weights = make_weights(arch, generator, torch.float64)
+    model = make_model(arch, weights)
+    carry = initial_carry(model, B, S, torch.device("cpu"))
+    for batch, least, expected in straight_line_run(arch, weights, loss_type, 10, generator):
+        carry, actual = package_step(model, carry, batch, least, loss_type)
+        for name in expected:
+            assert_same(actual[name], expected[name])
+
+
+@pytest.mark.parametrize("use_gating", [False, True])
+@pytest.mark.parametrize("loss_type", [STABLEMAX, SOFTMAX])
+def test_evaluation(use_gating, loss_type):
+    arch = make_arch(use_gating=use_gating, puzzle_emb_ndim=D)
+    generator = torch.Generator().manual_seed(1)
+    weights = make_weights(arch, generator, torch.float64)
+    model = make_model(arch, weights)
+    batch = plain.random_batch(B, V, S, PUZZLES, generator)
+    expected = plain.evaluation(weights, arch, batch, loss_type)
+    with torch.no_grad():
+        carry = initial_carry(model, B, S, torch.device("cpu"))
+        carry = replace_halted(model, carry, Sequences(**batch))
+        rows = weights[plain.PUZZLE_TABLE][carry.puzzle_identifiers]
+        for step in range(arch.halt_max_steps):
+            assert not carry.halted.any(), f"halted before step {step}"
+            carry, outputs = act_step(model, carry, rows, None)
+        loss, metrics = act_loss(loss_type, carry, outputs)
+    assert outputs.target_q_continue is None
+    assert_same(outputs.logits, expected["outputs"]["logits"])
+    assert_same(carry._asdict(), expected["carry"])
+    assert_same(loss, expected["loss"])
+    assert_same(metrics, expected["metrics"])
+    assert carry.halted.all()
+
+
+def make_engine(
+    monkeypatch: pytest.MonkeyPatch, config: Config, weights: plain.Weights, total_steps: int
+) -> Engine:
+    """The package's engine in float64, with these weights."""
+    monkeypatch.setattr("hrm.engine.resolve_dtype", lambda name, device: torch.float64)
+    metadata = Metadata(
+        pad_id=0,
+        ignore_label_id=0,
+        blank_identifier_id=0,
+        vocab_size=V,
+        seq_len=S,
+        num_puzzle_identifiers=PUZZLES,
+        total_groups=PUZZLES,
+        mean_puzzle_examples=1.0,
+        sets=["all"],
+    )
+    engine = Engine(config, metadata, total_steps=total_steps)
+    engine.load_weights(weights)
+    return engine
+
+
+def as_arrays(batch: plain.Batch) -> Batch:
+    return Batch(**{name: tensor.numpy() for name, tensor in batch.items()})
+
+
+@pytest.mark.parametrize("use_gating", [False, True])
+def test_whole_training_steps(use_gating, monkeypatch):
+    steps = 8
+    arch = make_arch(use_gating=use_gating, puzzle_emb_ndim=3 * D // 2, halt_exploration_prob=0.5)
+    config = Config(
+        arch=arch,
+        loss=LossConfig(),
+        global_batch_size=B,
+        lr=1e-2,
+        lr_warmup_steps=3,
+        lr_min_ratio=0.1,
+        weight_decay=0.5,
+        puzzle_emb_lr=3e-2,
+        puzzle_emb_weight_decay=0.2,
+        seed=5,
+        mode="eager",
+    )
+    fields = vars(config) | {"total_steps": steps, "loss_type": config.loss.loss_type}
+    recipe = SimpleNamespace(**fields)
+    generator = torch.Generator().manual_seed(2)
+    weights = make_weights(arch, generator, torch.float64)
+    engine = make_engine(monkeypatch, config, weights, steps)
+    first = {name: weight.clone() for name, weight in weights.items()}
+    state: dict[str, Any] = {}
+    carry = plain.initial_carry(weights, arch, plain.random_batch(B, V, S, PUZZLES, generator))
+    for step in range(1, steps + 1):
+        batch = make_batch(arch, weights, carry, generator)
+        # One puzzle is in no batch, so its row has to stay where it is.
+        batch["puzzle_identifiers"].clamp_(max=PUZZLES - 2)
+        least = torch.from_numpy(draw_min_halt_steps(arch, config.seed, step, B))
+        expected = plain.train_step(weights, arch, recipe, state, carry, batch, least)
+        engine.train_step(as_arrays(batch))
+
+        carry = expected["carry"]
+        assert_same(engine.carry._asdict(), carry)
+        assert_same(engine.weights(), weights)
+        # Metrics leave the engine in float32.
+        metrics, sums = engine.pop_metrics(), expected["metrics"]
+        assert metrics["loss"] == pytest.approx(expected["loss"].item() / B, rel=1e-6)
+        assert metrics["q_continue_loss"] == pytest.approx(sums["q_continue_loss"].item() / B, rel=1e-6)
+        if sums["count"]:
+            assert metrics["accuracy"] == pytest.approx((sums["accuracy"] / sums["count"]).item(), rel=1e-6)
+            assert metrics["steps"] == pytest.approx((sums["steps"] / sums["count"]).item(), rel=1e-6)
+        norm = torch.cat([gradient.flatten() for gradient in expected["gradients"].values()]).norm()
+        assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-6)
+
+    moments = engine.optimizer.state_dict()
+    assert_same(moments["exp_avg"], {name: state[name][0] for name in moments["exp_avg"]})
+    assert_same(moments["exp_avg_sq"], {name: state[name][1] for name in moments["exp_avg_sq"]})
+    moved = {name: not torch.equal(weights[name], before) for name, before in first.items()}
+    assert moved == {name: name not in plain.BUFFERS for name in first}
+    assert torch.equal(weights[plain.PUZZLE_TABLE][-1], first[plain.PUZZLE_TABLE][-1])
+
+
+def test_engine_evaluation(monkeypatch):
+    arch = make_arch(puzzle_emb_ndim=D)
+    generator = torch.Generator().manual_seed(3)
+    weights = make_weights(arch, generator, torch.float64)
+    engine = make_engine(monkeypatch, Config(arch=arch, global_batch_size=B, mode="eager"), weights, 1)
+    batches = [plain.random_batch(B, V, S, PUZZLES, generator) for _ in range(2)]
+    sums = [plain.evaluation(weights, arch, batch, STABLEMAX)["metrics"] for batch in batches]
+    result = engine.evaluate(("all", as_arrays(batch), B) for batch in batches)["all"]
+    assert result.pop("count") == 2 * B
+    expected = {name: (sums[0][name] + sums[1][name]).item() / (2 * B) for name in sums[0] if name != "count"}
+    # Metrics leave the engine in float32.
+    assert result == pytest.approx(expected, rel=1e-6)
+    assert result["steps"] == arch.halt_max_steps

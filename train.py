@@ -1,0 +1,281 @@
+"""Trains a hierarchical reasoning model: `python train.py --arch gated key=value ...`; see `--help`.
+
+Reads top to bottom: configuration, data, model, where to start from, the loop, the end. No mathematics here.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hrm.config import Config, parse_args, resolve_device, to_yaml
+from hrm.errors import UserError
+
+# PyTorch takes seconds to import: --help and a mistyped key are answered without it.
+if TYPE_CHECKING:
+    from hrm.data.dataset import PuzzleDataset
+    from hrm.engine import Engine
+
+Say = Callable[[str], None]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line. Returns the exit status: 0 done, 2 a mistake told in one line, 130 interrupted."""
+    try:
+        config = parse_args(sys.argv[1:] if argv is None else argv)
+        train(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
+
+
+def train(config: Config) -> None:
+    """One run, from its data to its last checkpoint. Raises UserError for what the user can mend."""
+    from hrm import distributed
+    from hrm.data.dataset import PuzzleDataset, fingerprint, steps_in, train_batches
+    from hrm.engine import Engine
+    from hrm.trackers import MetricsLog, Progress, make_tracker
+
+    world, device = distributed.start(resolve_device(config.device))
+    run_dir = Path(config.output_dir) / config.project_name / config.run_name
+    say: Say = print if world.is_main else lambda _: None
+    for note in config.notes:
+        say(note)
+
+    # Data.
+    folder = data_folder(config)
+    train_set, test_set = PuzzleDataset(folder, "train"), PuzzleDataset(folder, "test")
+    identity = run_identity(config, fingerprint(train_set))
+    total_steps = steps_in(train_set, config.epochs, config.global_batch_size)
+    if config.max_steps is not None:
+        total_steps = min(total_steps, config.max_steps)
+
+    # Model, optimisers and carry.
+    engine = Engine(config, train_set.metadata, total_steps=total_steps, device=device, world=world)
+
+    # Where to start from: this run's last checkpoint, another run's weights, or nothing.
+    position, resumed_step = find_start(config, engine, run_dir, identity, say)
+    batches = train_batches(
+        train_set,
+        seed=config.seed,
+        epochs=config.epochs,
+        epochs_per_iter=config.eval_interval or config.epochs,
+        global_batch_size=config.global_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        start=position,
+    )
+    say(describe(engine, train_set, test_set))
+
+    # Where the metrics go; the other ranks have nothing to tell.
+    logs: list[Any] = []
+    progress = None
+    if world.is_main:
+        write_config(run_dir, config)
+        logs.append(MetricsLog(run_dir, resumed_step))
+        logs.append(
+            make_tracker(
+                config.tracker,
+                run_dir,
+                project=config.project_name,
+                run=config.run_name,
+                config=asdict(config),
+                resume_step=resumed_step,
+            )
+        )
+        progress = Progress(total_steps, engine.step)
+
+    def log(metrics: Mapping[str, float]) -> None:
+        for place in logs:
+            place.log(metrics, engine.step)
+
+    # The loop.
+    checkpoint: Path | None = None
+    results: dict[str, dict[str, float]] = {}
+    last_step, last_time = engine.step, time.perf_counter()
+    for batch in batches:
+        if engine.step >= total_steps:
+            break
+        engine.train_step(batch)
+        position = batch.position
+        at_end = engine.step == total_steps
+        at_evaluation = position[1] == 0 or at_end
+
+        if engine.step % config.log_interval == 0 or at_evaluation:
+            metrics = {f"train/{name}": value for name, value in engine.pop_metrics().items()}
+            seconds = (time.perf_counter() - last_time) / (engine.step - last_step)
+            metrics["train/seconds_per_step"] = seconds
+            metrics["train/samples_per_second"] = config.global_batch_size / seconds
+            last_step, last_time = engine.step, time.perf_counter()
+            log(metrics)
+            if progress is not None:
+                progress.update(engine.step, metrics)
+
+        if at_evaluation:
+            results = evaluate(engine, test_set)
+            log({f"eval/{s}/{name}": value for s, m in results.items() for name, value in m.items()})
+            if progress is not None:
+                progress.write(eval_line(engine.step, results))
+            if config.checkpoint_every_eval or at_end:
+                checkpoint = save(run_dir, engine, position, identity, results)
+            last_time = time.perf_counter()
+
+    # The end.
+    if progress is not None:
+        progress.close()
+    for place in logs:
+        place.close()
+    if not results:
+        results = evaluate(engine, test_set)
+    if checkpoint is None:
+        checkpoint = save(run_dir, engine, position, identity, results)
+    say(summary(config, results, engine.step, checkpoint))
+    distributed.stop()
+
+
+def data_folder(config: Config) -> Path:
+    """The data set's folder: data_path, or the built-in Sudoku, generated on first use."""
+    if config.data_path is not None:
+        return Path(config.data_path)
+    from hrm.data.sudoku import builtin_sudoku
+
+    return builtin_sudoku(**asdict(config.sudoku))
+
+
+def run_identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
+    """What a checkpoint must share with the run that resumes it; anything else may change on the way."""
+    names = ("seed", "global_batch_size", "eval_interval")
+    same = {name: getattr(config, name) for name in names}
+    if config.eval_interval is None:
+        same["epochs"] = config.epochs
+    return {
+        "arch": asdict(config.arch),
+        "data_fingerprint": data_fingerprint,
+        "checkpoint_path": config.checkpoint_path,
+        **same,
+    }
+
+
+def find_start(
+    config: Config, engine: "Engine", run_dir: Path, identity: dict[str, Any], say: Say
+) -> tuple[tuple[int, int], int | None]:
+    """Loads what the run starts from. Returns the data position and the resumed step, None for a new run."""
+    from hrm.checkpoint import check_same_run, latest_checkpoint, load_checkpoint, load_weights
+
+    source: Path | None = None
+    if config.resume == "auto":
+        source, notes = latest_checkpoint(run_dir)
+        for note in notes:
+            say(note)
+    elif config.resume != "none":
+        source = Path(config.resume)
+
+    if source is not None:
+        checkpoint = load_checkpoint(source)
+        check_same_run(checkpoint.manifest, identity)
+        engine.load_weights(checkpoint.weights)
+        engine.load_training_state(checkpoint.training)
+        say(f"resuming {checkpoint.path} at step {checkpoint.step}; resume=none or another run_name starts anew")
+        iteration, index = checkpoint.training["position"]
+        return (iteration, index), checkpoint.step
+
+    if config.checkpoint_path is not None:
+        shapes = {name: tensor.shape for name, tensor in engine.weights().items()}
+        weights, notes = load_weights(config.checkpoint_path, shapes, config.reset_puzzle_emb)
+        engine.load_weights(weights)
+        for note in [f"starting from the weights of {config.checkpoint_path}", *notes]:
+            say(note)
+    return (0, 0), None
+
+
+def write_config(run_dir: Path, config: Config) -> None:
+    """Saves the resolved configuration beside the run's checkpoints, for `--config` to read back."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"output folder {run_dir}: {error.strerror}; give another output_dir=PATH") from None
+
+
+def save(
+    run_dir: Path,
+    engine: "Engine",
+    position: tuple[int, int],
+    identity: dict[str, Any],
+    results: dict[str, dict[str, float]],
+) -> Path:
+    """Saves a checkpoint of the whole state; every rank takes part, the main one writes."""
+    from hrm.checkpoint import save_checkpoint
+
+    training = {**engine.training_state(), "position": list(position)}
+    if engine.world.is_main:
+        save_checkpoint(
+            run_dir, engine.step, weights=engine.weights(), training=training, run=identity, metrics=results
+        )
+    engine.world.barrier()
+    return run_dir / f"step_{engine.step}"
+
+
+def evaluate(engine: "Engine", test_set: "PuzzleDataset") -> dict[str, dict[str, float]]:
+    """The test split's metrics by set."""
+    from hrm.data.dataset import test_batches
+
+    world = engine.world
+    batches = test_batches(
+        test_set,
+        global_batch_size=engine.config.global_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    return engine.evaluate(batches)
+
+
+def describe(engine: "Engine", train_set: "PuzzleDataset", test_set: "PuzzleDataset") -> str:
+    """One line on what is about to train."""
+    config, world = engine.config, engine.world
+    parameters = sum(p.numel() for p in engine.model.parameters())
+    ranks = f" x {world.size} ranks" if world.size > 1 else ""
+    examples = [sum(len(part.inputs) for part in split.sets.values()) for split in (train_set, test_set)]
+    return (
+        f"{'gated HRM' if config.arch.use_gating else 'HRM v1'}, {parameters:,} parameters, "
+        f"{engine.device}{ranks}, {str(engine.model.dtype).removeprefix('torch.')}, mode {engine.mode}; "
+        f"{train_set.folder.parent}: {examples[0]:,} training and {examples[1]:,} test examples; "
+        f"{engine.total_steps:,} steps of {config.global_batch_size}"
+    )
+
+
+def eval_line(step: int, results: dict[str, dict[str, float]]) -> str:
+    """One line per evaluation for people."""
+    return "; ".join(
+        f"step {step}: {name} exact {m.get('exact_accuracy', 0):.1%}, tokens {m.get('accuracy', 0):.1%}, "
+        f"of {m['count']:.0f} test puzzles"
+        for name, m in results.items()
+    )
+
+
+def summary(config: Config, results: dict[str, dict[str, float]], step: int, checkpoint: Path) -> str:
+    """The last lines: the result, where it lies, what to type next."""
+    lines = ["", eval_line(step, results)]
+    if config.data_path is None:
+        lines.append("none of their solution grids was in training, augmentations included")
+    other = "v1" if config.arch.use_gating else "gated"
+    lines += [
+        f"checkpoint: {checkpoint}",
+        f"metrics:    {checkpoint.parent / 'metrics.jsonl'}",
+        "next:",
+        f"  python train.py --arch {other}            the same run {'without' if other == 'v1' else 'with'} gates",
+        f"  python train.py checkpoint_path={checkpoint} run_name=again   start from these weights",
+        "  python train.py --help                  every option; preset=full is the full-size model",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
