@@ -23,7 +23,7 @@ Say = Callable[[str], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns the exit status: 0 done, 2 a mistake told in one line, 130 interrupted."""
+    """Runs the command line. Returns its status: 0 done, 2 a mistake told in one line, 130 interrupted."""
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv)
         train(config)
@@ -182,7 +182,9 @@ def find_start(
         check_same_run(checkpoint.manifest, identity)
         engine.load_weights(checkpoint.weights)
         engine.load_training_state(checkpoint.training)
-        say(f"resuming {checkpoint.path} at step {checkpoint.step}; resume=none or another run_name starts anew")
+        say(
+            f"resuming {checkpoint.path} at step {checkpoint.step}; to start anew give resume=none or a run_name"
+        )
         iteration, index = checkpoint.training["position"]
         return (iteration, index), checkpoint.step
 
@@ -270,9 +272,9 @@ def summary(config: Config, results: dict[str, dict[str, float]], step: int, che
         f"checkpoint: {checkpoint}",
         f"metrics:    {checkpoint.parent / 'metrics.jsonl'}",
         "next:",
-        f"  python train.py --arch {other}            the same run {'without' if other == 'v1' else 'with'} gates",
+        f"  python train.py --arch {other}   the same run {'without' if other == 'v1' else 'with'} gates",
         f"  python train.py checkpoint_path={checkpoint} run_name=again   start from these weights",
-        "  python train.py --help                  every option; preset=full is the full-size model",
+        "  python train.py --help   every option; preset=full is the full-size model",
     ]
     return "\n".join(lines)
 

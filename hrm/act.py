@@ -53,9 +53,7 @@ def initial_carry(model: HRM, batch_size: int, seq_len: int, device: torch.devic
     cells = torch.zeros(batch_size, seq_len, dtype=torch.int32, device=device)
     per_sequence = torch.zeros(batch_size, dtype=torch.int32, device=device)
     halted = torch.ones(batch_size, dtype=torch.bool, device=device)
-    return Carry(
-        state, state.clone(), per_sequence, halted, cells, cells.clone(), per_sequence.clone()
-    )
+    return Carry(state, state.clone(), per_sequence, halted, cells, cells.clone(), per_sequence.clone())
 
 
 def replace_halted(model: HRM, carry: Carry, fresh: Sequences) -> Carry:

@@ -63,7 +63,7 @@ class Engine:
         device: torch.device | str = "cpu",
         world: World | None = None,
     ) -> None:
-        """total_steps: the schedule's length. Every rank of `world` builds the same model from config.seed."""
+        """total_steps: the schedule's length. Every rank builds the same model from config.seed."""
         self.config, self.metadata, self.total_steps = config, metadata, total_steps
         self.device, self.world = torch.device(device), world or World()
         self.mode = resolve_mode(config.mode, self.device, total_steps)

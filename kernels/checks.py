@@ -1,4 +1,4 @@
-"""Argument checks shared by the public functions: each error names the argument, what was expected, what came.
+"""Argument checks of the public functions: each error names the argument, what was expected, what came.
 
 They look at shapes, dtypes and devices only, so they cost no synchronisation and vanish under torch.compile.
 """

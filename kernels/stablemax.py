@@ -7,9 +7,9 @@ cross-entropy of l(x), and l'(x) = 1 / (1 + |x|).
 Forward:   loss = logsumexp(l) - l[label];   an ignored label gives 0.
 Backward:  dlogits = dloss * (p - onehot(label)) * l'(x) for stablemax, without l' for softmax.
 
-Precision: float32 arithmetic for inputs of 32 bits and fewer (float64 for float64). l is at most 9.3 in
-size for logits up to 1e4, so a loss carries an absolute error of about 1e-6 against float64; the
-official code converts to float64 first.
+Precision: float32 arithmetic for inputs of 32 bits and fewer (float64 for float64). For logits up to 1e4
+in size l is at most 9.3 and a loss at most 23, whose units in the last place are 1e-6 and 2e-6: the
+error against float64 is below 4e-6, tested. The official code converts to float64 first.
 """
 
 import torch

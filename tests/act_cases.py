@@ -23,8 +23,8 @@ def make_arch(**changes: Any) -> ArchConfig:
         "hidden_size": D,
         "num_heads": 4,
         "expansion": 2.0,
-        "H_layers": 1,
-        "L_layers": 2,
+        "H_layers": 2,
+        "L_layers": 1,
         "H_cycles": 2,
         "L_cycles": 3,
         "halt_max_steps": 3,
@@ -35,9 +35,8 @@ def make_arch(**changes: Any) -> ArchConfig:
 
 
 def make_weights(arch: ArchConfig, generator: torch.Generator, dtype: torch.dtype) -> plain.Weights:
-    """Random weights, with a Q head of strong opinions: about half of the sequences wish to halt."""
+    """Random weights, the bias of the Q head such that about half of the sequences wish to halt."""
     weights = plain.random_weights(arch, V, S, PUZZLES, generator, dtype)
-    weights["q_head.weight"] *= 4
     batch = plain.random_batch(B, V, S, PUZZLES, generator)
     leads = []
     for steps in range(1, arch.halt_max_steps + 1):
@@ -134,7 +133,7 @@ def package_step(
 ) -> tuple[Carry, dict[str, Any]]:
     """The package's replacement, ACT step, loss and backward.
 
-    Returns the new carry, and what `straight_line.act_training_step` returns, with puzzle_rows of the whole table.
+    Returns the new carry, and what `straight_line_run` gives of the straight line's.
     """
     model.zero_grad()
     carry = replace_halted(model, carry, Sequences(**batch))

@@ -1,4 +1,4 @@
-"""The data set's layout: written and read back, damage named, and drawn from in the order that is promised."""
+"""The data set's layout: written and read back, damage named, and drawn from in the order promised."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def a_set(groups: list[list[int]], seed: int = 0) -> PuzzleSet:
 def metadata(sets: dict[str, PuzzleSet], **changes: Any) -> Metadata:
     examples = sum(len(part.inputs) for part in sets.values())
     puzzles = sum(len(part.puzzle_identifiers) for part in sets.values())
-    fields = {
+    fields: dict[str, Any] = {
         "pad_id": 0,
         "ignore_label_id": 0,
         "blank_identifier_id": 0,
@@ -100,7 +100,9 @@ def test_unknown_keys_and_a_missing_ignore_label_are_fine(tmp_path: Path) -> Non
 
 
 def test_missing_folder_says_how_to_build_one(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"data/train: no such folder.*hrm\.data sudoku --output-dir \S*data"):
+    with pytest.raises(
+        DatasetError, match=r"data/train: no such folder.*hrm\.data sudoku --output-dir \S*data"
+    ):
         PuzzleDataset(tmp_path / "data", "train")
 
 
@@ -155,7 +157,10 @@ def with_value(index: Any, value: int) -> Callable[[np.ndarray], np.ndarray]:
         (altered("inputs", with_value((7, 2), VOCAB)), r"inputs\.npy: row 7 holds 9, .*< 9 \(vocab_size 9\)"),
         (altered("inputs", with_value((8, 0), -1)), r"inputs\.npy: row 8 holds -1, "),
         (altered("labels", with_value((32, 4), 77)), r"labels\.npy: row 32 holds 77, "),
-        (altered("puzzle_identifiers", with_value(2, 200)), r"identifiers\.npy: row 2 holds 200, .*identifiers 200"),
+        (
+            altered("puzzle_identifiers", with_value(2, 200)),
+            r"identifiers\.npy: row 2 holds 200, .*identifiers 200",
+        ),
         (altered("puzzle_identifiers", with_value(3, -4)), r"identifiers\.npy: row 3 holds -4, "),
         (altered("puzzle_identifiers", lambda a: a[1:]), r"puzzle_indices\.npy: length 16, .*the 14 puzzle"),
         (altered("puzzle_indices", with_value(0, 1)), r"puzzle_indices\.npy: starts with 1 "),
@@ -313,19 +318,27 @@ def test_puzzles_of_several_examples_are_packed_in_the_official_order(tmp_path: 
         np.testing.assert_array_equal(batch.inputs, part.inputs[examples])
         labels = part.labels[examples].astype(int)
         np.testing.assert_array_equal(batch.labels, np.where(labels == 0, -100, labels))
-        assert {batch.inputs.dtype, batch.labels.dtype, batch.puzzle_identifiers.dtype} == {np.dtype(np.int32)}
+        assert {batch.inputs.dtype, batch.labels.dtype, batch.puzzle_identifiers.dtype} == {
+            np.dtype(np.int32)
+        }
     # Group 3 is one puzzle of 7 examples: over six epochs all of them turn up.
     assert chosen[6] == set(range(12, 19))
 
 
 def test_examples_of_a_puzzle_are_drawn_without_replacement_and_anew(tmp_path: Path) -> None:
     data = written(tmp_path, [[40]])
-    batches = [examples_of(b) for b in train_batches(data, seed=0, epochs=6, epochs_per_iter=2, global_batch_size=9)]
+    batches = [
+        examples_of(b) for b in train_batches(data, seed=0, epochs=6, epochs_per_iter=2, global_batch_size=9)
+    ]
     assert len(batches) == 6
     assert all(len(set(batch)) == 9 for batch in batches)
     assert len({tuple(batch) for batch in batches}) == 6
-    again = [examples_of(b) for b in train_batches(data, seed=0, epochs=6, epochs_per_iter=2, global_batch_size=9)]
-    other = [examples_of(b) for b in train_batches(data, seed=1, epochs=6, epochs_per_iter=2, global_batch_size=9)]
+    again = [
+        examples_of(b) for b in train_batches(data, seed=0, epochs=6, epochs_per_iter=2, global_batch_size=9)
+    ]
+    other = [
+        examples_of(b) for b in train_batches(data, seed=1, epochs=6, epochs_per_iter=2, global_batch_size=9)
+    ]
     assert again == batches != other
 
 
@@ -447,7 +460,11 @@ def test_every_test_example_comes_once_in_order(tmp_path: Path, world_size: int)
         np.testing.assert_array_equal(labels[:valid], np.where(truth == 0, -100, truth))
         owners = np.repeat(part.puzzle_identifiers, np.diff(part.puzzle_indices))
         np.testing.assert_array_equal(identifiers[:valid], owners[first : first + valid])
-        assert (inputs[valid:] == 8).all() and (labels[valid:] == -100).all() and (identifiers[valid:] == 199).all()
+        assert (
+            (inputs[valid:] == 8).all()
+            and (labels[valid:] == -100).all()
+            and (identifiers[valid:] == 199).all()
+        )
     assert taken == {"set0": 33, "set1": 4}
 
 
@@ -497,8 +514,8 @@ from hrm.data.layout import Metadata, PuzzleSet
 from hrm.data.writer import cached, write_dataset
 
 def build(folder):
-    index = np.arange(4, dtype=np.int32)
-    part = PuzzleSet(np.ones((3, 2), np.uint8), np.ones((3, 2), np.uint8), np.zeros(3, np.int32), index, index)
+    cells, index = np.ones((3, 2), np.uint8), np.arange(4, dtype=np.int32)
+    part = PuzzleSet(cells, cells, np.zeros(3, np.int32), index, index)
     meta = Metadata(0, 0, 0, 2, 2, 1, 3, 1.0, ["all"])
     print("builds", flush=True)
     # Until the others build too.

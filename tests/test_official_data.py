@@ -8,6 +8,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -63,7 +64,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reader(official: ModuleType, folder: Path, split: str, **config: Any) -> Any:
-    defaults = {"seed": 0, "dataset_path": str(folder), "test_set_mode": split == "test", "epochs_per_iter": 1}
+    defaults = {
+        "seed": 0,
+        "dataset_path": str(folder),
+        "test_set_mode": split == "test",
+        "epochs_per_iter": 1,
+    }
     return official.PuzzleDataset(official.PuzzleDatasetConfig(**defaults | config), split=split)
 
 
@@ -126,7 +132,6 @@ def test_several_sets_and_examples_give_the_same_puzzles(
     official: ModuleType, folder: Path, tmp_path: Path
 ) -> None:
     # The examples inside a puzzle come from NumPy's global generator there, but not which puzzles come when.
-    meta = PuzzleDataset(folder, "train").metadata.__dict__
     parts = {}
     for name, sizes in {"small": [2, 1, 4, 3, 1, 5], "large": [3, 3, 1, 1, 6, 2, 4, 2]}.items():
         count = sum(sizes)
@@ -137,11 +142,17 @@ def test_several_sets_and_examples_give_the_same_puzzles(
             puzzle_indices=np.cumsum([0, *sizes]).astype(np.int32),
             group_indices=np.array([0, 2, 3, 5, len(sizes)], np.int32),
         )
-    changes = {"sets": list(parts), "total_groups": 8, "mean_puzzle_examples": 38 / 14, "num_puzzle_identifiers": 8}
-    write_split(tmp_path / "train", parts, type(PuzzleDataset(folder, "train").metadata)(**meta | changes))
-    options = {"seed": 2, "epochs_per_iter": 4, "global_batch_size": 6}
+    metadata = replace(
+        PuzzleDataset(folder, "train").metadata,
+        sets=list(parts),
+        total_groups=8,
+        mean_puzzle_examples=38 / 14,
+        num_puzzle_identifiers=8,
+    )
+    write_split(tmp_path / "train", parts, metadata)
+    options: dict[str, Any] = {"seed": 2, "epochs_per_iter": 4, "global_batch_size": 6}
     theirs = reader(official, tmp_path, "train", rank=0, num_replicas=1, **options)
-    ours = train_batches(PuzzleDataset(tmp_path, "train"), epochs=12, **options)  # type: ignore[arg-type]
+    ours = train_batches(PuzzleDataset(tmp_path, "train"), epochs=12, **options)
     expected = [batch["puzzle_identifiers"].tolist() for _ in range(3) for _, batch, _ in theirs]
     assert len(expected) > 12
     assert [batch.puzzle_identifiers.tolist() for batch in ours] == expected

@@ -69,6 +69,22 @@ def test_training_steps(use_gating, q_continue, loss_type, pos_encodings, puzzle
             assert_same(actual[name], expected[name])
 
 
+def test_single_act_step_has_no_target():
+    arch = make_arch(halt_max_steps=1, H_layers=1, H_cycles=1, L_cycles=1)
+    generator = torch.Generator().manual_seed(4)
+    weights = make_weights(arch, generator, torch.float64)
+    model = make_model(arch, weights)
+    batch, least = plain.random_batch(B, V, S, PUZZLES, generator), torch.zeros(B, dtype=torch.int32)
+    before = plain.initial_carry(weights, arch, batch)
+    expected = plain.act_training_step(weights, arch, before, batch, least, STABLEMAX, B)
+    carry = initial_carry(model, B, S, torch.device("cpu"))
+    carry, actual = package_step(model, carry, batch, least, STABLEMAX)
+    assert carry.halted.all()
+    assert "target_q_continue" not in actual["outputs"] and "q_continue_loss" not in actual["metrics"]
+    for name in ("outputs", "loss", "metrics", "gradients", "carry"):
+        assert_same(actual[name], expected[name])
+
+
 @pytest.mark.parametrize("use_gating", [False, True])
 @pytest.mark.parametrize("loss_type", [STABLEMAX, SOFTMAX])
 def test_evaluation(use_gating, loss_type):

@@ -88,11 +88,9 @@ def _draw(
     min_difficulty: int,
     clues: int,
 ) -> Puzzles:
-    questions = np.zeros((count, size * size), np.uint8)
-    answers = np.zeros_like(questions)
-    difficulty = np.zeros(count, np.int64)
     seen: set[bytes] = set()
-    for number in tqdm(range(count), desc=f"{split} puzzles", leave=False):
+
+    def one(number: int) -> tuple[np.ndarray, np.ndarray, int]:
         repeated = None
         for attempt in range(ATTEMPTS):
             if pool is not None:
@@ -103,21 +101,27 @@ def _draw(
             guesses = solutions(question)[1]
             if guesses >= min_difficulty:
                 if question.tobytes() not in seen:
-                    break
+                    return question, answer, guesses
                 repeated = question, answer, guesses
-        else:
-            if repeated is None:
-                raise SudokuError(
-                    f"min_difficulty={min_difficulty}: none of {ATTEMPTS} random {size}x{size} puzzles needs "
-                    "that many guesses; lower it"
-                )
-            # The supply is spent: start over, so that no puzzle comes a third time before all came twice.
-            question, answer, guesses = repeated
-            seen.clear()
-        seen.add(question.tobytes())
-        if pool is None:
-            taken.add(answer.tobytes())
-        questions[number], answers[number], difficulty[number] = question, answer, guesses
+        if repeated is None:
+            raise SudokuError(
+                f"min_difficulty={min_difficulty}: none of {ATTEMPTS} random {size}x{size} puzzles needs "
+                "that many guesses; lower it"
+            )
+        # The supply is spent: start over, so that none comes a third time before nearly all came twice.
+        seen.clear()
+        return repeated
+
+    questions = np.zeros((count, size * size), np.uint8)
+    answers = np.zeros_like(questions)
+    difficulty = np.zeros(count, np.int64)
+    # A bar that an error passes through must be gone before the error is printed.
+    with tqdm(range(count), desc=f"{split} puzzles", leave=False) as numbers:
+        for number in numbers:
+            questions[number], answers[number], difficulty[number] = one(number)
+            seen.add(questions[number].tobytes())
+            if pool is None:
+                taken.add(answers[number].tobytes())
     return Puzzles(questions, answers, difficulty)
 
 
@@ -126,20 +130,22 @@ def augment(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Every puzzle followed by `num_aug` random symmetric ones: two (N * (1 + num_aug), n*n) uint8 arrays.
 
-    Symmetries: the digits, the bands and the rows in a band, the stacks and the columns in a stack, and, where
-    boxes are square, rows against columns. One whose answer is in test_answers (M, n*n) is drawn again, until
-    none is. So is one that repeats a puzzle of its group, at most REDRAWS times and not for 9x9, which has
-    too many symmetries to repeat itself; where there are few, some repetitions stay.
+    Symmetries: the digits, the bands and the rows in a band, the stacks and the columns in a stack, and,
+    where boxes are square, rows against columns. One whose answer is in test_answers (M, n*n) is drawn again
+    until it is in there no more. So is one that repeats a puzzle of its group, at most REDRAWS times, and not for
+    9x9, which has too many symmetries to repeat itself; where there are few, some repetitions stay.
     """
     size = int(questions.shape[1] ** 0.5)
     rows = num_aug + 1
     inputs, labels = np.repeat(questions, rows, axis=0), np.repeat(answers, rows, axis=0)
+    if not num_aug:
+        return inputs, labels
     rng = np.random.default_rng([seed, 3])
     # Sums of cells with random weights: equal for equal rows, different for others but for one in 2^60.
     weights = np.random.default_rng(0).integers(1, 1 << 63, size * size, dtype=np.uint64)
     forbidden = test_answers.astype(np.uint64) @ weights
     span = max(1, CHUNK_ROWS // rows) * rows
-    for begin in tqdm(range(0, len(inputs) if num_aug else 0, span), desc="augmentations", leave=False):
+    for begin in tqdm(range(0, len(inputs), span), desc="augmentations", leave=False):
         x, y = inputs[begin : begin + span], labels[begin : begin + span]
         groups = np.arange(len(x)) // rows
         pending = np.nonzero(np.arange(len(x)) % rows)[0]
@@ -240,8 +246,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--source",
         default="generated",
-        help="'generated' (default); a folder with train.csv and test.csv; one .csv file or one file with a "
-        "puzzle a line, of which a part is held out for the test. CSV columns: source,question,answer,rating",
+        help="'generated' (default); a folder with a train and a test file; one file, of which a part is "
+        "held out for the test. Files: .csv with columns source,question,answer,rating, or .txt, a puzzle a line",
     )
     add("--size", type=int, default=9, choices=list(BOXES), help="cells a side (default 9)")
     add("--num-train", type=int, help="training puzzles to generate (default 1000)")
@@ -285,7 +291,7 @@ def run(args: argparse.Namespace) -> None:
         )
     elif folder:
         train, test = (
-            read_puzzles(Path(args.source) / f"{split}.csv", args.size, args.min_difficulty)
+            read_puzzles(_file_of(Path(args.source), split), args.size, args.min_difficulty)
             for split in ("train", "test")
         )
     else:
@@ -306,6 +312,12 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join(_summary(args, train, test, int(shared.sum()))))
 
 
+def _file_of(folder: Path, split: str) -> Path:
+    lines = folder / f"{split}.txt"
+    table = folder / f"{split}.csv"
+    return lines if lines.is_file() and not table.is_file() else table
+
+
 def _keys(grids: np.ndarray) -> np.ndarray:
     """Each row as one comparable value."""
     return np.ascontiguousarray(grids).view(f"S{grids.shape[1]}").ravel()
@@ -323,4 +335,4 @@ def _summary(args: argparse.Namespace, train: Puzzles, test: Puzzles, shared: in
         if repeated := count - len(np.unique(_keys(puzzles.questions))):
             yield f"    {repeated} of the puzzles repeat another one"
     if shared:
-        yield f"  left out of train: {shared} puzzles with the solution of a test puzzle"
+        yield f"  left out of train: {shared} with the solution of a test puzzle"

@@ -202,11 +202,13 @@ def _solve(puzzles: Puzzles) -> tuple[np.ndarray, np.ndarray]:
     answers = np.zeros_like(puzzles.questions)
     guesses = np.zeros(len(answers), np.int64)
     name = puzzles.path.name if puzzles.path else "puzzles"
-    for row, question in enumerate(tqdm(puzzles.questions, desc=f"solving {name}", leave=False)):
-        found, guesses[row] = solutions(question)
-        if len(found) != 1:
-            count = "no solution" if len(found) == 0 else "several solutions"
-            line = 0 if puzzles.lines is None else int(puzzles.lines[row])
-            raise _bad(puzzles.path, line, f"the puzzle has {count}, expected one")
-        answers[row] = found[0]
+    # A bar that an error passes through must be gone before the error is printed.
+    with tqdm(puzzles.questions, desc=f"solving {name}", leave=False) as questions:
+        for row, question in enumerate(questions):
+            found, guesses[row] = solutions(question)
+            if len(found) != 1:
+                count = "several solutions" if len(found) else "no solution"
+                line = 0 if puzzles.lines is None else int(puzzles.lines[row])
+                raise _bad(puzzles.path, line, f"the puzzle has {count}, expected one")
+            answers[row] = found[0]
     return answers, guesses

@@ -1,0 +1,94 @@
+"""The loss and the metric sums on a batch small enough to do by hand."""
+
+import math
+
+import pytest
+import torch
+
+from hrm.act import Carry, Outputs
+from hrm.losses import act_loss
+
+
+def example() -> tuple[Carry, Outputs]:
+    """Four sequences of two cells, three words: right, half right, unlabelled, right but still thinking."""
+    logits = torch.tensor(
+        [
+            [[9.0, 0.0, 0.0], [0.0, 9.0, 0.0]],
+            [[9.0, 0.0, 0.0], [9.0, 0.0, 0.0]],
+            [[9.0, 0.0, 0.0], [9.0, 0.0, 0.0]],
+            [[0.0, 0.0, 9.0], [0.0, 0.0, 9.0]],
+        ],
+        dtype=torch.float64,
+        requires_grad=True,
+    )
+    labels = torch.tensor([[0, 1], [0, 2], [-100, -100], [2, -100]], dtype=torch.int32)
+    zeros = torch.zeros(4, 1, 1)
+    carry = Carry(
+        zeros,
+        zeros,
+        torch.tensor([3, 5, 7, 2], dtype=torch.int32),
+        torch.tensor([True, True, True, False]),
+        labels,
+        labels,
+        torch.zeros(4, dtype=torch.int32),
+    )
+    q = [torch.tensor(v, dtype=torch.float64) for v in ([0.0, 2.0, -1.0, 1.0], [0.5, -0.5, 0.0, 3.0])]
+    return carry, Outputs(logits, *q, torch.tensor([0.2, 0.9, 0.5, 1.0], dtype=torch.float64))
+
+
+def bce(x: float, target: float) -> float:
+    p = 1 / (1 + math.exp(-x))
+    return -target * math.log(p) - (1 - target) * math.log(1 - p)
+
+
+# A token that is right has p = 10/12 by stablemax, one that is wrong 1/12.
+RIGHT, WRONG = -math.log(10 / 12), -math.log(1 / 12)
+LM = RIGHT + (RIGHT + WRONG) / 2 + 0 + RIGHT
+# A sequence without a label counts as right, as in the official code.
+Q_HALT = bce(0, 1) + bce(2, 0) + bce(-1, 1) + bce(1, 1)
+Q_CONTINUE = bce(0.5, 0.2) + bce(-0.5, 0.9) + bce(0, 0.5) + bce(3, 1)
+
+
+def test_loss_and_sums_by_hand():
+    carry, outputs = example()
+    loss, sums = act_loss("stablemax_cross_entropy", carry, outputs)
+    assert loss.item() == pytest.approx(LM + 0.5 * (Q_HALT + Q_CONTINUE), rel=1e-12)
+    assert {name: value.item() for name, value in sums.items()} == pytest.approx(
+        {
+            # Halted and labelled: the first two.
+            "count": 2,
+            "accuracy": 1.5,
+            "exact_accuracy": 1,
+            # The first says 0, right by its >= 0; the second says 2, wrong.
+            "q_halt_accuracy": 1,
+            "steps": 8,
+            "lm_loss": LM,
+            "q_halt_loss": Q_HALT,
+            "q_continue_loss": Q_CONTINUE,
+        },
+        rel=1e-6,
+    )
+
+
+def test_without_a_target_there_is_no_continue_loss():
+    carry, outputs = example()
+    loss, sums = act_loss("stablemax_cross_entropy", carry, outputs._replace(target_q_continue=None))
+    assert loss.item() == pytest.approx(LM + 0.5 * Q_HALT, rel=1e-12)
+    assert "q_continue_loss" not in sums
+
+
+def test_softmax_is_the_other_choice():
+    carry, outputs = example()
+    _, sums = act_loss("softmax_cross_entropy", carry, outputs)
+    right = math.log(1 + 2 * math.exp(-9))
+    assert sums["lm_loss"].item() == pytest.approx(3 * right + 4.5, rel=1e-9)
+
+
+def test_ignored_tokens_send_no_gradient():
+    carry, outputs = example()
+    act_loss("stablemax_cross_entropy", carry, outputs)[0].backward()
+    gradient = outputs.logits.grad
+    assert gradient is not None
+    assert not gradient[2].any() and not gradient[3, 1].any()
+    # -(1 - p) * l'(9) with l' = 1 / (1 + 9), not divided as it is the only valid token of its sequence
+    assert gradient[3, 0, 2].item() == pytest.approx(-(1 - 10 / 12) / 10, rel=1e-12)

@@ -1,0 +1,124 @@
+"""Flat parameters, the optimisers on them, and the schedule."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from hrm.optim import ALIGNMENT, AdamATan2, FlatParameters, learning_rate, sign_sgd
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2, bias=False))
+
+
+def test_parameters_and_gradients_are_aligned_views_of_two_buffers():
+    module, untouched = model(), model()
+    flat = FlatParameters(module)
+    for (name, parameter), expected in zip(module.named_parameters(), untouched.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
+        for view, buffer in ((parameter.data, flat.data), (parameter.grad, flat.grad)):
+            assert view is not None
+            assert view.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+            assert view.storage_offset() % ALIGNMENT == 0
+            assert torch.equal(view, flat.views(buffer)[name])
+    x = torch.randn(4, 3)
+    module(x).square().sum().backward()
+    untouched(x).square().sum().backward()
+    for parameter, expected in zip(module.parameters(), untouched.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad)
+    assert flat.grad.norm().item() == pytest.approx(
+        math.sqrt(sum(p.grad.square().sum().item() for p in untouched.parameters())), rel=1e-6
+    )
+    flat.data.zero_()
+    assert not module(x).any()
+
+
+def test_adam_atan2_updates_every_parameter_by_the_formula():
+    module = model().double()
+    flat = FlatParameters(module)
+    optimizer = AdamATan2(flat, beta1=0.8, beta2=0.9, weight_decay=0.5)
+    lr = torch.tensor(0.1, dtype=torch.float64)
+    for t in (1, 2, 3):
+        before = [p.detach().clone() for p in module.parameters()]
+        moments = {k: {n: v.clone() for n, v in optimizer.state_dict()[k].items()} for k in ("exp_avg", "exp_avg_sq")}
+        flat.grad.zero_()
+        module(torch.ones(1, 3, dtype=torch.float64) * t).sum().backward()
+        optimizer.step(lr)
+        for (name, parameter), old in zip(module.named_parameters(), before, strict=True):
+            m = 0.8 * moments["exp_avg"][name] + 0.2 * parameter.grad
+            v = 0.9 * moments["exp_avg_sq"][name] + 0.1 * parameter.grad**2
+            angle = torch.atan2(m, v.sqrt() / math.sqrt(1 - 0.9**t))
+            torch.testing.assert_close(
+                parameter.detach(), old * (1 - 0.05) - 0.1 / (1 - 0.8**t) * angle, rtol=1e-12, atol=1e-12
+            )
+
+
+def test_optimizer_state_survives_a_round_trip():
+    runs = []
+    for interrupted in (False, True):
+        module = model()
+        optimizer = AdamATan2(FlatParameters(module), beta1=0.9, beta2=0.95, weight_decay=0.1)
+        for t in range(6):
+            if interrupted and t == 3:
+                weights = {n: p.detach().clone() for n, p in module.named_parameters()}
+                state = optimizer.state_dict()
+                module = model()
+                optimizer = AdamATan2(FlatParameters(module), beta1=0.9, beta2=0.95, weight_decay=0.1)
+                module.load_state_dict(weights)
+                optimizer.load_state_dict(state)
+            optimizer.parameters.grad.zero_()
+            module(torch.full((1, 3), float(t))).sum().backward()
+            optimizer.step(torch.tensor(1e-2))
+        runs.append(optimizer.parameters.data)
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sign_sgd_moves_each_touched_row_once_by_the_sign_of_its_sum(seed):
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn(20, 6, generator=generator)
+    identifiers = torch.randint(0, 8, (16,), generator=generator, dtype=torch.int32)
+    grad = torch.randn(16, 6, generator=generator)
+    expected = table.clone()
+    for row in set(identifiers.tolist()):
+        total = sum(g for i, g in zip(identifiers.tolist(), grad, strict=True) if i == row)
+        expected[row] = table[row] * (1 - 0.01 * 0.5) - 0.01 * torch.sign(total)
+    untouched = sorted(set(range(20)) - set(identifiers.tolist()))
+    before = table[untouched].clone()
+    sign_sgd(table, identifiers, grad, torch.tensor(0.01), 0.5)
+    torch.testing.assert_close(table, expected)
+    assert len(untouched) >= 12 and torch.equal(table[untouched], before)
+
+
+def test_opposite_gradients_of_one_identifier_cancel():
+    table = torch.ones(2, 3)
+    sign_sgd(table, torch.tensor([1, 1]), torch.tensor([[1.0], [-1.0]]).expand(2, 3), torch.tensor(0.1), 0.0)
+    assert torch.equal(table, torch.ones(2, 3))
+
+
+def test_a_million_rows_cost_the_table_and_no_more():
+    """Nothing of the table's length is allocated: only a batch's rows are."""
+    table = torch.zeros(1_000_000, 8)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        sign_sgd(table, torch.arange(64) * 15_000, torch.ones(64, 8), torch.tensor(0.1), 0.0)
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
+    assert 0 < allocated < 200_000
+    assert table.sum().item() == pytest.approx(-0.1 * 64 * 8)
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(1, 0.1), (5, 0.5), (10, 1.0), (20, 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 4))), (50, 0.2)],
+)
+def test_schedule_warms_up_then_follows_a_cosine(step, expected):
+    lr = learning_rate(step, base_lr=1.0, warmup_steps=10, total_steps=50, min_ratio=0.2)
+    assert lr == pytest.approx(expected, rel=1e-12)
+
+
+def test_schedule_of_ratio_one_is_constant_after_warm_up():
+    rates = [learning_rate(t, base_lr=3e-4, warmup_steps=4, total_steps=20, min_ratio=1.0) for t in range(1, 21)]
+    assert rates == pytest.approx([3e-4 * min(t / 4, 1) for t in range(1, 21)], rel=1e-12)
+    assert learning_rate(1, base_lr=1.0, warmup_steps=0, total_steps=1, min_ratio=1.0) == 1.0
