@@ -4,7 +4,7 @@ A run's folder holds one folder `step_<N>` for each checkpoint:
 
     model.safetensors   the weights
     training.pt         optimiser, carry, sampler, random states: nested dicts, lists, tensors, numbers
-    manifest.json       format, step, serial, size and sha256 of each file, arch, versions, caller's extras
+    manifest.json       format, step, serial, size and sha256 of each file, run, versions, metrics
 
 A save writes into `.tmp_step_*` beside them, syncs, and renames; so whatever has the name `step_<N>` is
 complete, and a process killed at any moment leaves the earlier checkpoints as they were. "Newest" is the one
@@ -87,16 +87,16 @@ def save_checkpoint(
     *,
     weights: Mapping[str, Tensor],
     training: Mapping[str, Any],
-    arch: Mapping[str, Any],
-    extra: Mapping[str, Any] | None = None,
+    run: Mapping[str, Any],
+    metrics: Mapping[str, Any] | None = None,
     keep: int | None = 3,
 ) -> Path:
     """Save `run_dir/step_<step>` whole or not at all, then remove all but the last `keep` (None: keep all).
 
     weights: tensors of any device and layout; views of one flat buffer are copied apart. training: nested
     dicts, lists and tuples of tensors, numbers, strings and None; anything else is a TypeError that names its
-    place. arch: the fields `check_same_run` compares. extra: further manifest fields, such as
-    data_fingerprint and metrics. An existing `step_<step>` is replaced. Returns the checkpoint's folder.
+    place. run: what makes the run the one it is, for `check_same_run`. metrics: the results at this step, kept
+    in the manifest. An existing `step_<step>` is replaced. Returns the checkpoint's folder.
     Raises CheckpointError when it cannot be written; the earlier checkpoints stay and no partial one is left.
     """
     if keep is not None and keep < 1:
@@ -111,9 +111,10 @@ def save_checkpoint(
         run_dir.mkdir(parents=True, exist_ok=True)
         _clean(run_dir)
         serial = 1 + max((serial or 0 for _, serial in _folders(run_dir)), default=0)
-        fields = {"format": FORMAT, "step": step, "serial": serial, "arch": arch, "versions": _versions()}
+        fields = {"format": FORMAT, "step": step, "serial": serial, "run": run, "versions": _versions()}
+        fields["metrics"] = metrics or {}
         temp.mkdir()
-        _write(temp, tensors, state, {**(extra or {}), **fields})
+        _write(temp, tensors, state, fields)
         _swap_in(temp, final)
     except Exception as error:
         cause = os_error(error)
@@ -244,10 +245,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def check_same_run(manifest: Mapping[str, Any], arch: Mapping[str, Any], data_fingerprint: str) -> None:
-    """Raise CheckpointError naming each architecture field, and the data set, that a resume would change."""
-    saved = _flat({"arch": manifest["arch"], "data_fingerprint": manifest.get("data_fingerprint")})
-    now = _flat({"arch": json.loads(to_json(arch)), "data_fingerprint": data_fingerprint})
+def check_same_run(manifest: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """Raise CheckpointError naming each field in which `run` differs from the one the checkpoint is of.
+
+    run: as given to `save_checkpoint`, nested mappings of JSON values: architecture, data, seed and the like.
+    """
+    saved, now = _flat(manifest["run"]), _flat(json.loads(to_json(run)))
     differing = [
         f"{name} was {saved.get(name, 'unset')!r} and is now {now.get(name, 'unset')!r}"
         for name in sorted(saved.keys() | now.keys())
@@ -320,7 +323,7 @@ def _well_formed(manifest: dict[str, Any]) -> bool:
     files = manifest.get("files")
     return (
         all(type(manifest.get(key)) is int and manifest[key] >= 0 for key in ("format", "step", "serial"))
-        and isinstance(manifest.get("arch"), dict)
+        and isinstance(manifest.get("run"), dict)
         and isinstance(files, dict)
         and {WEIGHTS, TRAINING} <= files.keys()
         # a plain name each, so that nothing outside the folder is read

@@ -144,7 +144,7 @@ class _Wandb:
     ) -> None:
         wandb = _import("wandb", "wandb")
         id_file = run_dir / "wandb_id.txt"
-        known = id_file.read_text(encoding="utf-8").strip() if id_file.is_file() else ""
+        known = id_file.read_text(encoding="utf-8", errors="replace").strip() if id_file.is_file() else ""
         run_id = (
             known if resume_step is not None and re.fullmatch(r"\w{1,64}", known) else secrets.token_hex(4)
         )

@@ -37,7 +37,7 @@ def make_arch(**changes: Any) -> ArchConfig:
 def make_weights(arch: ArchConfig, generator: torch.Generator, dtype: torch.dtype) -> plain.Weights:
     """Random weights, the bias of the Q head such that about half of the sequences wish to halt."""
     weights = plain.random_weights(arch, V, S, PUZZLES, generator, dtype)
-    batch = plain.random_batch(B, V, S, PUZZLES, generator)
+    batch = random_batch(generator)
     leads = []
     for steps in range(1, arch.halt_max_steps + 1):
         outputs = plain.evaluation(weights, replace(arch, halt_max_steps=steps), batch, STABLEMAX)["outputs"]
@@ -54,6 +54,17 @@ def make_model(arch: ArchConfig, weights: plain.Weights) -> HRM:
     return model
 
 
+def random_batch(generator: torch.Generator) -> plain.Batch:
+    """Random inputs and labels (B, S) and puzzle identifiers (B,), int32; a quarter of the labels ignored."""
+
+    def draw(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=generator, dtype=torch.int32)
+
+    inputs, labels = draw(V, B, S), draw(V, B, S)
+    labels = torch.where(draw(4, B, S) == 0, plain.IGNORE, labels)
+    return {"inputs": inputs, "labels": labels, "puzzle_identifiers": draw(PUZZLES, B)}
+
+
 def make_batch(
     arch: ArchConfig, weights: plain.Weights, carry: plain.Carry, generator: torch.Generator
 ) -> plain.Batch:
@@ -61,7 +72,7 @@ def make_batch(
 
     Sequence 0 has no label that counts, 1 to 4 have those the model will give at first, 5 to 9 have one.
     """
-    batch = plain.random_batch(B, V, S, PUZZLES, generator)
+    batch = random_batch(generator)
     anything = torch.zeros(B, dtype=torch.int32)
     dry_run = plain.act_training_step(weights, arch, carry, batch, anything, STABLEMAX, B)
     batch["labels"][0] = plain.IGNORE
@@ -106,7 +117,7 @@ def straight_line_run(
 
     puzzle_rows becomes the gradient of the whole table. Asserts in the end that everything has happened.
     """
-    carry = plain.initial_carry(weights, arch, plain.random_batch(B, V, S, PUZZLES, generator))
+    carry = plain.initial_carry(weights, arch, random_batch(generator))
     events: dict[str, bool] = {}
     for _ in range(steps):
         batch, least = make_batch(arch, weights, carry, generator), draw_often(arch, generator)

@@ -100,7 +100,7 @@ def official_model(
     """The official model in its loss head, in training mode, with these weights on their device.
 
     arch: an architecture of this project, v1 (no gates). weights: a state dict of this project, which has
-    the official names; every one is used. dtype: of the forward. Parameters are float32.
+    the official names; every one is used. dtype: of the forward; parameters have torch's default.
     """
     names = (
         "puzzle_emb_ndim H_cycles L_cycles H_layers L_layers hidden_size expansion num_heads pos_encodings "

@@ -71,19 +71,6 @@ def random_weights(
     return weights
 
 
-def random_batch(
-    batch_size: int, vocab_size: int, seq_len: int, num_puzzles: int, generator: torch.Generator
-) -> Batch:
-    """Random tokens and labels, a quarter of the labels ignored; int32, on the generator's device."""
-
-    def draw(high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=generator, device=generator.device, dtype=torch.int32)
-
-    inputs, labels = draw(vocab_size, batch_size, seq_len), draw(vocab_size, batch_size, seq_len)
-    labels = torch.where(draw(4, batch_size, seq_len) == 0, IGNORE, labels)
-    return {"inputs": inputs, "labels": labels, "puzzle_identifiers": draw(num_puzzles, batch_size)}
-
-
 def cast(weights: Weights, dtype: torch.dtype) -> Weights:
     """The weights in the forward dtype; the puzzle table stays, its rows are cast when they are read."""
     return {name: w if name == PUZZLE_TABLE else w.to(dtype) for name, w in weights.items()}
@@ -103,9 +90,9 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
 def rope_angles(cfg: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of position * theta^(-2j / d), j < d/2: (T, d/2) each, for a (B, T, D)."""
     d, T = cfg.hidden_size // cfg.num_heads, like.shape[1]
-    wide_zero = wide(like.new_zeros(()))
-    frequency = 1.0 / (cfg.rope_theta ** (torch.arange(0, d, 2).to(wide_zero) / d))
-    angle = torch.outer(torch.arange(T).to(wide_zero), frequency)
+    kind: Any = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
+    frequency = 1.0 / (cfg.rope_theta ** (torch.arange(0, d, 2, **kind) / d))
+    angle = torch.outer(torch.arange(T, **kind), frequency)
     return angle.cos(), angle.sin()
 
 

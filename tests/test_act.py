@@ -12,7 +12,9 @@ B, S = 4, 5
 
 
 def make(**changes) -> HRM:
-    arch = ArchConfig(hidden_size=16, num_heads=2, expansion=1.0, H_layers=1, L_layers=1, puzzle_emb_ndim=0, **changes)
+    arch = ArchConfig(
+        hidden_size=16, num_heads=2, expansion=1.0, H_layers=1, L_layers=1, puzzle_emb_ndim=0, **changes
+    )
     return HRM(arch, vocab_size=7, seq_len=S, num_puzzle_identifiers=3)
 
 

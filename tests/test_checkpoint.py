@@ -33,14 +33,14 @@ from hrm.errors import UserError
 ROOT = Path(__file__).parents[1]
 
 
-def save(run: Path, step: int, value: float = 0.0, **options: Any) -> Path:
+def save(folder: Path, step: int, value: float = 0.0, **options: Any) -> Path:
     """A small checkpoint whose contents all tell `value`."""
     return save_checkpoint(
-        run,
+        folder,
         step,
         weights={"w": torch.full((3, 4), value), "b": torch.full((5,), value, dtype=torch.bfloat16)},
         training={"value": value, "moment": torch.full((7,), value)},
-        **{"arch": {"hidden_size": 4}, "extra": {"data_fingerprint": "f00d"}, **options},
+        **{"run": {"arch": {"hidden_size": 4}}, **options},
     )
 
 
@@ -100,8 +100,8 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:
         12,
         weights=weights,
         training=training,
-        arch={"hidden_size": 5, "ratio": 0.25, "nested": {"names": ("x", "y")}},
-        extra={"data_fingerprint": "abc", "metrics": {"loss": float("nan"), "accuracy": 0.5}},
+        run={"seed": 5, "ratio": 0.25, "nested": {"names": ("x", "y")}},
+        metrics={"loss": float("nan"), "accuracy": 0.5},
     )
     assert path == tmp_path / "project" / "run" / "step_12"
     assert names(path) == ["manifest.json", "model.safetensors", "training.pt"]
@@ -120,9 +120,8 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert read.training["numbers"] == training["numbers"]
     assert torch.equal(read.training["halted"], training["halted"])
     manifest = read.manifest
-    assert manifest["arch"] == {"hidden_size": 5, "ratio": 0.25, "nested": {"names": ["x", "y"]}}
+    assert manifest["run"] == {"seed": 5, "ratio": 0.25, "nested": {"names": ["x", "y"]}}
     assert manifest["metrics"] == {"loss": None, "accuracy": 0.5}
-    assert manifest["data_fingerprint"] == "abc"
     assert manifest["versions"]["torch"] == torch.__version__
     for name in ("model.safetensors", "training.pt"):
         data = (path / name).read_bytes()
@@ -136,7 +135,7 @@ def test_views_of_one_flat_buffer_are_saved_apart_and_compactly(tmp_path: Path) 
         1,
         weights={"a": flat[:6].view(2, 3), "b": flat[6:10], "again": flat[:6].view(3, 2)},
         training={"moment": flat[10:20], "other": [flat[15:25]]},
-        arch={},
+        run={},
     )
     read = load_checkpoint(path)
     assert torch.equal(read.weights["a"], torch.arange(6.0).view(2, 3))
@@ -167,7 +166,7 @@ def test_what_was_read_may_be_changed_without_changing_the_checkpoint(tmp_path: 
 )
 def test_what_could_not_be_read_back_is_not_saved(tmp_path: Path, training: dict, place: str) -> None:
     with pytest.raises(TypeError) as caught:
-        save_checkpoint(tmp_path / "run", 1, weights={}, training=training, arch={})
+        save_checkpoint(tmp_path / "run", 1, weights={}, training=training, run={})
     assert place in str(caught.value)
     assert not (tmp_path / "run").exists()
 
@@ -299,7 +298,7 @@ def test_a_damaged_checkpoint_is_never_what_pruning_counts_on(tmp_path: Path) ->
 def test_absurd_manifests(tmp_path: Path, text: str | bytes) -> None:
     path = save(tmp_path, 1) / "manifest.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    refused(tmp_path / "step_1", str(path), "damaged")
+    refused(tmp_path / "step_1", str(path), "too large" if len(text) > 1 << 20 else "damaged")
 
 
 def test_forged_manifests(tmp_path: Path) -> None:
@@ -310,7 +309,7 @@ def test_forged_manifests(tmp_path: Path) -> None:
         {"step": "1"},
         {"step": -1},
         {"step": True},
-        {"arch": []},
+        {"run": []},
         {"serial": None},
         {"files": []},
         {"files": {"training.pt": files["training.pt"]}},
@@ -429,7 +428,19 @@ def test_absurd_safetensors(tmp_path: Path, data: bytes) -> None:
     refused(path, str(path / "model.safetensors"), "cannot be read as safetensors")
 
 
-# --- a disk that is full, a folder that cannot be written
+# --- a save that is stopped, a disk that is full, a folder that cannot be written
+
+
+def test_an_interrupted_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1, 1.0)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 1, 2.0)
+    assert names(tmp_path) == ["step_1"] and load_checkpoint(tmp_path).training["value"] == 1.0
 
 
 def test_an_output_folder_that_cannot_be(tmp_path: Path) -> None:
@@ -458,7 +469,7 @@ if sys.argv[2] == "limit":
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 run = Path(sys.argv[1]) / "project" / "run"
 save = lambda step, w, t: save_checkpoint(
-    run, step, weights={"w": torch.full((w,), float(step))}, training={"t": torch.ones(t)}, arch={}
+    run, step, weights={"w": torch.full((w,), float(step))}, training={"t": torch.ones(t)}, run={}
 )
 save(1, 100_000, 10)
 messages = []
@@ -509,7 +520,7 @@ import torch
 from hrm.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 def save(run, step, value):
-    save_checkpoint(run, step, weights={"w": torch.full((4,), value)}, training={"v": value}, arch={}, keep=2)
+    save_checkpoint(run, step, weights={"w": torch.full((4,), value)}, training={"v": value}, run={}, keep=2)
 
 def save_and_die(run, step, at):
     events = 0
@@ -584,7 +595,7 @@ run = Path(sys.argv[1])
 def save(step):
     size = 2_000_000
     weights, training = {"w": torch.full((size,), float(step))}, {"t": torch.full((size,), float(step))}
-    save_checkpoint(run, step, weights=weights, training=training, arch={}, keep=1)
+    save_checkpoint(run, step, weights=weights, training=training, run={}, keep=1)
 
 save(1)
 step, leftovers, clock = 1, 0, random.Random(5)
@@ -622,10 +633,11 @@ def test_killed_at_random_moments_while_saving(tmp_path: Path) -> None:
 
 def test_resuming_another_run_names_every_difference(tmp_path: Path) -> None:
     arch = {"hidden_size": 4, "H_layers": 2, "rope_theta": 10000.0, "layout": {"kind": "a"}}
-    manifest = read_manifest(save(tmp_path, 6, arch=arch))
-    check_same_run(manifest, dict(arch), "f00d")
+    manifest = read_manifest(save(tmp_path, 6, run={"arch": arch, "data_fingerprint": "f00d"}))
+    check_same_run(manifest, {"data_fingerprint": "f00d", "arch": dict(arch)})
+    other = {**arch, "hidden_size": 8, "layout": {"kind": "b"}, "new": True}
     with pytest.raises(CheckpointError) as caught:
-        check_same_run(manifest, {**arch, "hidden_size": 8, "layout": {"kind": "b"}, "new": True}, "beef")
+        check_same_run(manifest, {"arch": other, "data_fingerprint": "beef"})
     message = str(caught.value)
     assert "step 6" in message and "\n" not in message and "resume=none" in message
     for part in (
@@ -672,7 +684,7 @@ def test_weights_from_every_kind_of_source(tmp_path: Path) -> None:
     weights = state()
     run = tmp_path / "run"
     save(run, 1)
-    step = save_checkpoint(run, 2, weights=weights, training={}, arch={})
+    step = save_checkpoint(run, 2, weights=weights, training={}, run={})
     save_file(weights, tmp_path / "plain.safetensors")
     official = OrderedDict((f"_orig_mod.model.inner.{name}", tensor) for name, tensor in weights.items())
     (tmp_path / "official").mkdir()
@@ -691,7 +703,7 @@ def test_weights_from_every_kind_of_source(tmp_path: Path) -> None:
 
 def test_weights_of_a_run_whose_newest_is_damaged(tmp_path: Path) -> None:
     weights = state()
-    save_checkpoint(tmp_path, 1, weights=weights, training={}, arch={})
+    save_checkpoint(tmp_path, 1, weights=weights, training={}, run={})
     (save(tmp_path, 2) / "model.safetensors").write_bytes(b"")
     read, notes = load_weights(tmp_path, shapes_of(weights))
     assert equal(read, weights) and len(notes) == 1 and "step_2" in notes[0]

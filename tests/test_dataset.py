@@ -264,9 +264,17 @@ def test_the_fingerprint_sees_every_byte_and_not_the_place(tmp_path: Path) -> No
         path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
         seen.add(fingerprint(data))
         path.write_bytes(before)
+    # A byte that moves from the end of one file to the beginning of the next.
+    one, next_one = (tmp_path / f"b/train/set0__{array}.npy" for array in ARRAYS[:2])
+    before, after = one.read_bytes(), next_one.read_bytes()
+    one.write_bytes(before[:-1])
+    next_one.write_bytes(before[-1:] + after)
+    seen.add(fingerprint(data))
+    one.write_bytes(before)
+    next_one.write_bytes(after)
     (tmp_path / "b/train/dataset.json").write_text((tmp_path / "a/train/dataset.json").read_text() + " ")
     seen.add(fingerprint(PuzzleDataset(tmp_path / "b", "train")))
-    assert len(seen) == len(ARRAYS) + 2
+    assert len(seen) == len(ARRAYS) + 3
 
 
 # --- training batches

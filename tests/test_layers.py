@@ -65,6 +65,4 @@ def test_puzzle_table_starts_at_zero_and_is_no_parameter():
     assert table.weights.shape == (7, 12) and not table.weights.any()
     assert not list(table.parameters()) and list(table.state_dict()) == ["weights"]
     table.weights[4] = 2.0
-    assert torch.equal(
-        table(torch.tensor([4, 0])), torch.stack((torch.full((12,), 2.0), torch.zeros(12)))
-    )
+    assert torch.equal(table(torch.tensor([4, 0])), torch.stack((torch.full((12,), 2.0), torch.zeros(12))))

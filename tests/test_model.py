@@ -21,7 +21,10 @@ def states(model: HRM, batch: int = 3) -> list[torch.Tensor]:
 
 
 def test_state_dict_has_the_official_names_and_shapes():
-    shapes = {name: tuple(t.shape) for name, t in make(use_gating=True, pos_encodings="learned").state_dict().items()}
+    shapes = {
+        name: tuple(t.shape)
+        for name, t in make(use_gating=True, pos_encodings="learned").state_dict().items()
+    }
     expected = {
         "embed_tokens.embedding_weight": (6, 32),
         "embed_pos.embedding_weight": (10, 32),
@@ -130,7 +133,9 @@ def test_puzzle_rows_come_first_padded_with_zeros(ndim, tokens):
 def test_learned_positions_keep_the_variance():
     model = make(pos_encodings="learned")
     e = model.embed(torch.zeros(1, 9, dtype=torch.int32), torch.zeros(1, 32))
-    expected = 32**0.5 * 0.5**0.5 * (model.embed_tokens.embedding_weight[0] + model.embed_pos.embedding_weight[4])
+    expected = (
+        32**0.5 * 0.5**0.5 * (model.embed_tokens.embedding_weight[0] + model.embed_pos.embedding_weight[4])
+    )
     torch.testing.assert_close(e[0, 4], expected)
     assert model.cos is None
 

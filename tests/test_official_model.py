@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hrm.act import initial_carry
+from hrm.act import Sequences, act_step, initial_carry, replace_halted
 from hrm.config import ArchConfig
+from hrm.losses import act_loss
+from hrm.optim import sign_sgd
 from tests import official
 from tests import straight_line as plain
 from tests.act_cases import (
@@ -23,11 +25,11 @@ from tests.act_cases import (
     B,
     D,
     S,
-    V,
     make_arch,
     make_model,
     make_weights,
     package_step,
+    random_batch,
     straight_line_run,
     table_gradient,
 )
@@ -40,8 +42,24 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
-    yield
-    torch.set_default_dtype(before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def make_head(code: Any, arch: ArchConfig, weights: plain.Weights, loss_type: str) -> Any:
+    """The official model in its loss head, in the weights' dtype; every sequence explores."""
+    return official.official_model(
+        code,
+        arch,
+        weights,
+        batch_size=B,
+        seq_len=S,
+        dtype=weights["H_init"].dtype,
+        loss_type=loss_type,
+        halt_exploration_prob=1.0,
+    )
 
 
 def official_step(
@@ -94,19 +112,10 @@ def compare(
     generator = torch.Generator().manual_seed(0)
     with default_dtype(dtype), official.official_code(in_float64=dtype == torch.float64) as code:
         weights = make_weights(arch, generator, dtype)
-        head: Any = official.official_model(
-            code,
-            arch,
-            weights,
-            batch_size=B,
-            seq_len=S,
-            dtype=dtype,
-            loss_type=loss_type,
-            halt_exploration_prob=1.0,
-        )
+        head: Any = make_head(code, arch, weights, loss_type)
         model = make_model(arch, weights)
         carry = initial_carry(model, B, S, torch.device("cpu"))
-        official_carry = head.initial_carry(plain.random_batch(B, V, S, PUZZLES, generator))
+        official_carry = head.initial_carry(random_batch(generator))
         for batch, least, straight in straight_line_run(arch, weights, loss_type, 10, generator):
             carry, actual = package_step(model, carry, batch, least, loss_type)
             official_carry, expected = official_step(head, arch, official_carry, batch, least, patch)
@@ -131,6 +140,56 @@ def test_softmax_cross_entropy_in_float64(monkeypatch):
 def test_training_steps_in_float32(pos_encodings, monkeypatch):
     arch = make_arch(pos_encodings=pos_encodings, puzzle_emb_ndim=D, L_cycles=2)
     compare(arch, torch.float32, 1e-5, STABLEMAX, monkeypatch)
+
+
+def test_evaluation():
+    arch = make_arch(puzzle_emb_ndim=D)
+    generator = torch.Generator().manual_seed(1)
+    with default_dtype(torch.float64), official.official_code(in_float64=True) as code, torch.no_grad():
+        weights = make_weights(arch, generator, torch.float64)
+        batch = random_batch(generator)
+        head: Any = make_head(code, arch, weights, STABLEMAX).eval()
+        official_carry, finished, steps = head.initial_carry(batch), False, 0
+        while not finished:
+            official_carry, loss, metrics, outputs, finished = head(
+                return_keys=["logits", "q_halt_logits"], carry=official_carry, batch=batch
+            )
+            steps += 1
+        assert steps == arch.halt_max_steps
+        straight = plain.evaluation(weights, arch, batch, STABLEMAX)
+        model = make_model(arch, weights)
+        carry = replace_halted(model, initial_carry(model, B, S, torch.device("cpu")), Sequences(**batch))
+        for _ in range(steps):
+            carry, ours = act_step(model, carry, weights[plain.PUZZLE_TABLE][carry.puzzle_identifiers], None)
+        our_loss, our_metrics = act_loss(STABLEMAX, carry, ours)
+    expected = {
+        "loss": loss,
+        "metrics": metrics,
+        "logits": outputs["logits"],
+        "q_halt": outputs["q_halt_logits"],
+    }
+    package = {"loss": our_loss, "metrics": our_metrics, "logits": ours.logits, "q_halt": ours.q_halt_logits}
+    straight |= {name: straight["outputs"][name] for name in ("logits", "q_halt")}
+    assert_close(package, expected, 1e-9, "package")
+    assert_close({name: straight[name] for name in expected}, expected, 1e-9, "straight line")
+
+
+def test_sign_sgd():
+    generator = torch.Generator().manual_seed(2)
+    table = torch.randn(PUZZLES, D, generator=generator)
+    identifiers = torch.tensor([3, 1, 3, 0, 3, 6, 1], dtype=torch.int32)
+    gradient = torch.randn(len(identifiers), D, generator=generator)
+    expected, package, straight = table.clone(), table.clone(), table.clone()
+    with official.official_code() as code:
+        step = code.sparse_embedding._sparse_emb_signsgd_dist
+        step(gradient, identifiers, expected, lr=0.25, weight_decay=0.5, world_size=1)
+    sign_sgd(package, identifiers, gradient, torch.tensor(0.25), 0.5)
+    seen, place = identifiers.unique(return_inverse=True)
+    summed = torch.zeros(len(seen), D).index_add_(0, place, gradient)
+    plain.sign_sgd(straight, seen.long(), summed, 0.25, 0.5)
+    torch.testing.assert_close(package, expected)
+    torch.testing.assert_close(straight, expected)
+    assert torch.equal(expected[[2, 4, 5, 7]], table[[2, 4, 5, 7]])
 
 
 def test_official_modules_do_not_stay():

@@ -43,7 +43,9 @@ def test_adam_atan2_updates_every_parameter_by_the_formula():
     lr = torch.tensor(0.1, dtype=torch.float64)
     for t in (1, 2, 3):
         before = [p.detach().clone() for p in module.parameters()]
-        moments = {k: {n: v.clone() for n, v in optimizer.state_dict()[k].items()} for k in ("exp_avg", "exp_avg_sq")}
+        moments = {
+            k: {n: v.clone() for n, v in optimizer.state_dict()[k].items()} for k in ("exp_avg", "exp_avg_sq")
+        }
         flat.grad.zero_()
         module(torch.ones(1, 3, dtype=torch.float64) * t).sum().backward()
         optimizer.step(lr)
@@ -102,7 +104,9 @@ def test_opposite_gradients_of_one_identifier_cancel():
 def test_a_million_rows_cost_the_table_and_no_more():
     """Nothing of the table's length is allocated: only a batch's rows are."""
     table = torch.zeros(1_000_000, 8)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         sign_sgd(table, torch.arange(64) * 15_000, torch.ones(64, 8), torch.tensor(0.1), 0.0)
     allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
     assert 0 < allocated < 200_000
@@ -119,6 +123,8 @@ def test_schedule_warms_up_then_follows_a_cosine(step, expected):
 
 
 def test_schedule_of_ratio_one_is_constant_after_warm_up():
-    rates = [learning_rate(t, base_lr=3e-4, warmup_steps=4, total_steps=20, min_ratio=1.0) for t in range(1, 21)]
+    rates = [
+        learning_rate(t, base_lr=3e-4, warmup_steps=4, total_steps=20, min_ratio=1.0) for t in range(1, 21)
+    ]
     assert rates == pytest.approx([3e-4 * min(t / 4, 1) for t in range(1, 21)], rel=1e-12)
     assert learning_rate(1, base_lr=1.0, warmup_steps=0, total_steps=1, min_ratio=1.0) == 1.0

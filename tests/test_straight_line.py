@@ -26,6 +26,7 @@ from tests.act_cases import (
     make_model,
     make_weights,
     package_step,
+    random_batch,
     straight_line_run,
 )
 
@@ -74,7 +75,7 @@ def test_single_act_step_has_no_target():
     generator = torch.Generator().manual_seed(4)
     weights = make_weights(arch, generator, torch.float64)
     model = make_model(arch, weights)
-    batch, least = plain.random_batch(B, V, S, PUZZLES, generator), torch.zeros(B, dtype=torch.int32)
+    batch, least = random_batch(generator), torch.zeros(B, dtype=torch.int32)
     before = plain.initial_carry(weights, arch, batch)
     expected = plain.act_training_step(weights, arch, before, batch, least, STABLEMAX, B)
     carry = initial_carry(model, B, S, torch.device("cpu"))
@@ -92,7 +93,7 @@ def test_evaluation(use_gating, loss_type):
     generator = torch.Generator().manual_seed(1)
     weights = make_weights(arch, generator, torch.float64)
     model = make_model(arch, weights)
-    batch = plain.random_batch(B, V, S, PUZZLES, generator)
+    batch = random_batch(generator)
     expected = plain.evaluation(weights, arch, batch, loss_type)
     with torch.no_grad():
         carry = initial_carry(model, B, S, torch.device("cpu"))
@@ -159,7 +160,7 @@ def test_whole_training_steps(use_gating, monkeypatch):
     engine = make_engine(monkeypatch, config, weights, steps)
     first = {name: weight.clone() for name, weight in weights.items()}
     state: dict[str, Any] = {}
-    carry = plain.initial_carry(weights, arch, plain.random_batch(B, V, S, PUZZLES, generator))
+    carry = plain.initial_carry(weights, arch, random_batch(generator))
     for step in range(1, steps + 1):
         batch = make_batch(arch, weights, carry, generator)
         # One puzzle is in no batch, so its row has to stay where it is.
@@ -194,7 +195,7 @@ def test_engine_evaluation(monkeypatch):
     generator = torch.Generator().manual_seed(3)
     weights = make_weights(arch, generator, torch.float64)
     engine = make_engine(monkeypatch, Config(arch=arch, global_batch_size=B, mode="eager"), weights, 1)
-    batches = [plain.random_batch(B, V, S, PUZZLES, generator) for _ in range(2)]
+    batches = [random_batch(generator) for _ in range(2)]
     sums = [plain.evaluation(weights, arch, batch, STABLEMAX)["metrics"] for batch in batches]
     result = engine.evaluate(("all", as_arrays(batch), B) for batch in batches)["all"]
     assert result.pop("count") == 2 * B

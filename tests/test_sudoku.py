@@ -133,6 +133,13 @@ def test_difficulty_is_the_search_and_not_the_names_of_the_digits() -> None:
     assert min(ratings) == 0 and max(ratings) >= 3
 
 
+def test_a_digit_without_a_place_is_seen_without_guessing() -> None:
+    # Row 1 has no cell left for 1, though each of its blank cells has two candidates.
+    grid = np.array([[0, 0, 0, 2], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]], np.uint8)
+    found, guesses = solutions(grid.ravel())
+    assert len(found) == 0 and guesses == 0
+
+
 def test_a_puzzle_of_two_solutions_and_one_guess() -> None:
     # Rows 1 and 2 of two boxes swap 1 and 2 freely; nothing else is open.
     grid = np.array([[1, 2, 3, 4], [3, 4, 1, 2], [2, 1, 4, 3], [4, 3, 2, 1]], np.uint8)
@@ -193,6 +200,10 @@ def test_a_group_of_few_symmetries_keeps_some_repetitions_and_ends() -> None:
     grid = solutions(np.zeros(16, np.uint8), 1)[0]
     inputs, _ = augment(grid, grid, 300, grid[:0], seed=0)
     assert len(inputs) == 301 and len({row.tobytes() for row in inputs}) in (96, 192)
+    # Another group may have the same puzzles.
+    inputs, _ = augment(np.tile(grid, (2, 1)), np.tile(grid, (2, 1)), 40, grid[:0], seed=0)
+    first, second = ({row.tobytes() for row in part} for part in (inputs[:41], inputs[41:]))
+    assert len(first) == len(second) == 41 and len(first & second) > 1
 
 
 def test_the_symmetries_are_all_of_the_group_and_nothing_else() -> None:
@@ -233,6 +244,14 @@ def test_a_spent_supply_repeats_puzzles_rather_than_ending(monkeypatch: pytest.M
     _, test = generate(4, num_train=1, num_test=40, seed=0, clues=15)
     questions, counts = np.unique(test.questions, axis=0, return_counts=True)
     assert len(questions) == 16 and counts.sum() == 40 and counts.max() <= 4
+
+
+def test_grids_are_new_for_every_puzzle(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = [random_grid(6, rng(seed)) for seed in range(12)]
+    monkeypatch.setattr(sudoku, "random_grid", lambda size, draw: few[draw.integers(12)])
+    train, test = generate(6, num_train=6, num_test=6, seed=0)
+    grids = [grid.tobytes() for grid in (*train.answers, *test.answers)]
+    assert sorted(grids) == sorted(grid.tobytes() for grid in few)
 
 
 def test_minimum_difficulty_is_met_or_refused() -> None:

@@ -133,7 +133,7 @@ def test_batches(
         for name, part in dataset.sets.items():
             for first in range(0, len(part.inputs), global_batch_size):
                 end = min(first + global_batch_size, len(part.inputs))
-                begin = min(first + rank * local, end)
+                begin = first + rank * local
                 examples = np.arange(begin, min(begin + local, end))
                 puzzles = np.searchsorted(part.puzzle_indices, examples, side="right") - 1
                 yield name, _batch(dataset, part, examples, puzzles, local), end - first

@@ -29,21 +29,27 @@ CHUNK_ROWS = 1 << 15
 
 
 def builtin_sudoku(
-    size: int, num_train: int, num_test: int, num_aug: int, seed: int, min_difficulty: int = 0
+    size: int,
+    num_train: int,
+    num_test: int,
+    num_aug: int,
+    seed: int,
+    min_difficulty: int = 0,
+    clues: int = 0,
 ) -> Path:
     """Folder of a generated data set, built on first use and kept in the cache (see `writer.cached`).
 
     size: 4, 6 or 9 cells a side; num_train, num_test: puzzles; num_aug: augmentations of each training
-    puzzle; min_difficulty: least number of guesses of the solver. Raises SudokuError or DatasetError.
+    puzzle; min_difficulty, clues: see `generate`. Raises SudokuError or DatasetError.
     """
     _check_request(size, num_train, num_test, num_aug, seed)
     name = (
         f"sudoku-{size}x{size}-v{FORMAT}-train{num_train}-test{num_test}-aug{num_aug}"
-        f"-difficulty{min_difficulty}-seed{seed}"
+        f"-clues{clues}-difficulty{min_difficulty}-seed{seed}"
     )
 
     def build(folder: Path) -> None:
-        train, test = generate(size, num_train, num_test, seed, min_difficulty)
+        train, test = generate(size, num_train, num_test, seed, min_difficulty, clues)
         write_sudoku(folder, train, test, num_aug, seed)
 
     return cached(name, build)
@@ -130,9 +136,9 @@ def augment(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Every puzzle followed by `num_aug` random symmetric ones: two (N * (1 + num_aug), n*n) uint8 arrays.
 
-    Symmetries: the digits, the bands and the rows in a band, the stacks and the columns in a stack, and,
-    where boxes are square, rows against columns. One whose answer is in test_answers (M, n*n) is drawn again
-    until it is in there no more. So is one that repeats a puzzle of its group, at most REDRAWS times, and not for
+    Symmetries: the digits, the bands and the rows in a band, the stacks and the columns in a stack, and where
+    boxes are square rows against columns. One whose answer is in test_answers (M, n*n) is drawn again until
+    it is in there no more. So is one that repeats a puzzle of its group, at most REDRAWS times, and not for
     9x9, which has too many symmetries to repeat itself; where there are few, some repetitions stay.
     """
     size = int(questions.shape[1] ** 0.5)
@@ -142,7 +148,7 @@ def augment(
         return inputs, labels
     rng = np.random.default_rng([seed, 3])
     # Sums of cells with random weights: equal for equal rows, different for others but for one in 2^60.
-    weights = np.random.default_rng(0).integers(1, 1 << 63, size * size, dtype=np.uint64)
+    *weights, group_weight = np.random.default_rng(0).integers(1, 1 << 63, size * size + 1, dtype=np.uint64)
     forbidden = test_answers.astype(np.uint64) @ weights
     span = max(1, CHUNK_ROWS // rows) * rows
     for begin in tqdm(range(0, len(inputs), span), desc="augmentations", leave=False):
@@ -155,10 +161,9 @@ def augment(
             x[pending], y[pending] = _transform(x[originals], y[originals], size, rng)
             again = np.zeros(len(x), bool)
             if size < 9 and redraws < REDRAWS:
-                keys = x.astype(np.uint64) @ weights + groups.astype(np.uint64) * weights[0]
+                keys = x.astype(np.uint64) @ weights + groups.astype(np.uint64) * group_weight
                 again[:] = True
                 again[np.unique(keys, return_index=True)[1]] = False
-                again[::rows] = False
             again[pending] |= np.isin(y[pending].astype(np.uint64) @ weights, forbidden)
             pending = np.nonzero(again)[0]
             redraws += 1
@@ -247,7 +252,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--source",
         default="generated",
         help="'generated' (default); a folder with a train and a test file; one file, of which a part is "
-        "held out for the test. Files: .csv with columns source,question,answer,rating, or .txt, a puzzle a line",
+        "held out for the test. A .csv has columns source,question,answer,rating, a .txt a puzzle a line",
     )
     add("--size", type=int, default=9, choices=list(BOXES), help="cells a side (default 9)")
     add("--num-train", type=int, help="training puzzles to generate (default 1000)")

@@ -1,0 +1,15 @@
+"""Fixtures that several test files use."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_sudoku(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 48 training and 20 test puzzles of 4x4 cells."""
+    from hrm.data.sudoku import builtin_sudoku
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HRM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return builtin_sudoku(4, 48, 20, 0, 0)

@@ -1,0 +1,196 @@
+"""The engine: its state, its metrics, its evaluation, its modes. One step's mathematics is tested elsewhere."""
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hrm.config import ArchConfig, Config
+from hrm.data.dataset import Batch
+from hrm.data.layout import Metadata
+from hrm.engine import COMPILE_FROM_STEPS, Engine, resolve_dtype, resolve_mode
+from hrm.errors import UserError
+
+B, S, V, PUZZLES = 8, 9, 6, 5
+METADATA = Metadata(
+    pad_id=0,
+    ignore_label_id=0,
+    blank_identifier_id=0,
+    vocab_size=V,
+    seq_len=S,
+    num_puzzle_identifiers=PUZZLES,
+    total_groups=100,
+    mean_puzzle_examples=1.0,
+    sets=["all"],
+)
+
+
+def make_config(arch: dict[str, Any] | None = None, **changes: Any) -> Config:
+    fields: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_heads": 4,
+        "expansion": 2.0,
+        "H_layers": 1,
+        "L_layers": 1,
+        "halt_max_steps": 4,
+        "use_gating": True,
+        **(arch or {}),
+    }
+    fixed: dict[str, Any] = {"global_batch_size": B, "lr": 1e-2, "lr_warmup_steps": 3, "mode": "eager"}
+    return Config(arch=ArchConfig(**fields), **{**fixed, **changes})
+
+
+def make_engine(config: Config | None = None) -> Engine:
+    return Engine(config or make_config(), METADATA, total_steps=40)
+
+
+def batches(seed: int = 0) -> Iterator[Batch]:
+    rng = np.random.default_rng(seed)
+    while True:
+        inputs = rng.integers(1, V, (B, S), dtype=np.int32)
+        labels = np.where(rng.random((B, S)) < 0.8, 1 + inputs % (V - 1), -100).astype(np.int32)
+        yield Batch(inputs, labels, rng.integers(0, PUZZLES, B, dtype=np.int32))
+
+
+def all_state(engine: Engine) -> dict[str, torch.Tensor]:
+    state = engine.training_state()
+    moments = {f"{k}.{n}": t for k in ("exp_avg", "exp_avg_sq") for n, t in state["optimizer"][k].items()}
+    return {**engine.weights(), **state["carry"], **moments}
+
+
+def test_training_learns_and_replaces_sequences():
+    engine, source = make_engine(), batches()
+    losses, halted = [], 0.0
+    for _ in range(40):
+        engine.train_step(next(source))
+        metrics = engine.pop_metrics()
+        losses.append(metrics["lm_loss"])
+        halted += metrics["count"]
+    # Labels are a fixed map of the inputs, so the loss must fall far below log(V) = 1.8.
+    assert losses[0] > 1.5 and losses[-1] < 0.5 * losses[0]
+    assert halted > B
+
+
+def test_a_restored_engine_goes_on_bit_for_bit():
+    straight = make_engine()
+    source = list(zip(range(20), batches(), strict=False))
+    states = []
+    for i, batch in source:
+        straight.train_step(batch)
+        if i == 9:
+            saved = copy.deepcopy((straight.weights(), straight.training_state()))
+        if i > 9:
+            states.append(straight.pop_metrics() if i == 19 else None)
+        elif i == 9:
+            straight.pop_metrics()
+    # Another seed's model: nothing may survive from the fresh initialisation but the exploration's seed.
+    resumed = make_engine()
+    with torch.no_grad():
+        resumed.parameters.data.normal_()
+        resumed.model.H_init.normal_()
+    resumed.load_weights(saved[0])
+    resumed.load_training_state(saved[1])
+    for _, batch in source[10:]:
+        resumed.train_step(batch)
+    ours, theirs = all_state(resumed), all_state(straight)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert resumed.pop_metrics() == states[-1] and resumed.step == 20
+
+
+def test_metrics_are_means_over_the_interval():
+    engine, reference = make_engine(), make_engine()
+    source = [batch for _, batch in zip(range(6), batches(), strict=False)]
+    singles = []
+    for batch in source:
+        engine.train_step(batch)
+        reference.train_step(batch)
+        singles.append(reference.pop_metrics())
+    together = engine.pop_metrics()
+    assert together["lm_loss"] == pytest.approx(np.mean([m["lm_loss"] for m in singles]), rel=1e-5)
+    assert together["grad_norm"] == pytest.approx(np.mean([m["grad_norm"] for m in singles]), rel=1e-5)
+    counts = [m["count"] for m in singles]
+    assert together["count"] == sum(counts) > 0
+    steps = sum(m.get("steps", 0) * m["count"] for m in singles) / sum(counts)
+    assert together["steps"] == pytest.approx(steps, rel=1e-5)
+    expected = together["lm_loss"] + 0.5 * (together["q_halt_loss"] + together["q_continue_loss"])
+    assert together["loss"] == pytest.approx(expected, rel=1e-5)
+    assert together["lr"] == 1e-2 and singles[0]["lr"] == pytest.approx(1e-2 / 3)
+
+
+def test_metrics_of_halted_sequences_are_absent_while_none_has():
+    engine = make_engine()
+    engine.train_step(next(batches()))
+    metrics = engine.pop_metrics()
+    assert metrics["count"] == 0 and "exact_accuracy" not in metrics and metrics["lm_loss"] > 0
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_one_line():
+    engine = make_engine()
+    with torch.no_grad():
+        engine.parameters.data.fill_(math.nan)
+    engine.train_step(next(batches()))
+    with pytest.raises(UserError, match=r"^the loss is not finite at step 1: lower lr=0.01 or raise"):
+        engine.pop_metrics()
+
+
+def test_evaluation_counts_every_example_once_and_leaves_the_carry():
+    engine, source = make_engine(), batches()
+    for _ in range(30):
+        engine.train_step(next(source))
+    before = all_state(engine)
+    batch = next(source)
+    padded = replace(batch, labels=np.where(np.arange(B)[:, None] < 5, batch.labels, -100).astype(np.int32))
+    results = engine.evaluate([("a", batch, B), ("b", batch, B), ("b", padded, 5)])
+    assert set(results) == {"a", "b"}
+    assert results["a"]["count"] == 8 and results["b"]["count"] == 13 and results["a"]["steps"] == 4
+    half = engine.evaluate([("b", padded, 5)])["b"]
+    expected = (8 * results["a"]["accuracy"] + 5 * half["accuracy"]) / 13
+    assert results["b"]["accuracy"] == pytest.approx(expected, rel=1e-6)
+    assert 0.3 < results["a"]["accuracy"] <= 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in all_state(engine).items())
+
+
+@pytest.mark.parametrize("arch", [{"use_gating": False}, {"puzzle_emb_ndim": 0}])
+def test_compiled_steps_follow_the_eager_ones(arch):
+    engines = [make_engine(make_config(arch, mode=mode)) for mode in ("eager", "compile")]
+    for batch, _ in zip(batches(), range(12), strict=False):
+        for engine in engines:
+            engine.train_step(batch)
+    eager, compiled = (engine.pop_metrics() for engine in engines)
+    assert compiled == pytest.approx(eager, rel=2e-4)
+    weights = [engine.parameters.data for engine in engines]
+    # Updates are lr-sized whatever the gradient, so rounding may turn single small ones around.
+    assert (weights[0] - weights[1]).norm() / weights[0].norm() < 2e-3
+    results = [engine.evaluate([("all", next(batches(1)), B)])["all"] for engine in engines]
+    assert results[1]["count"] == B and results[1]["lm_loss"] == pytest.approx(
+        results[0]["lm_loss"], rel=1e-2
+    )
+
+
+def test_another_batch_size_is_refused_with_both_named():
+    engine = make_engine()
+    engine.train_step(next(batches()))
+    other = make_engine(make_config(global_batch_size=4))
+    with pytest.raises(UserError, match=r"global_batch_size=4 differs from the 8 of the checkpoint"):
+        other.load_training_state(engine.training_state())
+
+
+def test_modes_and_dtypes_resolve_by_machine_and_length(monkeypatch):
+    cpu, cuda, mps = (torch.device(name) for name in ("cpu", "cuda", "mps"))
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/g++" if name == "g++" else None)
+    assert resolve_mode("auto", cpu, COMPILE_FROM_STEPS) == "compile"
+    assert resolve_mode("auto", cpu, COMPILE_FROM_STEPS - 1) == "eager"
+    assert resolve_mode("auto", cuda, 1) == "compile" and resolve_mode("auto", mps, 10**6) == "eager"
+    assert resolve_mode("eager", cuda, 10**6) == "eager"
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert resolve_mode("auto", cpu, 10**6) == "eager"
+    with pytest.raises(UserError, match=r"mode=compile needs a C\+\+ compiler"):
+        resolve_mode("compile", cpu, 10**6)
+    assert resolve_dtype("auto", cuda) == torch.bfloat16 and resolve_dtype("auto", cpu) == torch.float32
+    assert resolve_dtype("bfloat16", cpu) == torch.bfloat16

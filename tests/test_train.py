@@ -1,0 +1,238 @@
+"""The trainer as a user meets it: its output, its files, interruption and resumption, and its refusals."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from hrm.checkpoint import latest_checkpoint, load_checkpoint
+
+ROOT = Path(train.__file__).parent
+SMALL = ["arch.hidden_size=32", "arch.num_heads=2", "arch.H_layers=1", "arch.L_layers=1"]
+SMALL += ["arch.expansion=1", "arch.halt_max_steps=3", "global_batch_size=8", "mode=eager", "device=cpu"]
+SMALL += ["lr=1e-3", "lr_warmup_steps=5", "log_interval=2", "epochs=8", "eval_interval=2"]
+WALL_CLOCK = ("train/seconds_per_step", "train/samples_per_second")
+
+
+def words(data: Path, out: Path, *more: str) -> list[str]:
+    """A run of 8 epochs, 6 steps each, with a checkpoint every 12 steps."""
+    given = {word.split("=")[0] for word in more}
+    return [
+        *(
+            word
+            for word in [f"data_path={data}", f"output_dir={out}", *SMALL]
+            if word.split("=")[0] not in given
+        ),
+        *more,
+    ]
+
+
+def run_main(*argv: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    status = train.main(list(argv))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines]
+
+
+def tensors(value: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of a nested state by path."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    leaves: dict[str, Any] = {}
+    for key, item in items:
+        nested = isinstance(item, dict | list | tuple)
+        leaves |= tensors(item, f"{prefix}{key}.") if nested else {f"{prefix}{key}": item}
+    return leaves
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bit for bit: weights, optimiser, carry, position and every metric but the clock's."""
+    a, b = (load_checkpoint(run) for run in (one, other))
+    assert a.step == b.step
+    for mine, theirs in ((a.weights, b.weights), (tensors(a.training), tensors(b.training))):
+        assert mine.keys() == theirs.keys() and mine
+        for name, value in mine.items():
+            same = torch.equal(value, theirs[name]) if torch.is_tensor(value) else value == theirs[name]
+            assert same, name
+    assert metrics_of(one) == metrics_of(other)
+
+
+def test_a_run_tells_its_story_and_leaves_its_files(tiny_sudoku, tmp_path, capsys):
+    status, out, _ = run_main(
+        "--arch", "gated", *words(tiny_sudoku, tmp_path, "run_name=first"), capsys=capsys
+    )
+    assert status == 0
+    run = tmp_path / tiny_sudoku.name / "first"
+    assert "gated HRM" in out and "48 training and 20 test examples" in out and "48 steps of 8" in out
+    assert f"checkpoint: {run / 'step_48'}" in out and "next:" in out
+    lines = metrics_of(run)
+    assert [line["step"] for line in lines if "train/lm_loss" in line] == list(range(2, 49, 2))
+    assert [line["step"] for line in lines if "eval/all/exact_accuracy" in line] == [12, 24, 36, 48]
+    assert {line["eval/all/count"] for line in lines if "eval/all/count" in line} == {20}
+    assert lines[0]["train/lr"] == pytest.approx(1e-3 * 2 / 5)
+    checkpoint = load_checkpoint(run)
+    assert checkpoint.step == 48 and checkpoint.training["carry"]["z_H"].shape == (8, 17, 32)
+    assert set(load_file(run / "step_48" / "model.safetensors")) == set(checkpoint.weights)
+    # The saved configuration trains the same run again.
+    status, out, _ = run_main("--config", str(run / "config.yaml"), "run_name=second", capsys=capsys)
+    assert status == 0
+    assert_same_run(run, tmp_path / tiny_sudoku.name / "second")
+
+
+def test_a_finished_run_reports_again_instead_of_training(tiny_sudoku, tmp_path, capsys):
+    argv = words(tiny_sudoku, tmp_path, "run_name=r", "max_steps=12")
+    assert run_main(*argv, capsys=capsys)[0] == 0
+    run = tmp_path / tiny_sudoku.name / "r"
+    before = (run / "metrics.jsonl").read_bytes()
+    status, out, _ = run_main(*argv, capsys=capsys)
+    assert status == 0 and "resuming" in out and "at step 12" in out and "of 20 test puzzles" in out
+    assert (run / "metrics.jsonl").read_bytes() == before
+    # More steps go on from there.
+    assert run_main(*argv[:-1], "max_steps=15", capsys=capsys)[0] == 0
+    assert load_checkpoint(run).step == 15
+
+
+def test_killed_runs_resume_bit_for_bit(tiny_sudoku, tmp_path, capsys):
+    """kill -9 three times at moments of chance; compared with the run that was left alone."""
+    assert run_main(*words(tiny_sudoku, tmp_path, "run_name=whole", "epochs=40"), capsys=capsys)[0] == 0
+    run = tmp_path / tiny_sudoku.name / "killed"
+    command = [sys.executable, "train.py", *words(tiny_sudoku, tmp_path, "run_name=killed", "epochs=40")]
+    rng, killed_at = np.random.default_rng(0), []
+    while len(killed_at) < 3:
+        seen = latest_checkpoint(run)[0] if run.is_dir() else None
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and (latest_checkpoint(run)[0] if run.is_dir() else None) == seen:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.2))
+        assert process.poll() is None, "the run was over before it was killed: make it longer"
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        killed_at.append(load_checkpoint(run).step)
+    assert killed_at == sorted(killed_at) and 12 <= killed_at[0] and killed_at[-1] < 240
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"at step {killed_at[-1]}" in finished.stdout
+    assert_same_run(tmp_path / tiny_sudoku.name / "whole", run)
+
+
+def test_weights_of_a_v1_run_start_a_gated_one_and_it_says_so(tiny_sudoku, tmp_path, capsys):
+    v1 = words(tiny_sudoku, tmp_path, "run_name=v1", "max_steps=12")
+    assert run_main("--arch", "v1", *v1, capsys=capsys)[0] == 0
+    source = tmp_path / tiny_sudoku.name / "v1"
+    gated = words(tiny_sudoku, tmp_path, "run_name=g", "max_steps=1", "lr=0", "puzzle_emb_lr=0")
+    status, out, _ = run_main("--arch", "gated", *gated, f"checkpoint_path={source}", capsys=capsys)
+    assert status == 0 and "no gate networks" in out and "keep their fresh values" in out
+    old, new = load_checkpoint(source).weights, load_checkpoint(tmp_path / tiny_sudoku.name / "g").weights
+    assert all(torch.equal(old[name], new[name]) for name in old)
+    assert len(new) == len(old) + 8
+
+
+def test_a_disk_that_fills_up_while_saving_leaves_the_last_good_checkpoint(tiny_sudoku, tmp_path):
+    argv = words(tiny_sudoku, tmp_path, "run_name=full")
+    run = tmp_path / tiny_sudoku.name / "full"
+    first = subprocess.run([sys.executable, "train.py", *argv, "max_steps=12"], cwd=ROOT, check=False)
+    assert first.returncode == 0
+    size = (run / "step_12" / "training.pt").stat().st_size
+    # A limit on the size of files stands in for the end of the disk: the write fails half-way in the same way.
+    limited = f"import resource, sys, train; resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2},) * 2)"
+    code = f"{limited}; sys.exit(train.main(sys.argv[1:]))"
+    second = subprocess.run(
+        [sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert second.returncode == 2
+    assert second.stderr.splitlines()[-1].startswith(f"error: cannot save a checkpoint in {run}")
+    assert "Traceback" not in second.stderr
+    assert load_checkpoint(run).step == 12
+    assert not [path for path in run.iterdir() if "tmp" in path.name]
+    assert subprocess.run([sys.executable, "train.py", *argv], cwd=ROOT, check=False).returncode == 0
+    assert load_checkpoint(run).step == 48
+
+
+@pytest.fixture
+def copy_of(tiny_sudoku, tmp_path):
+    return shutil.copytree(tiny_sudoku, tmp_path / "copy")
+
+
+def edit_metadata(folder: Path, **changes: Any) -> None:
+    path = folder / "train" / "dataset.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_bad_data_is_answered_by_one_line(copy_of, tmp_path, capsys):
+    def refused(*parts: str, data: Path = copy_of) -> None:
+        status, _, err = run_main(*words(data, tmp_path / "out"), capsys=capsys)
+        assert status == 2 and err.count("\n") == 1 and err.startswith("error: ")
+        for part in parts:
+            assert part in err
+
+    refused("nowhere/train", "python -m hrm.data sudoku", data=tmp_path / "nowhere")
+    original = json.loads((copy_of / "train" / "dataset.json").read_text())
+    edit_metadata(copy_of, seq_len=25)
+    refused("inputs.npy", "25")
+    edit_metadata(copy_of, **{**original, "vocab_size": 4})
+    refused("npy", "4")
+    edit_metadata(copy_of, **original)
+    labels = copy_of / "train" / "all__labels.npy"
+    array = np.load(labels)
+    array[3, 5] = 77
+    np.save(labels, array)
+    refused("all__labels.npy", "77")
+    labels.write_bytes(labels.read_bytes()[:300])
+    refused("all__labels.npy")
+    labels.unlink()
+    refused("all__labels.npy")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_bad_input_is_answered_by_one_line(tiny_sudoku, tmp_path, capsys):
+    def refused(*more: str, parts: tuple[str, ...]) -> None:
+        status, _, err = run_main(*words(tiny_sudoku, tmp_path, "max_steps=2", *more), capsys=capsys)
+        assert status == 2, err
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "Traceback" not in err
+        for part in parts:
+            assert part in lines[0]
+
+    (tmp_path / "file").write_text("")
+    refused(f"output_dir={tmp_path / 'file'}", parts=(str(tmp_path / "file"), "output_dir"))
+    refused("global_batch_size=97", parts=("97", "batch"))
+    refused("arch.hiden_size=32", parts=("arch.hiden_size", "arch.hidden_size"))
+    refused("lr=nan", parts=("lr",))
+    assert train.main(words(tiny_sudoku, tmp_path, "run_name=a", "max_steps=2")) == 0
+    refused("run_name=a", "seed=1", parts=("seed was 0 and is now 1", "resume=none"))
+    refused("run_name=a", "arch.halt_max_steps=4", parts=("halt_max_steps was 3 and is now 4",))
+    other = words(tiny_sudoku, tmp_path, "run_name=b", "max_steps=2", "arch.hidden_size=64")
+    assert train.main(other) == 0
+    b = tmp_path / tiny_sudoku.name / "b"
+    refused("run_name=c", f"checkpoint_path={b}", parts=(str(b), "another architecture", "64", "32"))
+    refused("run_name=c", f"resume={b}", parts=("arch.hidden_size was 64 and is now 32",))
+    refused("run_name=c", "resume=/nowhere", parts=("/nowhere",))
+
+
+def test_a_batch_that_the_ranks_do_not_divide_is_refused(tiny_sudoku, tmp_path):
+    environment = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    result = subprocess.run(
+        [sys.executable, "train.py", *words(tiny_sudoku, tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "global_batch_size=8" in result.stderr and "3 ranks" in result.stderr
