@@ -5,8 +5,7 @@ Reads top to bottom: configuration, data, model, where to start from, the loop, 
 
 import signal
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,9 +40,9 @@ def train(config: Config) -> None:
     from hrm import distributed
     from hrm.data.dataset import PuzzleDataset, fingerprint, steps_in, train_batches
     from hrm.engine import Engine
-    from hrm.trackers import MetricsLog, Progress, make_tracker
+    from hrm.trackers import Report
 
-    world, device = distributed.start(resolve_device(config.device))
+    world, device = distributed.start(resolve_device(config.device), config.global_batch_size)
     run_dir = Path(config.output_dir) / config.project_name / config.run_name
     say: Say = print if world.is_main else lambda _: None
     for note in config.notes:
@@ -57,11 +56,9 @@ def train(config: Config) -> None:
     if config.max_steps is not None:
         total_steps = min(total_steps, config.max_steps)
 
-    # Model, optimisers and carry.
+    # Model, optimisers and carry; then this run's last checkpoint, another run's weights, or nothing.
     engine = Engine(config, train_set.metadata, total_steps=total_steps, device=device, world=world)
-
-    # Where to start from: this run's last checkpoint, another run's weights, or nothing.
-    position, resumed_step = find_start(config, engine, run_dir, identity, say)
+    position, checkpoint = find_start(config, engine, run_dir, identity, say)
     batches = train_batches(
         train_set,
         seed=config.seed,
@@ -73,68 +70,31 @@ def train(config: Config) -> None:
         start=position,
     )
     say(describe(engine, train_set, test_set))
-
-    # Where the metrics go; the other ranks have nothing to tell.
-    logs: list[Any] = []
-    progress = None
     if world.is_main:
         write_config(run_dir, config)
-        logs.append(MetricsLog(run_dir, resumed_step))
-        logs.append(
-            make_tracker(
-                config.tracker,
-                run_dir,
-                project=config.project_name,
-                run=config.run_name,
-                config=asdict(config),
-                resume_step=resumed_step,
-            )
-        )
-        progress = Progress(total_steps, engine.step)
-
-    def log(metrics: Mapping[str, float]) -> None:
-        for place in logs:
-            place.log(metrics, engine.step)
 
     # The loop.
-    checkpoint: Path | None = None
     results: dict[str, dict[str, float]] = {}
-    last_step, last_time = engine.step, time.perf_counter()
-    for batch in batches:
-        if engine.step >= total_steps:
-            break
-        engine.train_step(batch)
-        position = batch.position
-        at_end = engine.step == total_steps
-        at_evaluation = position[1] == 0 or at_end
+    resume_step = None if checkpoint is None else engine.step
+    with Report(config, run_dir, total_steps, resume_step, mute=not world.is_main) as report:
+        for batch in batches:
+            if engine.step >= total_steps:
+                break
+            engine.train_step(batch)
+            at_end = engine.step == total_steps
+            at_evaluation = batch.position[1] == 0 or at_end
+            if engine.step % config.log_interval == 0 or at_evaluation:
+                report.training(engine.step, engine.pop_metrics())
+            if at_evaluation:
+                position, results = batch.position, evaluate(engine, test_set)
+                report.evaluation(engine.step, results)
+                if config.checkpoint_every_eval or at_end:
+                    checkpoint = save(run_dir, engine, position, identity, results)
+                report.resume_clock()
 
-        if engine.step % config.log_interval == 0 or at_evaluation:
-            metrics = {f"train/{name}": value for name, value in engine.pop_metrics().items()}
-            seconds = (time.perf_counter() - last_time) / (engine.step - last_step)
-            metrics["train/seconds_per_step"] = seconds
-            metrics["train/samples_per_second"] = config.global_batch_size / seconds
-            last_step, last_time = engine.step, time.perf_counter()
-            log(metrics)
-            if progress is not None:
-                progress.update(engine.step, metrics)
-
-        if at_evaluation:
-            results = evaluate(engine, test_set)
-            log({f"eval/{s}/{name}": value for s, m in results.items() for name, value in m.items()})
-            if progress is not None:
-                progress.write(eval_line(engine.step, results))
-            if config.checkpoint_every_eval or at_end:
-                checkpoint = save(run_dir, engine, position, identity, results)
-            last_time = time.perf_counter()
-
-    # The end.
-    if progress is not None:
-        progress.close()
-    for place in logs:
-        place.close()
-    if not results:
-        results = evaluate(engine, test_set)
-    if checkpoint is None:
+    # The end. The data may end a few steps before the estimate, at an evaluation.
+    results = results or evaluate(engine, test_set)
+    if checkpoint is None or checkpoint.name != f"step_{engine.step}":
         checkpoint = save(run_dir, engine, position, identity, results)
     say(summary(config, results, engine.step, checkpoint))
     distributed.stop()
@@ -165,8 +125,8 @@ def run_identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
 
 def find_start(
     config: Config, engine: "Engine", run_dir: Path, identity: dict[str, Any], say: Say
-) -> tuple[tuple[int, int], int | None]:
-    """Loads what the run starts from. Returns the data position and the resumed step, None for a new run."""
+) -> tuple[tuple[int, int], Path | None]:
+    """Loads what the run starts from. Returns its place in the data and the checkpoint resumed, if any."""
     from hrm.checkpoint import check_same_run, latest_checkpoint, load_checkpoint, load_weights
 
     source: Path | None = None
@@ -176,17 +136,17 @@ def find_start(
             say(note)
     elif config.resume != "none":
         source = Path(config.resume)
+    elif run_dir.exists() and engine.world.is_main:
+        say(f"the earlier run in {run_dir} is kept as {set_aside(run_dir)}")
 
     if source is not None:
         checkpoint = load_checkpoint(source)
         check_same_run(checkpoint.manifest, identity)
         engine.load_weights(checkpoint.weights)
         engine.load_training_state(checkpoint.training)
-        say(
-            f"resuming {checkpoint.path} at step {checkpoint.step}; to start anew give resume=none or a run_name"
-        )
+        say(f"resuming {checkpoint.path} at step {checkpoint.step}; resume=none or a run_name starts anew")
         iteration, index = checkpoint.training["position"]
-        return (iteration, index), checkpoint.step
+        return (iteration, index), checkpoint.path
 
     if config.checkpoint_path is not None:
         shapes = {name: tensor.shape for name, tensor in engine.weights().items()}
@@ -195,6 +155,19 @@ def find_start(
         for note in [f"starting from the weights of {config.checkpoint_path}", *notes]:
             say(note)
     return (0, 0), None
+
+
+def set_aside(run_dir: Path) -> Path:
+    """Moves a run's folder to the first free name beside it, so that a new run loses nothing of it."""
+    number = 1
+    while (kept := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
+        number += 1
+    try:
+        return run_dir.rename(kept)
+    except OSError as error:
+        raise UserError(
+            f"{run_dir}: cannot be moved aside ({error.strerror}); give another run_name"
+        ) from None
 
 
 def write_config(run_dir: Path, config: Config) -> None:
@@ -253,18 +226,11 @@ def describe(engine: "Engine", train_set: "PuzzleDataset", test_set: "PuzzleData
     )
 
 
-def eval_line(step: int, results: dict[str, dict[str, float]]) -> str:
-    """One line per evaluation for people."""
-    return "; ".join(
-        f"step {step}: {name} exact {m.get('exact_accuracy', 0):.1%}, tokens {m.get('accuracy', 0):.1%}, "
-        f"of {m['count']:.0f} test puzzles"
-        for name, m in results.items()
-    )
-
-
 def summary(config: Config, results: dict[str, dict[str, float]], step: int, checkpoint: Path) -> str:
     """The last lines: the result, where it lies, what to type next."""
-    lines = ["", eval_line(step, results)]
+    from hrm.trackers import evaluation_line
+
+    lines = ["", evaluation_line(step, results)]
     if config.data_path is None:
         lines.append("none of their solution grids was in training, augmentations included")
     other = "v1" if config.arch.use_gating else "gated"

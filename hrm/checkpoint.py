@@ -95,8 +95,8 @@ def save_checkpoint(
 
     weights: tensors of any device and layout; views of one flat buffer are copied apart. training: nested
     dicts, lists and tuples of tensors, numbers, strings and None; anything else is a TypeError that names its
-    place. run: what makes the run the one it is, for `check_same_run`. metrics: the results at this step, kept
-    in the manifest. An existing `step_<step>` is replaced. Returns the checkpoint's folder.
+    place. run: what makes the run the one it is, for `check_same_run`. metrics: the results at this step,
+    kept in the manifest. An existing `step_<step>` is replaced. Returns the checkpoint's folder.
     Raises CheckpointError when it cannot be written; the earlier checkpoints stay and no partial one is left.
     """
     if keep is not None and keep < 1:

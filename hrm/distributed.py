@@ -57,15 +57,20 @@ class World:
             dist.barrier()
 
 
-def start(device: str) -> tuple[World, torch.device]:
+def start(device: str, global_batch_size: int) -> tuple[World, torch.device]:
     """Joins the ranks that torchrun started, if it did, and picks this rank's device.
 
     device: cpu, cuda, cuda:N or mps. Under torchrun each rank takes the GPU of its LOCAL_RANK and they talk
-    by nccl, on a CPU by gloo. Raises UserError for a device that ranks cannot share.
+    by nccl, on a CPU by gloo. Raises UserError for a device or a batch that the ranks cannot share.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(), torch.device(device)
+    # Before the ranks meet: afterwards one that stops leaves the others waiting.
+    if global_batch_size % size:
+        raise UserError(
+            f"global_batch_size={global_batch_size} is not divisible by {size} ranks: give a multiple of {size}"
+        )
     if device not in ("cpu", "cuda"):
         raise UserError(f"device={device} under torchrun: ranks need device=cuda or device=cpu")
     if device == "cuda":

@@ -196,12 +196,13 @@ class Engine:
             names = list(sums)
             # On the host and in float64: the sums of a large set outgrow float32's integers.
             vector = torch.stack([value.to(torch.float32) for value in sums.values()]).cpu().double()
-            totals[set_name] = totals.get(set_name, 0) + vector
+            totals[set_name] = totals[set_name] + vector if set_name in totals else vector
+        results = {}
         for set_name, total in totals.items():
             reduced = self.world.all_reduce(total.to(torch.float32).to(self.device))
-            sums_of_set = dict(zip(names, reduced.tolist(), strict=True))
-            totals[set_name] = _means(sums_of_set, sums_of_set["count"])
-        return totals
+            set_sums = dict(zip(names, reduced.tolist(), strict=True))
+            results[set_name] = _means(set_sums, set_sums["count"])
+        return results
 
     # --------------------------------------------------------------------------------------------- state
 

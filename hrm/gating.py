@@ -10,7 +10,7 @@ from kernels import gate_mix
 class GatingNetwork(nn.Module):
     """Replaces the sum of a reasoning module's sources by a gated sum; see `kernels.gate_mix`.
 
-    gate_proj: Linear(3D, R), SiLU, Linear(3D, R) with R = gate_hidden_ratio * D, under the names of the gated
+    gate_proj: Linear(3D, R), SiLU, Linear(R, 3D) with R = gate_hidden_ratio * D, under the names of the gated
     fork's checkpoints. The last bias starts at gate_init_bias: -2.2 opens every gate by a tenth.
     """
 
@@ -18,19 +18,20 @@ class GatingNetwork(nn.Module):
         super().__init__()
         hidden = int(gate_hidden_ratio * hidden_size)
         self.gate_init_bias = gate_init_bias
-        self.gate_proj = nn.ModuleDict(
-            {
-                "0": Linear(3 * hidden_size, hidden, bias=True),
-                "2": Linear(hidden, 3 * hidden_size, bias=True),
-            }
+        # The kernel applies the activation between them; it stands here to give the layers their names.
+        self.gate_proj = nn.Sequential(
+            Linear(3 * hidden_size, hidden, bias=True), nn.SiLU(), Linear(hidden, 3 * hidden_size, bias=True)
         )
 
     def reset_parameters(self, generator: torch.Generator) -> None:
-        for layer in self.gate_proj.values():
-            layer.reset_parameters(generator)
-        nn.init.constant_(self.gate_proj["2"].bias, self.gate_init_bias)
+        """Truncated LeCun normal weights; zero biases, but for the last, which opens the gates."""
+        for layer in self.gate_proj:
+            if isinstance(layer, Linear):
+                layer.reset_parameters(generator)
+        *_, last_bias = self.gate_proj.parameters()
+        nn.init.constant_(last_bias, self.gate_init_bias)
 
     def forward(self, z: Tensor, o: Tensor, x: Tensor | None) -> Tensor:
         """z, o, x: (B, T, D) primary state, secondary state, input or None. Returns (B, T, D)."""
-        w1, b1, w2, b2 = (p.to(z.dtype) for layer in ("0", "2") for p in self.gate_proj[layer].parameters())
+        w1, b1, w2, b2 = (p.to(z.dtype) for p in self.gate_proj.parameters())
         return gate_mix(z, o, x, w1, b1, w2, b2)

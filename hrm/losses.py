@@ -27,9 +27,8 @@ def act_loss(loss_type: str, carry: Carry, outputs: Outputs) -> tuple[Tensor, di
     labels = carry.labels
     valid = labels != IGNORE_LABEL_ID
     valid_count = valid.sum(-1)
-    divisor = valid_count.clamp(min=1)
-
     token_losses = LOSSES[loss_type](logits, labels, IGNORE_LABEL_ID)
+    divisor = valid_count.clamp(min=1).to(token_losses.dtype)
     lm_loss = (token_losses.sum(-1) / divisor).sum()
 
     with torch.no_grad():

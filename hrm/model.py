@@ -117,6 +117,7 @@ class HRM(nn.Module):
         for gate in gates:
             gate.reset_parameters(generator)
         nn.init.zeros_(self.q_head.weight)
+        assert self.q_head.bias is not None
         nn.init.constant_(self.q_head.bias, -5.0)
 
     def embed(self, inputs: Tensor, puzzle_rows: Tensor | None) -> Tensor:
@@ -156,7 +157,7 @@ class HRM(nn.Module):
         return self.lm_head(z_H)[:, self.puzzle_emb_len :]
 
     def q_values(self, z_H: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (q_halt, q_continue), each (B,), from z_H's first position; float32 (float64 stays)."""
-        q = self.q_head(z_H[:, 0])
-        q = q if q.dtype == torch.float64 else q.float()
+        """Logits (q_halt, q_continue), each (B,), of z_H's first position, computed in float32 (float64)."""
+        first = z_H[:, 0]
+        q = self.q_head(first if first.dtype == torch.float64 else first.float())
         return q[:, 0], q[:, 1]

@@ -23,23 +23,24 @@ ARCHITECTURE_ALIASES = {"hrm_v1": "v1", "hrm_v1_gated": "gated", "hrm_v1_balance
 DEFAULT_ARCHITECTURE = "gated"
 
 # A run that shows the whole system learning on a CPU within minutes.
-QUICK: dict[str, Any] = {
+QUICK: dict[str, object] = {
     "sudoku.size": 4,
-    "sudoku.num_train": 256,
-    "sudoku.num_test": 128,
-    "sudoku.num_aug": 8,
+    "sudoku.num_train": 20_000,
+    "sudoku.num_test": 500,
+    "sudoku.num_aug": 0,
+    "sudoku.clues": 8,
     "arch.hidden_size": 64,
     "arch.num_heads": 4,
     "arch.H_layers": 2,
     "arch.L_layers": 2,
     "arch.halt_max_steps": 8,
-    "global_batch_size": 32,
-    "epochs": 60,
-    "eval_interval": 20,
-    "lr": 1e-3,
-    "lr_warmup_steps": 50,
+    "global_batch_size": 64,
+    "epochs": 12,
+    "eval_interval": 3,
+    "lr": 2e-3,
+    "lr_warmup_steps": 100,
+    "lr_min_ratio": 0.1,
     "puzzle_emb_lr": "${lr}",
-    "log_interval": 20,
 }
 
 # The published Sudoku-Extreme recipe for one GPU, for the built-in 9x9 data.

@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
+from hrm.config import Config
 from hrm.errors import UserError
 from hrm.storage import to_json
 
@@ -263,3 +265,72 @@ class Progress:
             left = elapsed * (self._total - self._step) / (self._step - self._initial)
             parts.append(f"{tqdm.format_interval(left)} left")
         return "  ".join(part for part in parts if part)
+
+
+def evaluation_line(step: int, results: Mapping[str, Mapping[str, float]]) -> str:
+    """An evaluation's results in one line. results: metrics by set, as `Engine.evaluate` returns them."""
+    return "; ".join(
+        f"step {step}: {name}: {m.get('exact_accuracy', 0):.1%} exact, {m.get('accuracy', 0):.1%} of cells "
+        f"right, on {m['count']:.0f} test puzzles"
+        for name, m in results.items()
+    )
+
+
+class Report:
+    """All the places a run's metrics go, as one; a context that closes them. Mute, it goes nowhere."""
+
+    def __init__(
+        self, config: Config, run_dir: Path, total_steps: int, resume_step: int | None, *, mute: bool = False
+    ) -> None:
+        """resume_step: None for a new run, else the step it goes on from."""
+        self.batch_size = config.global_batch_size
+        self.places: list[Tracker] = []
+        self.progress: Progress | None = None
+        self.step, self.time = resume_step or 0, time.perf_counter()
+        if mute:
+            return
+        self.places.append(MetricsLog(run_dir, resume_step))
+        self.places.append(
+            make_tracker(
+                config.tracker,
+                run_dir,
+                project=config.project_name,
+                run=config.run_name,
+                config=asdict(config),
+                resume_step=resume_step,
+            )
+        )
+        self.progress = Progress(total_steps, self.step)
+
+    def training(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The means since the last call, with the pace of the same steps; evaluation and saving left out."""
+        seconds = (time.perf_counter() - self.time) / (step - self.step)
+        pace = {"seconds_per_step": seconds, "samples_per_second": self.batch_size / seconds}
+        named = {f"train/{name}": value for name, value in {**metrics, **pace}.items()}
+        self._log(named, step)
+        if self.progress is not None:
+            self.progress.update(step, named)
+        self.step, self.time = step, time.perf_counter()
+
+    def evaluation(self, step: int, results: Mapping[str, Mapping[str, float]]) -> None:
+        """The test split's metrics by set."""
+        self._log({f"eval/{s}/{name}": value for s, m in results.items() for name, value in m.items()}, step)
+        if self.progress is not None:
+            self.progress.write(evaluation_line(step, results))
+
+    def resume_clock(self) -> None:
+        """Leaves out of the pace what has passed since the last `training`."""
+        self.time = time.perf_counter()
+
+    def _log(self, metrics: Mapping[str, float], step: int) -> None:
+        for place in self.places:
+            place.log(metrics, step)
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for place in self.places:
+            place.close()
+        if self.progress is not None:
+            self.progress.close()

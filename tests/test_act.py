@@ -1,4 +1,4 @@
-"""The carry: replacement, halting, exploration. Values of whole steps are compared in test_straight_line.py."""
+"""The carry: replacement, halting, exploration. Whole steps are compared in test_straight_line.py."""
 
 import numpy as np
 import pytest

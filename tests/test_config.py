@@ -115,7 +115,7 @@ def test_plain_dataclasses_are_usable_by_themselves():
     config = Config(arch=ArchConfig(use_gating=True))
     assert (config.project_name, config.run_name) == ("sudoku-9x9", "gated")
     validate(config)
-    config.arch.hidden_size = 512.0  # type: ignore[assignment]
+    config.arch.hidden_size = 512.0
     with pytest.raises(ConfigError, match=r"^arch.hidden_size=512.0 is not allowed: give a whole number"):
         validate(config)
 

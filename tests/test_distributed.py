@@ -24,18 +24,18 @@ def test_one_rank_needs_no_process_group():
     x = torch.tensor([[1.0], [2.0]])
     assert world.is_main and world.all_gather(x) is x and world.all_reduce(x) is x
     assert world.rows(8) == slice(0, 8) and World(2, 4).rows(8) == slice(4, 6)
-    assert distributed.start("cpu") == (World(), torch.device("cpu"))
+    assert distributed.start("cpu", 8) == (World(), torch.device("cpu"))
 
 
 def test_ranks_cannot_share_one_named_device(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"device=cuda:1 under torchrun: ranks need device=cuda"):
-        distributed.start("cuda:1")
+        distributed.start("cuda:1", 8)
 
 
 @pytest.mark.parametrize("ranks", [2])
 def test_ranks_train_what_one_rank_trains(tiny_sudoku, tmp_path, ranks):
-    """Same losses and weights to rounding: sums over ranks are taken in another order. Saved by 2, resumed by 1."""
+    """The same losses and weights to rounding (sums in another order). Saved by 2, resumed by 1."""
     argv = words(tiny_sudoku, tmp_path, "max_steps=24", "log_interval=1")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with socket.socket() as probe:

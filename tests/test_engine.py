@@ -1,4 +1,4 @@
-"""The engine: its state, its metrics, its evaluation, its modes. One step's mathematics is tested elsewhere."""
+"""The engine: its state, metrics, evaluation and modes. One step is compared in test_straight_line.py."""
 
 import copy
 import math

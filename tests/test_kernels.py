@@ -135,7 +135,7 @@ def test_swiglu_and_the_gradient_of_its_docstring():
 
 
 def gate_inputs(D: int, R: int) -> dict[str, Tensor]:
-    shapes = {"z": (2, 3, D), "o": (2, 3, D), "x": (2, 3, D)}
+    shapes: dict[str, tuple[int, ...]] = {"z": (2, 3, D), "o": (2, 3, D), "x": (2, 3, D)}
     shapes |= {"w1": (R, 3 * D), "b1": (R,), "w2": (3 * D, R), "b2": (3 * D,)}
     return {name: randn(*shape, seed=i).requires_grad_() for i, (name, shape) in enumerate(shapes.items())}
 

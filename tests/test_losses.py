@@ -32,8 +32,8 @@ def example() -> tuple[Carry, Outputs]:
         labels,
         torch.zeros(4, dtype=torch.int32),
     )
-    q = [torch.tensor(v, dtype=torch.float64) for v in ([0.0, 2.0, -1.0, 1.0], [0.5, -0.5, 0.0, 3.0])]
-    return carry, Outputs(logits, *q, torch.tensor([0.2, 0.9, 0.5, 1.0], dtype=torch.float64))
+    q = torch.tensor([[0.0, 2.0, -1.0, 1.0], [0.5, -0.5, 0.0, 3.0]], dtype=torch.float64)
+    return carry, Outputs(logits, q[0], q[1], torch.tensor([0.2, 0.9, 0.5, 1.0], dtype=torch.float64))
 
 
 def bce(x: float, target: float) -> float:

@@ -81,7 +81,7 @@ def test_closed_gates_silence_and_open_gates_sum_the_sources():
     z, o, x = states(model)
     with torch.no_grad():
         for bias, expected in ((-700.0, torch.zeros_like(z)), (700.0, z + o + x)):
-            model.L_level.gating_network.gate_proj["2"].bias.fill_(bias)
+            model.L_level.gating_network.gate_proj[2].bias.fill_(bias)
             torch.testing.assert_close(model.L_level.combine(z, o, x), expected, rtol=1e-12, atol=1e-12)
 
 

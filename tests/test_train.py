@@ -99,7 +99,7 @@ def test_a_finished_run_reports_again_instead_of_training(tiny_sudoku, tmp_path,
     run = tmp_path / tiny_sudoku.name / "r"
     before = (run / "metrics.jsonl").read_bytes()
     status, out, _ = run_main(*argv, capsys=capsys)
-    assert status == 0 and "resuming" in out and "at step 12" in out and "of 20 test puzzles" in out
+    assert status == 0 and "resuming" in out and "at step 12" in out and "on 20 test puzzles" in out
     assert (run / "metrics.jsonl").read_bytes() == before
     # More steps go on from there.
     assert run_main(*argv[:-1], "max_steps=15", capsys=capsys)[0] == 0
@@ -111,7 +111,8 @@ def test_killed_runs_resume_bit_for_bit(tiny_sudoku, tmp_path, capsys):
     assert run_main(*words(tiny_sudoku, tmp_path, "run_name=whole", "epochs=40"), capsys=capsys)[0] == 0
     run = tmp_path / tiny_sudoku.name / "killed"
     command = [sys.executable, "train.py", *words(tiny_sudoku, tmp_path, "run_name=killed", "epochs=40")]
-    rng, killed_at = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    killed_at: list[int] = []
     while len(killed_at) < 3:
         seen = latest_checkpoint(run)[0] if run.is_dir() else None
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -122,7 +123,7 @@ def test_killed_runs_resume_bit_for_bit(tiny_sudoku, tmp_path, capsys):
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         killed_at.append(load_checkpoint(run).step)
-    assert killed_at == sorted(killed_at) and 12 <= killed_at[0] and killed_at[-1] < 240
+    assert killed_at == sorted(killed_at) and killed_at[0] >= 12 and killed_at[-1] < 240
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert f"at step {killed_at[-1]}" in finished.stdout
     assert_same_run(tmp_path / tiny_sudoku.name / "whole", run)
@@ -146,7 +147,7 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_last_good_checkpoint(tiny_
     first = subprocess.run([sys.executable, "train.py", *argv, "max_steps=12"], cwd=ROOT, check=False)
     assert first.returncode == 0
     size = (run / "step_12" / "training.pt").stat().st_size
-    # A limit on the size of files stands in for the end of the disk: the write fails half-way in the same way.
+    # A limit on the size of files stands in for the end of the disk: the write fails half-way as well.
     limited = f"import resource, sys, train; resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2},) * 2)"
     code = f"{limited}; sys.exit(train.main(sys.argv[1:]))"
     second = subprocess.run(
