@@ -18,6 +18,7 @@ setup(
         "numpy>=1.26",
         "numba>=0.60",
         "omegaconf>=2.3",
+        "PyYAML>=6",
         "safetensors>=0.4.3",
         "tqdm>=4.60",
     ],
@@ -35,7 +36,6 @@ setup(
             "ruff>=0.6",
             "tensorboard>=2.14",
             "types-tqdm",
-            "types-PyYAML",
         ],
     },
 )

@@ -18,7 +18,13 @@ from bench.implementations import Step, metadata, official_step, ours, peak_memo
 from hrm.config import Config, parse_args
 from tests import official
 
-SMALL = ["arch.hidden_size=128", "arch.H_layers=2", "arch.L_layers=2", "global_batch_size=32"]
+SMALL = [
+    "arch.hidden_size=128",
+    "arch.num_heads=2",
+    "arch.H_layers=2",
+    "arch.L_layers=2",
+    "global_batch_size=32",
+]
 # Model name: architecture, words of its configuration, cells, vocabulary.
 MODELS = {
     "v1, D=128, 2+2 layers, B=32, S=81": ("v1", ["preset=full", *SMALL], 81, 11),

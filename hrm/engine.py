@@ -94,8 +94,9 @@ class Engine:
     # ------------------------------------------------------------------------------------------ training
 
     def _training_forward(
-        self, carry: Carry, puzzle_rows: Tensor | None, min_halt_steps: Tensor
+        self, carry: Carry, fresh: Sequences, puzzle_rows: Tensor | None, min_halt_steps: Tensor
     ) -> tuple[Carry, Tensor, dict[str, Tensor]]:
+        carry = replace_halted(self.model, carry, fresh)
         carry, outputs = act_step(self.model, carry, puzzle_rows, min_halt_steps)
         loss, sums = act_loss(self.config.loss.loss_type, carry, outputs)
         return carry, loss / self.config.global_batch_size, sums
@@ -107,12 +108,16 @@ class Engine:
         self._lr.fill_(self.learning_rate(config.lr))
         min_halt_steps = draw_min_halt_steps(config.arch, config.seed, self.step, config.global_batch_size)
 
-        carry = replace_halted(model, self.carry, self._to_device(batch))
+        fresh = self._to_device(batch)
         puzzle_rows = None
         if model.puzzle_emb is not None:
-            puzzle_rows = model.puzzle_emb(carry.puzzle_identifiers).requires_grad_()
+            # A leaf outside the forward: its gradient is that of these rows, the table's is never made.
+            identifiers = torch.where(
+                self.carry.halted, fresh.puzzle_identifiers, self.carry.puzzle_identifiers
+            )
+            puzzle_rows = model.puzzle_emb(identifiers).requires_grad_()
         local = torch.from_numpy(min_halt_steps[self.world.rows(config.global_batch_size)]).to(self.device)
-        self.carry, loss, sums = self._train_forward(carry, puzzle_rows, local)
+        self.carry, loss, sums = self._train_forward(self.carry, fresh, puzzle_rows, local)
 
         self.parameters.grad.zero_()
         loss.backward()
@@ -123,7 +128,7 @@ class Engine:
             self._puzzle_emb_lr.fill_(self.learning_rate(config.puzzle_emb_lr))
             sign_sgd(
                 model.puzzle_emb.weights,
-                self.world.all_gather(carry.puzzle_identifiers),
+                self.world.all_gather(self.carry.puzzle_identifiers),
                 self.world.all_gather(puzzle_rows.grad),
                 self._puzzle_emb_lr,
                 config.puzzle_emb_weight_decay,

@@ -35,11 +35,12 @@ QUICK: dict[str, object] = {
     "arch.L_layers": 2,
     "arch.halt_max_steps": 8,
     "global_batch_size": 64,
-    "epochs": 12,
-    "eval_interval": 3,
-    "lr": 2e-3,
+    "epochs": 10,
+    "eval_interval": 2,
+    "lr": 1e-3,
     "lr_warmup_steps": 100,
     "lr_min_ratio": 0.1,
+    "weight_decay": 1.0,
     "puzzle_emb_lr": "${lr}",
 }
 

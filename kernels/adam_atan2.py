@@ -33,13 +33,15 @@ def adam_atan2_reference(
 ) -> None:
     """The update in plain PyTorch, in place; see `adam_atan2`."""
     exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.lerp_(grad * grad, 1 - beta2)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     # 1 - beta^t by expm1, which keeps its digits where beta^t is close to 1.
     t = step.to(param.dtype)
     correction1 = -torch.expm1(t * _log(beta1))
     correction2 = torch.sqrt(-torch.expm1(t * _log(beta2)))
-    param.mul_(1 - lr * weight_decay)
-    param.sub_(lr / correction1 * torch.atan2(exp_avg, exp_avg_sq.sqrt() / correction2))
+    # One buffer for all that follows: on a CPU, fresh memory costs more than the arithmetic.
+    angle = exp_avg_sq.sqrt().div_(correction2)
+    torch.atan2(exp_avg, angle, out=angle)
+    param.mul_(1 - lr * weight_decay).sub_(angle.mul_(lr / correction1))
 
 
 def adam_atan2(

@@ -1,0 +1,66 @@
+"""Trains one configuration with several seeds and keeps the results as JSON: the spread behind an accuracy.
+
+    python bench/seeds.py bench/results/quick_cpu.json 0 1 2 -- preset=quick
+
+Each seed is a run of train.py in a process and a folder of its own, from a cold start: its seconds include
+imports, compilation, evaluation and saving, but not the installation.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(seed: int, words: list[str]) -> dict[str, Any]:
+    """One run: its last evaluation, its seconds from start to end, its steps and parameters."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "train.py", *words, f"seed={seed}", f"output_dir={folder}"]
+        cold = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "HRM_CACHE": f"{folder}/cache"}
+        start = time.perf_counter()
+        subprocess.run(command, cwd=ROOT, env=cold, check=True)
+        seconds = time.perf_counter() - start
+        (log,) = Path(folder).glob("*/*/metrics.jsonl")
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+    last = [line for line in lines if "eval/all/exact_accuracy" in line][-1]
+    return {
+        "seed": seed,
+        "seconds": round(seconds, 1),
+        "steps": last["step"],
+        **{
+            name.removeprefix("eval/all/"): value
+            for name, value in last.items()
+            if name.startswith("eval/all/")
+        },
+    }
+
+
+def main(argv: list[str]) -> None:
+    """argv: the output file, the seeds, `--`, the words for train.py."""
+    split = argv.index("--")
+    output, seeds, words = Path(argv[0]), [int(seed) for seed in argv[1:split]], argv[split + 1 :]
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    results = {
+        "command": " ".join(["python train.py", *words]),
+        "commit": commit.stdout.strip(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "runs": [run(seed, words) for seed in seeds],
+    }
+    output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
