@@ -24,7 +24,7 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn>=2.6; platform_system == 'Linux'"],
-        "wandb": ["wandb>=0.17"],
+        "wandb": ["wandb>=0.31"],
         "tensorboard": ["tensorboard>=2.14"],
         "plots": ["matplotlib>=3.8"],
         "hub": ["huggingface_hub>=0.23"],

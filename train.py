@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,19 +39,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: Config) -> None:
     """One run, from its data to its last checkpoint. Raises UserError for what the user can mend."""
     from hrm import distributed
-    from hrm.data.dataset import PuzzleDataset, fingerprint, steps_in, train_batches
+    from hrm.data.dataset import PuzzleDataset, check_same_task, fingerprint, steps_in, train_batches
     from hrm.engine import Engine
     from hrm.trackers import Report
 
     world, device = distributed.start(resolve_device(config.device), config.global_batch_size)
     run_dir = Path(config.output_dir) / config.project_name / config.run_name
-    say: Say = print if world.is_main else lambda _: None
+    say: Say = partial(print, flush=True) if world.is_main else lambda _: None
     for note in config.notes:
         say(note)
 
     # Data.
     folder = data_folder(config)
     train_set, test_set = PuzzleDataset(folder, "train"), PuzzleDataset(folder, "test")
+    check_same_task(train_set, test_set)
     identity = run_identity(config, fingerprint(train_set))
     total_steps = steps_in(train_set, config.epochs, config.global_batch_size)
     if config.max_steps is not None:
@@ -141,6 +143,9 @@ def find_start(
 
     if source is not None:
         checkpoint = load_checkpoint(source)
+        if config.checkpoint_path is None:
+            # Where the run once started from need not be said again, and stays on record.
+            identity["checkpoint_path"] = checkpoint.manifest["run"].get("checkpoint_path")
         check_same_run(checkpoint.manifest, identity)
         engine.load_weights(checkpoint.weights)
         engine.load_training_state(checkpoint.training)

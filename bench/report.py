@@ -19,7 +19,7 @@ def quick_rows() -> list[tuple[str, str, str]]:
     """Accuracy and time of the quick preset over its seeds."""
     file = RESULTS / "quick_cpu.json"
     results = json.loads(file.read_text())
-    exact = [100 * run["exact_accuracy"] for run in results["runs"]]
+    exact = [100 * run["eval/all/exact_accuracy"] for run in results["runs"]]
     seconds = [run["seconds"] for run in results["runs"]]
     each = ", ".join(f"{value:.1f}" for value in exact)
     return [

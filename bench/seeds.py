@@ -31,17 +31,9 @@ def run(seed: int, words: list[str]) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         (log,) = Path(folder).glob("*/*/metrics.jsonl")
         lines = [json.loads(line) for line in log.read_text().splitlines()]
-    last = [line for line in lines if "eval/all/exact_accuracy" in line][-1]
-    return {
-        "seed": seed,
-        "seconds": round(seconds, 1),
-        "steps": last["step"],
-        **{
-            name.removeprefix("eval/all/"): value
-            for name, value in last.items()
-            if name.startswith("eval/all/")
-        },
-    }
+    last = next(line for line in reversed(lines) if "eval/all/exact_accuracy" in line)
+    results = {name: value for name, value in last.items() if name.startswith("eval/")}
+    return {"seed": seed, "seconds": round(seconds, 1), "step": last["step"], **results}
 
 
 def main(argv: list[str]) -> None:

@@ -28,7 +28,7 @@ QUICK: dict[str, object] = {
     "sudoku.num_train": 20_000,
     "sudoku.num_test": 500,
     "sudoku.num_aug": 0,
-    "sudoku.clues": 8,
+    "sudoku.clues": 9,
     "arch.hidden_size": 64,
     "arch.num_heads": 4,
     "arch.H_layers": 2,

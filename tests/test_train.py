@@ -181,6 +181,8 @@ def test_bad_data_is_answered_by_one_line(copy_of, tmp_path, capsys):
 
     refused("nowhere/train", "python -m hrm.data sudoku", data=tmp_path / "nowhere")
     original = json.loads((copy_of / "train" / "dataset.json").read_text())
+    edit_metadata(copy_of, num_puzzle_identifiers=2)
+    refused("test/dataset.json: num_puzzle_identifiers is 1, but 2 in train")
     edit_metadata(copy_of, seq_len=25)
     refused("inputs.npy", "25")
     edit_metadata(copy_of, **{**original, "vocab_size": 4})
@@ -221,6 +223,24 @@ def test_other_bad_input_is_answered_by_one_line(tiny_sudoku, tmp_path, capsys):
     refused("run_name=c", f"checkpoint_path={b}", parts=(str(b), "another architecture", "64", "32"))
     refused("run_name=c", f"resume={b}", parts=("arch.hidden_size was 64 and is now 32",))
     refused("run_name=c", "resume=/nowhere", parts=("/nowhere",))
+    a = tmp_path / tiny_sudoku.name / "a"
+    from_a = words(tiny_sudoku, tmp_path, "run_name=d", "max_steps=2", f"checkpoint_path={a}")
+    assert train.main(from_a) == 0
+    refused("run_name=d", f"checkpoint_path={b}", parts=(f"checkpoint_path was '{a}' and is now '{b}'",))
+    # The run itself goes on without being told again where it came from.
+    assert train.main(words(tiny_sudoku, tmp_path, "run_name=d", "max_steps=3")) == 0
+    assert load_checkpoint(tmp_path / tiny_sudoku.name / "d").manifest["run"]["checkpoint_path"] == str(a)
+
+
+def test_starting_anew_keeps_the_earlier_run(tiny_sudoku, tmp_path, capsys):
+    argv = words(tiny_sudoku, tmp_path, "run_name=r", "max_steps=2")
+    assert train.main(argv) == 0
+    run = tmp_path / tiny_sudoku.name / "r"
+    for number in (1, 2):
+        status, out, _ = run_main(*argv, "resume=none", f"seed={number}", capsys=capsys)
+        assert status == 0 and f"kept as {run}.{number}" in out
+    seeds = [load_checkpoint(Path(f"{run}{end}")).manifest["run"]["seed"] for end in (".1", ".2", "")]
+    assert seeds == [0, 1, 2]
 
 
 def test_a_batch_that_the_ranks_do_not_divide_is_refused(tiny_sudoku, tmp_path):

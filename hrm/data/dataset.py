@@ -45,6 +45,17 @@ class PuzzleDataset:
         check_totals(self.folder / "dataset.json", self.metadata, self.sets)
 
 
+def check_same_task(train: PuzzleDataset, test: PuzzleDataset) -> None:
+    """Raise DatasetError unless one model fits both splits: same cells, vocabulary and puzzle identifiers."""
+    for key in ("seq_len", "vocab_size", "num_puzzle_identifiers"):
+        here, there = getattr(train.metadata, key), getattr(test.metadata, key)
+        if here != there:
+            raise DatasetError(
+                f"{test.folder / 'dataset.json'}: {key} is {there}, but {here} in {train.folder.name}; build "
+                "both splits together"
+            )
+
+
 def fingerprint(dataset: PuzzleDataset) -> str:
     """SHA-256 (hex) over the bytes of a split's dataset.json and of all its arrays, in a fixed order."""
     digest = hashlib.sha256()
