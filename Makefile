@@ -1,4 +1,5 @@
 # Two commands: `make train` and `make test`. Each sets itself up in $(VENV) from the pinned constraints.
+# `make lint` and `make bench` are for developers.
 # More words for the trainer: make train ARGS="--arch v1 max_steps=100"
 
 PYTHON ?= python3

@@ -6,6 +6,7 @@ Reads top to bottom: configuration, data, model, where to start from, the loop, 
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted: resume=auto goes on from the last checkpoint, if one was saved", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
 
@@ -41,6 +42,7 @@ def train(config: Config) -> None:
     from hrm import distributed
     from hrm.data.dataset import PuzzleDataset, check_same_task, fingerprint, steps_in, train_batches
     from hrm.engine import Engine
+    from hrm.storage import run_lock
     from hrm.trackers import Report
 
     world, device = distributed.start(resolve_device(config.device), config.global_batch_size)
@@ -60,7 +62,7 @@ def train(config: Config) -> None:
 
     # Model, optimisers and carry; then this run's last checkpoint, another run's weights, or nothing.
     engine = Engine(config, train_set.metadata, total_steps=total_steps, device=device, world=world)
-    position, checkpoint = find_start(config, engine, run_dir, identity, say)
+    position, checkpoint, identity = find_start(config, engine, run_dir, identity, say)
     batches = train_batches(
         train_set,
         seed=config.seed,
@@ -72,13 +74,24 @@ def train(config: Config) -> None:
         start=position,
     )
     say(describe(engine, train_set, test_set))
-    if world.is_main:
-        write_config(run_dir, config)
 
-    # The loop.
-    results: dict[str, dict[str, float]] = {}
-    resume_step = None if checkpoint is None else engine.step
-    with Report(config, run_dir, total_steps, resume_step, mute=not world.is_main) as report:
+    # The run's folder: this process's alone, and no earlier run in it but the one that goes on.
+    with ExitStack() as stack:
+        if world.is_main:
+            stack.enter_context(run_lock(run_dir))
+        world.barrier()
+        goes_on = checkpoint is not None and checkpoint.parent.resolve() == run_dir.resolve()
+        if world.is_main:
+            if not goes_on and (run_dir / "config.yaml").exists() and config.resume != "auto":
+                say(f"the earlier run in {run_dir} is kept as {set_aside(run_dir)}")
+            write_config(run_dir, config)
+
+        # The loop.
+        results: dict[str, dict[str, float]] = {}
+        resume_step = None if checkpoint is None else engine.step
+        report = stack.enter_context(
+            Report(config, run_dir, total_steps, resume_step, mute=not world.is_main)
+        )
         for batch in batches:
             if engine.step >= total_steps:
                 break
@@ -94,10 +107,10 @@ def train(config: Config) -> None:
                     checkpoint = save(run_dir, engine, position, identity, results)
                 report.resume_clock()
 
-    # The end. The data may end a few steps before the estimate, at an evaluation.
-    results = results or evaluate(engine, test_set)
-    if checkpoint is None or checkpoint.name != f"step_{engine.step}":
-        checkpoint = save(run_dir, engine, position, identity, results)
+        # The end. The data may end a few steps before the estimate, at an evaluation.
+        results = results or evaluate(engine, test_set)
+        if checkpoint is None or checkpoint.name != f"step_{engine.step}":
+            checkpoint = save(run_dir, engine, position, identity, results)
     say(summary(config, results, engine.step, checkpoint))
     distributed.stop()
 
@@ -115,10 +128,12 @@ def run_identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
     """What a checkpoint must share with the run that resumes it; anything else may change on the way."""
     names = ("seed", "global_batch_size", "eval_interval")
     same = {name: getattr(config, name) for name in names}
-    if config.eval_interval is None:
+    # A last interval that is shorter than the others has an order of its own.
+    if config.eval_interval is None or config.epochs % config.eval_interval:
         same["epochs"] = config.epochs
     return {
         "arch": asdict(config.arch),
+        "loss": asdict(config.loss),
         "data_fingerprint": data_fingerprint,
         "checkpoint_path": config.checkpoint_path,
         **same,
@@ -127,31 +142,37 @@ def run_identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
 
 def find_start(
     config: Config, engine: "Engine", run_dir: Path, identity: dict[str, Any], say: Say
-) -> tuple[tuple[int, int], Path | None]:
-    """Loads what the run starts from. Returns its place in the data and the checkpoint resumed, if any."""
+) -> tuple[tuple[int, int], Path | None, dict[str, Any]]:
+    """Loads what the run starts from. Returns its place in the data, the checkpoint resumed, its identity."""
     from hrm.checkpoint import check_same_run, latest_checkpoint, load_checkpoint, load_weights
 
     source: Path | None = None
     if config.resume == "auto":
-        source, notes = latest_checkpoint(run_dir)
+        try:
+            source, notes = latest_checkpoint(run_dir)
+        except OSError as error:
+            raise unusable(run_dir, error) from None
+        if source is None and notes:
+            raise UserError(f"{notes[0]}; resume=none starts anew and keeps what is there")
         for note in notes:
             say(note)
     elif config.resume != "none":
         source = Path(config.resume)
-    elif run_dir.exists() and engine.world.is_main:
-        say(f"the earlier run in {run_dir} is kept as {set_aside(run_dir)}")
 
     if source is not None:
         checkpoint = load_checkpoint(source)
+        for note in checkpoint.notes:
+            say(note)
         if config.checkpoint_path is None:
             # Where the run once started from need not be said again, and stays on record.
-            identity["checkpoint_path"] = checkpoint.manifest["run"].get("checkpoint_path")
+            origin = checkpoint.manifest["run"].get("checkpoint_path")
+            identity = {**identity, "checkpoint_path": origin}
         check_same_run(checkpoint.manifest, identity)
         engine.load_weights(checkpoint.weights)
         engine.load_training_state(checkpoint.training)
         say(f"resuming {checkpoint.path} at step {checkpoint.step}; resume=none or a run_name starts anew")
         iteration, index = checkpoint.training["position"]
-        return (iteration, index), checkpoint.path
+        return (iteration, index), checkpoint.path, identity
 
     if config.checkpoint_path is not None:
         shapes = {name: tensor.shape for name, tensor in engine.weights().items()}
@@ -159,7 +180,12 @@ def find_start(
         engine.load_weights(weights)
         for note in [f"starting from the weights of {config.checkpoint_path}", *notes]:
             say(note)
-    return (0, 0), None
+    return (0, 0), None, identity
+
+
+def unusable(run_dir: Path, error: OSError) -> UserError:
+    """What to say of a folder that cannot be read or written."""
+    return UserError(f"output folder {run_dir}: {error.strerror}; give another output_dir=PATH")
 
 
 def set_aside(run_dir: Path) -> Path:
@@ -181,7 +207,7 @@ def write_config(run_dir: Path, config: Config) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"output folder {run_dir}: {error.strerror}; give another output_dir=PATH") from None
+        raise unusable(run_dir, error) from None
 
 
 def save(
@@ -197,7 +223,13 @@ def save(
     training = {**engine.training_state(), "position": list(position)}
     if engine.world.is_main:
         save_checkpoint(
-            run_dir, engine.step, weights=engine.weights(), training=training, run=identity, metrics=results
+            run_dir,
+            engine.step,
+            weights=engine.weights(),
+            training=training,
+            run=identity,
+            metrics=results,
+            keep=engine.config.keep_checkpoints,
         )
     engine.world.barrier()
     return run_dir / f"step_{engine.step}"
@@ -225,7 +257,8 @@ def describe(engine: "Engine", train_set: "PuzzleDataset", test_set: "PuzzleData
     examples = [sum(len(part.inputs) for part in split.sets.values()) for split in (train_set, test_set)]
     return (
         f"{'gated HRM' if config.arch.use_gating else 'HRM v1'}, {parameters:,} parameters, "
-        f"{engine.device}{ranks}, {str(engine.model.dtype).removeprefix('torch.')}, mode {engine.mode}; "
+        f"{engine.device}{ranks}, {str(engine.model.dtype).removeprefix('torch.')}, mode {engine.mode}"
+        f"{engine.mode_note}; "
         f"{train_set.folder.parent}: {examples[0]:,} training and {examples[1]:,} test examples; "
         f"{engine.total_steps:,} steps of {config.global_batch_size}"
     )
@@ -238,14 +271,18 @@ def summary(config: Config, results: dict[str, dict[str, float]], step: int, che
     lines = ["", evaluation_line(step, results)]
     if config.data_path is None:
         lines.append("none of their solution grids was in training, augmentations included")
-    other = "v1" if config.arch.use_gating else "gated"
+    python = Path(sys.executable)
+    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else Path("python")
+    again = f"  {python} train.py --config {checkpoint.parent / 'config.yaml'}"
+    gates, name = ("false", "ungated") if config.arch.use_gating else ("true", "gated")
     lines += [
         f"checkpoint: {checkpoint}",
         f"metrics:    {checkpoint.parent / 'metrics.jsonl'}",
         "next:",
-        f"  python train.py --arch {other}   the same run {'without' if other == 'v1' else 'with'} gates",
-        f"  python train.py checkpoint_path={checkpoint} run_name=again   start from these weights",
-        "  python train.py --help   every option; preset=full is the full-size model",
+        f"{again} epochs={2 * config.epochs}   train on, twice as long in all",
+        f"{again} arch.use_gating={gates} run_name={config.run_name}-{name}   compare {name}",
+        f"{again} checkpoint_path={checkpoint} run_name={config.run_name}-next   start from its weights",
+        f"  {python} train.py --help   every option; preset=full is the full-size model",
     ]
     return "\n".join(lines)
 

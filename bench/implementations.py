@@ -5,6 +5,7 @@ one call to the next as a training run does: halting, replacement, both optimise
 """
 
 import json
+import platform
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from dataclasses import asdict
 from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,8 +75,9 @@ def plain(config: Config, data: Metadata) -> Iterator[Step]:
     weights = {name: tensor.clone() for name, tensor in start.items()}
     weights.setdefault("puzzle_emb.weights", torch.zeros(1, 0))
     recipe = SimpleNamespace(**asdict(config), total_steps=TOTAL_STEPS, loss_type=config.loss.loss_type)
-    batches, state, count = random_batches(config, data), {}, 0
-    carry = None
+    batches, count = random_batches(config, data), 0
+    state: dict[str, Any] = {}
+    carry: Any = None
 
     def step() -> float:
         nonlocal carry, count
@@ -101,7 +104,7 @@ def official_step(config: Config, data: Metadata, *, compiled: bool) -> Iterator
     """
     weights = Engine(config, data, total_steps=TOTAL_STEPS).weights()
     with official.official_code() as code:
-        head = official.official_model(
+        head: Any = official.official_model(
             code,
             config.arch,
             weights,
@@ -111,9 +114,10 @@ def official_step(config: Config, data: Metadata, *, compiled: bool) -> Iterator
             loss_type=config.loss.loss_type,
             halt_exploration_prob=config.arch.halt_exploration_prob,
         )
-        model = torch.compile(head, dynamic=False) if compiled else head
-        batches, state, count = random_batches(config, data), {}, 0
-        carry = None
+        model: Any = torch.compile(head, dynamic=False) if compiled else head
+        batches, count = random_batches(config, data), 0
+        state: dict[str, Any] = {}
+        carry: Any = None
 
         def step() -> float:
             nonlocal carry, count
@@ -164,3 +168,12 @@ def peak_memory(step: Step) -> int:
     changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
     live = np.cumsum([size for _, size in sorted(changes)])
     return int(live.max())
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

@@ -1,6 +1,6 @@
 """The README's table of measured numbers, made from bench/results/ and from nothing else.
 
-`python bench/report.py` prints it, `python bench/report.py --write` puts it into the README.
+`python -m bench.report` prints it, `python -m bench.report --write` puts it into the README.
 """
 
 import json
@@ -36,13 +36,24 @@ def quick_rows() -> list[tuple[str, str, str]]:
     ]
 
 
-def step_rows() -> list[tuple[str, str, str]]:
-    """Training steps side by side: every implementation's median, and ours compiled against it."""
-    file = RESULTS / "step_cpu.json"
+def benchmark_rows() -> list[tuple[str, str, str]]:
+    """The benchmark suite's rows: training steps side by side as medians and ratios to ours compiled."""
+    file = RESULTS / "cpu.json"
     groups: dict[str, dict[str, Any]] = {}
-    for row in json.loads(file.read_text())["benchmarks"]:
+    benchmarks = json.loads(file.read_text())["benchmarks"]
+    for row in benchmarks:
+        if row["group"] == "building a data set":
+            continue
         groups.setdefault(row["extra_info"]["model"], {})[row["extra_info"]["implementation"]] = row
-    rows = []
+    rows = [
+        (
+            "`python -m hrm.data sudoku`: 1,000 generated 9x9 puzzles with 1,000 augmentations each",
+            f"{row['stats']['median']:.1f} s; {row['extra_info']['peak_memory_mib']} MiB",
+            file.name,
+        )
+        for row in benchmarks
+        if row["group"] == "building a data set"
+    ]
     for model, implementations in groups.items():
         best = implementations["ours, compile"]["stats"]["median"]
         for implementation, row in implementations.items():
@@ -56,7 +67,7 @@ def step_rows() -> list[tuple[str, str, str]]:
 def table() -> str:
     """The Markdown table."""
     lines = ["| what | measured | file |", "|---|---|---|"]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in [*quick_rows(), *step_rows()]])
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in [*quick_rows(), *benchmark_rows()]])
 
 
 def readme_with(text: str, measured: str) -> str:

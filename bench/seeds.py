@@ -1,6 +1,6 @@
 """Trains one configuration with several seeds and keeps the results as JSON: the spread behind an accuracy.
 
-    python bench/seeds.py bench/results/quick_cpu.json 0 1 2 -- preset=quick
+    python -m bench.seeds bench/results/quick_cpu.json 0 1 2 -- preset=quick
 
 Each seed is a run of train.py in a process and a folder of its own, from a cold start: its seconds include
 imports, compilation, evaluation and saving, but not the installation.
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from bench.implementations import processor
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,6 +48,7 @@ def main(argv: list[str]) -> None:
     results = {
         "command": " ".join(["python train.py", *words]),
         "commit": commit.stdout.strip(),
+        "processor": processor(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cores": os.cpu_count(),

@@ -6,7 +6,6 @@ is timed. Rows of one group are one model, timed one after the other in one proc
 """
 
 import os
-import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -14,7 +13,7 @@ from functools import partial
 import pytest
 import torch
 
-from bench.implementations import Step, metadata, official_step, ours, peak_memory, plain
+from bench.implementations import Step, metadata, official_step, ours, peak_memory, plain, processor
 from hrm.config import Config, parse_args
 from tests import official
 
@@ -46,14 +45,6 @@ def configuration(model: str, implementation: str) -> Config:
     arch, words, _, _ = MODELS[model]
     mode = "compile" if implementation == "ours, compile" else "eager"
     return parse_args(["--arch", arch, *words, "device=cpu", f"mode={mode}"])
-
-
-def processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

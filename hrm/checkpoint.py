@@ -3,7 +3,7 @@
 A run's folder holds one folder `step_<N>` for each checkpoint:
 
     model.safetensors   the weights
-    training.pt         optimiser, carry, sampler, random states: nested dicts, lists, tensors, numbers
+    training.pt         optimiser, carry, place in the data: nested dicts, lists, tensors, numbers
     manifest.json       format, step, serial, size and sha256 of each file, run, versions, metrics
 
 A save writes into `.tmp_step_*` beside them, syncs, and renames; so whatever has the name `step_<N>` is
@@ -259,7 +259,7 @@ def check_same_run(manifest: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     if differing:
         raise CheckpointError(
             f"cannot resume from the checkpoint of step {manifest['step']}: {'; '.join(differing)}; give the "
-            "options and data it was trained with, or resume=none with checkpoint_path= for its weights alone"
+            "options and data it was trained with, another run_name, or resume=none"
         )
 
 

@@ -134,6 +134,7 @@ class Config:
     reset_puzzle_emb: bool = key(False, "with checkpoint_path: start a fresh puzzle embedding table")
     resume: str = key("auto", "continue a run: auto the one in this run's folder, a path another", **_RESUME)
     checkpoint_every_eval: bool = key(True, "save at every evaluation, not only at the end")
+    keep_checkpoints: int | None = key(3, "newest checkpoints that stay; null keeps all", ge=1, le=10**9)
     tracker: Literal["none", "tensorboard", "wandb"] = key("none", "where metrics go besides the files")
     log_interval: int = key(50, "steps between logged metrics", ge=1, le=10**9)
     # What was chosen for the user, one line each, for the caller to show; neither a key nor saved.

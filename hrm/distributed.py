@@ -43,14 +43,6 @@ class World:
         local = global_rows // self.size
         return slice(self.rank * local, (self.rank + 1) * local)
 
-    def broadcast(self, text: str) -> str:
-        """Rank 0's text, on every rank."""
-        if self.size > 1:
-            box = [text]
-            dist.broadcast_object_list(box, src=0)
-            text = box[0]
-        return text
-
     def barrier(self) -> None:
         """Waits for every rank."""
         if self.size > 1:

@@ -6,8 +6,8 @@ state is the tensors named here and a step number, and nothing in a step waits f
 """
 
 import math
-import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -37,18 +37,33 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def resolve_mode(name: str, device: torch.device, total_steps: int) -> str:
-    """The mode that `mode=name` stands for: auto compiles on CUDA, and on a CPU if the run is long enough.
+def resolve_mode(name: str, device: torch.device, total_steps: int) -> tuple[str, str]:
+    """The mode that `mode=name` stands for, and in words why auto had to settle for less.
 
-    A pure function of machine and configuration, so that a resumed run takes the same path.
+    auto compiles on CUDA, and on a CPU if the run is long enough. A function of machine and configuration
+    alone, so that a resumed run takes the same path.
     """
-    has_compiler = device.type == "cuda" or any(map(shutil.which, ("c++", "g++", "clang++", "cl")))
-    if name == "auto":
-        long_enough = device.type == "cuda" or total_steps >= COMPILE_FROM_STEPS
-        return "compile" if device.type != "mps" and has_compiler and long_enough else "eager"
-    if name == "compile" and not has_compiler:
-        raise UserError("mode=compile needs a C++ compiler (g++ or clang++): install one, or use mode=eager")
-    return name
+    long_enough = device.type == "cuda" or (device.type == "cpu" and total_steps >= COMPILE_FROM_STEPS)
+    if name == "eager" or (name == "auto" and not long_enough):
+        return "eager", ""
+    fault = compiler_fault(device)
+    if fault is None:
+        return "compile", ""
+    if name == "compile":
+        raise UserError(
+            f"mode=compile: {fault}; use mode=eager, or install a C++ compiler and Python's headers"
+        )
+    return "eager", f" (slower: {fault})"
+
+
+def compiler_fault(device: torch.device) -> str | None:
+    """Why torch.compile does not work here, found by trying it on one operation; None when it does."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    # A missing compiler, header or library shows in as many ways as there are of each.
+    except Exception as error:
+        return f"torch.compile fails here ({str(error).strip().splitlines()[0][:120]})"
+    return None
 
 
 class Engine:
@@ -66,7 +81,7 @@ class Engine:
         """total_steps: the schedule's length. Every rank builds the same model from config.seed."""
         self.config, self.metadata, self.total_steps = config, metadata, total_steps
         self.device, self.world = torch.device(device), world or World()
-        self.mode = resolve_mode(config.mode, self.device, total_steps)
+        self.mode, self.mode_note = resolve_mode(config.mode, self.device, total_steps)
         self.model = HRM(
             config.arch,
             vocab_size=metadata.vocab_size,
@@ -102,7 +117,14 @@ class Engine:
         return carry, loss / self.config.global_batch_size, sums
 
     def train_step(self, batch: Batch) -> None:
-        """One ACT step and one update. batch: this rank's rows of the global batch, taken where needed."""
+        """One ACT step and one update. batch: this rank's rows of the global batch, taken where needed.
+
+        Raises UserError when the batch does not fit into the device's memory.
+        """
+        with self._enough_memory():
+            self._train_step(batch)
+
+    def _train_step(self, batch: Batch) -> None:
         config, model = self.config, self.model
         self.step += 1
         self._lr.fill_(self.learning_rate(config.lr))
@@ -204,7 +226,7 @@ class Engine:
             totals[set_name] = totals[set_name] + vector if set_name in totals else vector
         results = {}
         for set_name, total in totals.items():
-            reduced = self.world.all_reduce(total.to(torch.float32).to(self.device))
+            reduced = self.world.all_reduce(total if self.world.size == 1 else total.to(self.device))
             set_sums = dict(zip(names, reduced.tolist(), strict=True))
             results[set_name] = _means(set_sums, set_sums["count"])
         return results
@@ -228,17 +250,21 @@ class Engine:
         return {"step": self.step, "carry": carry, "optimizer": self.optimizer.state_dict()}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """Continues from a `training_state`. Raises UserError if it is of another batch size."""
-        saved, size = state["carry"], self.config.global_batch_size
-        if len(saved["halted"]) != size:
-            raise UserError(
-                f"global_batch_size={size} differs from the {len(saved['halted'])} of the checkpoint: resume "
-                "with that, or start a new run from its weights with resume=none checkpoint_path=PATH"
-            )
-        rows = self.world.rows(size)
+        """Continues from a `training_state` of the same configuration."""
+        rows = self.world.rows(self.config.global_batch_size)
         self.step = state["step"]
-        self.carry = Carry(**{name: tensor[rows].to(self.device) for name, tensor in saved.items()})
+        self.carry = Carry(**{name: tensor[rows].to(self.device) for name, tensor in state["carry"].items()})
         self.optimizer.load_state_dict(state["optimizer"])
+
+    @contextmanager
+    def _enough_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"global_batch_size={self.config.global_batch_size} does not fit into the memory of "
+                f"{self.device}: lower it, arch.hidden_size or the layers"
+            ) from None
 
     def _fresh_carry(self) -> Carry:
         local = self.config.global_batch_size // self.world.size

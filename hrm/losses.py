@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hrm.act import Carry, Outputs
+from hrm.data.dataset import IGNORE_LABEL
 from kernels import softmax_cross_entropy, stablemax_cross_entropy
 
-IGNORE_LABEL_ID = -100
 LOSSES = {
     "stablemax_cross_entropy": stablemax_cross_entropy,
     "softmax_cross_entropy": softmax_cross_entropy,
@@ -21,13 +21,14 @@ def act_loss(loss_type: str, carry: Carry, outputs: Outputs) -> tuple[Tensor, di
     whether every valid token is right, q_continue its target, both by binary cross-entropy with logits.
     Returns the loss () and sums (), over sequences that halted at this step: count, accuracy,
     exact_accuracy, q_halt_accuracy, steps; over the batch: lm_loss, q_halt_loss and, with a target,
-    q_continue_loss. Float32 (float64 for float64 logits). Source: the official HRM code.
+    q_continue_loss. A sequence without labels, such as padding, counts as right in q_halt_loss. Float32
+    (float64 for float64 logits). Source: the official HRM code.
     """
     logits, q_halt, q_continue, target = outputs
     labels = carry.labels
-    valid = labels != IGNORE_LABEL_ID
+    valid = labels != IGNORE_LABEL
     valid_count = valid.sum(-1)
-    token_losses = LOSSES[loss_type](logits, labels, IGNORE_LABEL_ID)
+    token_losses = LOSSES[loss_type](logits, labels, IGNORE_LABEL)
     divisor = valid_count.clamp(min=1).to(token_losses.dtype)
     lm_loss = (token_losses.sum(-1) / divisor).sum()
 

@@ -105,7 +105,7 @@ class HRM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
-        """Draws every weight afresh; the Q head starts at 0 with bias -5, the puzzle table at 0."""
+        """Draws every weight afresh; the Q head starts at 0 with bias -5. The puzzle table stays."""
         generator = torch.Generator().manual_seed(seed)
         truncated_normal_(self.H_init, 1.0, generator)
         truncated_normal_(self.L_init, 1.0, generator)

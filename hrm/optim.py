@@ -97,9 +97,10 @@ def sign_sgd(table: Tensor, identifiers: Tensor, grad: Tensor, lr: Tensor, weigh
     of equal identifiers are summed first, so each row moves once: p = p * (1 - lr wd) - lr sign(sum g).
     No shape depends on the data and nothing crosses to the host: repeats write the same value.
     """
-    # A row's first occurrence in the batch is the slot its gradients meet in.
-    slot = (identifiers[:, None] == identifiers[None, :]).int().argmax(dim=1)
-    summed = torch.zeros_like(grad).index_add_(0, slot, grad)[slot]
+    # A product sums in a fixed order, alike on all ranks; every repeat takes its first occurrence's sum.
+    same = identifiers[:, None] == identifiers[None, :]
+    slot = same.int().argmax(dim=1)
+    summed = (same.to(grad.dtype) @ grad)[slot]
     rows = table[identifiers] * (1 - lr * weight_decay) - lr * summed.sign()
     table[identifiers] = rows
 

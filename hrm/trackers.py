@@ -185,7 +185,7 @@ def _import(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"tracker={extra} needs a package that is missing: pip install 'hrm-kernels[{extra}]'"
+            f"tracker={extra} needs a package that is missing: pip install -e '.[{extra}]' here"
         ) from error
 
 

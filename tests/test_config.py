@@ -98,6 +98,7 @@ DEFAULTS = {
     "reset_puzzle_emb": False,
     "resume": "auto",
     "checkpoint_every_eval": True,
+    "keep_checkpoints": 3,
     "tracker": "none",
     "log_interval": 50,
 }

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import kernels
 import train
 from bench import report
 from hrm.checkpoint import load_checkpoint
@@ -64,10 +63,10 @@ def test_every_guides_command_trains(command, run, tiny_sudoku, tmp_path, monkey
     assert gated == typed.arch.use_gating and checkpoint.manifest["run"]["arch"]["hidden_size"] == 16
 
 
-def test_the_builders_command_builds(tmp_path, monkeypatch):
+def test_the_builders_command_builds(tmp_path):
     (command,) = [c for c in guide_commands() if "hrm.data" in c]
     words = shlex.split(command.replace("--num-train 1000 --num-aug 100", "--num-train 4 --num-aug 3"))
-    subprocess.run([sys.executable, *words[1:], "--num-test", "2"], cwd=tmp_path, check=True, env=None)
+    subprocess.run([sys.executable, *words[1:], "--num-test", "2"], cwd=tmp_path, check=True)
     assert (
         tmp_path / "data" / "sudoku-easy-1k" / "train" / "all__inputs.npy"
     ).stat().st_size == 128 + 16 * 81
@@ -89,4 +88,3 @@ def test_keys_and_targets_that_the_readme_names_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", README, flags=re.MULTILINE):
         assert f"\n{target}:" in makefile
-    assert all((ROOT / "kernels").glob(f"{name}.py") for name in kernels.__all__)

@@ -137,7 +137,7 @@ def test_a_missing_package_is_named(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError) as caught:
         make_tracker(name, tmp_path)
-    assert f"pip install 'hrm-kernels[{name}]'" in str(caught.value)
+    assert f"pip install -e '.[{name}]'" in str(caught.value)
 
 
 def test_tensorboard_holds_the_scalars_and_hides_what_a_resume_repeats(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import train
 from hrm.checkpoint import latest_checkpoint, load_checkpoint
+from hrm.storage import run_lock
 
 ROOT = Path(train.__file__).parent
 SMALL = ["arch.hidden_size=32", "arch.num_heads=2", "arch.H_layers=1", "arch.L_layers=1"]
@@ -186,7 +187,7 @@ def test_bad_data_is_answered_by_one_line(copy_of, tmp_path, capsys):
     edit_metadata(copy_of, seq_len=25)
     refused("inputs.npy", "25")
     edit_metadata(copy_of, **{**original, "vocab_size": 4})
-    refused("npy", "4")
+    refused("all__inputs.npy: row 0", "vocab_size 4")
     edit_metadata(copy_of, **original)
     labels = copy_of / "train" / "all__labels.npy"
     array = np.load(labels)
@@ -230,6 +231,75 @@ def test_other_bad_input_is_answered_by_one_line(tiny_sudoku, tmp_path, capsys):
     # The run itself goes on without being told again where it came from.
     assert train.main(words(tiny_sudoku, tmp_path, "run_name=d", "max_steps=3")) == 0
     assert load_checkpoint(tmp_path / tiny_sudoku.name / "d").manifest["run"]["checkpoint_path"] == str(a)
+
+
+def test_nothing_is_moved_before_everything_is_checked(tiny_sudoku, tmp_path, capsys):
+    argv = words(tiny_sudoku, tmp_path, "run_name=r", "max_steps=2")
+    assert train.main(argv) == 0
+    run = tmp_path / tiny_sudoku.name / "r"
+    before = sorted(run.rglob("*"))
+    for more in ("global_batch_size=97", "checkpoint_path=/nowhere"):
+        other = words(tiny_sudoku, tmp_path, "run_name=r", "max_steps=2", more)
+        assert run_main(*other, "resume=none", capsys=capsys)[0] == 2
+        assert sorted(run.rglob("*")) == before and not Path(f"{run}.1").exists()
+    # The run's own weights start it anew, from where they are kept.
+    again = [*argv, "resume=none", f"checkpoint_path={run}"]
+    assert run_main(*again, capsys=capsys)[0] == 0 and Path(f"{run}.1").is_dir()
+
+
+def test_resuming_another_folders_run_keeps_the_one_that_was_here(tiny_sudoku, tmp_path, capsys):
+    for name, seed in (("a", 1), ("b", 2)):
+        assert (
+            train.main(words(tiny_sudoku, tmp_path, f"run_name={name}", f"seed={seed}", "max_steps=2")) == 0
+        )
+    a, b = (tmp_path / tiny_sudoku.name / name for name in "ab")
+    kept = (b / "metrics.jsonl").read_bytes()
+    argv = words(tiny_sudoku, tmp_path, "run_name=b", "seed=1", "max_steps=3", f"resume={a}")
+    status, out, _ = run_main(*argv, capsys=capsys)
+    assert status == 0 and f"kept as {b}.1" in out
+    assert load_checkpoint(b).step == 3 and load_checkpoint(b).manifest["run"]["seed"] == 1
+    assert (Path(f"{b}.1") / "metrics.jsonl").read_bytes() == kept and load_checkpoint(a).step == 2
+
+
+def test_damaged_checkpoints_are_passed_over_and_never_written_over(tiny_sudoku, tmp_path, capsys):
+    argv = words(tiny_sudoku, tmp_path, "run_name=r", "max_steps=24")
+    assert train.main(argv) == 0
+    run = tmp_path / tiny_sudoku.name / "r"
+    (run / "step_24" / "model.safetensors").write_bytes(b"")
+    status, out, _ = run_main(*argv, capsys=capsys)
+    assert status == 0 and "step_24" in out and "at step 12" in out
+    for folder in run.glob("step_*"):
+        (folder / "model.safetensors").write_bytes(b"")
+    metrics = (run / "metrics.jsonl").read_bytes()
+    status, _, err = run_main(*argv, capsys=capsys)
+    assert status == 2 and err.count("\n") == 1 and "model.safetensors" in err and "resume=none" in err
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_run_belongs_to_one_process(tiny_sudoku, tmp_path, capsys):
+    argv = words(tiny_sudoku, tmp_path, "run_name=r", "max_steps=2")
+    run = tmp_path / tiny_sudoku.name / "r"
+    with run_lock(run):
+        status, _, err = run_main(*argv, capsys=capsys)
+        assert (
+            status == 2 and err == f"error: {run}: another process trains this run; give another run_name\n"
+        )
+    assert run_main(*argv, capsys=capsys)[0] == 0
+
+
+def test_the_last_checkpoints_stay(tiny_sudoku, tmp_path):
+    for keep, steps in (("1", [48]), ("null", [12, 24, 36, 48])):
+        argv = words(tiny_sudoku, tmp_path, f"run_name=keep-{keep}", f"keep_checkpoints={keep}")
+        assert train.main(argv) == 0
+        folders = (tmp_path / tiny_sudoku.name / f"keep-{keep}").glob("step_*")
+        assert sorted(int(folder.name.removeprefix("step_")) for folder in folders) == steps
+
+
+def test_an_interval_that_does_not_divide_the_epochs_fixes_them(tiny_sudoku, tmp_path, capsys):
+    argv = words(tiny_sudoku, tmp_path, "run_name=r", "epochs=3")
+    assert train.main(argv) == 0
+    status, _, err = run_main(*words(tiny_sudoku, tmp_path, "run_name=r", "epochs=5"), capsys=capsys)
+    assert status == 2 and "epochs was 3 and is now 5" in err
 
 
 def test_starting_anew_keeps_the_earlier_run(tiny_sudoku, tmp_path, capsys):

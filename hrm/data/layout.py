@@ -1,4 +1,4 @@
-"""The puzzle data set on disk: read, validated, fingerprinted.
+"""The puzzle data set on disk: read and validated.
 
 A data set is a folder `<data>/<split>/` with a `dataset.json` and, for each set named there, five arrays:
 `<set>__inputs.npy` and `<set>__labels.npy` (examples, seq_len), `<set>__puzzle_identifiers.npy` (puzzles),
