@@ -1,5 +1,6 @@
 """The README says what is so: its numbers are the results', its commands run, its files exist."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -64,9 +65,11 @@ def test_every_guides_command_trains(command, run, tiny_sudoku, tmp_path, monkey
 
 
 def test_the_builders_command_builds(tmp_path):
-    (command,) = [c for c in guide_commands() if "hrm.data" in c]
-    words = shlex.split(command.replace("--num-train 1000 --num-aug 100", "--num-train 4 --num-aug 3"))
-    subprocess.run([sys.executable, *words[1:], "--num-test", "2"], cwd=tmp_path, check=True)
+    (typed,) = [c for c in guide_commands() if "hrm.data" in c]
+    words = shlex.split(typed.replace("--num-train 1000 --num-aug 100", "--num-train 4 --num-aug 3"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *words[1:], "--num-test", "2"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
     assert (
         tmp_path / "data" / "sudoku-easy-1k" / "train" / "all__inputs.npy"
     ).stat().st_size == 128 + 16 * 81
