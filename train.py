@@ -144,7 +144,8 @@ def find_start(
     config: Config, engine: "Engine", run_dir: Path, identity: dict[str, Any], say: Say
 ) -> tuple[tuple[int, int], Path | None, dict[str, Any]]:
     """Loads what the run starts from. Returns its place in the data, the checkpoint resumed, its identity."""
-    from hrm.checkpoint import check_same_run, latest_checkpoint, load_checkpoint, load_weights
+    from hrm.checkpoint import check_same_run, latest_checkpoint, load_checkpoint
+    from hrm.weights import load_weights
 
     source: Path | None = None
     if config.resume == "auto":

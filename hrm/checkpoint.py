@@ -38,7 +38,6 @@ from hrm.storage import (
     os_error,
     plain,
     read_safetensors,
-    read_torch,
     read_training,
     sha256,
     size_text,
@@ -52,7 +51,6 @@ __all__ = [
     "check_same_run",
     "latest_checkpoint",
     "load_checkpoint",
-    "load_weights",
     "read_manifest",
     "save_checkpoint",
 ]
@@ -60,10 +58,9 @@ __all__ = [
 FORMAT = 1
 WEIGHTS, TRAINING, MANIFEST = "model.safetensors", "training.pt", "manifest.json"
 
-_STEP = re.compile(r"step_(\d{1,18})(\.old)?")
+STEP_NAME = re.compile(r"step_(\d{1,18})(\.old)?")
 _TEMP = ".tmp_step_"
 _MANIFEST_LIMIT = 1 << 20
-_PUZZLE_TABLE = "puzzle_emb.weights"
 
 
 @dataclass(frozen=True)
@@ -161,7 +158,7 @@ def _swap_in(temp: Path, final: Path) -> None:
 def _clean(run_dir: Path) -> None:
     """Remove what killed saves left behind, and put back a checkpoint whose replacement never arrived."""
     for entry in run_dir.iterdir():
-        match = _STEP.fullmatch(entry.name)
+        match = STEP_NAME.fullmatch(entry.name)
         if entry.name.startswith(_TEMP):
             shutil.rmtree(entry, ignore_errors=True)
         elif match and match[2]:
@@ -201,7 +198,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     `training` stays on the CPU, mapped from the file where possible, for the caller to copy from.
     Raises CheckpointError naming the damaged file; a pickled object in it is refused without being built.
     """
-    folder, manifest, notes = _choose(Path(path))
+    folder, manifest, notes = choose(Path(path))
     return Checkpoint(
         step=manifest["step"],
         weights=read_safetensors(folder / WEIGHTS, device),
@@ -238,7 +235,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             f"{path} has checkpoint format {manifest['format']}, this version reads {FORMAT}; "
             "use the version that wrote it"
         )
-    match = _STEP.fullmatch(path.parent.name)
+    match = STEP_NAME.fullmatch(path.parent.name)
     if match and int(match[1]) != manifest["step"]:
         step = manifest["step"]
         raise CheckpointError(f"{path} belongs to step {step}; rename its folder to step_{step}")
@@ -263,11 +260,15 @@ def check_same_run(manifest: Mapping[str, Any], run: Mapping[str, Any]) -> None:
         )
 
 
-def _choose(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
+def choose(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
+    """The checkpoint folder that a path names, verified, its manifest, and a line for each one passed over.
+
+    path: a checkpoint's folder, or a run's, whose newest good one is taken. Raises CheckpointError.
+    """
     if not path.is_dir():
         what = "is a file, not a checkpoint folder" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {what}; expected a step_<N> folder or a run's folder that holds some")
-    if (path / MANIFEST).exists() or _STEP.fullmatch(path.name):
+    if (path / MANIFEST).exists() or STEP_NAME.fullmatch(path.name):
         return path, _verified(path), []
     folder, manifest, notes = _newest(path)
     if folder is None:
@@ -290,7 +291,7 @@ def _folders(run_dir: Path) -> list[tuple[Path, int | None]]:
     """Checkpoint folders and serials: first those whose manifest cannot be read, then the newest first."""
     found: list[tuple[Path, int | None]] = []
     for entry in run_dir.iterdir() if run_dir.is_dir() else ():
-        match = _STEP.fullmatch(entry.name)
+        match = STEP_NAME.fullmatch(entry.name)
         if not match or not entry.is_dir() or (match[2] and (run_dir / f"step_{match[1]}").is_dir()):
             continue
         try:
@@ -330,95 +331,6 @@ def _well_formed(manifest: dict[str, Any]) -> bool:
         and all(re.fullmatch(r"\w[\w.-]*", name) for name in files)
         and all(isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in files.values())
     )
-
-
-# --- another run's weights
-
-
-def load_weights(
-    path: str | Path, expected: Mapping[str, torch.Size], reset_puzzle_emb: bool = False
-) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights to start a model from, fitted to its names and shapes, and a line for each thing left out.
-
-    path: a `step_<N>` folder, a run's folder, a .safetensors file, or a `step_<N>` file of the official code
-    (github.com/sapientinc/HRM; a state dict under `_orig_mod.model.inner.`) or the folder that holds it.
-    expected: the shape of every parameter and persistent buffer. A checkpoint without any gate network fits a
-    gated model, and with reset_puzzle_emb one with a puzzle table of another length: those names are missing
-    from the result, so that the model keeps its own values. Tensors are on the CPU in the file's dtype.
-    Raises CheckpointError for a damaged file, or one of another architecture, naming the first differences.
-    """
-    path, weights, notes = _read_weights(Path(path))
-    shapes = dict(expected)
-    if reset_puzzle_emb and _PUZZLE_TABLE in shapes.keys() & weights.keys():
-        rows, *width = weights[_PUZZLE_TABLE].shape
-        if width == list(shapes[_PUZZLE_TABLE][1:]):
-            notes.append(f"{path}: its puzzle embeddings ({rows} rows) are left out; the table starts fresh")
-            del shapes[_PUZZLE_TABLE], weights[_PUZZLE_TABLE]
-    gates = [name for name in shapes if ".gating_network." in name]
-    if gates and not any(".gating_network." in name for name in weights):
-        notes.append(
-            f"{path}: it has no gate networks; all {len(gates)} gate tensors keep their fresh values"
-        )
-        shapes = {name: shape for name, shape in shapes.items() if name not in gates}
-
-    reshaped = [name for name in shapes if name in weights and weights[name].shape != shapes[name]]
-    differing = [
-        f"{name} is {tuple(weights[name].shape)} there, {tuple(shapes[name])} here" for name in reshaped
-    ]
-    differing += [f"{name} is missing there" for name in shapes if name not in weights]
-    differing += [f"{name} is unknown here" for name in weights if name not in shapes]
-    if not differing:
-        return weights, notes
-    if len(differing) == 1 and reshaped == [_PUZZLE_TABLE]:
-        there, here = weights[_PUZZLE_TABLE].shape, shapes[_PUZZLE_TABLE]
-        if there[1:] == here[1:]:
-            raise CheckpointError(
-                f"{path} has a puzzle table of {there[0]} rows, but {here[0]} are needed here; use the data "
-                "it was trained on, or reset_puzzle_emb=true for a fresh table"
-            )
-    more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-    raise CheckpointError(
-        f"{path} is a checkpoint of another architecture: {'; '.join(differing[:3])}{more}; "
-        "give the arch and arch.* options it was trained with"
-    )
-
-
-def _read_weights(path: Path) -> tuple[Path, dict[str, Tensor], list[str]]:
-    notes: list[str] = []
-    if path.is_dir():
-        # a folder of the official code holds state dicts where ours would hold folders
-        steps = {int(match[1]): file for file in path.iterdir() if (match := _STEP.fullmatch(file.name))}
-        if steps and not (path / MANIFEST).exists() and all(file.is_file() for file in steps.values()):
-            path = steps[max(steps)]
-        else:
-            path, _, notes = _choose(path)
-            path = path / WEIGHTS
-    elif not path.exists():
-        raise CheckpointError(f"{path} does not exist; expected a checkpoint's file or folder")
-    state = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
-
-    weights: dict[str, Tensor] = {}
-    if not isinstance(state, dict) or not all(_is_weight(*item) for item in state.items()):
-        raise CheckpointError(f"{path} is not a state dict; expected names with tensors of floats only")
-    for name, tensor in state.items():
-        for prefix in ("_orig_mod.", "model.inner."):
-            name = name.removeprefix(prefix)
-        if name in weights:
-            raise CheckpointError(f"{path} holds {name} twice, under two prefixes; save it again with one")
-        weights[name] = tensor
-    return path, weights, notes
-
-
-def _is_weight(name: Any, tensor: Any) -> bool:
-    return (
-        isinstance(name, str)
-        and isinstance(tensor, Tensor)
-        and tensor.is_floating_point()
-        and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
-    )
-
-
-# --- helpers
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

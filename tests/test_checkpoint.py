@@ -24,11 +24,11 @@ from hrm.checkpoint import (
     check_same_run,
     latest_checkpoint,
     load_checkpoint,
-    load_weights,
     read_manifest,
     save_checkpoint,
 )
 from hrm.errors import UserError
+from hrm.weights import load_weights
 
 ROOT = Path(__file__).parents[1]
 

@@ -17,7 +17,7 @@ def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64, scale: flo
     ).to(dtype)
 
 
-def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
@@ -41,14 +41,14 @@ def rotate_pairs(x: Tensor, theta: float) -> Tensor:
 def test_rope_rotates_each_pair_by_its_angle(T, d, theta):
     x = randn(2, T, 3, d, seed=0)
     cos, sin = rope_tables(T, d, theta, torch.float64)
-    close(kernels.rope(x, cos, sin), rotate_pairs(x, theta))
+    assert_close(kernels.rope(x, cos, sin), rotate_pairs(x, theta))
 
 
 def test_rope_backward_is_the_inverse_rotation():
     x, dy = randn(2, 5, 3, 8, seed=0).requires_grad_(), randn(2, 5, 3, 8, seed=1)
     cos, sin = rope_tables(5, 8, dtype=torch.float64)
     kernels.rope(x, cos, sin).backward(dy)
-    close(x.grad, kernels.rope(dy, cos, -sin))
+    assert_close(x.grad, kernels.rope(dy, cos, -sin))
 
 
 def test_rope_computes_in_float32_for_bfloat16():
@@ -84,17 +84,17 @@ def test_attention_and_its_gradient(T, heads, d, rotated):
     ours, plain = qkv.clone().requires_grad_(), qkv.clone().requires_grad_()
     y = kernels.attention(ours, heads, *tables)
     expected = plain_attention(plain, heads, 10000.0 if rotated else None)
-    close(y, expected)
+    assert_close(y, expected)
     y.backward(dy)
     expected.backward(dy)
-    close(ours.grad, plain.grad)
+    assert_close(ours.grad, plain.grad)
 
 
 def test_attention_of_the_first_queries_is_a_part_of_the_whole():
     qkv, tables = randn(2, 17, 24, seed=0), rope_tables(17, 4, dtype=torch.float64)
     whole = kernels.attention(qkv, 2, *tables)
-    close(kernels.attention(qkv, 2, *tables, queries=1), whole[:, :1])
-    close(kernels.attention(qkv, 2, *tables, queries=5), whole[:, :5])
+    assert_close(kernels.attention(qkv, 2, *tables, queries=1), whole[:, :1])
+    assert_close(kernels.attention(qkv, 2, *tables, queries=5), whole[:, :5])
 
 
 # --------------------------------------------------------------------------------------- norm and swiglu
@@ -108,11 +108,11 @@ def test_rms_norm_and_the_gradient_of_its_docstring(shape):
     y = kernels.rms_norm(x, r, 1e-5)
     h = (x + r).detach()
     rstd = 1 / (h.pow(2).sum(-1, keepdim=True) / shape[-1] + 1e-5).sqrt()
-    close(y, h * rstd)
+    assert_close(y, h * rstd)
     y.backward(dy)
     expected = rstd * (dy - h * rstd**2 * (h * dy).sum(-1, keepdim=True) / shape[-1])
-    close(x.grad, expected)
-    close(r.grad, expected)
+    assert_close(x.grad, expected)
+    assert_close(r.grad, expected)
 
 
 def test_rms_norm_rounds_a_bfloat16_result_once():
@@ -125,10 +125,10 @@ def test_swiglu_and_the_gradient_of_its_docstring():
     gate, up = packed.detach()[..., :6], packed.detach()[..., 6:]
     sigmoid = 1 / (1 + (-gate).exp())
     y = kernels.swiglu(packed)
-    close(y, gate * sigmoid * up)
+    assert_close(y, gate * sigmoid * up)
     y.backward(dy)
     dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
-    close(packed.grad, torch.cat((dgate, dy * gate * sigmoid), dim=-1))
+    assert_close(packed.grad, torch.cat((dgate, dy * gate * sigmoid), dim=-1))
 
 
 # --------------------------------------------------------------------------------------------- gate_mix
@@ -156,7 +156,7 @@ def test_gate_mix_and_the_gradients_of_its_docstring(sources):
     pre = s @ v["w1"].T + v["b1"]
     hidden = pre * torch.sigmoid(pre)
     g = torch.sigmoid(hidden @ v["w2"].T + v["b2"])
-    close(y, (g * s).unflatten(-1, (3, D)).sum(-2))
+    assert_close(y, (g * s).unflatten(-1, (3, D)).sum(-2))
 
     dg = torch.cat((dy, dy, dy), dim=-1) * s
     da = dg * g * (1 - g)
@@ -164,14 +164,14 @@ def test_gate_mix_and_the_gradients_of_its_docstring(sources):
     dp = (da @ v["w2"]) * sig * (1 + pre * (1 - sig))
     ds = g * torch.cat((dy, dy, dy), dim=-1) + dp @ v["w1"]
     rows = "bti,btj->ij"
-    close(inputs["w2"].grad, torch.einsum(rows, da, hidden))
-    close(inputs["b2"].grad, da.sum((0, 1)))
-    close(inputs["w1"].grad, torch.einsum(rows, dp, s))
-    close(inputs["b1"].grad, dp.sum((0, 1)))
-    close(inputs["z"].grad, ds[..., :D])
-    close(inputs["o"].grad, ds[..., D : 2 * D])
+    assert_close(inputs["w2"].grad, torch.einsum(rows, da, hidden))
+    assert_close(inputs["b2"].grad, da.sum((0, 1)))
+    assert_close(inputs["w1"].grad, torch.einsum(rows, dp, s))
+    assert_close(inputs["b1"].grad, dp.sum((0, 1)))
+    assert_close(inputs["z"].grad, ds[..., :D])
+    assert_close(inputs["o"].grad, ds[..., D : 2 * D])
     if sources == 3:
-        close(inputs["x"].grad, ds[..., 2 * D :])
+        assert_close(inputs["x"].grad, ds[..., 2 * D :])
     else:
         assert inputs["x"].grad is None
         assert not inputs["w1"].grad[:, 2 * D :].any() and not inputs["b2"].grad[2 * D :].any()
@@ -195,18 +195,18 @@ def test_stablemax_cross_entropy_and_its_gradient(scale):
     ours, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     loss = kernels.stablemax_cross_entropy(ours, labels)
     expected = stablemax_loss(plain, labels)
-    close(loss, expected)
+    assert_close(loss, expected)
     assert not loss[2].any()
     loss.backward(dy)
     expected.backward(dy)
-    close(ours.grad, plain.grad)
+    assert_close(ours.grad, plain.grad)
     assert not ours.grad[0, 3].any()
 
 
 def test_stablemax_gradient_at_zero_is_that_of_its_branches():
     logits = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
     kernels.stablemax_cross_entropy(logits, torch.tensor([1])).sum().backward()
-    close(logits.grad, torch.tensor([[0.25, -0.75, 0.25, 0.25]], dtype=torch.float64))
+    assert_close(logits.grad, torch.tensor([[0.25, -0.75, 0.25, 0.25]], dtype=torch.float64))
     assert log_s(torch.zeros(())).item() == 0
 
 
@@ -225,7 +225,7 @@ def test_softmax_cross_entropy_is_the_textbook_one():
     labels[1, 1] = -100
     expected = logits.exp().sum(-1).log() - logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     expected[1, 1] = 0
-    close(kernels.softmax_cross_entropy(logits, labels), expected)
+    assert_close(kernels.softmax_cross_entropy(logits, labels), expected)
 
 
 # ------------------------------------------------------------------------------------------- adam_atan2
@@ -255,8 +255,8 @@ def test_adam_atan2_is_the_formula_over_several_steps():
             beta2=beta2,
             weight_decay=decay,
         )
-        close(param, torch.tensor(p, dtype=torch.float64))
-    close(exp_avg_sq, torch.tensor(v, dtype=torch.float64))
+        assert_close(param, torch.tensor(p, dtype=torch.float64))
+    assert_close(exp_avg_sq, torch.tensor(v, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("betas", [(0.0, 0.0), (0.9, 0.999999)])
@@ -276,7 +276,7 @@ def test_adam_atan2_first_step_depends_on_the_sign_alone(betas):
         weight_decay=0.0,
     )
     one = 1 - betas[0]
-    close(param, torch.tensor([-0.1, 0.1, 0.0]) / one * math.atan(one), 1e-6)
+    assert_close(param, torch.tensor([-0.1, 0.1, 0.0]) / one * math.atan(one), 1e-6)
 
 
 # --------------------------------------------------------------------------------------------- the door
