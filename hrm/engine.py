@@ -62,7 +62,8 @@ def compiler_fault(device: torch.device) -> str | None:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     # A missing compiler, header or library shows in as many ways as there are of each.
     except Exception as error:
-        return f"torch.compile fails here ({str(error).strip().splitlines()[0][:120]})"
+        reason = str(error).strip() or type(error).__name__
+        return f"torch.compile fails here ({reason.splitlines()[0][:120]})"
     return None
 
 
