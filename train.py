@@ -3,7 +3,6 @@
 Reads top to bottom: configuration, data, model, where to start from, the loop, the end. No mathematics here.
 """
 
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hrm.config import Config, parse_args, resolve_device, to_yaml
-from hrm.errors import UserError
+from hrm.errors import UserError, run_command
 
 # PyTorch takes seconds to import: --help and a mistyped key are answered without it.
 if TYPE_CHECKING:
@@ -24,17 +23,11 @@ Say = Callable[[str], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns its status: 0 done, 2 a mistake told in one line, 130 interrupted."""
-    try:
-        config = parse_args(sys.argv[1:] if argv is None else argv)
-        train(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: resume=auto goes on from the last checkpoint, if one was saved", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+    """Runs the command line and returns its exit status; see `run_command`."""
+    words = sys.argv[1:] if argv is None else argv
+    return run_command(
+        lambda: train(parse_args(words)), "resume=auto goes on from the last checkpoint, if one was saved"
+    )
 
 
 def train(config: Config) -> None:
@@ -149,10 +142,7 @@ def find_start(
 
     source: Path | None = None
     if config.resume == "auto":
-        try:
-            source, notes = latest_checkpoint(run_dir)
-        except OSError as error:
-            raise unusable(run_dir, error) from None
+        source, notes = latest_checkpoint(run_dir)
         if source is None and notes:
             raise UserError(f"{notes[0]}; resume=none starts anew and keeps what is there")
         for note in notes:
@@ -184,11 +174,6 @@ def find_start(
     return (0, 0), None, identity
 
 
-def unusable(run_dir: Path, error: OSError) -> UserError:
-    """What to say of a folder that cannot be read or written."""
-    return UserError(f"output folder {run_dir}: {error.strerror}; give another output_dir=PATH")
-
-
 def set_aside(run_dir: Path) -> Path:
     """Moves a run's folder to the first free name beside it, so that a new run loses nothing of it."""
     number = 1
@@ -204,11 +189,8 @@ def set_aside(run_dir: Path) -> Path:
 
 def write_config(run_dir: Path, config: Config) -> None:
     """Saves the resolved configuration beside the run's checkpoints, for `--config` to read back."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    except OSError as error:
-        raise unusable(run_dir, error) from None
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
 
 
 def save(

@@ -61,7 +61,7 @@ def start(device: str, global_batch_size: int) -> tuple[World, torch.device]:
     # Before the ranks meet: afterwards one that stops leaves the others waiting.
     if global_batch_size % size:
         raise UserError(
-            f"global_batch_size={global_batch_size} does not divide among {size} ranks: give a multiple of it"
+            f"global_batch_size={global_batch_size} cannot be shared by {size} ranks: it must be a multiple"
         )
     if device not in ("cpu", "cuda"):
         raise UserError(f"device={device} under torchrun: ranks need device=cuda or device=cpu")

@@ -2,7 +2,7 @@
 
 A step is a fixed-shape program: fresh sequences in, one ACT step forward and back, one update. Everything it
 draws at random is a function of (seed, step), everything it sums for the log stays on the device, so the
-state is the tensors named here and a step number, and nothing in a step waits for the host.
+state is the tensors named here and a step number, and no value of a step is read back by the host.
 """
 
 import math
