@@ -15,6 +15,8 @@ setup(
     py_modules=["train"],
     install_requires=[
         "torch>=2.9",
+        # The CUDA builds of torch bring their own; its interpreter and compiler also serve the tests.
+        "triton>=3.5; platform_system == 'Linux'",
         "numpy>=1.26",
         "numba>=0.60",
         "omegaconf>=2.3",

@@ -30,6 +30,12 @@ def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...]) -
         raise ValueError(f"{op}: {name} must have shape {tuple(expected)}, got {tuple(tensor.shape)}")
 
 
+def as_rows(tensor: Tensor) -> Tensor:
+    """(..., N) as (M, N) with unit stride in N, the form kernels read; a copy only where a view cannot be."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are taken in: float64 stays, everything else is widened to float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

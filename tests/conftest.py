@@ -1,8 +1,15 @@
-"""Fixtures that several test files use."""
+"""Triton's interpreter where there is no GPU, and fixtures that several test files use."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read when a kernel is defined, so it is set before `kernels` is imported; `auto` still takes the
+    # reference on a CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -310,7 +310,7 @@ def test_bad_arguments_are_named(call, message):
         call()
 
 
-@pytest.mark.parametrize("name", sorted(set(kernels.__all__) - {"adam_atan2"}))
+@pytest.mark.parametrize("name", sorted(set(kernels.__all__) - {"adam_atan2", "get_backend", "set_backend"}))
 def test_operations_compile_without_a_graph_break_and_leave_their_inputs(name):
     tables = rope_tables(5, 4)
     arguments: dict[str, tuple] = {

@@ -1,0 +1,195 @@
+"""The machine code of every kernel for every GPU generation in use, made and read without a GPU.
+
+`python -m bench.machine_code` compiles each launch of `LAUNCHES` (the shapes of the published model, as the
+launchers themselves ask for them) for each target, and reads registers, stack, shared memory and tensor-core
+instructions from the result; `--write` keeps the table in bench/results/machine_code.json. A stack means
+that registers spilled to memory; a matrix kernel without tensor-core instructions fell back to scalar code.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.backend import Launch, recorded, triton
+
+RESULTS = Path(__file__).parent / "results" / "machine_code.json"
+# Compute capability: bytes of shared memory one block may have (CUDA programming guide, table of limits).
+SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
+# Warp-level, warpgroup-level and fifth-generation products, as the disassembler names them.
+TENSOR_CORE = re.compile(r"\b([DH]MMA|HGMMA|UTC\w*MMA)\b")
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+    torch.uint8: "u8",
+}
+# The published model: hidden size, heads, batch, and the lengths of Sudoku and ARC with their puzzle token.
+D, HEADS, B = 512, 8, 768
+LENGTHS = (82, 901)
+
+
+class Case(NamedTuple):
+    """A call of launchers with meta tensors. matrix: its kernels multiply matrices in 16 bits."""
+
+    op: str
+    label: str
+    call: Callable[[], object]
+    matrix: bool
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def rms_norm() -> Iterator[Case]:
+    op: Any = import_module("kernels.rms_norm")
+    for dtype in (torch.bfloat16, torch.float32):
+        x = meta(B, 82, D, dtype=dtype)
+        rstd = meta(B, 82, dtype=torch.float32)
+        yield Case("rms_norm", f"forward {TYPES[dtype]}", partial(op._forward, x, x, 1e-5), False)
+        yield Case("rms_norm", f"backward {TYPES[dtype]}", partial(op._backward, x, x, rstd), False)
+
+
+# Each yields the launches of one file of kernels/.
+LAUNCHES = (rms_norm,)
+
+
+def cases() -> list[Case]:
+    return [case for family in LAUNCHES for case in family()]
+
+
+def compiled(launch: Launch, capability: int) -> dict[str, Any]:
+    """Compiles a launch as Triton's own launcher would specialise it; returns what its machine code holds."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = launch.kernel.arg_names
+    values = dict(zip(names, launch.args, strict=False)) | launch.constants
+    signature, constants, attributes = {}, {}, {}
+    for index, name in enumerate(names):
+        value = values[name]
+        if name in launch.constants or value is None or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    kernel = triton.compile(
+        ASTSource(launch.kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _cuobjdump("-res-usage", file.name)
+        code = _cuobjdump("-sass", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    return {
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "shared_memory": kernel.metadata.shared,
+        "tensor_core": len(TENSOR_CORE.findall(code)),
+    }
+
+
+def _cuobjdump(flag: str, path: str) -> str:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    # cuobjdump looks for nvdisasm beside the other programs of the search path.
+    env = {**os.environ, "PATH": f"{tools}:{os.environ.get('PATH', '')}"}
+    done = subprocess.run([tools / "cuobjdump", flag, path], env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"cuobjdump {flag}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def rows_of(index: int) -> list[dict[str, Any]]:
+    """The table's rows of one case: each of its launches for each target."""
+    case = cases()[index]
+    with recorded() as launches:
+        case.call()
+    return [
+        {
+            "op": case.op,
+            "case": case.label,
+            "kernel": launch.kernel.__name__.strip("_"),
+            "target": f"sm_{capability}",
+            "programs": math.prod(launch.grid),
+            "warps": launch.num_warps,
+            "matrix": case.matrix,
+            **compiled(launch, capability),
+        }
+        for launch in launches
+        for capability in SHARED_MEMORY
+    ]
+
+
+def faults(row: dict[str, Any]) -> list[str]:
+    """What is wrong with a row of the table."""
+    limit = SHARED_MEMORY[int(row["target"].removeprefix("sm_"))]
+    found = []
+    if row["stack"]:
+        found.append(f"{row['stack']} bytes of stack: registers spill")
+    if row["shared_memory"] > limit:
+        found.append(f"{row['shared_memory']} bytes of shared memory, of {limit}")
+    if row["matrix"] and not row["tensor_core"]:
+        found.append("no tensor-core instruction")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.machine_code", description=__doc__)
+    parser.add_argument("--write", action="store_true", help=f"keep the table as {RESULTS.name}")
+    parser.add_argument("--op", default="", help="only cases of this operation")
+    options = parser.parse_args()
+    if triton is None or os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("this needs Triton's compiler: install triton and unset TRITON_INTERPRET")
+    chosen = [index for index, case in enumerate(cases()) if options.op in ("", case.op)]
+    bad = 0
+    table = []
+    with ProcessPoolExecutor() as pool:
+        for rows in pool.map(rows_of, chosen):
+            for row in rows:
+                wrong = faults(row)
+                bad += bool(wrong)
+                print(
+                    f"{row['op']:>20} {row['case']:<28} {row['kernel']:<40} {row['target']:>7}"
+                    f" {row['registers']:>4} registers {row['stack']:>5} stack"
+                    f" {row['shared_memory']:>7} shared"
+                    f" {row['tensor_core']:>5} tensor-core {'; '.join(wrong)}",
+                    flush=True,
+                )
+                table.append(row)
+    if options.write:
+        RESULTS.write_text(
+            json.dumps({"triton": triton.__version__, "torch": torch.__version__, "rows": table}, indent=1)
+            + "\n"
+        )
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
