@@ -81,6 +81,15 @@ class LossConfig:
 
 
 @dataclass
+class AttentionConfig:
+    """How attention is computed; the model stays the same."""
+
+    backend: Literal["auto", "triton", "flash", "sdpa"] = key(
+        "auto", "auto takes what suits the sequence's length; a named one is taken or refused"
+    )
+
+
+@dataclass
 class SudokuConfig:
     """The built-in Sudoku data, made when data_path is not given."""
 
@@ -99,6 +108,7 @@ class Config:
 
     arch: ArchConfig = field(default_factory=ArchConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     sudoku: SudokuConfig = field(default_factory=SudokuConfig)
     preset: Literal["auto", "quick", "full"] = key("auto", "set of defaults, see Presets")
     data_path: str | None = key(None, "folder of a puzzle data set; null makes Sudoku", **_PATH)
@@ -253,7 +263,13 @@ def resolve_device(name: str) -> str:
 
 def help_text() -> str:
     """The help page: usage, architectures, presets and every key, made from the declarations."""
-    headings = {"": Config, "arch": ArchConfig, "loss": LossConfig, "sudoku": SudokuConfig}
+    headings = {
+        "": Config,
+        "arch": ArchConfig,
+        "loss": LossConfig,
+        "attention": AttentionConfig,
+        "sudoku": SudokuConfig,
+    }
     keys = help_lines(KEYS, {group: str(cls.__doc__) for group, cls in headings.items()})
     return "\n".join([_USAGE, *presets_help(), *keys])
 

@@ -43,7 +43,8 @@ def _checked(name: str, origin: str) -> str:
     return name
 
 
-_backend = _checked(os.environ.get("HRM_KERNELS", "auto"), "environment variable HRM_KERNELS")
+# Judged when it is first used, so that a wrong word is an error of the call, not of the import.
+_backend = os.environ.get("HRM_KERNELS", "auto")
 
 
 def set_backend(name: str) -> None:
@@ -58,7 +59,7 @@ def set_backend(name: str) -> None:
 
 def get_backend() -> str:
     """The name last given to `set_backend`, or that of HRM_KERNELS, or auto."""
-    return _backend
+    return _checked(_backend, "environment variable HRM_KERNELS")
 
 
 def use_triton(op: str, tensor: Tensor, obstacle: str | None = None) -> bool:
@@ -67,7 +68,8 @@ def use_triton(op: str, tensor: Tensor, obstacle: str | None = None) -> bool:
     obstacle: why the kernel cannot take these arguments, None if it can. Under `auto` an obstacle, a device
     other than CUDA, float64 or a missing Triton mean the reference; under `triton` they raise RuntimeError.
     """
-    if _backend == "reference":
+    name = get_backend()
+    if name == "reference":
         return False
     if triton is None:
         obstacle = "Triton is not installed (pip install triton)"
@@ -75,7 +77,7 @@ def use_triton(op: str, tensor: Tensor, obstacle: str | None = None) -> bool:
         obstacle = (
             f"a tensor on {tensor.device} needs Triton's interpreter (TRITON_INTERPRET=1, slow, for tests)"
         )
-    if _backend == "triton":
+    if name == "triton":
         if obstacle is not None:
             raise RuntimeError(f"{op}: backend 'triton' was asked for, but {obstacle}; use 'auto'")
         return True

@@ -66,6 +66,7 @@ DEFAULTS = {
     "arch.gate_hidden_ratio": 0.25,
     "arch.gate_init_bias": -2.2,
     "loss.loss_type": "stablemax_cross_entropy",
+    "attention.backend": "auto",
     "sudoku.size": 9,
     "sudoku.num_train": 1000,
     "sudoku.num_test": 1000,

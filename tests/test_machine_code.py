@@ -1,0 +1,84 @@
+"""Every kernel compiled for every GPU generation, and the committed table of what came out."""
+
+import importlib
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kernels
+from bench.machine_code import RESULTS, SHARED_MEMORY, cases, faults
+from kernels.backend import recorded, triton
+
+ROW = {"target": "sm_90", "stack": 0, "shared_memory": 100, "matrix": True, "tensor_core": 8}
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({}, []),
+        ({"stack": 16}, ["16 bytes of stack: registers spill"]),
+        ({"shared_memory": 300000}, ["300000 bytes of shared memory, of 232448"]),
+        ({"target": "sm_120", "shared_memory": 110000}, ["110000 bytes of shared memory, of 101376"]),
+        ({"tensor_core": 0}, ["no tensor-core instruction"]),
+        ({"tensor_core": 0, "matrix": False}, []),
+    ],
+)
+def test_faults(change, fault):
+    assert faults(ROW | change) == fault
+
+
+def key(row: dict[str, Any]) -> tuple[str, ...]:
+    return row["op"], row["case"], row["kernel"], row["target"]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    if triton is None:
+        pytest.skip("Triton is not installed; it is not built for this system")
+    path: Path = tmp_path_factory.mktemp("machine_code") / "table.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.machine_code", "--write", path],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert path.exists(), done.stdout + done.stderr
+    table = json.loads(path.read_text())
+    assert done.returncode == any(faults(row) for row in table["rows"]), done.stderr
+    return table
+
+
+def test_no_launch_spills_or_outgrows_its_gpu_or_leaves_the_tensor_cores(compiled):
+    wrong = [(key(row), faults(row)) for row in compiled["rows"] if faults(row)]
+    assert not wrong
+    assert {row["target"] for row in compiled["rows"]} == {f"sm_{capability}" for capability in SHARED_MEMORY}
+
+
+def test_every_kernel_is_inspected():
+    launched = set()
+    for case in cases():
+        with recorded() as launches:
+            case.call()
+        launched |= {launch.kernel.__name__ for launch in launches}
+    modules = [importlib.import_module(f"kernels.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
+    defined = {
+        name
+        for module in modules
+        for name in vars(module)
+        if name.startswith("_") and name.endswith("_kernel")
+    }
+    assert launched == defined and len(defined) > 1
+
+
+def test_the_committed_table_is_that_of_this_code(compiled):
+    committed = json.loads(RESULTS.read_text())
+    assert sorted(map(key, committed["rows"])) == sorted(map(key, compiled["rows"]))
+    if committed["triton"] == compiled["triton"]:
+        assert {key(row): row for row in committed["rows"]} == {key(row): row for row in compiled["rows"]}
