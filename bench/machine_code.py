@@ -162,9 +162,17 @@ def faults(row: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.machine_code", description=__doc__)
-    parser.add_argument("--write", action="store_true", help=f"keep the table as {RESULTS.name}")
+    parser.add_argument(
+        "--write",
+        nargs="?",
+        type=Path,
+        const=RESULTS,
+        help=f"keep the table in a file, {RESULTS.name} by default",
+    )
     parser.add_argument("--op", default="", help="only cases of this operation")
     options = parser.parse_args()
+    if options.op and options.write:
+        parser.error("--write keeps the whole table: leave --op out")
     if triton is None or os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("this needs Triton's compiler: install triton and unset TRITON_INTERPRET")
     chosen = [index for index, case in enumerate(cases()) if options.op in ("", case.op)]
@@ -184,10 +192,7 @@ def main() -> int:
                 )
                 table.append(row)
     if options.write:
-        RESULTS.write_text(
-            json.dumps({"triton": triton.__version__, "torch": torch.__version__, "rows": table}, indent=1)
-            + "\n"
-        )
+        options.write.write_text(json.dumps({"triton": triton.__version__, "rows": table}, indent=1) + "\n")
     return 1 if bad else 0
 
 
