@@ -44,7 +44,7 @@ def benchmark_rows() -> list[tuple[str, str, str]]:
         info = row["extra_info"]
         if "model" in info:
             groups.setdefault(info["model"], {})[info["implementation"]] = row
-        else:
+        elif "op" not in info:
             what = "`python -m hrm.data sudoku`: 1,000 generated 9x9 puzzles with 1,000 augmentations each"
             rows.append((what, f"{row['stats']['median']:.1f} s; {info['peak_memory_mib']} MiB", file.name))
     for model, implementations in groups.items():

@@ -39,9 +39,13 @@ class Sequences(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What one ACT step computes. logits: (B, S, V); the others (B,), the target None when not asked for."""
+    """What one ACT step computes.
 
-    logits: Tensor
+    answer: (B, S, D), the states of z_H that the head reads; their logits are the loss's business, which
+    does not keep them. The others: (B,), the target None when not asked for.
+    """
+
+    answer: Tensor
     q_halt_logits: Tensor
     q_continue_logits: Tensor
     target_q_continue: Tensor | None
@@ -97,7 +101,7 @@ def act_step(
     arch = model.arch
     e = model.embed(carry.inputs, puzzle_rows)
     z_H, z_L = model.recur(carry.z_H, carry.z_L, e)
-    logits = model.logits(z_H)
+    answer = z_H[:, model.puzzle_emb_len :]
     q_halt, q_continue = model.q_values(z_H)
     target = None
     with torch.no_grad():
@@ -115,4 +119,4 @@ def act_step(
                 best = torch.where(is_last, next_halt, torch.maximum(next_halt, next_continue))
                 target = torch.sigmoid(best)
     carry = carry._replace(z_H=z_H, z_L=z_L, steps=steps, halted=halted)
-    return carry, Outputs(logits, q_halt, q_continue, target)
+    return carry, Outputs(answer, q_halt, q_continue, target)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hrm.act import Carry, Sequences, act_step, draw_min_halt_steps, initial_carry, replace_halted
+from hrm.act import Carry, Outputs, Sequences, act_step, draw_min_halt_steps, initial_carry, replace_halted
 from hrm.config import Config
 from hrm.data.dataset import Batch
 from hrm.data.layout import Metadata
@@ -22,7 +22,8 @@ from hrm.distributed import World
 from hrm.errors import UserError
 from hrm.losses import act_loss
 from hrm.model import HRM
-from hrm.optim import AdamATan2, FlatParameters, learning_rate, sign_sgd
+from hrm.optim import AdamATan2, FlatParameters, learning_rate
+from kernels import sign_sgd
 
 # Compiling pays on a CPU from about this many steps on; below it the compiler takes longer than it saves.
 COMPILE_FROM_STEPS = 2000
@@ -90,6 +91,7 @@ class Engine:
             num_puzzle_identifiers=metadata.num_puzzle_identifiers,
             dtype=resolve_dtype(config.dtype, self.device),
             seed=config.seed,
+            attention_backend=config.attention.backend,
         ).to(self.device)
         self.parameters = FlatParameters(self.model)
         self.optimizer = AdamATan2(
@@ -114,8 +116,11 @@ class Engine:
     ) -> tuple[Carry, Tensor, dict[str, Tensor]]:
         carry = replace_halted(self.model, carry, fresh)
         carry, outputs = act_step(self.model, carry, puzzle_rows, min_halt_steps)
-        loss, sums = act_loss(self.config.loss.loss_type, carry, outputs)
+        loss, sums = self._loss(carry, outputs)
         return carry, loss / self.config.global_batch_size, sums
+
+    def _loss(self, carry: Carry, outputs: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
+        return act_loss(self.config.loss.loss_type, self.model.lm_head.weight, carry, outputs)
 
     def train_step(self, batch: Batch) -> None:
         """One ACT step and one update. batch: this rank's rows of the global batch, taken where needed.
@@ -145,7 +150,7 @@ class Engine:
         self.parameters.grad.zero_()
         loss.backward()
         self.world.all_reduce(self.parameters.grad)
-        self.optimizer.step(self._lr)
+        statistics = self.optimizer.step(self._lr)
         if model.puzzle_emb is not None and puzzle_rows is not None:
             assert puzzle_rows.grad is not None
             self._puzzle_emb_lr.fill_(self.learning_rate(config.puzzle_emb_lr))
@@ -156,7 +161,7 @@ class Engine:
                 self._puzzle_emb_lr,
                 config.puzzle_emb_weight_decay,
             )
-        self._add(sums, loss)
+        self._add(sums, loss, statistics.norm)
 
     def learning_rate(self, base_lr: float) -> float:
         """The schedule's value at the current step for one of the two base learning rates."""
@@ -169,9 +174,9 @@ class Engine:
             min_ratio=config.lr_min_ratio,
         )
 
-    def _add(self, sums: dict[str, Tensor], loss: Tensor) -> None:
+    def _add(self, sums: dict[str, Tensor], loss: Tensor, grad_norm: Tensor) -> None:
         # The gradient is whole on every rank, so its norm must not be summed over them.
-        norm = self.parameters.grad.norm() / self.world.size
+        norm = grad_norm / self.world.size
         values = [*sums.values(), loss.detach() * self.config.global_batch_size, norm]
         vector = torch.stack([value.to(torch.float32) for value in values])
         self._names = [*sums, "loss", "grad_norm"]
@@ -203,7 +208,7 @@ class Engine:
         self, carry: Carry, puzzle_rows: Tensor | None
     ) -> tuple[Carry, dict[str, Tensor]]:
         carry, outputs = act_step(self.model, carry, puzzle_rows, None)
-        return carry, act_loss(self.config.loss.loss_type, carry, outputs)[1]
+        return carry, self._loss(carry, outputs)[1]
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[str, Batch, int]]) -> dict[str, dict[str, float]]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import attention, rms_norm, swiglu
+from kernels import attention, linear_rms, linear_scaled, linear_swiglu, rms_norm
 
 # The standard deviation that is left of a unit normal cut off at two standard deviations.
 TRUNCATED_STD = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
@@ -74,14 +74,18 @@ class PuzzleEmbedding(nn.Module):
 class Attention(nn.Module):
     """Self-attention with a packed projection and no biases."""
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, backend: str) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.backend = num_heads, backend
         self.qkv_proj = Linear(hidden_size, 3 * hidden_size)
         self.o_proj = Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, queries: int | None) -> Tensor:
-        return self.o_proj(attention(self.qkv_proj(x), self.num_heads, cos, sin, queries))
+        return self.o_proj(self.attend(self.qkv_proj(x), cos, sin, queries))
+
+    def attend(self, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, queries: int | None) -> Tensor:
+        """Between the projections. qkv: (B, T, 3D). Returns (B, T or queries, D)."""
+        return attention(qkv, self.num_heads, cos, sin, queries, self.backend)
 
 
 def swiglu_width(hidden_size: int, expansion: float) -> int:
@@ -99,15 +103,17 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(width, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_up_proj(x)))
+        return self.down_proj(linear_swiglu(x, self.gate_up_proj.weight.to(x.dtype)))
 
 
 class Block(nn.Module):
     """A post-norm transformer block without norm weights."""
 
-    def __init__(self, hidden_size: int, num_heads: int, expansion: float, eps: float) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, expansion: float, eps: float, attention_backend: str
+    ) -> None:
         super().__init__()
-        self.self_attn = Attention(hidden_size, num_heads)
+        self.self_attn = Attention(hidden_size, num_heads, attention_backend)
         self.mlp = SwiGLU(hidden_size, expansion)
         self.eps = eps
 
@@ -118,3 +124,26 @@ class Block(nn.Module):
         attended = self.self_attn(x, cos, sin, queries)
         x = rms_norm(x[:, :queries], attended, self.eps)
         return rms_norm(x, self.mlp(x), self.eps)
+
+    def deferred(
+        self,
+        h: Tensor,
+        rstd: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        queries: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` of x = rstd * h in four products that leave each norm's factor to their reader.
+
+        h: (B, T, D). rstd: (B, T), None for 1. Returns both for the next block. The norms have no weight, so
+        their factor commutes with a product, and no pass over memory is left for them. For blocks without
+        gradient, see `kernels.linear_rms`.
+        """
+        attn, mlp, dtype = self.self_attn, self.mlp, h.dtype
+        qkv_weight = attn.qkv_proj.weight.to(dtype)
+        qkv = F.linear(h, qkv_weight) if rstd is None else linear_scaled(h, qkv_weight, rstd)
+        attended = attn.attend(qkv, cos, sin, queries)
+        h, rstd = h[:, :queries], None if rstd is None else rstd[:, :queries]
+        h, rstd = linear_rms(attended, attn.o_proj.weight.to(dtype), h, rstd, self.eps)
+        inner = linear_swiglu(h, mlp.gate_up_proj.weight.to(dtype), rstd)
+        return linear_rms(inner, mlp.down_proj.weight.to(dtype), h, rstd, self.eps)

@@ -6,39 +6,35 @@ from torch import Tensor
 
 from hrm.act import Carry, Outputs
 from hrm.data.dataset import IGNORE_LABEL
-from kernels import softmax_cross_entropy, stablemax_cross_entropy
+from kernels import lm_head_softmax, lm_head_stablemax
 
-LOSSES = {
-    "stablemax_cross_entropy": stablemax_cross_entropy,
-    "softmax_cross_entropy": softmax_cross_entropy,
-}
+LOSSES = {"stablemax_cross_entropy": lm_head_stablemax, "softmax_cross_entropy": lm_head_softmax}
 
 
-def act_loss(loss_type: str, carry: Carry, outputs: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
+def act_loss(
+    loss_type: str, head: Tensor, carry: Carry, outputs: Outputs
+) -> tuple[Tensor, dict[str, Tensor]]:
     """lm + 0.5 * (q_halt + q_continue), summed over the batch, and the metric sums.
 
-    carry: after the step. lm is a sequence's mean token loss over its valid tokens; q_halt is taught
-    whether every valid token is right, q_continue its target, both by binary cross-entropy with logits.
+    head: (V, D), the weight of lm_head. carry: after the step. lm is a sequence's mean token loss over its
+    valid tokens; q_halt is taught whether every valid token is right, q_continue its target, both by binary
+    cross-entropy with logits.
     Returns the loss () and sums (), over sequences that halted at this step: count, accuracy,
     exact_accuracy, q_halt_accuracy, steps; over the batch: lm_loss, q_halt_loss and, with a target,
     q_continue_loss. A sequence without labels, such as padding, counts as right in q_halt_loss. Float32
-    (float64 for float64 logits). Source: the official HRM code.
+    (float64 for float64 states). Source: the official HRM code.
     """
-    logits, q_halt, q_continue, target = outputs
-    labels = carry.labels
-    valid = labels != IGNORE_LABEL
-    valid_count = valid.sum(-1)
-    token_losses = LOSSES[loss_type](logits, labels, IGNORE_LABEL)
-    divisor = valid_count.clamp(min=1).to(token_losses.dtype)
-    lm_loss = (token_losses.sum(-1) / divisor).sum()
+    answer, q_halt, q_continue, target = outputs
+    lm = LOSSES[loss_type](answer, head.to(answer.dtype), carry.labels, IGNORE_LABEL)
+    lm_loss = lm.loss.sum()
 
     with torch.no_grad():
-        right_count = (valid & (logits.argmax(-1) == labels)).sum(-1)
-        is_exact = right_count == valid_count
-        counted = carry.halted & (valid_count > 0)
+        is_exact = lm.right_count == lm.valid_count
+        counted = carry.halted & (lm.valid_count > 0)
+        accuracy = lm.right_count / lm.valid_count.clamp(min=1).to(lm.loss.dtype)
         sums = {
             "count": counted.sum(),
-            "accuracy": torch.where(counted, right_count / divisor, 0).sum(),
+            "accuracy": torch.where(counted, accuracy, 0).sum(),
             "exact_accuracy": (counted & is_exact).sum(),
             "q_halt_accuracy": (counted & ((q_halt >= 0) == is_exact)).sum(),
             "steps": torch.where(counted, carry.steps, 0).sum(),

@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from hrm.config import ArchConfig
 from hrm.gating import GatingNetwork
 from hrm.layers import Block, Embedding, Linear, PuzzleEmbedding, truncated_normal_
+from kernels.matmul import use_fused
 from kernels.rope import rope_tables
 
 
 class ReasoningModule(nn.Module):
     """A stack of blocks over its combined sources: the sum, or the gated sum where the gate network is."""
 
-    def __init__(self, arch: ArchConfig, num_layers: int) -> None:
+    def __init__(self, arch: ArchConfig, num_layers: int, attention_backend: str) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            Block(arch.hidden_size, arch.num_heads, arch.expansion, arch.rms_norm_eps)
+            Block(arch.hidden_size, arch.num_heads, arch.expansion, arch.rms_norm_eps, attention_backend)
             for _ in range(num_layers)
         )
         self.gating_network = (
@@ -51,10 +52,17 @@ class ReasoningModule(nn.Module):
         With `queries` the last block computes its first positions only: exact, since nothing after it
         looks at the others.
         """
-        h = self.combine(z, o, x)
-        for layer in self.layers[:-1]:
-            h = layer(h, cos, sin)
-        return self.layers[-1](h, cos, sin, queries)
+        h, rstd = self.combine(z, o, x), None
+        last = len(self.layers) - 1
+        defers = use_fused("linear_rms", h)
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, Block)
+            asked = queries if index == last else None
+            if defers:
+                h, rstd = layer.deferred(h, rstd, cos, sin, asked)
+            else:
+                h = layer(h, cos, sin, asked)
+        return h if rstd is None else (h * rstd[..., None]).to(h.dtype)
 
 
 class HRM(nn.Module):
@@ -78,6 +86,7 @@ class HRM(nn.Module):
         num_puzzle_identifiers: int,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        attention_backend: str = "auto",
     ) -> None:
         super().__init__()
         D, ndim = arch.hidden_size, arch.puzzle_emb_ndim
@@ -91,8 +100,8 @@ class HRM(nn.Module):
         self.embed_pos = Embedding(self.length, D) if arch.pos_encodings == "learned" else None
         self.lm_head = Linear(D, vocab_size)
         self.q_head = Linear(D, 2, bias=True)
-        self.H_level = ReasoningModule(arch, arch.H_layers)
-        self.L_level = ReasoningModule(arch, arch.L_layers)
+        self.H_level = ReasoningModule(arch, arch.H_layers, attention_backend)
+        self.L_level = ReasoningModule(arch, arch.L_layers, attention_backend)
         self.register_buffer("H_init", torch.empty(D))
         self.register_buffer("L_init", torch.empty(D))
         cos, sin = None, None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import adam_atan2
+from kernels.adam_atan2 import GradientStatistics
 
 # Each parameter starts on a 64-byte boundary, for vector loads and for kernels that assume alignment.
 ALIGNMENT = 16
@@ -60,10 +61,10 @@ class AdamATan2:
         self.count = torch.zeros((), dtype=torch.int64, device=parameters.data.device)
 
     @torch.no_grad()
-    def step(self, lr: Tensor) -> None:
-        """One update from the gradients as they stand. lr: () float32 on the device."""
+    def step(self, lr: Tensor) -> GradientStatistics:
+        """One update from the gradients as they stand, and their statistics. lr: () float32 on the device."""
         self.count += 1
-        adam_atan2(
+        return adam_atan2(
             self.parameters.data,
             self.parameters.grad,
             self.exp_avg,
@@ -87,22 +88,6 @@ class AdamATan2:
         for name, flat in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
             for parameter, view in self.parameters.views(flat).items():
                 view.copy_(state[name][parameter])
-
-
-@torch.no_grad()
-def sign_sgd(table: Tensor, identifiers: Tensor, grad: Tensor, lr: Tensor, weight_decay: float) -> None:
-    """Sign-SGD with decoupled decay on the rows of a table that a batch used, in place.
-
-    table: (N, E). identifiers: (B,) integer rows, repeats allowed; grad: (B, E), their gradients. Gradients
-    of equal identifiers are summed first, so each row moves once: p = p * (1 - lr wd) - lr sign(sum g).
-    No shape depends on the data and nothing crosses to the host: repeats write the same value.
-    """
-    # A product sums in a fixed order, alike on all ranks; every repeat takes its first occurrence's sum.
-    same = identifiers[:, None] == identifiers[None, :]
-    slot = same.int().argmax(dim=1)
-    summed = (same.to(grad.dtype) @ grad)[slot]
-    rows = table[identifiers] * (1 - lr * weight_decay) - lr * summed.sign()
-    table[identifiers] = rows
 
 
 def learning_rate(

@@ -8,8 +8,12 @@ from kernels.adam_atan2 import adam_atan2
 from kernels.attention import attention
 from kernels.backend import get_backend, set_backend
 from kernels.gate_mix import gate_mix
+from kernels.linear_rms import linear_rms, linear_scaled
+from kernels.linear_swiglu import linear_swiglu
+from kernels.lm_head import lm_head_softmax, lm_head_stablemax
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope
+from kernels.sign_sgd import sign_sgd
 from kernels.stablemax import softmax_cross_entropy, stablemax_cross_entropy
 from kernels.swiglu import swiglu
 
@@ -18,9 +22,15 @@ __all__ = [
     "attention",
     "gate_mix",
     "get_backend",
+    "linear_rms",
+    "linear_scaled",
+    "linear_swiglu",
+    "lm_head_softmax",
+    "lm_head_stablemax",
     "rms_norm",
     "rope",
     "set_backend",
+    "sign_sgd",
     "softmax_cross_entropy",
     "stablemax_cross_entropy",
     "swiglu",

@@ -1,19 +1,36 @@
-"""AdamATan2 over one flat buffer.
+"""AdamATan2 over one flat buffer, with the statistics of its gradient.
 
 At step t (the first is 1), elementwise:
 
     p *= 1 - lr wd;   m = lerp(m, g, 1 - b1);   v = lerp(v, g^2, 1 - b2)
     p -= lr / (1 - b1^t) * atan2(m, sqrt(v) / sqrt(1 - b2^t))
 
-atan2 is bounded and scale-free, so there is no epsilon. Bytes: p, m, v read and written, g read.
+atan2 is bounded and scale-free, so there is no epsilon. In the same pass: sqrt(sum(g^2)), the count of g that
+are not finite and, on demand, the new p in 16 bits for the forward.
+
+There is no backward; nothing is saved. Bytes an element, in float32: p, m, v read and written, g read, 28 in
+all, and 2 for the copy; every 2048 elements add 8 bytes of statistics.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.checks import check_floating, check_shape
+from kernels.backend import jit, launch, tl, triton, use_triton
+from kernels.checks import accumulate_dtype, check_floating, check_shape
+
+
+class GradientStatistics(NamedTuple):
+    """What an update saw of its gradient.
+
+    norm: () float32 (float64 for float64), the L2 norm; it is infinite from squares beyond 3.4e38 on.
+    non_finite: () int32, the number of elements that are infinite or NaN.
+    """
+
+    norm: Tensor
+    non_finite: Tensor
 
 
 def _log(beta: float) -> float:
@@ -30,18 +47,158 @@ def adam_atan2_reference(
     beta1: float,
     beta2: float,
     weight_decay: float,
-) -> None:
+    copy: Tensor | None = None,
+) -> GradientStatistics:
     """The update in plain PyTorch, in place; see `adam_atan2`."""
+    norm = torch.linalg.vector_norm(grad, dtype=accumulate_dtype(grad.dtype))
+    # One buffer for all that follows: on a CPU, fresh memory costs more than the arithmetic. First it holds
+    # 0 where the gradient is finite and NaN elsewhere.
+    angle = grad * 0
+    non_finite = angle.count_nonzero().int()
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     # 1 - beta^t by expm1, which keeps its digits where beta^t is close to 1.
     t = step.to(param.dtype)
     correction1 = -torch.expm1(t * _log(beta1))
     correction2 = torch.sqrt(-torch.expm1(t * _log(beta2)))
-    # One buffer for all that follows: on a CPU, fresh memory costs more than the arithmetic.
-    angle = exp_avg_sq.sqrt().div_(correction2)
+    torch.sqrt(exp_avg_sq, out=angle).div_(correction2)
     torch.atan2(exp_avg, angle, out=angle)
     param.mul_(1 - lr * weight_decay).sub_(angle.mul_(lr / correction1))
+    if copy is not None:
+        copy.copy_(param)
+    return GradientStatistics(norm, non_finite)
+
+
+def launch_choice() -> dict[str, int]:
+    """Two 16-byte vectors of each buffer to a thread, which leaves registers for four blocks on a processor.
+
+    A block needs some 90 instructions an element: with four, one computes while the others wait for memory.
+    """
+    return {"BLOCK": 2048, "num_warps": 8}
+
+
+@jit
+def _one_minus_exp(x):
+    """1 - e^x for a scalar x <= 0: near 0 by its series, where the difference would lose its digits."""
+    series = 1.0
+    for k in tl.static_range(12, 1, -1):
+        series = 1.0 + series * x * (1.0 / k)
+    return tl.where(x > -1.0, -x * series, 1.0 - tl.exp(x))
+
+
+@jit
+def _atan2(m, d):
+    """atan2(m, d) for d >= 0 in float32, in [-pi/2, pi/2]; infinities and NaN as in torch.
+
+    The angle is atan(lo / hi) or its complement, so the polynomial is needed on [0, 1] alone. Its relative
+    error there is 1.7e-8, the least that eight coefficients allow (a minimax fit); rounded to float32 and
+    evaluated in it, atan is within 1.3 units of the last place at every q from 2^-13 to 1. A GPU's quotient
+    is within 2 of q's, so the angle is within 2e-7.
+    """
+    size = tl.abs(m)
+    steep = size > d
+    lo = tl.where(steep, d, size)
+    hi = tl.where(steep, size, d)
+    # Equals need a case of their own: 0 / 0 is the angle 0, and infinity / infinity that of the diagonal.
+    q = tl.where(lo == hi, tl.where(hi > 0.0, 1.0, 0.0), lo / hi)
+    z = q * q
+    r = z * 0.002920693019 - 0.01636793092
+    r = r * z + 0.04321186617
+    r = r * z - 0.07552214712
+    r = r * z + 0.1066600457
+    r = r * z - 0.1421105564
+    r = r * z + 0.199937731
+    r = r * z - 0.3333315253
+    angle = q + q * z * r
+    angle = tl.where(steep, 1.5707963267948966 - angle, angle)
+    return tl.where(m < 0.0, -angle, angle)
+
+
+@jit
+def _adam_atan2_kernel(
+    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, copy_ptr, lr_ptr, step_ptr, norm_ptr, non_finite_ptr,
+    N,
+    weight1, beta2, weight2, log_beta1, log_beta2, weight_decay,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < N
+    g = tl.load(grad_ptr + index, mask=mask, other=0.0)
+    m = tl.load(exp_avg_ptr + index, mask=mask, other=0.0)
+    v = tl.load(exp_avg_sq_ptr + index, mask=mask, other=0.0)
+    p = tl.load(param_ptr + index, mask=mask, other=0.0)
+    lr = tl.load(lr_ptr)
+    t = tl.load(step_ptr).to(tl.float32)
+
+    # Squares of g / 64, so that a tile's sum of them overflows no sooner than the square of one g.
+    scaled = g * 0.015625
+    tl.store(norm_ptr + tl.program_id(0), tl.sqrt_rn(tl.sum(scaled * scaled, axis=0)) * 64.0)
+    finite = tl.abs(g) < float("inf")
+    tl.store(non_finite_ptr + tl.program_id(0), tl.sum(tl.where(finite, 0, 1), axis=0))
+
+    # The two forms of torch.lerp, of which each is exact at its own end.
+    m = tl.where(weight1 < 0.5, m, g) + tl.where(weight1 < 0.5, weight1, weight1 - 1.0) * (g - m)
+    v = v * beta2 + weight2 * (g * g)
+    rate = lr / _one_minus_exp(t * log_beta1)
+    # Not tl.sqrt, which takes numbers below 1.2e-38 for 0: the moments of a parameter without gradient decay
+    # to such numbers and stay there, and an angle of pi / 2 would move it for ever.
+    scale = 1.0 / tl.sqrt_rn(_one_minus_exp(t * log_beta2))
+    p = p * (1.0 - lr * weight_decay) - rate * _atan2(m, tl.sqrt_rn(v) * scale)
+    tl.store(exp_avg_ptr + index, m, mask=mask)
+    tl.store(exp_avg_sq_ptr + index, v, mask=mask)
+    tl.store(param_ptr + index, p, mask=mask)
+    if copy_ptr is not None:
+        tl.store(copy_ptr + index, p.to(copy_ptr.dtype.element_ty), mask=mask)
+
+
+def _update(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    lr: Tensor,
+    step: Tensor,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    copy: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    N = param.numel()
+    choice = launch_choice()
+    programs = triton.cdiv(N, choice["BLOCK"])
+    norms = param.new_empty(programs)
+    non_finite = param.new_empty(programs, dtype=torch.int32)
+    launch(
+        _adam_atan2_kernel,
+        (programs,),
+        param, grad, exp_avg, exp_avg_sq, copy, lr, step, norms, non_finite,
+        N,
+        1 - beta1, beta2, 1 - beta2, _log(beta1), _log(beta2), weight_decay,
+        **choice,
+    )  # fmt: skip
+    norm = torch.linalg.vector_norm(norms, dtype=torch.float64).float()
+    return norm, non_finite.sum(dtype=torch.int32)
+
+
+@torch.library.custom_op("hrm_kernels::adam_atan2", mutates_args=("param", "exp_avg", "exp_avg_sq", "copy"))
+def _adam_atan2(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    lr: Tensor,
+    step: Tensor,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    copy: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return _update(param, grad, exp_avg, exp_avg_sq, lr, step, beta1, beta2, weight_decay, copy)
+
+
+@_adam_atan2.register_fake
+def _(param, grad, exp_avg, exp_avg_sq, lr, step, beta1, beta2, weight_decay, copy) -> tuple[Tensor, Tensor]:
+    return param.new_empty(()), param.new_empty((), dtype=torch.int32)
 
 
 def adam_atan2(
@@ -55,16 +212,41 @@ def adam_atan2(
     beta1: float,
     beta2: float,
     weight_decay: float,
-) -> None:
+    copy: Tensor | None = None,
+) -> GradientStatistics:
     """One AdamATan2 step with decoupled weight decay, in place on param, exp_avg and exp_avg_sq.
 
-    param, grad, exp_avg, exp_avg_sq: one shape, one dtype (float32 in training). lr: () in that dtype and
-    step: () integer, both on the tensors' device so that no value crosses to the host. Raises ValueError
-    or TypeError naming the argument. Source: Everett et al. 2024 (arXiv 2407.05872).
+    param, grad, exp_avg, exp_avg_sq: one shape, one dtype (float32 in training; its kernel takes no other).
+    lr: () in that dtype and step: () int32 or int64, both on the tensors' device so that no value crosses to
+    the host. copy: None, or bfloat16 or float16 of that shape, which receives the new weights. Returns the
+    statistics of grad as it came. A gradient that is not finite goes into the moments, and a NaN from there
+    into the weights: nothing is skipped here. Raises ValueError or TypeError naming the argument. Source:
+    Everett et al. 2024 (arXiv 2407.05872).
     """
     check_floating("adam_atan2", param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, lr=lr)
     for name, tensor in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         check_shape("adam_atan2", name, tensor, tuple(param.shape))
     check_shape("adam_atan2", "lr", lr, ())
     check_shape("adam_atan2", "step", step, ())
-    adam_atan2_reference(param, grad, exp_avg, exp_avg_sq, lr, step, beta1, beta2, weight_decay)
+    if step.dtype not in (torch.int32, torch.int64) or step.device != param.device:
+        raise TypeError(
+            f"adam_atan2: step must be int32 or int64 on {param.device}, got {step.dtype} on {step.device}"
+        )
+    if copy is not None:
+        check_shape("adam_atan2", "copy", copy, tuple(param.shape))
+        if copy.dtype not in (torch.bfloat16, torch.float16) or copy.device != param.device:
+            raise TypeError(
+                f"adam_atan2: copy must be bfloat16 or float16 on {param.device}, "
+                f"got {copy.dtype} on {copy.device}"
+            )
+    obstacle = None
+    if param.dtype != torch.float32:
+        obstacle = f"its kernel takes float32, got {param.dtype}"
+    buffers = [param, grad, exp_avg, exp_avg_sq] + ([] if copy is None else [copy])
+    if not all(buffer.is_contiguous() for buffer in buffers):
+        obstacle = "its kernel walks over contiguous buffers"
+    if use_triton("adam_atan2", param, obstacle):
+        return GradientStatistics(
+            *_adam_atan2(param, grad, exp_avg, exp_avg_sq, lr, step, beta1, beta2, weight_decay, copy)
+        )
+    return adam_atan2_reference(param, grad, exp_avg, exp_avg_sq, lr, step, beta1, beta2, weight_decay, copy)

@@ -2,32 +2,375 @@
 
 Forward, per batch and head, with q, k, v of shape (T, d) cut from one packed row [q | k | v]:
 
-    q, k = rope(q), rope(k)
-    o = softmax(q k^T / sqrt(d)) v
+    q, k = rope(q), rope(k);   P = softmax(q k^T / sqrt(d));   o = P v
 
-Backward: the usual softmax attention gradient; rope's is the inverse rotation.
-Bytes: qkv is read once and o written once; at T of about 100 scores and probabilities fit on chip.
+Backward:
+
+    dv = P^T do;   dP = do v^T;   dS = P * (dP - rowsum(P * dP)) / sqrt(d);   dq = dS k;   dk = dS^T q
+
+and dq, dk turned back by rope's inverse.
+
+The kernel takes one batch and head per program: all of its keys and values are one block on chip, so the
+softmax is the plain one of a whole row and no running maximum is kept; queries come in tiles. A vector stays
+in its two halves x = [x1, x2], as rope wants it: q k^T = q1 k1^T + q2 k2^T.
+
+Saved: qkv alone. Recomputed in the backward: the rotation, the scores and P, which never leave the chip.
+Bytes, in elements for N = B * T * D: 3N read and N written forward, 4N read and 3N written backward, and the
+tables from cache. FLOP: 4 B h T^2 d forward and 10 B h T^2 d backward; at T = 82 tiles pad T^2 to 128 x 128
+and 128 x 96, so at B = 768, D = 512 these are 26 and 48 GFLOP against 0.26 and 0.45 GB in 16 bits: on a GPU
+of 790 TFLOP/s and 4.3 TB/s 0.03 and 0.06 ms against 0.06 and 0.11 ms, so both are bound by bytes. Holding 82
+keys as blocks of 64 and 32 would save a quarter of the arithmetic and none of the bytes, for twice the code.
+
+Longer sequences go to flash-attn or to PyTorch's scaled_dot_product_attention, after the rope kernel: a tiled
+form of our own is left out by choice, since those two are at their best there.
 """
 
+import importlib
+import math
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.checks import check_floating, check_shape
-from kernels.rope import rope_reference
+from kernels.backend import INTERPRETED, dot, get_backend, jit, launch, tl, triton, use_triton, wide
+from kernels.checks import check_floating
+from kernels.rope import check_tables, rope, rope_reference, rotate
+
+ATTENTION_BACKENDS = ("auto", "triton", "flash", "sdpa")
+# Of the Triton kernel: one block of keys and values, and two halves of 64.
+MAX_LENGTH, MAX_HEAD_DIM = 128, 128
+
+
+def _split_heads(
+    qkv: Tensor, num_heads: int, cos: Tensor | None, sin: Tensor | None, queries: int | None, rotate: Callable
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries, rotated keys and values, each (B, T or queries, num_heads, d)."""
+    heads = qkv.unflatten(2, (3 * num_heads, -1))
+    # Splits, not slices: the gradient of a split is one concatenation.
+    qk, v = heads.split([2 * num_heads, num_heads], dim=2)
+    if cos is not None and sin is not None:
+        qk = rotate(qk, cos, sin)
+    q, k = qk.split([num_heads, num_heads], dim=2)
+    return q[:, :queries], k, v
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    function = _flash_function(q.device)
+    assert function is not None
+    o = function(q, k, v, causal=False)
+    # The first releases of flash-attn 3 return the softmax's normaliser too.
+    return (o[0] if isinstance(o, tuple) else o).flatten(2)
 
 
 def attention_reference(
     qkv: Tensor, num_heads: int, cos: Tensor | None, sin: Tensor | None, queries: int | None
 ) -> Tensor:
     """Attention through PyTorch's own scaled_dot_product_attention; see `attention`."""
-    batch, length, _ = qkv.shape
-    heads = qkv.view(batch, length, 3 * num_heads, -1)
-    qk, v = heads[:, :, : 2 * num_heads], heads[:, :, 2 * num_heads :]
-    if cos is not None and sin is not None:
-        qk = rope_reference(qk, cos, sin)
-    q, k = qk[:, :queries, :num_heads], qk[:, :, num_heads:]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return _sdpa(*_split_heads(qkv, num_heads, cos, sin, queries, rope_reference))
+
+
+def launch_choice(
+    length: int, queries: int, head_dim: int, dtype: torch.dtype, backward: bool
+) -> dict[str, int]:
+    """All keys in one block; queries in tiles, as large as registers allow for the tensor cores.
+
+    Forward, a tile's scores are 64 registers a thread of 4 warps. Backward, 8 warps hold the sums of dk and
+    dv, so a tile is smaller. In float32, without tensor cores, operands take more registers still.
+    """
+    if dtype.itemsize == 2:
+        BLOCK_M, num_warps = (32, 8) if backward else (64, 4)
+        BLOCK_M = min(BLOCK_M, max(16, triton.next_power_of_2(queries)))
+    else:
+        BLOCK_M, num_warps = (16, 8) if backward else (32, 8)
+    return {
+        "TILES": triton.cdiv(queries, BLOCK_M),
+        "HALF": head_dim // 2,
+        "BLOCK_M": BLOCK_M,
+        "BLOCK_N": max(16, triton.next_power_of_2(length)),
+        "BLOCK_H": max(16, triton.next_power_of_2(head_dim // 2)),
+        "num_warps": num_warps,
+    }
+
+
+@jit
+def _load_halves(
+    x_ptr, cos_ptr, sin_ptr, rows, M, x_stride_m,
+    WIDE: tl.constexpr, DOT: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Rows of one head in two halves, rotated where there are tables, as operands of a product."""
+    cols = tl.arange(0, BLOCK_H)
+    mask = (rows < M)[:, None] & (cols < HALF)[None, :]
+    at = x_ptr + rows[:, None] * x_stride_m + cols[None, :]
+    x1 = tl.load(at, mask=mask, other=0.0).to(WIDE)
+    x2 = tl.load(at + HALF, mask=mask, other=0.0).to(WIDE)
+    if cos_ptr is not None:
+        at = rows[:, None] * (2 * HALF) + cols[None, :]
+        cos = tl.load(cos_ptr + at, mask=mask, other=0.0).to(WIDE)
+        # The second masking changes no value. It keeps the compiler from rotating once per operand layout,
+        # with both tables in registers each time.
+        sin = tl.where(mask, tl.load(sin_ptr + at, mask=mask, other=0.0).to(WIDE), 0.0)
+        x1, x2 = rotate(x1, x2, cos, sin)
+    return x1.to(DOT), x2.to(DOT)
+
+
+@jit
+def _store_halves(
+    dx1, dx2, dx_ptr, cos_ptr, sin_ptr, rows, M, dx_stride_m,
+    WIDE: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradient of what `_load_halves` read, given that of what it returned."""
+    cols = tl.arange(0, BLOCK_H)
+    mask = (rows < M)[:, None] & (cols < HALF)[None, :]
+    if cos_ptr is not None:
+        at = rows[:, None] * (2 * HALF) + cols[None, :]
+        cos = tl.load(cos_ptr + at, mask=mask, other=0.0).to(WIDE)
+        sin = tl.load(sin_ptr + at, mask=mask, other=0.0).to(WIDE)
+        dx1, dx2 = rotate(dx1, dx2, cos, -sin)
+    at = dx_ptr + rows[:, None] * dx_stride_m + cols[None, :]
+    tl.store(at, dx1.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(at + HALF, dx2.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _product(a, b, acc, WIDE: tl.constexpr):
+    """acc + a b."""
+    return tl.dot(a, b, acc=acc, out_dtype=WIDE, input_precision="ieee")
+
+
+@jit
+def _attention_forward_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, o_ptr,
+    T, num_heads, queries,
+    qkv_stride_b, qkv_stride_t,
+    SCALE: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr, TILES: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    batch, head = (tl.program_id(0) // num_heads).to(tl.int64), tl.program_id(0) % num_heads
+    D = num_heads * 2 * HALF
+    q_ptr = qkv_ptr + batch * qkv_stride_b + head * 2 * HALF
+    o_ptr += batch * queries * D + head * 2 * HALF
+    keys = tl.arange(0, BLOCK_N)
+    k1, k2 = _load_halves(q_ptr + D, cos_ptr, sin_ptr, keys, T, qkv_stride_t, WIDE, DOT, HALF, BLOCK_H)
+    v1, v2 = _load_halves(q_ptr + 2 * D, None, None, keys, T, qkv_stride_t, WIDE, DOT, HALF, BLOCK_H)
+    # exp(x) is taken as exp2(x log2(e)), with the scale in the same factor.
+    FACTOR: tl.constexpr = SCALE * 1.4426950408889634
+    for tile in range(TILES):
+        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        q1, q2 = _load_halves(q_ptr, cos_ptr, sin_ptr, rows, T, qkv_stride_t, WIDE, DOT, HALF, BLOCK_H)
+        scores = _product(q2, tl.trans(k2), _product(q1, tl.trans(k1), None, WIDE), WIDE)
+        scores = tl.where((keys < T)[None, :], scores, float("-inf"))
+        p = tl.exp2(scores * FACTOR - (tl.max(scores, axis=1) * FACTOR)[:, None])
+        norm = (1 / tl.sum(p, axis=1))[:, None]
+        p = p.to(DOT)
+        o1, o2 = _product(p, v1, None, WIDE) * norm, _product(p, v2, None, WIDE) * norm
+        _store_halves(o1, o2, o_ptr, None, None, rows, queries, D, WIDE, HALF, BLOCK_H)
+
+
+@jit
+def _attention_backward_kernel(
+    do_ptr, qkv_ptr, cos_ptr, sin_ptr, dqkv_ptr,
+    T, num_heads, queries,
+    do_stride_b, do_stride_t, qkv_stride_b, qkv_stride_t,
+    SCALE: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr, TILES: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    batch, head = (tl.program_id(0) // num_heads).to(tl.int64), tl.program_id(0) % num_heads
+    D = num_heads * 2 * HALF
+    do_ptr += batch * do_stride_b + head * 2 * HALF
+    q_ptr = qkv_ptr + batch * qkv_stride_b + head * 2 * HALF
+    dq_ptr = dqkv_ptr + batch * T * 3 * D + head * 2 * HALF
+    keys = tl.arange(0, BLOCK_N)
+    k1, k2 = _load_halves(q_ptr + D, cos_ptr, sin_ptr, keys, T, qkv_stride_t, WIDE, DOT, HALF, BLOCK_H)
+    v1, v2 = _load_halves(q_ptr + 2 * D, None, None, keys, T, qkv_stride_t, WIDE, DOT, HALF, BLOCK_H)
+    zero = tl.zeros((BLOCK_N, BLOCK_H), WIDE)
+    dk1, dk2, dv1, dv2 = zero, zero, zero, zero
+    FACTOR: tl.constexpr = SCALE * 1.4426950408889634
+    for tile in range(TILES):
+        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        q1, q2 = _load_halves(q_ptr, cos_ptr, sin_ptr, rows, T, qkv_stride_t, WIDE, DOT, HALF, BLOCK_H)
+        # Rows that did not ask have do = 0, so they add nothing to the sums and their own dq is 0.
+        do1, do2 = _load_halves(do_ptr, None, None, rows, queries, do_stride_t, WIDE, DOT, HALF, BLOCK_H)
+        # Scores, P, dP and dS are transposed here, (keys, queries): so they are left operands of dk and dv
+        # as they stand in registers, and keys and values left operands of them, split between the warps.
+        scores = _product(k2, tl.trans(q2), _product(k1, tl.trans(q1), None, WIDE), WIDE)
+        scores = tl.where((keys < T)[:, None], scores, float("-inf"))
+        p = tl.exp2(scores * FACTOR - (tl.max(scores, axis=0) * FACTOR)[None, :])
+        p = p * (1 / tl.sum(p, axis=0))[None, :]
+        dp = _product(v2, tl.trans(do2), _product(v1, tl.trans(do1), None, WIDE), WIDE)
+        # The scale comes after the sums, so that small gradients keep their place in 16 bits.
+        ds = (p * (dp - tl.sum(p * dp, axis=0)[None, :])).to(DOT)
+        dq1 = _product(tl.trans(ds), k1, None, WIDE) * SCALE
+        dq2 = _product(tl.trans(ds), k2, None, WIDE) * SCALE
+        _store_halves(dq1, dq2, dq_ptr, cos_ptr, sin_ptr, rows, T, 3 * D, WIDE, HALF, BLOCK_H)
+        dv1, dv2 = _product(p.to(DOT), do1, dv1, WIDE), _product(p.to(DOT), do2, dv2, WIDE)
+        dk1, dk2 = _product(ds, q1, dk1, WIDE), _product(ds, q2, dk2, WIDE)
+    # Rows that no tile holds did not ask either.
+    for tile in range(TILES, BLOCK_N // BLOCK_M):
+        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        none = tl.zeros((BLOCK_M, BLOCK_H), WIDE)
+        _store_halves(none, none, dq_ptr, None, None, rows, T, 3 * D, WIDE, HALF, BLOCK_H)
+    _store_halves(dv1, dv2, dq_ptr + 2 * D, None, None, keys, T, 3 * D, WIDE, HALF, BLOCK_H)
+    dk1, dk2 = dk1 * SCALE, dk2 * SCALE
+    _store_halves(dk1, dk2, dq_ptr + D, cos_ptr, sin_ptr, keys, T, 3 * D, WIDE, HALF, BLOCK_H)
+
+
+def _forward(qkv: Tensor, num_heads: int, cos: Tensor | None, sin: Tensor | None, queries: int) -> Tensor:
+    qkv, cos, sin = _dense(qkv), _table(cos), _table(sin)
+    B, T, width = qkv.shape
+    d = width // (3 * num_heads)
+    o = qkv.new_empty(B, queries, num_heads * d)
+    choice = launch_choice(T, queries, d, qkv.dtype, backward=False)
+    launch(
+        _attention_forward_kernel,
+        (B * num_heads,),
+        qkv, cos, sin, o,
+        T, num_heads, queries,
+        qkv.stride(0), qkv.stride(1),
+        SCALE=1 / math.sqrt(d), WIDE=wide(qkv.dtype), DOT=dot(qkv.dtype), **choice,
+        num_stages=1,
+    )  # fmt: skip
+    return o
+
+
+def _backward(do: Tensor, qkv: Tensor, num_heads: int, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    do, qkv, cos, sin = _dense(do), _dense(qkv), _table(cos), _table(sin)
+    B, T, width = qkv.shape
+    d, queries = width // (3 * num_heads), do.shape[1]
+    dqkv = qkv.new_empty(B, T, width)
+    choice = launch_choice(T, queries, d, qkv.dtype, backward=True)
+    launch(
+        _attention_backward_kernel,
+        (B * num_heads,),
+        do, qkv, cos, sin, dqkv,
+        T, num_heads, queries,
+        do.stride(0), do.stride(1), qkv.stride(0), qkv.stride(1),
+        SCALE=1 / math.sqrt(d), WIDE=wide(qkv.dtype), DOT=dot(qkv.dtype), **choice,
+        num_stages=1,
+    )  # fmt: skip
+    return dqkv
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _table(table: Tensor | None) -> Tensor | None:
+    return None if table is None else table.contiguous()
+
+
+@torch.library.custom_op("hrm_kernels::attention", mutates_args=())
+def _attention(qkv: Tensor, num_heads: int, cos: Tensor | None, sin: Tensor | None, queries: int) -> Tensor:
+    return _forward(qkv, num_heads, cos, sin, queries)
+
+
+@_attention.register_fake
+def _(qkv: Tensor, num_heads: int, cos: Tensor | None, sin: Tensor | None, queries: int) -> Tensor:
+    return qkv.new_empty(qkv.shape[0], queries, qkv.shape[2] // 3)
+
+
+@torch.library.custom_op("hrm_kernels::attention_backward", mutates_args=())
+def _attention_backward(
+    do: Tensor, qkv: Tensor, num_heads: int, cos: Tensor | None, sin: Tensor | None
+) -> Tensor:
+    return _backward(do, qkv, num_heads, cos, sin)
+
+
+@_attention_backward.register_fake
+def _(do: Tensor, qkv: Tensor, num_heads: int, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    qkv, ctx.num_heads, cos, sin, _ = inputs
+    ctx.save_for_backward(qkv, cos, sin)
+
+
+def _differentiate(ctx, do: Tensor) -> tuple[Tensor, None, None, None, None]:
+    # qkv is the only input that takes a gradient, so the backward runs only where it is asked for.
+    qkv, cos, sin = ctx.saved_tensors
+    return _attention_backward(do, qkv, ctx.num_heads, cos, sin), None, None, None, None
+
+
+_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+def _find_flash() -> tuple[Callable | None, Callable | None]:
+    """The functions of flash-attn 3 and of flash-attn 2 from 2.6 on, None for what is not installed."""
+    flash3 = flash2 = None
+    with suppress(ImportError):
+        flash3 = importlib.import_module("flash_attn_interface").flash_attn_func
+    with suppress(ImportError):
+        package = importlib.import_module("flash_attn")
+        if tuple(int(part) for part in package.__version__.split(".")[:2]) >= (2, 6):
+            flash2 = package.flash_attn_func
+    return flash3, flash2
+
+
+FLASH3, FLASH2 = _find_flash()
+
+
+def _flash_function(device: torch.device) -> Callable | None:
+    """flash-attn 3 on the generation it is written for, else flash-attn 2."""
+    if FLASH3 is not None and (FLASH2 is None or torch.cuda.get_device_capability(device)[0] == 9):
+        return FLASH3
+    return FLASH2
+
+
+def _triton_limit(length: int, head_dim: int) -> str | None:
+    """Why the Triton kernel cannot take these sizes, None if it can."""
+    if length > MAX_LENGTH:
+        return f"its kernel takes at most {MAX_LENGTH} positions, got {length}"
+    if head_dim > MAX_HEAD_DIM or head_dim % 2:
+        return f"its kernel takes an even head_dim of at most {MAX_HEAD_DIM}, got {head_dim}"
+    return None
+
+
+def _flash_limit(head_dim: int, dtype: torch.dtype, device: str) -> str | None:
+    """Why flash-attn cannot take these tensors, None if it can."""
+    if device != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes float16 and bfloat16 on CUDA, got {dtype} on {device}"
+    if head_dim > 256 or head_dim % 8:
+        return f"it takes a head_dim of at most 256 in steps of 8, got {head_dim}"
+    return None
+
+
+def attention_backend(
+    length: int, head_dim: int, dtype: torch.dtype, device: str, *, triton: bool, flash: bool
+) -> str:
+    """What `auto` takes, one of triton, flash and sdpa: the kernel while a head fits on chip, then the best.
+
+    device: its type, as in cuda. triton, flash: whether they run here at all (for Triton, as `use_triton`
+    answers for the tensor: on CUDA and in the interpreter, not for float64 unless it was asked for).
+    """
+    if triton and _triton_limit(length, head_dim) is None:
+        return "triton"
+    if flash and _flash_limit(head_dim, dtype, device) is None:
+        return "flash"
+    return "sdpa"
+
+
+def _check_named(backend: str, length: int, head_dim: int, qkv: Tensor) -> None:
+    """Raises RuntimeError if the named backend cannot take these tensors here."""
+    obstacle = None
+    if backend == "triton":
+        obstacle = _triton_limit(length, head_dim)
+        if triton is None:
+            obstacle = "Triton is not installed (pip install triton)"
+        elif qkv.device.type != "cuda" and not INTERPRETED:
+            obstacle = f"a tensor on {qkv.device} needs Triton's interpreter (TRITON_INTERPRET=1)"
+    elif backend == "flash":
+        obstacle = _flash_limit(head_dim, qkv.dtype, qkv.device.type)
+        if FLASH2 is None and FLASH3 is None:
+            obstacle = "flash-attn 2.6 or later is not installed (pip install flash-attn)"
+    if obstacle is not None:
+        raise RuntimeError(f"attention: backend {backend!r} was asked for, but {obstacle}; use 'auto'")
 
 
 def attention(
@@ -36,13 +379,20 @@ def attention(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     queries: int | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Attends every position to every position, heads side by side.
 
     qkv: (B, T, 3*D), each row [q heads | k heads | v heads]. cos, sin: (T, D/num_heads) to rotate q and
-    k, or None for no rotation. queries: only the first this many positions ask (all of them by default).
-    Returns (B, T or queries, D) in qkv's dtype; the softmax is taken in float32 for narrower inputs.
-    Raises ValueError or TypeError naming the argument.
+    k, constants, or None for no rotation. queries: only the first this many positions ask (all of them by
+    default). Returns (B, T or queries, D) in qkv's dtype; rotation, softmax and sums are taken in float32
+    for narrower inputs, products in qkv's dtype.
+
+    backend: triton, the kernel of this file, for T <= 128 and an even head_dim <= 128; flash, flash-attn 3
+    or 2 (2.6 or later), and sdpa, PyTorch's own, both after `rope`; auto, what `attention_backend` says, so
+    flash or sdpa for longer T also under `set_backend("triton")`, or sdpa alone under
+    `set_backend("reference")`. Raises ValueError or TypeError naming the argument, RuntimeError if a named
+    backend is missing or cannot take the arguments. Source: Vaswani et al. 2017 (arXiv 1706.03762).
     """
     check_floating("attention", qkv=qkv)
     if qkv.dim() != 3 or qkv.shape[-1] % (3 * num_heads):
@@ -50,12 +400,27 @@ def attention(
             f"attention: qkv must be (B, T, 3*D) with D a multiple of num_heads={num_heads}, "
             f"got {tuple(qkv.shape)}"
         )
+    length, head_dim = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
     if (cos is None) != (sin is None):
         raise ValueError("attention: cos and sin go together; got only one of them")
     if cos is not None and sin is not None:
-        expected = (qkv.shape[1], qkv.shape[2] // (3 * num_heads))
-        check_shape("attention", "cos", cos, expected)
-        check_shape("attention", "sin", sin, expected)
-    if queries is not None and not 1 <= queries <= qkv.shape[1]:
-        raise ValueError(f"attention: queries must be in 1..{qkv.shape[1]}, got {queries}")
-    return attention_reference(qkv, num_heads, cos, sin, queries)
+        if head_dim % 2:
+            raise ValueError(f"attention: cos and sin need an even D/num_heads to rotate, got {head_dim}")
+        check_tables("attention", cos, sin, length, head_dim, qkv.device)
+    if queries is not None and not 1 <= queries <= length:
+        raise ValueError(f"attention: queries must be in 1..{length}, got {queries}")
+    if backend not in ATTENTION_BACKENDS:
+        expected = ", ".join(ATTENTION_BACKENDS)
+        raise ValueError(f"attention: backend must be one of {expected}, got {backend!r}")
+
+    if backend != "auto":
+        _check_named(backend, length, head_dim, qkv)
+    elif get_backend() == "reference":
+        return attention_reference(qkv, num_heads, cos, sin, queries)
+    else:
+        runs, flash = use_triton("attention", qkv), FLASH2 is not None or FLASH3 is not None
+        backend = attention_backend(length, head_dim, qkv.dtype, qkv.device.type, triton=runs, flash=flash)
+    if backend == "triton":
+        return _attention(qkv, num_heads, cos, sin, length if queries is None else queries)
+    q, k, v = _split_heads(qkv, num_heads, cos, sin, queries, rope)
+    return _flash(q, k, v) if backend == "flash" else _sdpa(q, k, v)

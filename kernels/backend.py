@@ -62,26 +62,84 @@ def get_backend() -> str:
     return _checked(_backend, "environment variable HRM_KERNELS")
 
 
-def use_triton(op: str, tensor: Tensor, obstacle: str | None = None) -> bool:
-    """Whether `op` runs its Triton kernel for `tensor`.
+class Choice(NamedTuple):
+    """What an operation takes (triton, reference, or a library's name), and why."""
 
-    obstacle: why the kernel cannot take these arguments, None if it can. Under `auto` an obstacle, a device
-    other than CUDA, float64 or a missing Triton mean the reference; under `triton` they raise RuntimeError.
-    """
+    implementation: str
+    reason: str
+
+
+def decide(
+    device: torch.device, dtype: torch.dtype, obstacle: str | None = None, slower: str | None = None
+) -> Choice:
+    """The implementation for a tensor of that device and dtype; see `use_triton`, which acts upon it."""
     name = get_backend()
     if name == "reference":
-        return False
+        return Choice("reference", "backend 'reference' was asked for")
     if triton is None:
         obstacle = "Triton is not installed (pip install triton)"
-    elif tensor.device.type != "cuda" and not INTERPRETED:
-        obstacle = (
-            f"a tensor on {tensor.device} needs Triton's interpreter (TRITON_INTERPRET=1, slow, for tests)"
-        )
+    elif device.type != "cuda" and not INTERPRETED:
+        obstacle = f"a tensor on {device} needs Triton's interpreter (TRITON_INTERPRET=1, slow, for tests)"
+    if obstacle is not None:
+        return Choice("reference", obstacle)
     if name == "triton":
-        if obstacle is not None:
-            raise RuntimeError(f"{op}: backend 'triton' was asked for, but {obstacle}; use 'auto'")
-        return True
-    return obstacle is None and tensor.device.type == "cuda" and tensor.dtype != torch.float64
+        return Choice("triton", "backend 'triton' was asked for")
+    if device.type != "cuda":
+        return Choice(
+            "reference", "the interpreter is slow, so it runs only where backend 'triton' is asked for"
+        )
+    if dtype == torch.float64:
+        return Choice("reference", "float64 is for proofs, where the reference is the measure")
+    if slower is not None:
+        return Choice("reference", slower)
+    return Choice("triton", "a tensor on CUDA")
+
+
+# What `explained` collects, and the device that it has tensors stand for.
+_choices: dict[str, Choice] | None = None
+_stand_in: torch.device | None = None
+
+
+@contextmanager
+def explained(device: torch.device) -> Iterator[dict[str, Choice]]:
+    """Collects what each operation takes, with every tensor standing for one on `device`.
+
+    Called with meta tensors, operations so tell what they would run there, and run nothing.
+    """
+    global _choices, _stand_in
+    before = _choices, _stand_in
+    _choices, _stand_in = {}, device
+    try:
+        yield _choices
+    finally:
+        _choices, _stand_in = before
+
+
+def device_of(tensor: Tensor) -> torch.device:
+    """The device that decides for a tensor: its own, or under `explained` the one that it stands for."""
+    return _stand_in or tensor.device
+
+
+def explain(op: str, choice: Choice) -> None:
+    """Tells `explained`, where it listens, what an operation takes."""
+    if _choices is not None:
+        _choices[op] = choice
+
+
+def use_triton(op: str, tensor: Tensor, obstacle: str | None = None, slower: str | None = None) -> bool:
+    """Whether `op` runs its Triton kernel for `tensor`.
+
+    obstacle: why the kernel cannot take these arguments, None if it can. slower: why the reference is the
+    faster one for them, None if it is not. Under `auto` either of them, a device other than CUDA, float64 or
+    a missing Triton mean the reference. Under `triton` an obstacle, a device that Triton cannot use or a
+    missing Triton raise RuntimeError.
+    """
+    choice = decide(device_of(tensor), tensor.dtype, obstacle, slower)
+    explain(op, choice)
+    takes = choice.implementation == "triton"
+    if get_backend() == "triton" and not takes:
+        raise RuntimeError(f"{op}: backend 'triton' was asked for, but {choice.reason}; use 'auto'")
+    return takes
 
 
 def wide(dtype: torch.dtype) -> "tl.constexpr":

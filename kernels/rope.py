@@ -4,13 +4,18 @@ Forward, per head vector x = [x1, x2] (halves of length d/2) at position t, with
 
     y = [x1 cos a - x2 sin a,  x2 cos a + x1 sin a]
 
-Backward: the rotation by -a of dy. Nothing but the angles is needed, so nothing is saved.
-Bytes: each element of x is read once and written once; the tables (T, d) stay in cache.
+Backward: the same rotation of dy by -a, so the same kernel with the sine's sign turned. Nothing but the
+tables is needed: nothing is saved, nothing is recomputed.
+
+Bytes, in elements of x's dtype for N = B * T * n * d: N read and N written, forward and backward. A program
+takes many rows of one position, so it reads the tables' row of that position once: T * d * 4 bytes a program
+column, from cache.
 """
 
 import torch
 from torch import Tensor
 
+from kernels.backend import jit, launch, tl, triton, use_triton, wide
 from kernels.checks import accumulate_dtype, check_floating, check_shape
 
 
@@ -36,16 +41,108 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
+def launch_choice(head_dim: int) -> dict[str, int]:
+    """Rows of one position, each half a tile of about 4096 elements: 32 a thread, loaded 8 at once."""
+    BLOCK_H = max(16, triton.next_power_of_2(head_dim // 2))
+    return {"HALF": head_dim // 2, "BLOCK_H": BLOCK_H, "BLOCK_M": max(1, 4096 // BLOCK_H), "num_warps": 4}
+
+
+@jit
+def rotate(x1, x2, cos, sin):
+    """The halves (x1, x2) turned by the angles of cos and sin; with -sin, turned back."""
+    return x1 * cos - x2 * sin, x2 * cos + x1 * sin
+
+
+@jit
+def _rope_kernel(
+    x_ptr, cos_ptr, sin_ptr, y_ptr,
+    B, T, n,
+    x_stride_b, x_stride_t, x_stride_n,
+    WIDE: tl.constexpr, INVERSE: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    # Neighbouring programs take neighbouring positions, which lie side by side in memory.
+    position = (tl.program_id(0) % T).to(tl.int64)
+    rows = (tl.program_id(0) // T).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    batch, head = rows // n, rows % n
+    cols = tl.arange(0, BLOCK_H)
+    mask = (batch < B)[:, None] & (cols < HALF)[None, :]
+    cos = tl.load(cos_ptr + position * 2 * HALF + cols, mask=cols < HALF, other=0.0).to(WIDE)
+    sin = tl.load(sin_ptr + position * 2 * HALF + cols, mask=cols < HALF, other=0.0).to(WIDE)
+    if INVERSE:
+        sin = -sin
+    x_at = x_ptr + (batch * x_stride_b + position * x_stride_t + head * x_stride_n)[:, None] + cols[None, :]
+    x1 = tl.load(x_at, mask=mask, other=0.0).to(WIDE)
+    x2 = tl.load(x_at + HALF, mask=mask, other=0.0).to(WIDE)
+    y1, y2 = rotate(x1, x2, cos[None, :], sin[None, :])
+    y_at = y_ptr + (((batch * T + position) * n + head) * 2 * HALF)[:, None] + cols[None, :]
+    tl.store(y_at, y1.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_at + HALF, y2.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    B, T, n, d = x.shape
+    if x.stride(3) != 1:
+        x = x.contiguous()
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    choice = launch_choice(d)
+    launch(
+        _rope_kernel,
+        (T * triton.cdiv(B * n, choice["BLOCK_M"]),),
+        x, cos.contiguous(), sin.contiguous(), y,
+        B, T, n,
+        x.stride(0), x.stride(1), x.stride(2),
+        WIDE=wide(x.dtype), INVERSE=inverse, **choice,
+    )  # fmt: skip
+    return y
+
+
+@torch.library.custom_op("hrm_kernels::rope", mutates_args=())
+def _rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    return _rotated(x, cos, sin, inverse)
+
+
+@_rope.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs, output) -> None:
+    _, cos, sin, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _differentiate(ctx, dy: Tensor) -> tuple[Tensor, None, None, None]:
+    # x is the only input that takes a gradient, so the backward runs only where it is asked for.
+    return _rope(dy, *ctx.saved_tensors, not ctx.inverse), None, None, None
+
+
+_rope.register_autograd(_differentiate, setup_context=_save)
+
+
+def check_tables(op: str, cos: Tensor, sin: Tensor, length: int, head_dim: int, device: torch.device) -> None:
+    """Both tables are (length, head_dim), on the device, and take no gradient."""
+    for name, table in (("cos", cos), ("sin", sin)):
+        check_shape(op, name, table, (length, head_dim))
+        check_floating(op, **{name: table})
+        if table.device != device:
+            raise ValueError(f"{op}: {name} must be on {device}, got {table.device}")
+        if table.requires_grad:
+            raise ValueError(f"{op}: {name} is a constant table, but it requires a gradient")
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates head vectors by their positions' angles.
 
-    x: (B, T, n, d), d even; n counts every head to rotate, so queries and keys go in together.
-    cos, sin: (T, d) from `rope_tables`. Returns (B, T, n, d) in x's dtype, computed in float32
-    (float64 for float64). Raises ValueError or TypeError naming the argument.
+    x: (B, T, n, d), d even; n counts every head to rotate, so queries and keys go in together, as a view
+    of packed projections if that is where they are. cos, sin: (T, d) from `rope_tables`, constants.
+    Returns (B, T, n, d), contiguous, in x's dtype, computed in float32 (float64 for float64) and rounded
+    once. Raises ValueError or TypeError naming the argument. Source: Su et al. 2021 (arXiv 2104.09864).
     """
     check_floating("rope", x=x)
     if x.dim() != 4 or x.shape[-1] % 2:
         raise ValueError(f"rope: x must be (B, T, n, d) with d even, got {tuple(x.shape)}")
-    check_shape("rope", "cos", cos, (x.shape[1], x.shape[3]))
-    check_shape("rope", "sin", sin, (x.shape[1], x.shape[3]))
+    check_tables("rope", cos, sin, x.shape[1], x.shape[3], x.device)
+    if use_triton("rope", x):
+        return _rope(x, cos, sin, False)
     return rope_reference(x, cos, sin)

@@ -7,6 +7,11 @@ cross-entropy of l(x), and l'(x) = 1 / (1 + |x|).
 Forward:   loss = logsumexp(l) - l[label];   an ignored label gives 0.
 Backward:  dlogits = dloss * (p - onehot(label)) * l'(x) for stablemax, without l' for softmax.
 
+The stablemax kernel takes one logarithm a row: loss = log(sum(s) / s[label]), which needs no largest value,
+as s grows only like x. Nothing is saved: the backward reads a row of logits whole and sums it again.
+Bytes, for M rows of V logits of e bytes: M * (V * e + 4) and the labels read forward, as many backward, with
+M * V * e written. Rows of 11 or 12 logits are padded to 16 in registers only, 128 rows to a program.
+
 Precision: float32 arithmetic for inputs of 32 bits and fewer (float64 for float64). For logits up to 1e4
 in size l is at most 9.3 and a loss at most 23, whose units in the last place are 1e-6 and 2e-6: the
 error against float64 is below 4e-6, tested. The official code converts to float64 first.
@@ -16,7 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.checks import accumulate_dtype, check_floating, check_shape
+from kernels.backend import jit, launch, tl, triton, use_triton, wide
+from kernels.checks import accumulate_dtype, as_rows, check_floating, check_shape
+
+MAX_VOCABULARY = 16384
 
 
 def log_s(x: Tensor) -> Tensor:
@@ -40,25 +48,191 @@ def stablemax_cross_entropy_reference(logits: Tensor, labels: Tensor, ignore_ind
     )
 
 
-def _check(op: str, logits: Tensor, labels: Tensor) -> None:
-    check_floating(op, logits=logits)
+def launch_choice(vocabulary: int) -> dict[str, int]:
+    """Whole rows in one tile of about 2048 logits, 16 to a thread; 8 warps for rows beyond 4096."""
+    BLOCK_V = max(16, triton.next_power_of_2(vocabulary))
+    BLOCK_M = max(1, 2048 // BLOCK_V)
+    return {"BLOCK_M": BLOCK_M, "BLOCK_V": BLOCK_V, "num_warps": 8 if BLOCK_M * BLOCK_V > 4096 else 4}
+
+
+@jit
+def token_losses(logits, labels, V, STABLEMAX: tl.constexpr):
+    """The losses (M,) of a tile of logits (M, BLOCK_V), V of its columns in use; NaN for unknown labels."""
+    cols = tl.arange(0, logits.shape[1])[None, :]
+    x = tl.sum(tl.where(cols == labels[:, None], logits, 0.0), axis=1)
+    if STABLEMAX:
+        s = tl.where(logits >= 0.0, 1.0 + logits, 1.0 / (1.0 + tl.abs(logits)))
+        total = tl.sum(tl.where(cols < V, s, 0.0), axis=1)
+        grown = 1.0 + tl.abs(x)
+        losses = tl.log(tl.where(x >= 0.0, total / grown, total * grown))
+    else:
+        logits = tl.where(cols < V, logits, -float("inf"))
+        largest = tl.max(logits, axis=1)
+        losses = tl.log(tl.sum(tl.exp(logits - largest[:, None]), axis=1)) + (largest - x)
+    return tl.where((labels >= 0) & (labels < V), losses, float("nan"))
+
+
+@jit
+def token_gradients(logits, labels, V, STABLEMAX: tl.constexpr):
+    """The derivatives (M, BLOCK_V) of `token_losses` by the logits, 0 beyond column V."""
+    cols = tl.arange(0, logits.shape[1])[None, :]
+    if STABLEMAX:
+        # l'(x), which is s(x) itself below 0.
+        slope = 1.0 / (1.0 + tl.abs(logits))
+        s = tl.where(cols < V, tl.where(logits >= 0.0, 1.0 + logits, slope), 0.0)
+        p = s / tl.sum(s, axis=1)[:, None]
+        return tl.where(cols == labels[:, None], p - 1.0, p) * slope
+    logits = tl.where(cols < V, logits, -float("inf"))
+    s = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+    p = s / tl.sum(s, axis=1)[:, None]
+    return tl.where(cols == labels[:, None], p - 1.0, p)
+
+
+@jit
+def _cross_entropy_forward_kernel(
+    logits_ptr, labels_ptr, losses_ptr,
+    M, V,
+    logits_stride_m, labels_stride_m,
+    ignore_index,
+    STABLEMAX: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_V)
+    mask = (rows < M)[:, None] & (cols < V)[None, :]
+    logits = tl.load(logits_ptr + rows[:, None] * logits_stride_m + cols[None, :], mask=mask, other=0.0)
+    labels = tl.load(labels_ptr + rows * labels_stride_m, mask=rows < M, other=0)
+    losses = token_losses(logits.to(WIDE), labels, V, STABLEMAX)
+    tl.store(losses_ptr + rows, tl.where(labels == ignore_index, 0.0, losses), mask=rows < M)
+
+
+@jit
+def _cross_entropy_backward_kernel(
+    dlosses_ptr, logits_ptr, labels_ptr, dlogits_ptr,
+    M, V,
+    dlosses_stride_m, logits_stride_m, labels_stride_m, dlogits_stride_m,
+    ignore_index,
+    STABLEMAX: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_V)
+    mask = (rows < M)[:, None] & (cols < V)[None, :]
+    logits = tl.load(logits_ptr + rows[:, None] * logits_stride_m + cols[None, :], mask=mask, other=0.0)
+    labels = tl.load(labels_ptr + rows * labels_stride_m, mask=rows < M, other=0)
+    dlosses = tl.load(dlosses_ptr + rows * dlosses_stride_m, mask=rows < M, other=0.0)
+    gradients = token_gradients(logits.to(WIDE), labels, V, STABLEMAX) * dlosses[:, None]
+    # Chosen, not multiplied by 0: logits that are not finite give an ignored label no gradient either.
+    dlogits = tl.where((labels == ignore_index)[:, None], 0.0, gradients).to(dlogits_ptr.dtype.element_ty)
+    tl.store(dlogits_ptr + rows[:, None] * dlogits_stride_m + cols[None, :], dlogits, mask=mask)
+
+
+def _forward(logits: Tensor, labels: Tensor, ignore_index: int, stablemax: bool) -> Tensor:
+    logits_rows, labels_flat = as_rows(logits), labels.reshape(-1)
+    M, V = logits_rows.shape
+    losses = torch.empty(labels.shape, dtype=accumulate_dtype(logits.dtype), device=logits.device)
+    choice = launch_choice(V)
+    launch(
+        _cross_entropy_forward_kernel,
+        (triton.cdiv(M, choice["BLOCK_M"]),),
+        logits_rows, labels_flat, losses,
+        M, V,
+        logits_rows.stride(0), labels_flat.stride(0),
+        ignore_index,
+        STABLEMAX=stablemax, WIDE=wide(logits.dtype), **choice,
+    )  # fmt: skip
+    return losses
+
+
+def _backward(dlosses: Tensor, logits: Tensor, labels: Tensor, ignore_index: int, stablemax: bool) -> Tensor:
+    logits_rows, labels_flat, dlosses_flat = as_rows(logits), labels.reshape(-1), dlosses.reshape(-1)
+    M, V = logits_rows.shape
+    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    choice = launch_choice(V)
+    launch(
+        _cross_entropy_backward_kernel,
+        (triton.cdiv(M, choice["BLOCK_M"]),),
+        dlosses_flat, logits_rows, labels_flat, dlogits,
+        M, V,
+        dlosses_flat.stride(0), logits_rows.stride(0), labels_flat.stride(0), V,
+        ignore_index,
+        STABLEMAX=stablemax, WIDE=wide(logits.dtype), **choice,
+    )  # fmt: skip
+    return dlogits
+
+
+@torch.library.custom_op("hrm_kernels::cross_entropy", mutates_args=())
+def _cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int, stablemax: bool) -> Tensor:
+    return _forward(logits, labels, ignore_index, stablemax)
+
+
+@_cross_entropy.register_fake
+def _(logits: Tensor, labels: Tensor, ignore_index: int, stablemax: bool) -> Tensor:
+    return logits.new_empty(labels.shape, dtype=accumulate_dtype(logits.dtype))
+
+
+@torch.library.custom_op("hrm_kernels::cross_entropy_backward", mutates_args=())
+def _cross_entropy_backward(
+    dlosses: Tensor, logits: Tensor, labels: Tensor, ignore_index: int, stablemax: bool
+) -> Tensor:
+    return _backward(dlosses, logits, labels, ignore_index, stablemax)
+
+
+@_cross_entropy_backward.register_fake
+def _(dlosses: Tensor, logits: Tensor, labels: Tensor, ignore_index: int, stablemax: bool) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs, output) -> None:
+    logits, labels, ctx.ignore_index, ctx.stablemax = inputs
+    ctx.save_for_backward(logits, labels)
+
+
+def _differentiate(ctx, dlosses: Tensor) -> tuple[Tensor, None, None, None]:
+    return (
+        _cross_entropy_backward(dlosses, *ctx.saved_tensors, ctx.ignore_index, ctx.stablemax),
+        None,
+        None,
+        None,
+    )
+
+
+_cross_entropy.register_autograd(_differentiate, setup_context=_save)
+
+
+def check_labels(op: str, labels: Tensor, shape: tuple[int, ...]) -> None:
+    """The labels are integers of the expected shape."""
     if labels.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: labels must be int32 or int64, got {labels.dtype}")
-    check_shape(op, "labels", labels, tuple(logits.shape[:-1]))
+    check_shape(op, "labels", labels, shape)
+
+
+def _fits(op: str, logits: Tensor, labels: Tensor) -> bool:
+    """Checks the arguments; whether the kernel takes them."""
+    check_floating(op, logits=logits)
+    check_labels(op, labels, tuple(logits.shape[:-1]))
+    V = logits.shape[-1]
+    too_wide = f"its kernel holds vocabularies of at most {MAX_VOCABULARY}, got {V}"
+    return use_triton(op, logits, too_wide if V > MAX_VOCABULARY else None)
 
 
 def stablemax_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
     """Per-token stablemax cross-entropy.
 
     logits: (..., V); labels: (...), int32 or int64 in 0..V-1 or ignore_index. Returns (...), float32
-    (float64 for float64 logits), 0 where ignored. Raises ValueError or TypeError naming the argument.
+    (float64 for float64 logits), 0 where ignored. Raises ValueError or TypeError naming the argument. Any
+    other label is an error of the reference and a NaN of the kernel, which cannot raise.
+    Precision: see the top of this file; the kernel wants logits below 1e18 in size.
     Source: Prieto et al. 2025 (arXiv 2501.04697).
     """
-    _check("stablemax_cross_entropy", logits, labels)
+    if _fits("stablemax_cross_entropy", logits, labels):
+        return _cross_entropy(logits, labels, ignore_index, True)
     return stablemax_cross_entropy_reference(logits, labels, ignore_index)
 
 
 def softmax_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """Per-token softmax cross-entropy, with the shapes, precision and errors of `stablemax_cross_entropy`."""
-    _check("softmax_cross_entropy", logits, labels)
+    """Per-token softmax cross-entropy, with the shapes and errors of `stablemax_cross_entropy`.
+
+    Precision: float32 arithmetic for inputs of 32 bits and fewer (float64 for float64).
+    """
+    if _fits("softmax_cross_entropy", logits, labels):
+        return _cross_entropy(logits, labels, ignore_index, False)
     return softmax_cross_entropy_reference(logits, labels, ignore_index)

@@ -152,10 +152,11 @@ def package_step(
     if model.puzzle_emb is not None:
         rows = model.puzzle_emb(carry.puzzle_identifiers).requires_grad_()
     carry, outputs = act_step(model, carry, rows, min_halt_steps)
-    loss, metrics = act_loss(loss_type, carry, outputs)
+    loss, metrics = act_loss(loss_type, model.lm_head.weight, carry, outputs)
     (loss / B).backward()
     gradient = None if rows is None else rows.grad
-    named = zip(("logits", "q_halt", "q_continue", "target_q_continue"), outputs, strict=True)
+    logits = model.lm_head(outputs.answer)
+    named = zip(("logits", "q_halt", "q_continue", "target_q_continue"), (logits, *outputs[1:]), strict=True)
     return carry, {
         "outputs": {name: output.detach() for name, output in named if output is not None},
         "loss": loss.detach(),

@@ -15,7 +15,7 @@ from torch import Tensor
 from hrm.act import Sequences, act_step, initial_carry, replace_halted
 from hrm.config import ArchConfig
 from hrm.losses import act_loss
-from hrm.optim import sign_sgd
+from kernels import sign_sgd
 from tests import official
 from tests import straight_line as plain
 from tests.act_cases import (
@@ -161,14 +161,15 @@ def test_evaluation():
         carry = replace_halted(model, initial_carry(model, B, S, torch.device("cpu")), Sequences(**batch))
         for _ in range(steps):
             carry, ours = act_step(model, carry, weights[plain.PUZZLE_TABLE][carry.puzzle_identifiers], None)
-        our_loss, our_metrics = act_loss(STABLEMAX, carry, ours)
+        our_loss, our_metrics = act_loss(STABLEMAX, model.lm_head.weight, carry, ours)
+        our_logits = model.logits(carry.z_H)
     expected = {
         "loss": loss,
         "metrics": metrics,
         "logits": outputs["logits"],
         "q_halt": outputs["q_halt_logits"],
     }
-    package = {"loss": our_loss, "metrics": our_metrics, "logits": ours.logits, "q_halt": ours.q_halt_logits}
+    package = {"loss": our_loss, "metrics": our_metrics, "logits": our_logits, "q_halt": ours.q_halt_logits}
     straight |= {name: straight["outputs"][name] for name in ("logits", "q_halt")}
     assert_close(package, expected, 1e-9, "package")
     assert_close({name: straight[name] for name in expected}, expected, 1e-9, "straight line")

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from hrm.optim import ALIGNMENT, AdamATan2, FlatParameters, learning_rate, sign_sgd
+from hrm.optim import ALIGNMENT, AdamATan2, FlatParameters, learning_rate
+from kernels import sign_sgd
 
 
 def model() -> nn.Module:

@@ -1,0 +1,211 @@
+"""The operations that the benchmark times: their inputs at the published model's sizes, and their rivals.
+
+`OPS` is the one table: how an operation's inputs are drawn, which of its inputs are differentiated by or
+overwritten, and which libraries have the same operation. What each moves and multiplies is counted in
+bench/counts.py under the same names.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import kernels
+from bench.counts import OPERATIONS, Shape
+from kernels.checks import accumulate_dtype
+from kernels.rope import rope_tables
+from tests.kernels.compare import DEVICE, Outputs, randn
+
+CUDA = DEVICE.type == "cuda"
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+
+Call = Callable[..., Outputs]
+Inputs = dict[str, Tensor]
+
+
+class Op(NamedTuple):
+    """One row of the table below.
+
+    make: the floating inputs of a shape, and the call that takes them by name. gradients: names of the inputs
+    to differentiate by; none means that the operation runs forward only. changed: the inputs that it
+    overwrites. others: other libraries' functions of the same inputs, from what a shape needs.
+    """
+
+    make: Callable[[Shape], tuple[Inputs, Call]]
+    gradients: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    dtype: torch.dtype = DTYPE
+
+
+# -------------------------------------------------------------------------------- inputs, by operation
+
+
+def tokens(s: Shape, width: int, seed: int) -> Tensor:
+    return randn(s.B, s.T, width, seed=seed)
+
+
+def weight(rows: int, columns: int, seed: int) -> Tensor:
+    return randn(rows, columns, seed=seed, scale=columns**-0.5)
+
+
+def norm(s: Shape) -> tuple[Inputs, Call]:
+    return {"x": tokens(s, s.D, 0), "residual": tokens(s, s.D, 1)}, kernels.rms_norm
+
+
+def activation(s: Shape) -> tuple[Inputs, Call]:
+    return {"gate_up": tokens(s, 2 * s.inner, 0)}, kernels.swiglu
+
+
+def factors(s: Shape) -> Tensor:
+    return (0.5 + randn(s.B, s.T, seed=9).abs()).float()
+
+
+def scaled(s: Shape) -> tuple[Inputs, Call]:
+    rstd, inputs = factors(s), {"x": tokens(s, s.D, 0), "weight": weight(3 * s.D, s.D, 1)}
+    return inputs, lambda x, weight: kernels.linear_scaled(x, weight, rstd.to(accumulate_dtype(x.dtype)))
+
+
+def gated_product(s: Shape) -> tuple[Inputs, Call]:
+    rstd, inputs = factors(s), {"x": tokens(s, s.D, 0), "weight": weight(2 * s.inner, s.D, 1)}
+    return inputs, lambda x, weight: kernels.linear_swiglu(x, weight, rstd.to(accumulate_dtype(x.dtype)))
+
+
+def normed_product(s: Shape) -> tuple[Inputs, Call]:
+    rstd = factors(s)
+    inputs = {"x": tokens(s, s.inner, 0), "weight": weight(s.D, s.inner, 1), "residual": tokens(s, s.D, 2)}
+    return inputs, lambda x, weight, residual: kernels.linear_rms(
+        x, weight, residual, rstd.to(accumulate_dtype(x.dtype))
+    )
+
+
+def gates(s: Shape, sources: str = "zox") -> tuple[Inputs, Call]:
+    inputs = {name: tokens(s, s.D, seed) for seed, name in enumerate(sources)}
+    inputs |= {"w1": weight(s.R, 3 * s.D, 3), "b1": randn(s.R, seed=4)}
+    inputs |= {"w2": weight(3 * s.D, s.R, 5), "b2": randn(3 * s.D, seed=6)}
+    return inputs, kernels.gate_mix if "x" in sources else partial(kernels.gate_mix, x=None)
+
+
+def tables(s: Shape) -> tuple[Tensor, Tensor]:
+    cos, sin = rope_tables(s.T, s.head_dim)
+    return cos.to(DEVICE), sin.to(DEVICE)
+
+
+def rotation(s: Shape) -> tuple[Inputs, Call]:
+    cos, sin = tables(s)
+    x = randn(s.B, s.T, 2 * s.heads, s.head_dim, seed=0)
+    return {"x": x}, lambda x: kernels.rope(x, cos, sin)
+
+
+def attending(s: Shape) -> tuple[Inputs, Call]:
+    cos, sin = tables(s)
+    return {"qkv": tokens(s, 3 * s.D, 0)}, lambda qkv: kernels.attention(qkv, s.heads, cos, sin)
+
+
+def labels(s: Shape) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    drawn = torch.randint(0, s.V, (s.B, s.T - s.P), generator=generator, dtype=torch.int32)
+    drawn[torch.rand(drawn.shape, generator=generator) < 0.1] = -100
+    return drawn.to(DEVICE)
+
+
+def losses(s: Shape, function: Callable[..., Tensor]) -> tuple[Inputs, Call]:
+    drawn = labels(s)
+    return {"logits": randn(*drawn.shape, s.V, seed=0)}, lambda logits: function(logits, drawn)
+
+
+def head(s: Shape, function: Callable[..., Any]) -> tuple[Inputs, Call]:
+    drawn = labels(s)
+    inputs = {"z": tokens(s, s.D, 0), "weight": weight(s.V, s.D, 1)}
+    return inputs, lambda z, weight: function(z[:, s.P :], weight, drawn)
+
+
+def adam(s: Shape) -> tuple[Inputs, Call]:
+    # On a CPU a part stands for the whole: there are no caches to outgrow twice.
+    N = s.parameters() if CUDA else 2**20
+    inputs = {name: randn(N, seed=seed) for seed, name in enumerate(("param", "grad", "exp_avg"))}
+    inputs |= {"exp_avg_sq": randn(N, seed=3).square(), "lr": torch.tensor(1e-4, device=DEVICE).double()}
+    step = torch.tensor(100, device=DEVICE)
+    copy = torch.empty(N, dtype=torch.bfloat16, device=DEVICE) if CUDA else None
+    recipe: dict[str, Any] = {"step": step, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "copy": copy}
+    return inputs, lambda **inputs: kernels.adam_atan2(**inputs, **recipe)
+
+
+def rows_of_a_table(s: Shape) -> tuple[Inputs, Call]:
+    table, batch = 1000, torch.Generator().manual_seed(5)
+    identifiers = torch.randint(0, table, (s.B,), generator=batch, dtype=torch.int32).to(DEVICE)
+    inputs = {"table": randn(table, s.D, seed=0), "grad": randn(s.B, s.D, seed=1)}
+    inputs["lr"] = torch.tensor(1e-2, device=DEVICE).double()
+
+    def call(table: Tensor, grad: Tensor, lr: Tensor) -> tuple[Tensor, ...]:
+        kernels.sign_sgd(table, identifiers, grad, lr, 0.1)
+        return ()
+
+    return inputs, call
+
+
+GATES = ("w1", "b1", "w2", "b2")
+FLAT = ("param", "exp_avg", "exp_avg_sq")
+OPS: dict[str, Op] = {
+    "rms_norm": Op(norm, ("x", "residual"), others=("liger",)),
+    "swiglu": Op(activation, ("gate_up",), others=("liger",)),
+    "linear_scaled": Op(scaled),
+    "linear_swiglu": Op(gated_product),
+    "linear_rms": Op(normed_product),
+    "gate_mix": Op(gates, ("z", "o", "x", *GATES)),
+    "gate_mix_two": Op(partial(gates, sources="zo"), ("z", "o", *GATES)),
+    "rope": Op(rotation, ("x",), others=("liger",)),
+    "attention": Op(attending, ("qkv",), others=("flash-attn", "SDPA")),
+    "stablemax_cross_entropy": Op(partial(losses, function=kernels.stablemax_cross_entropy), ("logits",)),
+    "softmax_cross_entropy": Op(
+        partial(losses, function=kernels.softmax_cross_entropy), ("logits",), others=("liger",)
+    ),
+    "lm_head_stablemax": Op(partial(head, function=kernels.lm_head_stablemax), ("z", "weight")),
+    "lm_head_softmax": Op(partial(head, function=kernels.lm_head_softmax), ("z", "weight")),
+    "adam_atan2": Op(adam, changed=FLAT, dtype=torch.float32),
+    "sign_sgd": Op(rows_of_a_table, changed=("table",), dtype=torch.float32),
+}
+assert OPS.keys() == OPERATIONS.keys(), "each operation is counted and timed"
+
+
+# ------------------------------------------------------------------------------------- other libraries
+
+
+def liger(op: str, s: Shape) -> Call:
+    """Liger's function of the same inputs. What it returns in parts is laid together for the check alone."""
+    functional: Any = import_module("liger_kernel.transformers.functional")
+    if op == "rms_norm":
+        ones = torch.ones(s.D, dtype=DTYPE, device=DEVICE)
+
+        def fused_add(x: Tensor, residual: Tensor) -> Tensor:
+            # The sum that it returns as well is not used here, so that its gradient comes as zeros.
+            return functional.liger_fused_add_rms_norm(x, residual, ones, 1e-5, 0.0, "gemma", False)[0]
+
+        return fused_add
+    if op == "swiglu":
+        packed: Any = import_module("liger_kernel.ops.swiglu").LigerFusedGateUpSiLUMulFunction
+        return lambda gate_up: packed.apply(gate_up.flatten(0, 1)).unflatten(0, (s.B, s.T))
+    if op == "rope":
+        cos, sin = (table[None] for table in tables(s))
+
+        def rotate(x: Tensor) -> tuple[Tensor, ...]:
+            q, k = (part.transpose(1, 2) for part in x.split(s.heads, dim=2))
+            return tuple(part.transpose(1, 2) for part in functional.liger_rope(q, k, cos, sin))
+
+        return rotate
+    drawn = labels(s).flatten().long()
+
+    def cross_entropy(logits: Tensor) -> Tensor:
+        # It writes its gradient over the logits, so the caller's are copied where they still matter.
+        flat = functional.liger_cross_entropy(logits.flatten(0, 1), drawn, reduction="none")
+        return flat.view(logits.shape[:-1])
+
+    return cross_entropy
+
+
+def library_attention(backend: str, s: Shape) -> Call:
+    cos, sin = tables(s)
+    return lambda qkv: kernels.attention(qkv, s.heads, cos, sin, backend=backend)

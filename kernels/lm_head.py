@@ -1,0 +1,371 @@
+"""The head of a small vocabulary and its loss in one: logits, cross-entropy, predictions and counts.
+
+Forward, per cell of a sequence (see stablemax.py for the cross-entropies):
+    logits = z_H @ weight^T;   token loss = cross_entropy(logits, label);   prediction = argmax(logits)
+and per sequence: loss = sum of token losses over valid cells / max(valid_count, 1), right_count.
+Backward:
+    dlogits = dloss / max(valid_count, 1) * (p - onehot(label)) * l'(logits), 0 where ignored
+    dz_H = dlogits @ weight;   dweight = dlogits^T @ z_H
+
+Saved: z_H, weight, labels, which live anyway, and valid_count. Logits and dlogits are made in registers,
+in float32, and never reach memory: the backward computes them again.
+Bytes, for B * S cells of width D in elements of e bytes: z_H once forward, B * S * D * e; z_H read and dz_H
+written backward, and 8 * programs * V * D for the partial sums of dweight.
+
+Forward, a program takes a sequence (some of its cells where sequences are few) and steps through D in
+chunks. Backward, a program takes a span of cells and a chunk of D as wide as registers can keep the sum of
+dweight (V rows of float32), so that the sum is written once a program and torch.sum adds the programs in a
+fixed order: no atomics, the same bits in every run. Up to V = 16 and D = 512 there is one chunk (16 bits):
+each cell is read once. Beyond, the programs of each chunk compute the same logits and read all of z_H, mostly
+out of the L2 cache, as neighbours in time. That is the cheaper choice by count: sums kept in memory instead
+would be read and written for each tile, 8 * V * D bytes against the 32 * D of 16 cells.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.backend import dot, jit, launch, tl, triton, use_triton, wide
+from kernels.checks import accumulate_dtype, check_floating
+from kernels.stablemax import (
+    check_labels,
+    softmax_cross_entropy_reference,
+    stablemax_cross_entropy_reference,
+    token_gradients,
+    token_losses,
+)
+
+MAX_VOCABULARY, MAX_WIDTH = 64, 4096
+# Programs that fill a large GPU, two for each of 132 multiprocessors; fixed, so that sums never depend on it.
+PROGRAMS = 264
+
+
+class HeadLoss(NamedTuple):
+    """What the head says of each sequence; only loss carries a gradient."""
+
+    loss: Tensor  # (B,) float32, mean token loss over valid cells, 0 without any
+    valid_count: Tensor  # (B,) int32
+    right_count: Tensor  # (B,) int32, valid cells whose prediction is the label
+    predictions: Tensor  # (B, S) int32
+
+
+def lm_head_reference(
+    z_H: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, stablemax: bool
+) -> HeadLoss:
+    """Head and loss in plain PyTorch; see `lm_head_stablemax`."""
+    cross_entropy = stablemax_cross_entropy_reference if stablemax else softmax_cross_entropy_reference
+    logits = F.linear(z_H, weight)
+    token_losses = cross_entropy(logits, labels, ignore_index)
+    valid = labels != ignore_index
+    valid_count = valid.sum(-1)
+    predictions = logits.argmax(-1)
+    return HeadLoss(
+        token_losses.sum(-1) / valid_count.clamp(min=1).to(token_losses.dtype),
+        valid_count.int(),
+        (valid & (predictions == labels)).sum(-1).int(),
+        predictions.int(),
+    )
+
+
+def launch_choice(vocabulary: int, width: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
+    """Tiles of cells and chunks of D for the forward and the backward kernel.
+
+    Forward: 64 cells by 64 columns, three deep in shared memory, leave room for 7 programs on a
+    multiprocessor: all sequences of batch 768 at once on 132. Backward: 16 cells, the next 16 on their way,
+    and a chunk whose sum of dweight takes 32 registers of a thread: two programs on a multiprocessor.
+    Products of 32 bits and more keep their operands in registers, outside the tensor cores: less of each.
+    """
+    BLOCK_V = max(16, triton.next_power_of_2(vocabulary))
+    narrow = dtype.itemsize == 2
+    return {
+        "forward": {
+            "BLOCK_V": BLOCK_V,
+            "BLOCK_S": 64 if narrow else 32,
+            "BLOCK_D": 64 if narrow else 32,
+            "num_warps": 4,
+            "num_stages": 3,
+        },
+        "backward": {
+            "BLOCK_V": BLOCK_V,
+            "BLOCK_M": 16,
+            "BLOCK_D": min(8192 // BLOCK_V if narrow else 128, max(16, triton.next_power_of_2(width))),
+            "num_warps": 8,
+            "num_stages": 2 if narrow else 1,
+        },
+    }
+
+
+@jit
+def _lm_head_forward_kernel(
+    z_ptr, weight_ptr, labels_ptr, loss_ptr, valid_count_ptr, right_count_ptr, predictions_ptr,
+    S, D, V, SPLITS, SPAN,
+    z_stride_b, z_stride_s, weight_stride_v, labels_stride_b, labels_stride_s,
+    ignore_index,
+    STABLEMAX: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    sequence, split = (program // SPLITS).to(tl.int64), program % SPLITS
+    z_ptr += sequence * z_stride_b
+    labels_ptr += sequence * labels_stride_b
+    vocabulary, lanes = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_S)
+
+    # Every split counts the whole sequence, so that the splits' losses only need adding.
+    valid_counts = tl.zeros([BLOCK_S], dtype=tl.int32)
+    for start in range(0, S, BLOCK_S):
+        cells = start + lanes
+        labels = tl.load(labels_ptr + cells * labels_stride_s, mask=cells < S, other=ignore_index)
+        valid_counts += (labels != ignore_index).to(tl.int32)
+    valid_count = tl.sum(valid_counts, axis=0)
+
+    loss_sums = tl.zeros([BLOCK_S], dtype=WIDE)
+    right_counts = tl.zeros([BLOCK_S], dtype=tl.int32)
+    for start in range(split * SPAN, tl.minimum(S, (split + 1) * SPAN), BLOCK_S):
+        cells = start + lanes
+        labels = tl.load(labels_ptr + cells * labels_stride_s, mask=cells < S, other=ignore_index)
+        z_rows = z_ptr + cells.to(tl.int64)[:, None] * z_stride_s
+        logits = tl.zeros([BLOCK_S, BLOCK_V], dtype=WIDE)
+        for column in range(0, D, BLOCK_D):
+            cols = column + tl.arange(0, BLOCK_D)
+            z_mask = (cells < S)[:, None] & (cols < D)[None, :]
+            weight_mask = (vocabulary < V)[None, :] & (cols < D)[:, None]
+            z = tl.load(z_rows + cols[None, :], mask=z_mask, other=0.0).to(DOT)
+            weight_T = tl.load(
+                weight_ptr + vocabulary[None, :] * weight_stride_v + cols[:, None],
+                mask=weight_mask,
+                other=0.0,
+            ).to(DOT)
+            logits = tl.dot(z, weight_T, acc=logits, input_precision="ieee", out_dtype=WIDE)
+        valid = labels != ignore_index
+        loss_sums += tl.where(valid, token_losses(logits, labels, V, STABLEMAX), 0.0)
+        predictions = tl.argmax(tl.where((vocabulary < V)[None, :], logits, -float("inf")), axis=1)
+        right_counts += (valid & (predictions == labels)).to(tl.int32)
+        tl.store(predictions_ptr + sequence * S + cells, predictions, mask=cells < S)
+    tl.store(loss_ptr + program, tl.sum(loss_sums, axis=0) / tl.maximum(valid_count, 1).to(WIDE))
+    tl.store(right_count_ptr + program, tl.sum(right_counts, axis=0))
+    tl.store(valid_count_ptr + sequence, valid_count, mask=split == 0)
+
+
+@jit
+def _lm_head_backward_kernel(
+    dloss_ptr, z_ptr, weight_ptr, labels_ptr, valid_count_ptr, dz_ptr, dweight_ptr,
+    M, S, D, V, TILES,
+    dloss_stride_b, z_stride_b, z_stride_s, weight_stride_v, labels_stride_b, labels_stride_s, dz_stride_m,
+    ignore_index,
+    STABLEMAX: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # The chunks of a span are neighbours, so that they find its cells in the L2 cache.
+    span, chunk = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
+    vocabulary = tl.arange(0, BLOCK_V)
+    cols = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
+    weight_rows = weight_ptr + vocabulary[:, None] * weight_stride_v
+    weight_mask = (vocabulary < V)[:, None] & (cols < D)[None, :]
+    weight = tl.load(weight_rows + cols[None, :], mask=weight_mask, other=0.0).to(DOT)
+    dweight = tl.zeros([BLOCK_V, BLOCK_D], dtype=WIDE)
+    for tile in range(span * TILES, (span + 1) * TILES):
+        # Cells of all sequences in one line: a tile may hold the end of one and the start of the next.
+        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        sequences, cells = (rows // S).to(tl.int64), (rows % S).to(tl.int64)
+        labels = tl.load(
+            labels_ptr + sequences * labels_stride_b + cells * labels_stride_s,
+            mask=rows < M,
+            other=ignore_index,
+        )
+        dloss = tl.load(dloss_ptr + sequences * dloss_stride_b, mask=rows < M, other=0.0)
+        valid_count = tl.load(valid_count_ptr + sequences, mask=rows < M, other=1)
+        z_rows = z_ptr + (sequences * z_stride_b + cells * z_stride_s)[:, None]
+        z_mask = (rows < M)[:, None] & (cols < D)[None, :]
+        z = tl.load(z_rows + cols[None, :], mask=z_mask, other=0.0).to(DOT)
+        logits = tl.dot(z, tl.trans(weight), input_precision="ieee", out_dtype=WIDE)
+        for step in range(1, CHUNKS):
+            others = (chunk + step) % CHUNKS * BLOCK_D + tl.arange(0, BLOCK_D)
+            others_mask = (rows < M)[:, None] & (others < D)[None, :]
+            z_others = tl.load(z_rows + others[None, :], mask=others_mask, other=0.0).to(DOT)
+            others_mask = (vocabulary < V)[:, None] & (others < D)[None, :]
+            weight_others = tl.load(weight_rows + others[None, :], mask=others_mask, other=0.0).to(DOT)
+            logits = tl.dot(
+                z_others, tl.trans(weight_others), acc=logits, input_precision="ieee", out_dtype=WIDE
+            )
+        scale = dloss / tl.maximum(valid_count, 1).to(WIDE)
+        dlogits = token_gradients(logits, labels, V, STABLEMAX) * scale[:, None]
+        dlogits = tl.where((labels != ignore_index)[:, None], dlogits, 0.0)
+        # As in the reference, the products below take dlogits in z_H's dtype.
+        dlogits = dlogits.to(z_ptr.dtype.element_ty).to(DOT)
+        if dz_ptr is not None:
+            dz = tl.dot(dlogits, weight, input_precision="ieee", out_dtype=WIDE)
+            dz_rows = dz_ptr + rows.to(tl.int64)[:, None] * dz_stride_m
+            tl.store(dz_rows + cols[None, :], dz.to(dz_ptr.dtype.element_ty), mask=z_mask)
+        if dweight_ptr is not None:
+            dweight = tl.dot(tl.trans(dlogits), z, acc=dweight, input_precision="ieee", out_dtype=WIDE)
+    if dweight_ptr is not None:
+        dweight_rows = dweight_ptr + (span.to(tl.int64) * V + vocabulary)[:, None] * D
+        tl.store(dweight_rows + cols[None, :], dweight, mask=weight_mask)
+
+
+def _with_unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _forward(
+    z_H: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, stablemax: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    z_H, weight = _with_unit_stride(z_H), _with_unit_stride(weight)
+    (B, S, D), V = z_H.shape, weight.shape[0]
+    choice = launch_choice(V, D, z_H.dtype)["forward"]
+    tiles = triton.cdiv(S, choice["BLOCK_S"])
+    # Few long sequences are split, into four tiles or more: less is not worth the sums that follow.
+    splits = max(1, min(triton.cdiv(tiles, 4), triton.cdiv(PROGRAMS, max(B, 1))))
+    loss = torch.empty(B, splits, dtype=accumulate_dtype(z_H.dtype), device=z_H.device)
+    right_count = torch.empty(B, splits, dtype=torch.int32, device=z_H.device)
+    valid_count = torch.empty(B, dtype=torch.int32, device=z_H.device)
+    predictions = torch.empty(B, S, dtype=torch.int32, device=z_H.device)
+    launch(
+        _lm_head_forward_kernel,
+        (B * splits,),
+        z_H, weight, labels, loss, valid_count, right_count, predictions,
+        S, D, V, splits, triton.cdiv(tiles, splits) * choice["BLOCK_S"],
+        z_H.stride(0), z_H.stride(1), weight.stride(0), *labels.stride(),
+        ignore_index,
+        STABLEMAX=stablemax, WIDE=wide(z_H.dtype), DOT=dot(z_H.dtype), **choice,
+    )  # fmt: skip
+    if splits == 1:
+        return loss.view(B), valid_count, right_count.view(B), predictions
+    return loss.sum(1), valid_count, right_count.sum(1, dtype=torch.int32), predictions
+
+
+def _backward(
+    dloss: Tensor,
+    z_H: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    valid_count: Tensor,
+    ignore_index: int,
+    stablemax: bool,
+    wants_z: bool,
+    wants_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """dz_H and dweight; one that is not wanted is empty."""
+    dtype, z_H, weight = z_H.dtype, _with_unit_stride(z_H), _with_unit_stride(weight)
+    (B, S, D), V = z_H.shape, weight.shape[0]
+    choice = launch_choice(V, D, dtype)["backward"]
+    chunks, tiles = triton.cdiv(D, choice["BLOCK_D"]), triton.cdiv(B * S, choice["BLOCK_M"])
+    tiles_each = triton.cdiv(tiles, max(1, PROGRAMS // chunks))
+    spans = triton.cdiv(tiles, max(1, tiles_each))
+    dz = z_H.new_empty(z_H.shape if wants_z else 0)
+    dweights = z_H.new_empty((spans, V, D) if wants_weight else 0, dtype=accumulate_dtype(dtype))
+    launch(
+        _lm_head_backward_kernel,
+        (spans * chunks,),
+        dloss, z_H, weight, labels, valid_count, dz if wants_z else None, dweights if wants_weight else None,
+        B * S, S, D, V, tiles_each,
+        dloss.stride(0), z_H.stride(0), z_H.stride(1), weight.stride(0), *labels.stride(), D,
+        ignore_index,
+        STABLEMAX=stablemax, WIDE=wide(dtype), DOT=dot(dtype), CHUNKS=chunks, **choice,
+    )  # fmt: skip
+    return dz, dweights.sum(0).to(dtype) if wants_weight else z_H.new_empty(0)
+
+
+@torch.library.custom_op("hrm_kernels::lm_head", mutates_args=())
+def _lm_head(
+    z_H: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, stablemax: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _forward(z_H, weight, labels, ignore_index, stablemax)
+
+
+@_lm_head.register_fake
+def _(
+    z_H: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, stablemax: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, S = labels.shape
+    counts = [labels.new_empty(shape, dtype=torch.int32) for shape in ((B,), (B,), (B, S))]
+    return z_H.new_empty(B, dtype=accumulate_dtype(z_H.dtype)), counts[0], counts[1], counts[2]
+
+
+@torch.library.custom_op("hrm_kernels::lm_head_backward", mutates_args=())
+def _lm_head_backward(
+    dloss: Tensor,
+    z_H: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    valid_count: Tensor,
+    ignore_index: int,
+    stablemax: bool,
+    wants_z: bool,
+    wants_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    return _backward(dloss, z_H, weight, labels, valid_count, ignore_index, stablemax, wants_z, wants_weight)
+
+
+@_lm_head_backward.register_fake
+def _(
+    dloss: Tensor,
+    z_H: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    valid_count: Tensor,
+    ignore_index: int,
+    stablemax: bool,
+    wants_z: bool,
+    wants_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    return z_H.new_empty(z_H.shape if wants_z else 0), z_H.new_empty(weight.shape if wants_weight else 0)
+
+
+def _save(ctx, inputs, output) -> None:
+    z_H, weight, labels, ctx.ignore_index, ctx.stablemax = inputs
+    _, valid_count, right_count, predictions = output
+    ctx.mark_non_differentiable(valid_count, right_count, predictions)
+    ctx.save_for_backward(z_H, weight, labels, valid_count)
+
+
+def _differentiate(ctx, dloss: Tensor, *_: None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    wants_z, wants_weight = ctx.needs_input_grad[:2]
+    dz, dweight = _lm_head_backward(
+        dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.stablemax, wants_z, wants_weight
+    )
+    return dz if wants_z else None, dweight if wants_weight else None, None, None, None
+
+
+_lm_head.register_autograd(_differentiate, setup_context=_save)
+
+
+def _lm_head_loss(
+    op: str, z_H: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, stablemax: bool
+) -> HeadLoss:
+    check_floating(op, z_H=z_H, weight=weight)
+    if z_H.dim() != 3:
+        raise ValueError(f"{op}: z_H must be (B, S, D), got {tuple(z_H.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != z_H.shape[2]:
+        raise ValueError(f"{op}: weight must be (V, {z_H.shape[2]}), got {tuple(weight.shape)}")
+    check_labels(op, labels, tuple(z_H.shape[:2]))
+    obstacle = None
+    if weight.shape[0] > MAX_VOCABULARY:
+        obstacle = f"its kernel holds vocabularies of at most {MAX_VOCABULARY}, got {weight.shape[0]}"
+    elif weight.shape[1] > MAX_WIDTH:
+        obstacle = f"its kernel holds cells of width at most {MAX_WIDTH}, got {weight.shape[1]}"
+    if use_triton(op, z_H, obstacle):
+        return HeadLoss(*_lm_head(z_H, weight, labels, ignore_index, stablemax))
+    return lm_head_reference(z_H, weight, labels, ignore_index, stablemax)
+
+
+def lm_head_stablemax(z_H: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> HeadLoss:
+    """Mean stablemax cross-entropy of each sequence under the head `weight`, with predictions and counts.
+
+    z_H: (B, S, D), any strides, such as z[:, P:]; weight: (V, D), same dtype; labels: (B, S), int32 or int64
+    in 0..V-1 or ignore_index. Returns a HeadLoss: loss (B,), 0 for a sequence without valid cells, the only
+    one with a gradient; valid_count (B,), right_count (B,) and predictions (B, S), of equal logits the first.
+    Precision: the kernel keeps logits in float32 (float64 for float64), where the reference rounds them to
+    z_H's dtype, and casts dlogits to it before the products of the gradients, as the reference does. For
+    float32 inputs and logits up to 1e4 in size the loss is within 4e-6 of float64's, tested.
+    Raises ValueError or TypeError naming the argument; a label out of range is an error of the reference
+    and a NaN of the kernel. Source: the official HRM code; Prieto et al. 2025 (arXiv 2501.04697).
+    """
+    return _lm_head_loss("lm_head_stablemax", z_H, weight, labels, ignore_index, True)
+
+
+def lm_head_softmax(z_H: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> HeadLoss:
+    """`lm_head_stablemax` with the softmax cross-entropy: the same shapes, precision and errors."""
+    return _lm_head_loss("lm_head_softmax", z_H, weight, labels, ignore_index, False)

@@ -1,0 +1,95 @@
+"""The inner loop of the fused products x @ weight^T, their tiles, and when they run.
+
+One program computes a tile of (BLOCK_M, BLOCK_N) outputs in the accumulator's registers; what follows the
+loop is the business of the kernel that calls it. Programs of the same rows are neighbours, so that a tile of
+x comes from memory once and for the other column tiles from the L2 cache, where the weights stay.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.backend import jit, tl, triton, use_triton
+from kernels.checks import accumulate_dtype, check_floating, check_shape
+
+
+def launch_choice(dtype: torch.dtype, N: int, K: int) -> dict[str, int | bool]:
+    """Tiles of a product (M, K) x (K, N): the largest whose sums fit into registers, whatever M is.
+
+    A 128 x 256 tile keeps 128 sums a thread and reads 85 multiply-adds per element from the L2 cache, whose
+    bandwidth bounds smaller tiles. A stage of 64 columns takes 48 KiB: Triton keeps two of them where
+    products read registers (96 of the 99 KiB of sm_86, 89, 120) and three where they read shared memory.
+    """
+    if dtype.itemsize > 2 or K % 16:
+        # Without tensor cores, or with rows too crooked for asynchronous copies, registers hold operands too.
+        choice = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3}
+    else:
+        choice = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+    # A small N or K takes the power of two that covers it, and no less than tensor cores multiply.
+    for block, size in (("BLOCK_N", N), ("BLOCK_K", K)):
+        choice[block] = min(choice[block], max(16, triton.next_power_of_2(size)))
+    return {**choice, "EVEN_K": K % choice["BLOCK_K"] == 0}
+
+
+@jit
+def place(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    # The first row and column of this program's tile, and how many of either are left from there.
+    tile, tiles_n = tl.program_id(0), tl.cdiv(N, BLOCK_N)
+    row, col = (tile // tiles_n).to(tl.int64) * BLOCK_M, (tile % tiles_n).to(tl.int64) * BLOCK_N
+    return row, col, tl.minimum(M - row, BLOCK_M).to(tl.int32), tl.minimum(N - col, BLOCK_N).to(tl.int32)
+
+
+@jit
+def product(
+    acc,
+    x_ptr, weight_ptr,
+    rows, outs,
+    K,
+    x_stride_m, weight_stride_n,
+    DOT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # acc + x[rows] @ weight[outs]^T. Rows and outs repeat valid ones past the end, so that only the tail of K
+    # needs a mask; x_ptr is that of the tile's first row, so that offsets within it take 32 bits.
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + rows[:, None] * x_stride_m + k[None, :]
+    weight_ptrs = weight_ptr + outs[None, :] * weight_stride_n + k[:, None]
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs)
+            weight = tl.load(weight_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=k[None, :] < K - start, other=0.0)
+            weight = tl.load(weight_ptrs, mask=k[:, None] < K - start, other=0.0)
+        acc = tl.dot(x.to(DOT), weight.to(DOT), acc, input_precision="ieee", out_dtype=acc.dtype)
+        x_ptrs += BLOCK_K
+        weight_ptrs += BLOCK_K
+    return acc
+
+
+def check_product(op: str, x: Tensor, weight: Tensor, rstd: Tensor | None) -> None:
+    """x: (..., K); weight: (N, K), same dtype; rstd: (...) in the dtype that sums are taken in, or None."""
+    check_floating(op, x=x, weight=weight)
+    if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"{op}: weight must have shape (N, {x.shape[-1]}), got {tuple(weight.shape)}")
+    if rstd is not None:
+        check_rstd(op, x, rstd)
+
+
+def check_rstd(op: str, rows: Tensor, rstd: Tensor) -> None:
+    """One factor per row, in the dtype that sums are taken in."""
+    check_shape(op, "rstd", rstd, tuple(rows.shape[:-1]))
+    wanted = accumulate_dtype(rows.dtype)
+    if rstd.dtype != wanted or rstd.device != rows.device:
+        raise TypeError(f"{op}: rstd must be {wanted} on {rows.device}, got {rstd.dtype} on {rstd.device}")
+
+
+def use_fused(op: str, *tensors: Tensor | None) -> bool:
+    """Whether `op` runs as one kernel: under Triton's backend, unless a gradient is wanted.
+
+    float32 takes the kernel only where the backend is named: without tensor cores the library's product wins.
+    """
+    first = tensors[0]
+    assert first is not None
+    slower = "without tensor cores the library's product wins" if first.dtype == torch.float32 else None
+    if not use_triton(op, first, slower=slower):
+        return False
+    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))

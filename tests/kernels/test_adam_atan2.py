@@ -1,0 +1,276 @@
+"""AdamATan2's kernel against its reference, which float64 judges."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hrm.optim import ALIGNMENT
+from kernels import adam_atan2, backend
+from kernels.adam_atan2 import launch_choice
+from tests.kernels.compare import ABSOLUTE, DEVICE, distance, randn
+
+# The interpreter's numpy warns of 0 / 0, which the kernel selects away, and of squares meant to overflow.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+
+BUFFERS = ("param", "grad", "exp_avg", "exp_avg_sq")
+
+
+def state(N: int, seed: int = 0, scale: float = 1.0) -> dict[str, Tensor]:
+    """The buffers of a run that has gone on for a while, in float32."""
+    values = [randn(N, seed=10 * seed + i).float() for i in range(4)]
+    buffers = dict(zip(BUFFERS, values, strict=True))
+    return {**buffers, "grad": values[1] * scale, "exp_avg_sq": values[3].square()}
+
+
+def scalar(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device=DEVICE)
+
+
+def steps(
+    buffers: dict[str, Tensor],
+    dtype: torch.dtype,
+    *,
+    lr: float = 0.01,
+    first: int = 1,
+    count: int = 1,
+    betas: tuple[float, float] = (0.9, 0.95),
+    weight_decay: float = 0.1,
+) -> dict[str, Tensor]:
+    """The buffers and statistics after some updates in `dtype` under the present backend."""
+    values = {name: tensor.to(dtype, copy=True) for name, tensor in buffers.items()}
+    for t in range(first, first + count):
+        values["grad"] = (buffers["grad"] * (1 + 0.5 * math.sin(t))).float().to(dtype)
+        statistics = adam_atan2(
+            *(values[name] for name in BUFFERS),
+            lr=scalar(scalar(lr).item(), dtype),
+            step=torch.tensor(t, device=DEVICE),
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=weight_decay,
+        )
+    return {**values, "norm": statistics.norm, "non_finite": statistics.non_finite}
+
+
+def agree(buffers: dict[str, Tensor], **options) -> None:
+    """Asserts that the kernel errs at most twice as much as the reference does, as `compare.agree` has it."""
+    ours = steps(buffers, torch.float32, **options)
+    backend.set_backend("reference")
+    try:
+        eager, truth = steps(buffers, torch.float32, **options), steps(buffers, torch.float64, **options)
+    finally:
+        backend.set_backend("triton")
+    for name, value in ours.items():
+        assert value.dtype == eager[name].dtype and value.shape == eager[name].shape, name
+        assert torch.isfinite(value).all(), name
+        error, allowed = distance(value, truth[name]), distance(eager[name], truth[name])
+        bound = 2 * allowed + ABSOLUTE[torch.float32] * truth[name].abs().max().item()
+        assert error <= bound, f"{name}: error {error:.3g}, reference {allowed:.3g}, bound {bound:.3g}"
+
+
+@pytest.mark.parametrize("N", [1, 17, 2048, 4097])
+def test_several_steps(N):
+    agree(state(N), count=5)
+
+
+def test_from_the_first_step_of_fresh_moments():
+    zero = torch.zeros(300, device=DEVICE)
+    # Weights of 0 too, so that nothing covers an error of the step.
+    agree({"param": zero, "grad": state(300)["grad"], "exp_avg": zero, "exp_avg_sq": zero}, count=3, lr=1.0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    N=st.integers(1, 300),
+    step=st.sampled_from([1, 2, 10, 1000, 100_000, 2**24]),
+    betas=st.sampled_from([(0.9, 0.95), (0.0, 0.0), (0.3, 0.999), (0.9, 0.999999), (0.999, 0.9999)]),
+    scale=st.sampled_from([1e-15, 1e-6, 1.0, 1e15]),
+    weight_decay=st.sampled_from([0.0, 1.0]),
+)
+def test_any_configuration(N, step, betas, scale, weight_decay):
+    agree(state(N, seed=N, scale=scale), first=step, betas=betas, weight_decay=weight_decay, lr=0.5)
+
+
+def angles(m: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """atan2(m, d) from a kernel that halves both on the way, and by torch in float64 from its moments."""
+    exp_avg, exp_avg_sq = 2 * m, 2 * d.square()
+    param = torch.zeros_like(m)
+    adam_atan2(
+        param,
+        torch.zeros_like(m),
+        exp_avg,
+        exp_avg_sq,
+        lr=scalar(1.0),
+        # So late that both corrections are 1.
+        step=torch.tensor(10_000, device=DEVICE),
+        beta1=0.5,
+        beta2=0.5,
+        weight_decay=0.0,
+    )
+    return -param, torch.atan2(exp_avg.double(), exp_avg_sq.double().sqrt())
+
+
+def test_angle_is_precise_in_every_direction():
+    ratio = torch.logspace(-6, 6, 20_000, dtype=torch.float64, device=DEVICE).float()
+    for size in (1e-10, 1.0, 1e10):
+        d = torch.full_like(ratio, size)
+        for sign in (1.0, -1.0):
+            ours, truth = angles(sign * ratio * size, d)
+            assert distance(ours, truth) <= 2e-7
+            # Small angles keep their digits.
+            assert ((ours.double() - truth) / truth).abs().max().item() <= 4e-7
+
+
+def test_angle_at_the_edges():
+    inf = float("inf")
+    pairs = [(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (-1.0, 0.0), (2.0, 2.0), (inf, inf), (-inf, inf), (1.0, inf)]
+    m, d = (torch.tensor(values, device=DEVICE) for values in zip(*pairs, strict=True))
+    assert distance(*angles(m, d)) <= 1e-7
+
+
+def test_a_parameter_without_gradient_comes_to_rest():
+    """Its moments decay to the last numbers above 0, where rounding keeps them; it must not move for ever."""
+    zero = torch.zeros(64, device=DEVICE)
+    param, exp_avg, exp_avg_sq = zero + 1.0, zero + 5.6e-45, zero + 1.4e-44
+    constants = {"lr": scalar(1.0), "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.0}
+    adam_atan2(param, zero, exp_avg, exp_avg_sq, step=torch.tensor(5000, device=DEVICE), **constants)
+    assert exp_avg_sq.all() and torch.equal(param, zero + 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_copy_is_the_new_weights_rounded(dtype):
+    buffers = state(4097)
+    copy = torch.full((4097,), float("nan"), dtype=dtype, device=DEVICE)
+    constants = {"lr": scalar(0.1), "step": torch.tensor(3, device=DEVICE), "weight_decay": 0.1}
+    adam_atan2(*buffers.values(), beta1=0.9, beta2=0.95, copy=copy, **constants)
+    assert torch.equal(copy, buffers["param"].to(dtype))
+    alone = state(4097)
+    adam_atan2(*alone.values(), beta1=0.9, beta2=0.95, **constants)
+    assert all(torch.equal(alone[name], buffers[name]) for name in BUFFERS)
+
+
+@pytest.mark.parametrize("N", [1, 4097])
+@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e18])
+def test_norm(N, scale):
+    """Whatever the size of the gradient, to float32's digits; what it does not hold is not read."""
+    buffers = state(N)
+    buffers["grad"] *= scale
+    expected = buffers["grad"].double().norm().item()
+    statistics = update(buffers)
+    assert statistics.norm.dtype == torch.float32 and statistics.norm.shape == ()
+    assert statistics.norm.item() == pytest.approx(expected, rel=1e-6) and statistics.non_finite == 0
+
+
+def update(buffers: dict[str, Tensor], dtype: torch.dtype = torch.int64):
+    return adam_atan2(
+        *buffers.values(),
+        lr=scalar(0.1),
+        step=torch.tensor(2, dtype=dtype, device=DEVICE),
+        beta1=0.9,
+        beta2=0.95,
+        weight_decay=0.1,
+    )
+
+
+def test_gradients_that_are_not_finite_are_counted_and_go_where_the_reference_lets_them():
+    bad = {5: float("nan"), 2047: float("inf"), 2048: -float("inf"), 4096: float("nan")}
+    results = []
+    for name in ("triton", "reference"):
+        backend.set_backend(name)
+        buffers = state(4097)
+        for index, value in bad.items():
+            buffers["grad"][index] = value
+        statistics = update(buffers)
+        assert statistics.non_finite.dtype == torch.int32 and statistics.non_finite.item() == 4
+        assert math.isnan(statistics.norm.item())
+        # A second step takes infinity from infinity.
+        assert not buffers["exp_avg"][[2047, 2048]].isnan().any()
+        update(buffers)
+        # Of one infinity the norm is infinite; finite squares that overflow are no fault of the gradient's.
+        for value, count in ((float("inf"), 1), (3e38, 0)):
+            lone = state(100, seed=1)
+            lone["grad"][99] = value
+            statistics = update(lone)
+            assert statistics.norm.item() == float("inf") and statistics.non_finite.item() == count
+        results.append((buffers, lone))
+    for ours, theirs in zip(*results, strict=True):
+        for name in BUFFERS:
+            # NaN at the same places, the same infinities, and the rest close.
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert results[0][0]["exp_avg"].isnan().nonzero().flatten().tolist() == sorted(bad)
+
+
+def test_parts_of_a_buffer_and_what_lies_around_them():
+    """Views at a parameter's alignment and at none: the neighbours keep their bits."""
+    for offset, N in ((ALIGNMENT, 2 * ALIGNMENT), (3, 2050), (1, 1)):
+        whole = state(2100)
+        before = {name: tensor.clone() for name, tensor in whole.items()}
+        part = {name: tensor[offset : offset + N] for name, tensor in whole.items()}
+        expected = {name: tensor.clone() for name, tensor in part.items()}
+        results = update(part), update(expected)
+        assert torch.equal(results[0].norm, results[1].norm)
+        assert torch.equal(whole["grad"], before["grad"])
+        for name, tensor in whole.items():
+            assert torch.equal(part[name], expected[name]), name
+            around = torch.cat((tensor[:offset], tensor[offset + N :]))
+            assert torch.equal(around, torch.cat((before[name][:offset], before[name][offset + N :]))), name
+
+
+def test_step_in_either_integer_type_and_buffers_in_any_shape():
+    results = []
+    for dtype, shape in ((torch.int64, (60,)), (torch.int32, (3, 4, 5))):
+        buffers = {name: tensor.view(shape) for name, tensor in state(60).items()}
+        statistics = update(buffers, dtype)
+        results.append([*(tensor.flatten() for tensor in buffers.values()), *statistics])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_operator_contract_and_compile():
+    copy = torch.zeros(50, dtype=torch.bfloat16, device=DEVICE)
+    scalars = (scalar(0.1), torch.tensor(2, device=DEVICE), 0.9, 0.95, 0.1)
+    for low in (None, copy):
+        torch.library.opcheck(torch.ops.hrm_kernels.adam_atan2.default, (*state(50).values(), *scalars, low))
+
+    def twice(buffers: dict[str, Tensor]):
+        update(buffers)
+        return update(buffers)
+
+    torch._dynamo.reset()
+    eager, compiled = state(50), state(50)
+    ours = torch.compile(twice, fullgraph=True, backend="aot_eager")(compiled)
+    for value, expected in zip((*ours, *compiled.values()), (*twice(eager), *eager.values()), strict=True):
+        assert torch.equal(value, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"step": torch.tensor(1.0)}, TypeError, "step must be int32 or int64 on .*, got torch.float32"),
+        ({"copy": torch.zeros(4)}, TypeError, "copy must be bfloat16 or float16 on .*, got torch.float32"),
+        ({"copy": torch.zeros(3).half()}, ValueError, r"copy must have shape \(4,\), got \(3,\)"),
+        ({"lr": torch.zeros(1)}, ValueError, r"lr must have shape \(\), got \(1,\)"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message):
+    arguments = {"lr": scalar(0.1), "step": torch.tensor(1, device=DEVICE)}
+    arguments |= {name: tensor.to(DEVICE) for name, tensor in change.items()}
+    with pytest.raises(error, match=f"adam_atan2: {message}"):
+        adam_atan2(*state(4).values(), beta1=0.9, beta2=0.95, weight_decay=0.1, **arguments)
+
+
+def test_what_the_kernel_does_not_take():
+    constants = {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "step": torch.tensor(1, device=DEVICE)}
+    double = [tensor.double() for tensor in state(4).values()]
+    with pytest.raises(RuntimeError, match=r"takes float32, got torch\.float64; use 'auto'"):
+        adam_atan2(*double, lr=scalar(0.1, torch.float64), **constants)
+    strided = [tensor[::2] for tensor in state(8).values()]
+    with pytest.raises(RuntimeError, match="contiguous buffers; use 'auto'"):
+        adam_atan2(*strided, lr=scalar(0.1), **constants)
+
+
+def test_launch_is_a_power_of_two():
+    choice = launch_choice()
+    assert choice["BLOCK"] % (32 * choice["num_warps"]) == 0

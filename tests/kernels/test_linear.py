@@ -1,0 +1,228 @@
+"""The fused products against their references, and blocks in deferred form against those with norms."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import backend, matmul, rms_norm, swiglu
+from kernels.attention import attention_reference
+from kernels.checks import accumulate_dtype
+from kernels.linear_rms import linear_rms, linear_scaled
+from kernels.linear_swiglu import linear_swiglu
+from kernels.matmul import launch_choice
+from tests.kernels.compare import DEVICE, DTYPES, agree, compiles, randn
+
+# Rows, K, and half of the weight's rows: SwiGLU's width.
+SHAPES = [((1,), 64, 40), ((17,), 100, 96), ((2, 41), 96, 256), ((100,), 512, 96)]
+
+
+def tensors(rows: tuple[int, ...], K: int, N: int) -> dict[str, Tensor]:
+    """Inputs whose products have unit variance."""
+    return {
+        "x": randn(*rows, K, seed=K),
+        "weight": randn(N, K, seed=N, scale=K**-0.5),
+        "rstd": randn(*rows, seed=7).abs() + 0.5,
+    }
+
+
+def with_residual(rows: tuple[int, ...], K: int, N: int) -> dict[str, Tensor]:
+    return {**tensors(rows, K, N), "residual": randn(*rows, N, seed=N + 1)}
+
+
+# As the operations take them: the factors in the dtype of sums, whatever the others have.
+def call_swiglu(x, weight, rstd=None):
+    return linear_swiglu(x, weight, None if rstd is None else rstd.to(accumulate_dtype(x.dtype)))
+
+
+def call_scaled(x, weight, rstd):
+    return linear_scaled(x, weight, rstd.to(accumulate_dtype(x.dtype)))
+
+
+def call_rms(x, weight, residual, rstd=None, eps=1e-5):
+    return linear_rms(x, weight, residual, None if rstd is None else rstd.to(accumulate_dtype(x.dtype)), eps)
+
+
+def without(inputs: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in inputs.items() if key != name}
+
+
+CALLS = [(call_swiglu, tensors), (call_scaled, tensors), (call_rms, with_residual)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("call", "make"), CALLS)
+def test_outputs(call, make, shape, dtype):
+    rows, K, width = shape
+    inputs = make(rows, K, 2 * width)
+    agree(call, inputs, dtype, gradients=[])
+    if call is not call_scaled:
+        agree(call, without(inputs, "rstd"), dtype, gradients=[])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("call", "make"), CALLS)
+def test_gradients_where_they_are_wanted(call, make, dtype):
+    agree(call, make((2, 17), 96, 80), dtype)
+    agree(call, make((17,), 64, 80), dtype, gradients=["weight"])
+
+
+@settings(max_examples=25, deadline=None)
+@given(M=st.integers(1, 150), K=st.integers(1, 150), N=st.integers(1, 150), eps=st.sampled_from([1e-6, 1e-2]))
+def test_any_shape(M, K, N, eps):
+    agree(call_swiglu, tensors((M,), K, 2 * N), torch.float64, gradients=[])
+    agree(call_scaled, tensors((M,), K, N), torch.float64, gradients=[])
+    inputs = with_residual((M,), K, N)
+    agree(lambda **tensors: call_rms(**tensors, eps=eps), inputs, torch.float64, gradients=[])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_strided_inputs(dtype):
+    """Views into wider tensors that hold NaN everywhere else."""
+
+    def inside(tensor: Tensor, *before: int) -> Tensor:
+        wide = torch.full([size + 2 * pad for size, pad in zip(tensor.shape, before, strict=True)], torch.nan)
+        view = wide.to(tensor).to(dtype)[tuple(slice(pad, -pad or None) for pad in before)]
+        return view.copy_(tensor)
+
+    inputs = with_residual((85,), 100, 80)
+    views = {
+        "x": inside(inputs["x"], 2, 5),
+        "weight": inside(inputs["weight"], 1, 3),
+        "residual": inside(inputs["residual"], 1, 7),
+        "rstd": inside(inputs["rstd"][:, None], 0, 1)[:, 0],
+    }
+    agree(call_rms, views, dtype, gradients=[])
+    agree(call_swiglu, without(views, "residual"), dtype, gradients=[])
+    agree(call_scaled, without(views, "residual"), dtype, gradients=[])
+    turned = with_residual((7, 5), 40, 64) | {
+        "x": randn(40, 5, 7, seed=0).to(dtype).permute(2, 1, 0),
+        "weight": randn(40, 64, seed=1, scale=0.2).to(dtype).t(),
+        "residual": randn(5, 7, 64, seed=2).to(dtype).transpose(0, 1),
+        "rstd": (randn(5, 7, seed=3).abs() + 0.5).to(dtype).t(),
+    }
+    agree(call_rms, turned, dtype, gradients=[])
+    agree(call_swiglu, without(turned, "residual"), dtype, gradients=[])
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # numpy tells of the exponential that becomes infinite.
+@torch.no_grad()
+def test_large_gates_stay_finite():
+    x = torch.tensor([[-1e4], [-89.0], [0.0], [1e4]], device=DEVICE)
+    weight = torch.tensor([[1.0], [0.5]], device=DEVICE)
+    torch.testing.assert_close(linear_swiglu(x, weight), F.silu(x) * (0.5 * x), rtol=1e-5, atol=0)
+
+
+# ------------------------------------------------------------------------------------------- whole blocks
+
+
+def normed_block(x, qkv, out, gate_up, down, heads):
+    x = rms_norm(x, F.linear(attention_reference(F.linear(x, qkv), heads, None, None, None), out))
+    return rms_norm(x, F.linear(swiglu(F.linear(x, gate_up)), down))
+
+
+def deferred_block(h, rstd, qkv, out, gate_up, down, heads):
+    packed = F.linear(h, qkv) if rstd is None else linear_scaled(h, qkv, rstd)
+    attended = attention_reference(packed, heads, None, None, None)
+    h, rstd = linear_rms(attended, out, h, rstd)
+    return linear_rms(linear_swiglu(h, gate_up, rstd), down, h, rstd)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_blocks_in_deferred_form_equal_those_with_norms(dtype, gradients):
+    D, width, heads = 64, 96, 2
+    shapes = {"qkv": (3 * D, D), "out": (D, D), "gate_up": (2 * width, D), "down": (D, width)}
+    weights = {
+        name: randn(*shape, seed=seed, scale=shape[1] ** -0.5)
+        for seed, (name, shape) in enumerate(shapes.items())
+    }
+
+    # `agree` judges the deferred form under Triton by the form with norms under the reference.
+    def blocks(x, **weights):
+        if backend.get_backend() == "reference":
+            return normed_block(normed_block(x, **weights, heads=heads), **weights, heads=heads)
+        h, rstd = deferred_block(x, None, **weights, heads=heads)
+        h, rstd = deferred_block(h, rstd, **weights, heads=heads)
+        return (h * rstd[..., None]).to(h.dtype)
+
+    agree(blocks, {"x": randn(2, 17, D, seed=9), **weights}, dtype, gradients=None if gradients else [])
+
+
+# ----------------------------------------------------------------------------------------------- contract
+
+
+def test_one_kernel_unless_a_gradient_is_wanted(monkeypatch):
+    x, weight = randn(4, 64, seed=0).bfloat16(), randn(32, 64, seed=1).bfloat16().requires_grad_()
+    rstd = torch.ones(4, device=DEVICE)
+
+    def kernels() -> list[str]:
+        with backend.recorded() as launches:
+            linear_swiglu(x, weight, rstd)
+            linear_scaled(x, weight, rstd)
+            linear_rms(x, weight, x[:, :32])
+        return [launch.kernel.__name__.strip("_") for launch in launches]
+
+    assert kernels() == ["swiglu_forward_kernel"]
+    with torch.no_grad():
+        assert kernels() == [
+            "linear_swiglu_forward_kernel", "linear_scaled_forward_kernel",
+            "linear_rms_forward_kernel", "factor_kernel",
+        ]  # fmt: skip
+        monkeypatch.setattr(matmul, "use_triton", lambda op, tensor, slower: slower is None)
+        backend.set_backend("auto")
+        assert matmul.use_fused("linear_swiglu", x, weight, None)
+        assert not matmul.use_fused("linear_swiglu", x.float(), weight.float(), None)
+
+
+@pytest.mark.parametrize("call", [call_swiglu, call_scaled, call_rms])
+def test_gradcheck(call):
+    inputs = (with_residual if call is call_rms else tensors)((3,), 8, 6)
+    leaves = [tensor.requires_grad_() for tensor in inputs.values()]
+    assert torch.autograd.gradcheck(lambda *args: call(**dict(zip(inputs, args, strict=True))), leaves)
+
+
+def test_operator_contract_and_compile():
+    x, weight, rstd, residual = (tensor.float() for tensor in with_residual((2, 5), 32, 24).values())
+    ops = torch.ops.hrm_kernels
+    torch.library.opcheck(ops.linear_swiglu.default, (x, weight, rstd))
+    torch.library.opcheck(ops.linear_swiglu.default, (x, weight, None))
+    torch.library.opcheck(ops.linear_scaled.default, (x, weight, rstd))
+    torch.library.opcheck(ops.linear_rms.default, (x, weight, residual, rstd, 1e-5))
+    inputs = {"x": x, "weight": weight, "residual": residual, "rstd": rstd}
+    for call, taken in ((call_swiglu, without(inputs, "residual")), (call_rms, inputs)):
+        compiles(call, taken)
+        with torch.no_grad():
+            compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(**taken)
+            torch.testing.assert_close(compiled, call(**taken), rtol=0, atol=0)
+
+
+def test_wrong_arguments_are_named():
+    x, weight, rstd = torch.zeros(3, 8, device=DEVICE), torch.zeros(6, 8, device=DEVICE), torch.zeros(3)
+    rstd = rstd.to(DEVICE)
+    with pytest.raises(ValueError, match=r"linear_swiglu: weight must have shape \(N, 8\), got \(6, 7\)"):
+        linear_swiglu(x, weight[:, :7])
+    with pytest.raises(ValueError, match=r"weight must have an even number of rows, got \(5, 8\)"):
+        linear_swiglu(x, weight[:5])
+    with pytest.raises(ValueError, match=r"linear_scaled: rstd must have shape \(3,\), got \(2,\)"):
+        linear_scaled(x, weight, rstd[:2])
+    with pytest.raises(TypeError, match=r"linear_rms: rstd must be torch.float32 on .*, got torch.float64"):
+        linear_rms(x, weight, x[:, :6], rstd.double())
+    with pytest.raises(ValueError, match=r"linear_rms: residual must have shape \(3, 6\), got \(3, 8\)"):
+        linear_rms(x, weight, x)
+    with pytest.raises(TypeError, match=r"linear_rms: weight must match x"):
+        linear_rms(x, weight.double(), x[:, :6])
+
+
+def test_launches_fit_small_products_and_large():
+    for dtype in (torch.bfloat16, torch.float32):
+        for N, K in ((1, 1), (80, 96), (512, 100), (3072, 512)):
+            choice = launch_choice(dtype, N, K)
+            assert choice["EVEN_K"] == (K % choice["BLOCK_K"] == 0)
+            for block, size in (("BLOCK_N", N), ("BLOCK_K", K)):
+                assert 16 <= choice[block] < max(17, 2 * size)
+    assert launch_choice(torch.bfloat16, 3072, 512)["BLOCK_N"] == 256
+    assert launch_choice(torch.bfloat16, 3072, 100)["BLOCK_N"] == 64
