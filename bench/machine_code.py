@@ -40,9 +40,10 @@ TYPES = {
     torch.bool: "i1",
     torch.uint8: "u8",
 }
-# The published model: hidden size, heads, batch, and the lengths of Sudoku and ARC with their puzzle token.
+# The published model: hidden size, heads, batch; lengths with the puzzle token, and vocabularies, of Sudoku
+# and ARC.
 D, HEADS, B = 512, 8, 768
-LENGTHS = (82, 901)
+VOCABULARY = {82: 11, 901: 12}
 
 
 class Case(NamedTuple):
@@ -58,41 +59,41 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def rms_norm() -> Iterator[Case]:
+def rms_norm(T: int) -> Iterator[Case]:
     op: Any = import_module("kernels.rms_norm")
     for dtype in (torch.bfloat16, torch.float32):
-        x = meta(B, 82, D, dtype=dtype)
-        rstd = meta(B, 82, dtype=torch.float32)
+        x = meta(B, T, D, dtype=dtype)
+        rstd = meta(B, T, dtype=torch.float32)
         yield Case("rms_norm", f"forward {TYPES[dtype]}", partial(op._forward, x, x, 1e-5), False)
         yield Case("rms_norm", f"backward {TYPES[dtype]}", partial(op._backward, x, x, rstd), False)
 
 
-def rope() -> Iterator[Case]:
+def rope(T: int) -> Iterator[Case]:
     op: Any = import_module("kernels.rope")
-    for T in LENGTHS:
-        tables = [meta(T, D // HEADS, dtype=torch.float32)] * 2
-        # Queries and keys as they lie in packed projections; their gradient comes contiguous.
-        qk = meta(B, T, 3 * HEADS, D // HEADS)[:, :, : 2 * HEADS]
-        dy = meta(B, T, 2 * HEADS, D // HEADS)
-        yield Case("rope", f"forward bf16 T={T}", partial(op._rotated, qk, *tables, False), False)
-        yield Case("rope", f"backward bf16 T={T}", partial(op._rotated, dy, *tables, True), False)
+    tables = [meta(T, D // HEADS, dtype=torch.float32)] * 2
+    # Queries and keys as they lie in packed projections; their gradient comes contiguous.
+    qk = meta(B, T, 3 * HEADS, D // HEADS)[:, :, : 2 * HEADS]
+    dy = meta(B, T, 2 * HEADS, D // HEADS)
+    yield Case("rope", "forward bf16", partial(op._rotated, qk, *tables, False), False)
+    yield Case("rope", "backward bf16", partial(op._rotated, dy, *tables, True), False)
 
 
-def attention() -> Iterator[Case]:
+def attention(T: int) -> Iterator[Case]:
     op: Any = import_module("kernels.attention")
+    if T > op.MAX_LENGTH:
+        return
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        qkv, matrix, name = meta(B, 82, 3 * D, dtype=dtype), dtype.itemsize == 2, TYPES[dtype]
-        tables = [meta(82, D // HEADS, dtype=torch.float32)] * 2
-        dy = meta(B, 82, D, dtype=dtype)
-        yield Case("attention", f"forward {name}", partial(op._forward, qkv, HEADS, *tables, 82), matrix)
-        if matrix:
-            yield Case("attention", f"one query {name}", partial(op._forward, qkv, HEADS, *tables, 1), matrix)
+        qkv, matrix, name = meta(B, T, 3 * D, dtype=dtype), dtype.itemsize == 2, TYPES[dtype]
+        tables = [meta(T, D // HEADS, dtype=torch.float32)] * 2
+        dy = meta(B, T, D, dtype=dtype)
+        yield Case("attention", f"forward {name}", partial(op._forward, qkv, HEADS, *tables, T), matrix)
+        yield Case("attention", f"one query {name}", partial(op._forward, qkv, HEADS, *tables, 1), matrix)
         yield Case("attention", f"backward {name}", partial(op._backward, dy, qkv, HEADS, *tables), matrix)
 
 
-def cross_entropy() -> Iterator[Case]:
+def cross_entropy(T: int) -> Iterator[Case]:
     op: Any = import_module("kernels.stablemax")
-    tokens, labels = meta(B, 81, dtype=torch.float32), meta(B, 81, dtype=torch.int32)
+    tokens, labels = meta(B, T - 1, dtype=torch.float32), meta(B, T - 1, dtype=torch.int32)
     for vocabulary, dtype, stablemax in (
         (11, torch.bfloat16, True),
         (11, torch.float32, True),
@@ -100,7 +101,7 @@ def cross_entropy() -> Iterator[Case]:
         (op.MAX_VOCABULARY, torch.float32, True),
         (op.MAX_VOCABULARY, torch.float32, False),
     ):
-        logits = meta(B, 81, vocabulary, dtype=dtype)
+        logits = meta(B, T - 1, vocabulary, dtype=dtype)
         name = f"{'stablemax' if stablemax else 'softmax'} {vocabulary} {TYPES[dtype]}"
         forward = partial(op._forward, logits, labels, -100, stablemax)
         backward = partial(op._backward, tokens, logits, labels, -100, stablemax)
@@ -112,35 +113,35 @@ def cross_entropy() -> Iterator[Case]:
 INNER = 1536
 
 
-def swiglu() -> Iterator[Case]:
+def swiglu(T: int) -> Iterator[Case]:
     op: Any = import_module("kernels.swiglu")
     for dtype in (torch.bfloat16, torch.float32):
-        gate_up, dy = meta(B, 82, 2 * INNER, dtype=dtype), meta(B, 82, INNER, dtype=dtype)
+        gate_up, dy = meta(B, T, 2 * INNER, dtype=dtype), meta(B, T, INNER, dtype=dtype)
         yield Case("swiglu", f"forward {TYPES[dtype]}", partial(op._forward, gate_up), False)
         yield Case("swiglu", f"backward {TYPES[dtype]}", partial(op._backward, dy, gate_up), False)
 
 
-def linear_swiglu() -> Iterator[Case]:
+def linear_swiglu(T: int) -> Iterator[Case]:
     op: Any = import_module("kernels.linear_swiglu")
-    rstd = meta(B, 82, dtype=torch.float32)
+    rstd = meta(B, T, dtype=torch.float32)
     for dtype in (torch.bfloat16, torch.float32):
-        x, weight = meta(B, 82, D, dtype=dtype), meta(2 * INNER, D, dtype=dtype)
+        x, weight = meta(B, T, D, dtype=dtype), meta(2 * INNER, D, dtype=dtype)
         matrix = dtype == torch.bfloat16
         yield Case("linear_swiglu", f"plain {TYPES[dtype]}", partial(op._forward, x, weight, None), matrix)
         yield Case("linear_swiglu", f"scaled {TYPES[dtype]}", partial(op._forward, x, weight, rstd), matrix)
 
 
-def linear_rms() -> Iterator[Case]:
+def linear_rms(T: int) -> Iterator[Case]:
     op: Any = import_module("kernels.linear_rms")
-    rstd = meta(B, 82, dtype=torch.float32)
+    rstd = meta(B, T, dtype=torch.float32)
     for dtype in (torch.bfloat16, torch.float32):
-        x, y = meta(B, 82, D, dtype=dtype), meta(B, 82, INNER, dtype=dtype)
+        x, y = meta(B, T, D, dtype=dtype), meta(B, T, INNER, dtype=dtype)
         out, down, qkv = (meta(*shape, dtype=dtype) for shape in ((D, D), (D, INNER), (3 * D, D)))
         kind, matrix = TYPES[dtype], dtype == torch.bfloat16
         yield Case("linear_rms", f"out {kind}", partial(op._sum, x, out, x, None), matrix)
         yield Case("linear_rms", f"down {kind}", partial(op._sum, y, down, x, rstd), matrix)
         yield Case("linear_rms", f"qkv {kind}", partial(op._scaled, x, qkv, rstd), matrix)
-    squares = meta(2, B * 82, dtype=torch.float32)
+    squares = meta(2, B * T, dtype=torch.float32)
     yield Case("linear_rms", "factor", partial(op._factor, squares, D, 1e-5), False)
 
 
@@ -148,7 +149,7 @@ def linear_rms() -> Iterator[Case]:
 PARAMETERS = 27_275_280
 
 
-def adam_atan2() -> Iterator[Case]:
+def adam_atan2(_T: int) -> Iterator[Case]:
     op: Any = import_module("kernels.adam_atan2")
     buffers = [meta(PARAMETERS, dtype=torch.float32)] * 4
     lr, step = meta(1, dtype=torch.float32)[0], meta(1, dtype=torch.int64)[0]
@@ -157,17 +158,17 @@ def adam_atan2() -> Iterator[Case]:
         yield Case("adam_atan2", label, partial(op._update, *buffers, *scalars, copy), False)
 
 
-def sign_sgd() -> Iterator[Case]:
+def sign_sgd(_T: int) -> Iterator[Case]:
     op: Any = import_module("kernels.sign_sgd")
     table, grad = meta(1_000_000, D, dtype=torch.float32), meta(B, D, dtype=torch.float32)
     identifiers, lr = meta(B, dtype=torch.int32), meta(1, dtype=torch.float32)[0]
     yield Case("sign_sgd", "update", partial(op._update, table, identifiers, grad, lr, 0.1), False)
 
 
-def gate_mix() -> Iterator[Case]:
+def gate_mix(T: int) -> Iterator[Case]:
     op: Any = import_module("kernels.gate_mix")
     for dtype, R in ((torch.bfloat16, D // 4), (torch.bfloat16, op.MAX_HIDDEN), (torch.float32, D // 4)):
-        s = meta(B, 82, D, dtype=dtype)
+        s = meta(B, T, D, dtype=dtype)
         w1, b1 = meta(R, 3 * D, dtype=dtype), meta(R, dtype=dtype)
         w2, b2 = meta(3 * D, R, dtype=dtype), meta(3 * D, dtype=dtype)
         published = R == D // 4 and dtype == torch.bfloat16
@@ -184,25 +185,22 @@ def gate_mix() -> Iterator[Case]:
                 yield Case("gate_mix", name, call, dtype == torch.bfloat16)
 
 
-def lm_head() -> Iterator[Case]:
+def lm_head(T: int) -> Iterator[Case]:
     op: Any = import_module("kernels.lm_head")
     dloss, valid_count = meta(B, dtype=torch.float32), meta(B, dtype=torch.int32)
-    # Vocabularies of Sudoku and ARC; the head sees the cells behind the puzzle token.
-    for T, V in zip(LENGTHS, (11, 12), strict=True):
-        labels = meta(B, T - 1, dtype=torch.int32)
-        for dtype in (torch.bfloat16, torch.float32):
-            z_H, weight = meta(B, T, D, dtype=dtype)[:, 1:], meta(V, D, dtype=dtype)
-            for loss, stablemax in (("stablemax", True), ("softmax", False)):
-                label, matrix = f"{loss} T={T} {TYPES[dtype]}", dtype == torch.bfloat16
-                call = partial(op._forward, z_H, weight, labels, -100, stablemax)
-                yield Case("lm_head", f"forward {label}", call, matrix)
-                call = partial(
-                    op._backward, dloss, z_H, weight, labels, valid_count, -100, stablemax, True, True
-                )
-                yield Case("lm_head", f"backward {label}", call, matrix)
+    labels = meta(B, T - 1, dtype=torch.int32)
+    for dtype in (torch.bfloat16, torch.float32):
+        # The head sees the cells behind the puzzle token.
+        z_H, weight = meta(B, T, D, dtype=dtype)[:, 1:], meta(VOCABULARY[T], D, dtype=dtype)
+        for loss, stablemax in (("stablemax", True), ("softmax", False)):
+            label, matrix = f"{loss} {TYPES[dtype]}", dtype == torch.bfloat16
+            call = partial(op._forward, z_H, weight, labels, -100, stablemax)
+            yield Case("lm_head", f"forward {label}", call, matrix)
+            call = partial(op._backward, dloss, z_H, weight, labels, valid_count, -100, stablemax, True, True)
+            yield Case("lm_head", f"backward {label}", call, matrix)
 
 
-# Each yields the launches of one file of kernels/.
+# Each yields the launches of one file of kernels/ at a length.
 LAUNCHES = (
     rms_norm,
     rope,
@@ -218,18 +216,32 @@ LAUNCHES = (
 )
 
 
-def cases() -> list[Case]:
-    return [case for family in LAUNCHES for case in family()]
+def cases() -> dict[tuple[str, str], dict[int, Case]]:
+    """Every case by operation and label, at each length that it occurs at."""
+    found: dict[tuple[str, str], dict[int, Case]] = {}
+    for T in VOCABULARY:
+        for family in LAUNCHES:
+            for case in family(T):
+                found.setdefault((case.op, case.label), {})[T] = case
+    return found
 
 
-def compiled(launch: Launch, capability: int) -> dict[str, Any]:
-    """Compiles a launch as Triton's own launcher would specialise it; returns what its machine code holds."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+class Source(NamedTuple):
+    """A kernel as Triton's own launcher would specialise it for a launch."""
 
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    attributes: dict[tuple[int], list[list[Any]]]
+    options: dict[str, int]
+
+
+def specialised(launch: Launch) -> Source:
     names = launch.kernel.arg_names
     values = dict(zip(names, launch.args, strict=False)) | launch.constants
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
     for index, name in enumerate(names):
         value = values[name]
         if name in launch.constants or value is None or (type(value) is int and value == 1):
@@ -243,10 +255,19 @@ def compiled(launch: Launch, capability: int) -> dict[str, Any]:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    return Source(launch.kernel, signature, constants, attributes, options)
+
+
+def compiled(source: Source, capability: int) -> dict[str, Any]:
+    """Compiles a kernel for a target; returns what its machine code holds."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     kernel = triton.compile(
-        ASTSource(launch.kernel, signature, constants, attributes),
+        ASTSource(source.kernel, source.signature, source.constants, source.attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+        options=source.options,
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -273,23 +294,33 @@ def _cuobjdump(flag: str, path: str) -> str:
     return done.stdout
 
 
-def rows_of(index: int) -> list[dict[str, Any]]:
-    """The table's rows of one case: each of its launches for each target."""
-    case = cases()[index]
-    with recorded() as launches:
-        case.call()
+def rows_of(key: tuple[str, str]) -> list[dict[str, Any]]:
+    """The table's rows of one case: each kernel it launches, for each target.
+
+    Lengths that specialise a kernel alike share a row, which names them with the programs they launch.
+    """
+    sources: list[tuple[Source, dict[int, int]]] = []
+    for T, case in cases()[key].items():
+        with recorded() as launches:
+            case.call()
+        for launch in launches:
+            source = specialised(launch)
+            programs = next((programs for known, programs in sources if known == source), None)
+            if programs is None:
+                sources.append((source, programs := {}))
+            programs[T] = math.prod(launch.grid)
     return [
         {
-            "op": case.op,
-            "case": case.label,
-            "kernel": launch.kernel.__name__.strip("_"),
+            "op": key[0],
+            "case": key[1],
+            "kernel": source.kernel.__name__.strip("_"),
             "target": f"sm_{capability}",
-            "programs": math.prod(launch.grid),
-            "warps": launch.num_warps,
+            "programs": {f"T={T}": count for T, count in programs.items()},
+            "warps": source.options["num_warps"],
             "matrix": case.matrix,
-            **compiled(launch, capability),
+            **compiled(source, capability),
         }
-        for launch in launches
+        for source, programs in sources
         for capability in SHARED_MEMORY
     ]
 
@@ -322,7 +353,10 @@ def main() -> int:
         parser.error("--write keeps the whole table: leave --op out")
     if triton is None or os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("this needs Triton's compiler: install triton and unset TRITON_INTERPRET")
-    chosen = [index for index, case in enumerate(cases()) if options.op in ("", case.op)]
+    chosen = [key for key in cases() if options.op in ("", key[0])]
+    if not chosen:
+        ops = ", ".join(dict.fromkeys(op for op, _ in cases()))
+        parser.error(f"argument --op: expected one of {ops}, got {options.op!r}")
     bad = 0
     table = []
     with ProcessPoolExecutor() as pool:

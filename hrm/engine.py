@@ -23,7 +23,8 @@ from hrm.errors import UserError
 from hrm.losses import act_loss
 from hrm.model import HRM
 from hrm.optim import AdamATan2, FlatParameters, learning_rate
-from kernels import sign_sgd
+from kernels import attention, sign_sgd
+from kernels.backend import BackendError
 
 # Compiling pays on a CPU from about this many steps on; below it the compiler takes longer than it saves.
 COMPILE_FROM_STEPS = 2000
@@ -93,6 +94,7 @@ class Engine:
             seed=config.seed,
             attention_backend=config.attention.backend,
         ).to(self.device)
+        self._check_attention()
         self.parameters = FlatParameters(self.model)
         self.optimizer = AdamATan2(
             self.parameters, beta1=config.beta1, beta2=config.beta2, weight_decay=config.weight_decay
@@ -108,6 +110,17 @@ class Engine:
         if self.mode == "compile":
             self._train_forward = torch.compile(self._training_forward, fullgraph=True, dynamic=False)
             self._eval_forward = torch.compile(self._evaluation_forward, fullgraph=True, dynamic=False)
+
+    @torch.no_grad()
+    def _check_attention(self) -> None:
+        """Attends once: an implementation that was asked for and cannot run is refused before any step."""
+        model, name = self.model, self.config.attention.backend
+        D, num_heads = self.config.arch.hidden_size, self.config.arch.num_heads
+        qkv = torch.zeros(1, model.length, 3 * D, dtype=model.dtype, device=self.device)
+        try:
+            attention(qkv, num_heads, model.cos, model.sin, backend=name)
+        except (BackendError, ValueError) as error:
+            raise UserError(str(error)) from None
 
     # ------------------------------------------------------------------------------------------ training
 

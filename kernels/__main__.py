@@ -70,7 +70,7 @@ def decision(op: str, call: Callable[[], object], device: torch.device) -> backe
     with backend.explained(device) as choices, torch.no_grad():
         try:
             call()
-        except RuntimeError as error:
+        except backend.BackendError as error:
             return backend.Choice("none", str(error))
     return choices[op]
 

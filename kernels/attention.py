@@ -34,7 +34,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import INTERPRETED, dot, get_backend, jit, launch, tl, triton, use_triton, wide
+from kernels.backend import (
+    INTERPRETED,
+    BackendError,
+    dot,
+    get_backend,
+    jit,
+    launch,
+    tl,
+    triton,
+    use_triton,
+    wide,
+)
 from kernels.checks import check_floating
 from kernels.rope import check_tables, rope, rope_reference, rotate
 
@@ -82,15 +93,16 @@ def launch_choice(
     """All keys in one block; queries in tiles, as large as registers allow for the tensor cores.
 
     Forward, a tile's scores are 64 registers a thread of 4 warps. Backward, 8 warps hold the sums of dk and
-    dv, so a tile is smaller. In float32, without tensor cores, operands take more registers still.
+    dv, so a tile is smaller. In float32, without tensor cores, operands take more registers still; a loop of
+    one tile would be unrolled and its operands spill, so there are at least two.
     """
     if dtype.itemsize == 2:
-        BLOCK_M, num_warps = (32, 8) if backward else (64, 4)
+        BLOCK_M, num_warps, fewest = (32, 8, 1) if backward else (64, 4, 1)
         BLOCK_M = min(BLOCK_M, max(16, triton.next_power_of_2(queries)))
     else:
-        BLOCK_M, num_warps = (16, 8) if backward else (32, 8)
+        BLOCK_M, num_warps, fewest = (16, 8, 2) if backward else (32, 8, 2)
     return {
-        "TILES": triton.cdiv(queries, BLOCK_M),
+        "TILES": max(fewest, triton.cdiv(queries, BLOCK_M)),
         "HALF": head_dim // 2,
         "BLOCK_M": BLOCK_M,
         "BLOCK_N": max(16, triton.next_power_of_2(length)),
@@ -357,7 +369,7 @@ def attention_backend(
 
 
 def _check_named(backend: str, length: int, head_dim: int, qkv: Tensor) -> None:
-    """Raises RuntimeError if the named backend cannot take these tensors here."""
+    """Raises BackendError if the named backend cannot take these tensors here."""
     obstacle = None
     if backend == "triton":
         obstacle = _triton_limit(length, head_dim)
@@ -370,7 +382,7 @@ def _check_named(backend: str, length: int, head_dim: int, qkv: Tensor) -> None:
         if FLASH2 is None and FLASH3 is None:
             obstacle = "flash-attn 2.6 or later is not installed (pip install flash-attn)"
     if obstacle is not None:
-        raise RuntimeError(f"attention: backend {backend!r} was asked for, but {obstacle}; use 'auto'")
+        raise BackendError(f"attention: backend {backend!r} was asked for, but {obstacle}; use 'auto'")
 
 
 def attention(
@@ -391,7 +403,7 @@ def attention(
     backend: triton, the kernel of this file, for T <= 128 and an even head_dim <= 128; flash, flash-attn 3
     or 2 (2.6 or later), and sdpa, PyTorch's own, both after `rope`; auto, what `attention_backend` says, so
     flash or sdpa for longer T also under `set_backend("triton")`, or sdpa alone under
-    `set_backend("reference")`. Raises ValueError or TypeError naming the argument, RuntimeError if a named
+    `set_backend("reference")`. Raises ValueError or TypeError naming the argument, BackendError if a named
     backend is missing or cannot take the arguments. Source: Vaswani et al. 2017 (arXiv 1706.03762).
     """
     check_floating("attention", qkv=qkv)

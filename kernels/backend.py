@@ -31,10 +31,24 @@ else:
             return function
 
 
-__all__ = ["BACKENDS", "get_backend", "jit", "launch", "set_backend", "tl", "triton", "use_triton"]
+__all__ = [
+    "BACKENDS",
+    "BackendError",
+    "get_backend",
+    "jit",
+    "launch",
+    "set_backend",
+    "tl",
+    "triton",
+    "use_triton",
+]
 
 BACKENDS = ("auto", "triton", "reference")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class BackendError(RuntimeError):
+    """An implementation that was asked for by name cannot run here."""
 
 
 def _checked(name: str, origin: str) -> str:
@@ -132,13 +146,13 @@ def use_triton(op: str, tensor: Tensor, obstacle: str | None = None, slower: str
     obstacle: why the kernel cannot take these arguments, None if it can. slower: why the reference is the
     faster one for them, None if it is not. Under `auto` either of them, a device other than CUDA, float64 or
     a missing Triton mean the reference. Under `triton` an obstacle, a device that Triton cannot use or a
-    missing Triton raise RuntimeError.
+    missing Triton raise BackendError.
     """
     choice = decide(device_of(tensor), tensor.dtype, obstacle, slower)
     explain(op, choice)
     takes = choice.implementation == "triton"
     if get_backend() == "triton" and not takes:
-        raise RuntimeError(f"{op}: backend 'triton' was asked for, but {choice.reason}; use 'auto'")
+        raise BackendError(f"{op}: backend 'triton' was asked for, but {choice.reason}; use 'auto'")
     return takes
 
 

@@ -1,6 +1,7 @@
 """Each public operation against its definition, written out independently."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -134,7 +135,7 @@ def test_swiglu_and_the_gradient_of_its_docstring():
 # --------------------------------------------------------------------------------------------- gate_mix
 
 
-def gate_inputs(D: int, R: int) -> dict[str, Tensor]:
+def gate_inputs(D: int, R: int) -> dict[str, Any]:
     shapes: dict[str, tuple[int, ...]] = {"z": (2, 3, D), "o": (2, 3, D), "x": (2, 3, D)}
     shapes |= {"w1": (R, 3 * D), "b1": (R,), "w2": (3 * D, R), "b2": (3 * D,)}
     return {name: randn(*shape, seed=i).requires_grad_() for i, (name, shape) in enumerate(shapes.items())}
@@ -295,7 +296,7 @@ def test_adam_atan2_first_step_depends_on_the_sign_alone(betas):
         (lambda: kernels.swiglu(torch.zeros(2, 3)), "even last dimension"),
         (lambda: kernels.swiglu(torch.zeros(2, 4, dtype=torch.int32)), "gate_up must be bfloat16"),
         (
-            lambda: kernels.gate_mix(*({**gate_inputs(4, 2), "w1": torch.zeros(2, 8).double()}.values())),
+            lambda: kernels.gate_mix(**{**gate_inputs(4, 2), "w1": torch.zeros(2, 8).double()}),
             r"w1 must have shape",
         ),
         (

@@ -34,7 +34,7 @@ def test_faults(change, fault):
 
 
 def key(row: dict[str, Any]) -> tuple[str, ...]:
-    return row["op"], row["case"], row["kernel"], row["target"]
+    return row["op"], row["case"], row["kernel"], row["target"], *row["programs"]
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +59,22 @@ def test_no_launch_spills_or_outgrows_its_gpu_or_leaves_the_tensor_cores(compile
     wrong = [(key(row), faults(row)) for row in compiled["rows"] if faults(row)]
     assert not wrong
     assert {row["target"] for row in compiled["rows"]} == {f"sm_{capability}" for capability in SHARED_MEMORY}
+    # A kernel that both lengths launch has them in one row, or a row for each.
+    lengths = {row["op"]: set[str]() for row in compiled["rows"]}
+    for row in compiled["rows"]:
+        lengths[row["op"]] |= set(row["programs"])
+    assert lengths.pop("attention") == {"T=82"} and all(
+        found == {"T=82", "T=901"} for found in lengths.values()
+    )
 
 
 def test_every_kernel_is_inspected():
     launched = set()
-    for case in cases():
-        with recorded() as launches:
-            case.call()
-        launched |= {launch.kernel.__name__ for launch in launches}
+    for by_length in cases().values():
+        for case in by_length.values():
+            with recorded() as launches:
+                case.call()
+            launched |= {launch.kernel.__name__ for launch in launches}
     modules = [importlib.import_module(f"kernels.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
     defined = {
         name
