@@ -108,7 +108,9 @@ def test_launches_cover_every_size():
                     choice = module.launch_choice(length, queries, 96, dtype, backward)
                     tiles = choice["TILES"] * choice["BLOCK_M"]
                     assert length <= choice["BLOCK_N"] <= max(16, 2 * length)
-                    assert queries <= tiles < queries + choice["BLOCK_M"]
+                    # In float32 a second tile keeps the loop a loop.
+                    spare = 1 if dtype.itemsize == 2 else 2
+                    assert queries <= tiles < queries + spare * choice["BLOCK_M"]
     assert module.launch_choice(82, 1, 64, torch.bfloat16, False)["BLOCK_M"] == 16
 
 
