@@ -98,6 +98,12 @@ def test_attention_of_the_first_queries_is_a_part_of_the_whole():
     assert_close(kernels.attention(qkv, 2, *tables, queries=5), whole[:, :5])
 
 
+def test_attention_on_a_cpu_rounds_a_bfloat16_result_once():
+    qkv = randn(2, 17, 24, seed=0, dtype=torch.bfloat16)
+    y = kernels.attention(qkv, 2)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, kernels.attention(qkv.float(), 2).bfloat16())
+
+
 # --------------------------------------------------------------------------------------- norm and swiglu
 
 
