@@ -225,7 +225,8 @@ def test_flash_takes_longer_sequences(installed, package, dtype):
     short = packed(1, 17, 2, 8)["qkv"].to(dtype)
     named = attention(short, 2, backend="flash")
     assert flash.calls[2:] == [(1, 17, 2, 8)]
-    torch.testing.assert_close(named, attention(short, 2, backend="sdpa"))
+    # The stand-in rounds in between, PyTorch's own on a CPU once.
+    torch.testing.assert_close(named, attention(short, 2, backend="sdpa"), rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize(("capability", "version"), [((9, 0), 3), ((8, 0), 2), ((12, 0), 2)])
