@@ -28,11 +28,13 @@ setup(
         "flash": ["flash-attn>=2.6; platform_system == 'Linux'"],
         "wandb": ["wandb>=0.31"],
         "tensorboard": ["tensorboard>=2.14"],
+        "profile": ["nvtx>=0.2.10"],
         "plots": ["matplotlib>=3.8"],
         "hub": ["huggingface_hub>=0.23"],
         "dev": [
             "hypothesis>=6.100",
             "mypy>=1.10",
+            "nvtx>=0.2.10; platform_system == 'Linux'",
             "pytest>=8",
             "pytest-benchmark>=4",
             "ruff>=0.6",

@@ -35,6 +35,7 @@ def train(config: Config) -> None:
     from hrm import distributed
     from hrm.data.dataset import PuzzleDataset, check_same_task, fingerprint, steps_in, train_batches
     from hrm.engine import Engine
+    from hrm.profiling import Profile
     from hrm.storage import run_lock
     from hrm.trackers import Report
 
@@ -56,6 +57,7 @@ def train(config: Config) -> None:
     # Model, optimisers and carry; then this run's last checkpoint, another run's weights, or nothing.
     engine = Engine(config, train_set.metadata, total_steps=total_steps, device=device, world=world)
     position, checkpoint, identity = find_start(config, engine, run_dir, identity, say)
+    profile = Profile(config, run_dir, device, say)
     batches = train_batches(
         train_set,
         seed=config.seed,
@@ -82,13 +84,16 @@ def train(config: Config) -> None:
         # The loop.
         results: dict[str, dict[str, float]] = {}
         resume_step = None if checkpoint is None else engine.step
+        stack.enter_context(profile)
         report = stack.enter_context(
             Report(config, run_dir, total_steps, resume_step, mute=not world.is_main)
         )
         for batch in batches:
             if engine.step >= total_steps:
                 break
+            profile.before_step()
             engine.train_step(batch)
+            profile.after_step()
             at_end = engine.step == total_steps
             at_evaluation = batch.position[1] == 0 or at_end
             if engine.step % config.log_interval == 0 or at_evaluation:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hrm.config import ArchConfig
 from hrm.model import HRM
+from hrm.profiling import region
 
 
 class Carry(NamedTuple):
@@ -102,7 +103,8 @@ def act_step(
     e = model.embed(carry.inputs, puzzle_rows)
     z_H, z_L = model.recur(carry.z_H, carry.z_L, e)
     answer = z_H[:, model.puzzle_emb_len :]
-    q_halt, q_continue = model.q_values(z_H)
+    with region("Q head"):
+        q_halt, q_continue = model.q_values(z_H)
     target = None
     with torch.no_grad():
         z_H, z_L = z_H.detach(), z_L.detach()
@@ -114,8 +116,9 @@ def act_step(
             wants_to_halt = q_halt > (q_continue if arch.q_continue else 0)
             halted = is_last | (wants_to_halt & (steps >= min_halt_steps))
             if arch.q_continue:
-                next_z_H, _ = model.recur(z_H, z_L, e.detach(), queries=1)
-                next_halt, next_continue = model.q_values(next_z_H)
+                with region("target pass"):
+                    next_z_H, _ = model.recur(z_H, z_L, e.detach(), queries=1)
+                    next_halt, next_continue = model.q_values(next_z_H)
                 best = torch.where(is_last, next_halt, torch.maximum(next_halt, next_continue))
                 target = torch.sigmoid(best)
     carry = carry._replace(z_H=z_H, z_L=z_L, steps=steps, halted=halted)

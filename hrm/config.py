@@ -147,6 +147,11 @@ class Config:
     keep_checkpoints: int | None = key(3, "newest checkpoints that stay; null keeps all", ge=1, le=10**9)
     tracker: Literal["none", "tensorboard", "wandb"] = key("none", "where metrics go besides the files")
     log_interval: int = key(50, "steps between logged metrics", ge=1, le=10**9)
+    profile: Literal["none", "torch", "nsys", "ncu"] = key(
+        "none", "torch writes a trace and a table; nsys and ncu mark the steps for NVIDIA's profilers"
+    )
+    profile_steps: int = key(5, "steps in the profile", ge=1, le=1000)
+    profile_after: int = key(20, "steps of this process before the profile", ge=0, le=10**9)
     # What was chosen for the user, one line each, for the caller to show; neither a key nor saved.
     notes: list[str] = field(
         default_factory=list, compare=False, repr=False, metadata={"omegaconf_ignore": True}

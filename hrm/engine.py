@@ -23,6 +23,7 @@ from hrm.errors import UserError
 from hrm.losses import act_loss
 from hrm.model import HRM
 from hrm.optim import AdamATan2, FlatParameters, learning_rate
+from hrm.profiling import region
 from kernels import attention, sign_sgd
 from kernels.backend import BackendError
 
@@ -133,47 +134,54 @@ class Engine:
         return carry, loss / self.config.global_batch_size, sums
 
     def _loss(self, carry: Carry, outputs: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
-        return act_loss(self.config.loss.loss_type, self.model.lm_head.weight, carry, outputs)
+        with region("head and loss"):
+            return act_loss(self.config.loss.loss_type, self.model.lm_head.weight, carry, outputs)
 
     def train_step(self, batch: Batch) -> None:
         """One ACT step and one update. batch: this rank's rows of the global batch, taken where needed.
 
         Raises UserError when the batch does not fit into the device's memory.
         """
-        with self._enough_memory():
+        with self._enough_memory(), region("step"):
             self._train_step(batch)
 
     def _train_step(self, batch: Batch) -> None:
         config, model = self.config, self.model
         self.step += 1
         self._lr.fill_(self.learning_rate(config.lr))
-        min_halt_steps = draw_min_halt_steps(config.arch, config.seed, self.step, config.global_batch_size)
-
-        fresh = self._to_device(batch)
-        puzzle_rows = None
-        if model.puzzle_emb is not None:
-            # A leaf outside the forward: its gradient is that of these rows, the table's is never made.
-            identifiers = torch.where(
-                self.carry.halted, fresh.puzzle_identifiers, self.carry.puzzle_identifiers
+        with region("data"):
+            min_halt_steps = draw_min_halt_steps(
+                config.arch, config.seed, self.step, config.global_batch_size
             )
-            puzzle_rows = model.puzzle_emb(identifiers).requires_grad_()
-        local = torch.from_numpy(min_halt_steps[self.world.rows(config.global_batch_size)]).to(self.device)
-        self.carry, loss, sums = self._train_forward(self.carry, fresh, puzzle_rows, local)
+            local = torch.from_numpy(min_halt_steps[self.world.rows(config.global_batch_size)])
+            fresh, local = self._to_device(batch), local.to(self.device)
 
-        self.parameters.grad.zero_()
-        loss.backward()
-        self.world.all_reduce(self.parameters.grad)
-        statistics = self.optimizer.step(self._lr)
-        if model.puzzle_emb is not None and puzzle_rows is not None:
-            assert puzzle_rows.grad is not None
-            self._puzzle_emb_lr.fill_(self.learning_rate(config.puzzle_emb_lr))
-            sign_sgd(
-                model.puzzle_emb.weights,
-                self.world.all_gather(self.carry.puzzle_identifiers),
-                self.world.all_gather(puzzle_rows.grad),
-                self._puzzle_emb_lr,
-                config.puzzle_emb_weight_decay,
-            )
+        with region("forward"):
+            puzzle_rows = None
+            if model.puzzle_emb is not None:
+                # A leaf outside the forward: its gradient is that of these rows, the table's is never made.
+                identifiers = torch.where(
+                    self.carry.halted, fresh.puzzle_identifiers, self.carry.puzzle_identifiers
+                )
+                puzzle_rows = model.puzzle_emb(identifiers).requires_grad_()
+            self.carry, loss, sums = self._train_forward(self.carry, fresh, puzzle_rows, local)
+        with region("backward"):
+            self.parameters.grad.zero_()
+            loss.backward()
+        with region("all-reduce"):
+            self.world.all_reduce(self.parameters.grad)
+        with region("optimiser"):
+            statistics = self.optimizer.step(self._lr)
+            if model.puzzle_emb is not None and puzzle_rows is not None:
+                assert puzzle_rows.grad is not None
+                self._puzzle_emb_lr.fill_(self.learning_rate(config.puzzle_emb_lr))
+                sign_sgd(
+                    model.puzzle_emb.weights,
+                    self.world.all_gather(self.carry.puzzle_identifiers),
+                    self.world.all_gather(puzzle_rows.grad),
+                    self._puzzle_emb_lr,
+                    config.puzzle_emb_weight_decay,
+                )
         self._add(sums, loss, statistics.norm)
 
     def learning_rate(self, base_lr: float) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hrm.config import ArchConfig
 from hrm.gating import GatingNetwork
 from hrm.layers import Block, Embedding, Linear, PuzzleEmbedding, truncated_normal_
+from hrm.profiling import region
 from kernels.matmul import use_fused
 from kernels.rope import rope_tables
 
@@ -152,14 +153,18 @@ class HRM(nn.Module):
         """
         H_cycles, L_cycles = self.arch.H_cycles, self.arch.L_cycles
         rope = (self.cos, self.sin)
-        with torch.no_grad():
-            for h in range(H_cycles):
-                for _ in range(L_cycles - (h == H_cycles - 1)):
+        taught = torch.is_grad_enabled()
+        for i in range(H_cycles):
+            last = i == H_cycles - 1
+            for j in range(L_cycles):
+                with (
+                    region(f"H cycle {i}, L cycle {j}"),
+                    torch.set_grad_enabled(taught and last and j == L_cycles - 1),
+                ):
                     z_L = self.L_level(z_L, z_H, e, *rope)
-                if h < H_cycles - 1:
-                    z_H = self.H_level(z_H, z_L, None, *rope)
-        z_L = self.L_level(z_L, z_H, e, *rope)
-        return self.H_level(z_H, z_L, None, *rope, queries), z_L
+            with region(f"H cycle {i}"), torch.set_grad_enabled(taught and last):
+                z_H = self.H_level(z_H, z_L, None, *rope, queries if last else None)
+        return z_H, z_L
 
     def logits(self, z_H: Tensor) -> Tensor:
         """The answer's logits (B, S, V) from z_H (B, T, D), in the model's dtype."""

@@ -102,6 +102,9 @@ DEFAULTS = {
     "keep_checkpoints": 3,
     "tracker": "none",
     "log_interval": 50,
+    "profile": "none",
+    "profile_steps": 5,
+    "profile_after": 20,
 }
 
 
