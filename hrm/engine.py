@@ -24,7 +24,7 @@ from hrm.losses import act_loss
 from hrm.model import HRM
 from hrm.optim import AdamATan2, FlatParameters, learning_rate
 from hrm.profiling import region
-from kernels import attention, sign_sgd
+from kernels import get_backend, sign_sgd
 from kernels.backend import BackendError
 
 # Compiling pays on a CPU from about this many steps on; below it the compiler takes longer than it saves.
@@ -95,7 +95,7 @@ class Engine:
             seed=config.seed,
             attention_backend=config.attention.backend,
         ).to(self.device)
-        self._check_attention()
+        self._check_kernels()
         self.parameters = FlatParameters(self.model)
         self.optimizer = AdamATan2(
             self.parameters, beta1=config.beta1, beta2=config.beta2, weight_decay=config.weight_decay
@@ -112,15 +112,20 @@ class Engine:
             self._train_forward = torch.compile(self._training_forward, fullgraph=True, dynamic=False)
             self._eval_forward = torch.compile(self._evaluation_forward, fullgraph=True, dynamic=False)
 
-    @torch.no_grad()
-    def _check_attention(self) -> None:
-        """Attends once: an implementation that was asked for and cannot run is refused before any step."""
-        model, name = self.model, self.config.attention.backend
-        D, num_heads = self.config.arch.hidden_size, self.config.arch.num_heads
-        qkv = torch.zeros(1, model.length, 3 * D, dtype=model.dtype, device=self.device)
+    def _check_kernels(self) -> None:
+        """Steps one sequence where implementations were asked for by name: what cannot run is refused now."""
         try:
-            attention(qkv, num_heads, model.cos, model.sin, backend=name)
-        except (BackendError, ValueError) as error:
+            named = get_backend() == "triton" or self.config.attention.backend != "auto"
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if not named:
+            return
+        carry, rows = initial_carry(self.model, 1, self.metadata.seq_len, self.device), None
+        if self.model.puzzle_emb is not None:
+            rows = self.model.puzzle_emb(carry.puzzle_identifiers)
+        try:
+            self._loss(*act_step(self.model, carry, rows, torch.zeros_like(carry.steps)))
+        except BackendError as error:
             raise UserError(str(error)) from None
 
     # ------------------------------------------------------------------------------------------ training

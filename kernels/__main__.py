@@ -20,8 +20,7 @@ from torch import Tensor
 
 import kernels
 from kernels import backend
-from kernels.attention import FLASH2, FLASH3, attention_backend
-from kernels.attention import _triton_limit as kernel_limit
+from kernels.attention import FLASH2, FLASH3, attention_backend, triton_limit
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -86,7 +85,7 @@ def attention_decision(
         return choice
     runs, flash = choice.implementation == "triton", FLASH2 is not None or FLASH3 is not None
     taken = attention_backend(length, head_dim, dtype, device.type, triton=runs, flash=flash)
-    limit = kernel_limit(length, head_dim) if runs else None
+    limit = triton_limit(length, head_dim) if runs else None
     return backend.Choice(taken, limit or choice.reason)
 
 

@@ -35,8 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import (
-    INTERPRETED,
     BackendError,
+    absence,
     dot,
     get_backend,
     jit,
@@ -339,7 +339,7 @@ def _flash_function(device: torch.device) -> Callable | None:
     return FLASH2
 
 
-def _triton_limit(length: int, head_dim: int) -> str | None:
+def triton_limit(length: int, head_dim: int) -> str | None:
     """Why the Triton kernel cannot take these sizes, None if it can."""
     if length > MAX_LENGTH:
         return f"its kernel takes at most {MAX_LENGTH} positions, got {length}"
@@ -365,7 +365,7 @@ def attention_backend(
     device: its type, as in cuda. triton, flash: whether they run here at all (for Triton, as `use_triton`
     answers for the tensor: on CUDA and in the interpreter, not for float64 unless it was asked for).
     """
-    if triton and _triton_limit(length, head_dim) is None:
+    if triton and triton_limit(length, head_dim) is None:
         return "triton"
     if flash and _flash_limit(head_dim, dtype, device) is None:
         return "flash"
@@ -376,11 +376,7 @@ def _check_named(backend: str, length: int, head_dim: int, qkv: Tensor) -> None:
     """Raises BackendError if the named backend cannot take these tensors here."""
     obstacle = None
     if backend == "triton":
-        obstacle = _triton_limit(length, head_dim)
-        if triton is None:
-            obstacle = "Triton is not installed (pip install triton)"
-        elif qkv.device.type != "cuda" and not INTERPRETED:
-            obstacle = f"a tensor on {qkv.device} needs Triton's interpreter (TRITON_INTERPRET=1)"
+        obstacle = absence(qkv.device) or triton_limit(length, head_dim)
     elif backend == "flash":
         obstacle = _flash_limit(head_dim, qkv.dtype, qkv.device.type)
         if FLASH2 is None and FLASH3 is None:

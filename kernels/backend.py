@@ -83,6 +83,15 @@ class Choice(NamedTuple):
     reason: str
 
 
+def absence(device: torch.device) -> str | None:
+    """Why Triton cannot run on a device here, None if it can."""
+    if triton is None:
+        return "Triton is not installed (pip install triton)"
+    if device.type != "cuda" and not INTERPRETED:
+        return f"a tensor on {device} needs Triton's interpreter (TRITON_INTERPRET=1, slow, for tests)"
+    return None
+
+
 def decide(
     device: torch.device, dtype: torch.dtype, obstacle: str | None = None, slower: str | None = None
 ) -> Choice:
@@ -90,10 +99,7 @@ def decide(
     name = get_backend()
     if name == "reference":
         return Choice("reference", "backend 'reference' was asked for")
-    if triton is None:
-        obstacle = "Triton is not installed (pip install triton)"
-    elif device.type != "cuda" and not INTERPRETED:
-        obstacle = f"a tensor on {device} needs Triton's interpreter (TRITON_INTERPRET=1, slow, for tests)"
+    obstacle = absence(device) or obstacle
     if obstacle is not None:
         return Choice("reference", obstacle)
     if name == "triton":

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from hrm.config import ArchConfig, Config
+from hrm.config import ArchConfig, AttentionConfig, Config
 from hrm.data.dataset import Batch
 from hrm.data.layout import Metadata
 from hrm.engine import COMPILE_FROM_STEPS, Engine, compiler_fault, resolve_dtype, resolve_mode
 from hrm.errors import UserError
+from kernels import backend
 
 B, S, V, PUZZLES = 8, 9, 6, 5
 METADATA = Metadata(
@@ -201,6 +202,24 @@ def test_modes_and_dtypes_resolve_by_machine_and_length(monkeypatch):
         resolve_mode("compile", cpu, 10**6)
     assert resolve_dtype("auto", cuda) == torch.bfloat16 and resolve_dtype("auto", cpu) == torch.float32
     assert resolve_dtype("bfloat16", cpu) == torch.bfloat16
+
+
+def test_implementations_that_cannot_run_are_refused_before_the_first_step(monkeypatch):
+    with pytest.raises(
+        UserError, match=r"^attention: backend 'flash' was asked for, but flash-attn 2\.6 or later"
+    ):
+        make_engine(make_config(attention=AttentionConfig("flash")))
+    make_engine(make_config(attention=AttentionConfig("sdpa"))).train_step(next(batches()))
+    # Whether interpreted or on a GPU, the gate's kernel holds fewer units than these 512.
+    monkeypatch.setattr(backend, "INTERPRETED", True)
+    monkeypatch.setattr(backend, "_backend", "triton")
+    with pytest.raises(
+        UserError, match=r"^gate_mix: backend 'triton' was asked for, but its kernels hold hidden"
+    ):
+        make_engine(make_config({"gate_hidden_ratio": 16.0}))
+    monkeypatch.setattr(backend, "_backend", "fast")
+    with pytest.raises(UserError, match="HRM_KERNELS: expected one of auto, triton, reference, got 'fast'"):
+        make_engine()
 
 
 def test_a_compiler_that_fails_is_found_out(monkeypatch):

@@ -264,8 +264,8 @@ def test_a_named_backend_says_what_is_missing(monkeypatch):
     ):
         attention(long, 1, backend="flash")
     assert "steps of 8, got 66" in module._flash_limit(66, torch.float16, "cuda")
-    monkeypatch.setattr(module, "INTERPRETED", False)
-    monkeypatch.setattr(module, "triton", None)
+    monkeypatch.setattr(kernels.backend, "INTERPRETED", False)
+    monkeypatch.setattr(kernels.backend, "triton", None)
     with pytest.raises(RuntimeError, match=r"Triton is not installed \(pip install triton\); use 'auto'"):
         attention(long[:, :9], 1, backend="triton")
     with pytest.raises(ValueError, match=r"backend must be one of auto, triton, flash, sdpa, got 'cudnn'"):
