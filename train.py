@@ -242,11 +242,12 @@ def describe(engine: "Engine", train_set: "PuzzleDataset", test_set: "PuzzleData
     config, world = engine.config, engine.world
     parameters = sum(p.numel() for p in engine.model.parameters())
     ranks = f" x {world.size} ranks" if world.size > 1 else ""
+    note = f" ({engine.mode.note})" if engine.mode.note else ""
     examples = [sum(len(part.inputs) for part in split.sets.values()) for split in (train_set, test_set)]
     return (
         f"{'gated HRM' if config.arch.use_gating else 'HRM v1'}, {parameters:,} parameters, "
-        f"{engine.device}{ranks}, {str(engine.model.dtype).removeprefix('torch.')}, mode {engine.mode}"
-        f"{engine.mode_note}; "
+        f"{engine.device}{ranks}, {str(engine.model.dtype).removeprefix('torch.')}, mode {engine.mode.name}"
+        f"{note}; "
         f"{train_set.folder.parent}: {examples[0]:,} training and {examples[1]:,} test examples; "
         f"{engine.total_steps:,} steps of {config.global_batch_size}"
     )

@@ -136,7 +136,15 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = key(
         "auto", "precision of the forward pass; auto is bfloat16 on cuda, else float32"
     )
-    mode: Literal["auto", "eager", "compile"] = key("auto", "how the step is run")
+    mode: Literal["auto", "eager", "compile", "graph"] = key(
+        "auto", "how the step is run; auto is graph on cuda, and what measures faster on a CPU"
+    )
+    gradient_accumulation: int = key(
+        1,
+        "parts that each device's sequences are computed in, one after another, to save memory",
+        ge=1,
+        le=2**20,
+    )
     project_name: str = key(None, "folder of related runs", shown="(from the data)", **_NAME)
     run_name: str = key(None, "folder of this run", shown="(the architecture)", **_NAME)
     output_dir: str = key("checkpoints", "a run's files go to output_dir/project_name/run_name", **_PATH)

@@ -6,11 +6,11 @@ state is the tensors named here and a step number, and no value of a step is rea
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,54 +20,28 @@ from hrm.data.dataset import Batch
 from hrm.data.layout import Metadata
 from hrm.distributed import World
 from hrm.errors import UserError
+from hrm.feed import Feed
+from hrm.inference import Inference
 from hrm.losses import act_loss
 from hrm.model import HRM
+from hrm.modes import (
+    COMPILE,
+    EAGER,
+    Mode,
+    compiled,
+    compiler_fault,
+    faster_mode,
+    resolve_dtype,
+    resolve_mode,
+)
 from hrm.optim import AdamATan2, FlatParameters, learning_rate
 from hrm.profiling import region
+from hrm.program import Program
 from kernels import get_backend, sign_sgd
 from kernels.backend import BackendError
 
-# Compiling pays on a CPU from about this many steps on; below it the compiler takes longer than it saves.
-COMPILE_FROM_STEPS = 2000
 # The sums that are means over sequences which halted; every other one is a mean over all sequences.
 PER_HALTED = ("accuracy", "exact_accuracy", "q_halt_accuracy", "steps")
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The forward dtype that `dtype=name` stands for: auto is bfloat16 on CUDA and float32 elsewhere."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def resolve_mode(name: str, device: torch.device, total_steps: int) -> tuple[str, str]:
-    """The mode that `mode=name` stands for, and in words why auto had to settle for less.
-
-    auto compiles on CUDA, and on a CPU if the run is long enough. A function of machine and configuration
-    alone, so that a resumed run takes the same path.
-    """
-    long_enough = device.type == "cuda" or (device.type == "cpu" and total_steps >= COMPILE_FROM_STEPS)
-    if name == "eager" or (name == "auto" and not long_enough):
-        return "eager", ""
-    fault = compiler_fault(device)
-    if fault is None:
-        return "compile", ""
-    if name == "compile":
-        raise UserError(
-            f"mode=compile: {fault}; use mode=eager, or install a C++ compiler and Python's headers"
-        )
-    return "eager", f" (slower: {fault})"
-
-
-def compiler_fault(device: torch.device) -> str | None:
-    """Why torch.compile does not work here, found by trying it on one operation; None when it does."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-    # A missing compiler, header or library shows in as many ways as there are of each.
-    except Exception as error:
-        reason = str(error).strip() or type(error).__name__
-        return f"torch.compile fails here ({reason.splitlines()[0][:120]})"
-    return None
 
 
 class Engine:
@@ -85,7 +59,7 @@ class Engine:
         """total_steps: the schedule's length. Every rank builds the same model from config.seed."""
         self.config, self.metadata, self.total_steps = config, metadata, total_steps
         self.device, self.world = torch.device(device), world or World()
-        self.mode, self.mode_note = resolve_mode(config.mode, self.device, total_steps)
+        self._mode = resolve_mode(config.mode, self.device)
         self.model = HRM(
             config.arch,
             vocab_size=metadata.vocab_size,
@@ -96,21 +70,36 @@ class Engine:
             attention_backend=config.attention.backend,
         ).to(self.device)
         self._check_kernels()
-        self.parameters = FlatParameters(self.model)
+        self.parameters = FlatParameters(self.model, self.model.dtype, self.model.wide)
         self.optimizer = AdamATan2(
             self.parameters, beta1=config.beta1, beta2=config.beta2, weight_decay=config.weight_decay
         )
         self.step = 0
-        self.carry = self._fresh_carry()
-        self._lr = torch.zeros((), device=self.device)
-        self._puzzle_emb_lr = torch.zeros((), device=self.device)
+        # What a step reads and writes lies in buffers that stay, so that a graph can be replayed on them.
+        self._rows = config.global_batch_size // self.world.size
+        self._part_rows, left = divmod(self._rows, config.gradient_accumulation)
+        if left:
+            raise UserError(
+                f"gradient_accumulation={config.gradient_accumulation} does not divide the {self._rows} "
+                f"sequences of each device: change it or global_batch_size={config.global_batch_size}"
+            )
+        rate_dtype = self.parameters.data.dtype
+        self._feed = Feed(self._rows, metadata.seq_len, self.device, rate_dtype)
+        self.carry = initial_carry(self.model, self._rows, metadata.seq_len, self.device)
+        self._row_grads: Tensor | None = None
+        if self.model.puzzle_emb is not None:
+            self._row_grads = self.model.puzzle_emb.weights.new_zeros(self._rows, config.arch.puzzle_emb_ndim)
+        # Of every rank's rows, for the update.
+        self._identifiers, self._all_row_grads = self.carry.puzzle_identifiers, self._row_grads
+        if self.world.size > 1:
+            self._identifiers = self.world.all_gather(self._identifiers)
+            if self._row_grads is not None:
+                self._all_row_grads = self.world.all_gather(self._row_grads)
         self._names: list[str] = []
         self._sums: Tensor | None = None
         self._steps_summed = 0
-        self._train_forward, self._eval_forward = self._training_forward, self._evaluation_forward
-        if self.mode == "compile":
-            self._train_forward = torch.compile(self._training_forward, fullgraph=True, dynamic=False)
-            self._eval_forward = torch.compile(self._evaluation_forward, fullgraph=True, dynamic=False)
+        self._programs: list[Callable[[], None]] = []
+        self._inferences: dict[int, Inference] = {}
 
     def _check_kernels(self) -> None:
         """Steps one sequence where implementations were asked for by name: what cannot run is refused now."""
@@ -128,9 +117,36 @@ class Engine:
         except BackendError as error:
             raise UserError(str(error)) from None
 
+    # -------------------------------------------------------------------------------------------- the mode
+
+    @property
+    def mode(self) -> Mode:
+        """How steps are run; on a CPU, mode=auto finds it out when it is first asked for."""
+        if self._mode is None:
+            self._mode = self._measured_mode()
+        return self._mode
+
+    def _measured_mode(self) -> Mode:
+        """The faster mode for the steps ahead, as the main rank measures it on steps that change nothing."""
+        mode = EAGER
+        if self.world.is_main:
+            mode = faster_mode(self._forward, self._dry_step, self.total_steps - self.step, self.device)
+        compiles = self.world.broadcast(torch.tensor([mode.compiled], dtype=torch.int32)).item()
+        return mode if self.world.is_main else (COMPILE if compiles else EAGER)
+
+    def _dry_step(self, forward: Callable[..., Any]) -> None:
+        """A step's forward and backward on blank sequences; the state stays as it is."""
+        carry = initial_carry(self.model, self._part_rows, self.metadata.seq_len, self.device)
+        fresh = Sequences(carry.inputs, carry.labels, carry.puzzle_identifiers)
+        rows = None
+        if self.model.puzzle_emb is not None:
+            rows = self.model.puzzle_emb(carry.puzzle_identifiers).requires_grad_()
+        forward(carry, fresh, rows, torch.zeros_like(carry.steps))[1].backward()
+        self.parameters.zero_grad()
+
     # ------------------------------------------------------------------------------------------ training
 
-    def _training_forward(
+    def _forward(
         self, carry: Carry, fresh: Sequences, puzzle_rows: Tensor | None, min_halt_steps: Tensor
     ) -> tuple[Carry, Tensor, dict[str, Tensor]]:
         carry = replace_halted(self.model, carry, fresh)
@@ -147,47 +163,93 @@ class Engine:
 
         Raises UserError when the batch does not fit into the device's memory.
         """
+        config = self.config
         with self._enough_memory(), region("step"):
-            self._train_step(batch)
-
-    def _train_step(self, batch: Batch) -> None:
-        config, model = self.config, self.model
-        self.step += 1
-        self._lr.fill_(self.learning_rate(config.lr))
-        with region("data"):
-            min_halt_steps = draw_min_halt_steps(
-                config.arch, config.seed, self.step, config.global_batch_size
-            )
-            local = torch.from_numpy(min_halt_steps[self.world.rows(config.global_batch_size)])
-            fresh, local = self._to_device(batch), local.to(self.device)
-
-        with region("forward"):
-            puzzle_rows = None
-            if model.puzzle_emb is not None:
-                # A leaf outside the forward: its gradient is that of these rows, the table's is never made.
-                identifiers = torch.where(
-                    self.carry.halted, fresh.puzzle_identifiers, self.carry.puzzle_identifiers
+            self._programs = self._programs or self._step_programs()
+            self.step += 1
+            with region("data"):
+                min_halt_steps = draw_min_halt_steps(
+                    config.arch, config.seed, self.step, config.global_batch_size
                 )
-                puzzle_rows = model.puzzle_emb(identifiers).requires_grad_()
-            self.carry, loss, sums = self._train_forward(self.carry, fresh, puzzle_rows, local)
-        with region("backward"):
-            self.parameters.grad.zero_()
-            loss.backward()
+                self._feed.push(
+                    batch,
+                    min_halt_steps[self.world.rows(config.global_batch_size)],
+                    self.learning_rate(config.lr),
+                    self.learning_rate(config.puzzle_emb_lr),
+                )
+            for program in self._programs:
+                program()
+            self._steps_summed += 1
+
+    def _step_programs(self) -> list[Callable[[], None]]:
+        """A step's parts in their order: one graph, or two around what the ranks exchange."""
+        forward = compiled(self._forward) if self.mode.compiled else self._forward
+        program = partial(Program, device=self.device, captured=self.mode.captured)
+
+        def whole() -> None:
+            self._compute(forward)
+            self._update()
+
+        if self.world.size == 1:
+            return [program(whole)]
+        return [program(partial(self._compute, forward)), self._exchange, program(self._update)]
+
+    def _compute(self, forward: Callable[..., Any]) -> None:
+        """Gradients of the fed sequences, the carry after them, their metric sums."""
+        self.parameters.zero_grad()
+        for first in range(0, self._rows, self._part_rows):
+            part = slice(first, first + self._part_rows)
+            carry = Carry(*(tensor[part] for tensor in self.carry))
+            fresh = Sequences(*(tensor[part] for tensor in self._feed.fresh))
+            with region("forward"):
+                puzzle_rows = None
+                if self.model.puzzle_emb is not None:
+                    # A leaf outside the forward: its gradient is these rows', the table's is never made.
+                    identifiers = torch.where(
+                        carry.halted, fresh.puzzle_identifiers, carry.puzzle_identifiers
+                    )
+                    puzzle_rows = self.model.puzzle_emb(identifiers).requires_grad_()
+                after, loss, sums = forward(carry, fresh, puzzle_rows, self._feed.min_halt_steps[part])
+            with region("backward"):
+                loss.backward()
+                self.parameters.collect_grad()
+            # Only now: until here the backward may go back to what the forward read.
+            for old, new in zip(carry, after, strict=True):
+                old.copy_(new)
+            if puzzle_rows is not None and self._row_grads is not None:
+                assert puzzle_rows.grad is not None
+                self._row_grads[part] = puzzle_rows.grad
+            self._add({**sums, "loss": loss.detach() * self.config.global_batch_size})
+
+    def _exchange(self) -> None:
+        """What the ranks tell each other: the sum of their gradients, and the puzzle rows of all."""
         with region("all-reduce"):
             self.world.all_reduce(self.parameters.grad)
+            if self._row_grads is not None and self._all_row_grads is not None:
+                self._identifiers.copy_(self.world.all_gather(self.carry.puzzle_identifiers))
+                self._all_row_grads.copy_(self.world.all_gather(self._row_grads))
+
+    def _update(self) -> None:
         with region("optimiser"):
-            statistics = self.optimizer.step(self._lr)
-            if model.puzzle_emb is not None and puzzle_rows is not None:
-                assert puzzle_rows.grad is not None
-                self._puzzle_emb_lr.fill_(self.learning_rate(config.puzzle_emb_lr))
+            statistics = self.optimizer.step(self._feed.lr)
+            if self.model.puzzle_emb is not None and self._all_row_grads is not None:
                 sign_sgd(
-                    model.puzzle_emb.weights,
-                    self.world.all_gather(self.carry.puzzle_identifiers),
-                    self.world.all_gather(puzzle_rows.grad),
-                    self._puzzle_emb_lr,
-                    config.puzzle_emb_weight_decay,
+                    self.model.puzzle_emb.weights,
+                    self._identifiers,
+                    self._all_row_grads,
+                    self._feed.puzzle_emb_lr,
+                    self.config.puzzle_emb_weight_decay,
                 )
-        self._add(sums, loss, statistics.norm)
+            assert self._sums is not None
+            # The gradient is whole on every rank, so its norm must not be summed over them.
+            self._sums[-1] += statistics.norm / self.world.size
+
+    def _add(self, sums: dict[str, Tensor]) -> None:
+        vector = torch.stack([value.to(torch.float32) for value in sums.values()])
+        if self._sums is None:
+            self._names = [*sums, "grad_norm"]
+            self._sums = vector.new_zeros(len(self._names))
+        self._sums[:-1] += vector
 
     def learning_rate(self, base_lr: float) -> float:
         """The schedule's value at the current step for one of the two base learning rates."""
@@ -200,25 +262,17 @@ class Engine:
             min_ratio=config.lr_min_ratio,
         )
 
-    def _add(self, sums: dict[str, Tensor], loss: Tensor, grad_norm: Tensor) -> None:
-        # The gradient is whole on every rank, so its norm must not be summed over them.
-        norm = grad_norm / self.world.size
-        values = [*sums.values(), loss.detach() * self.config.global_batch_size, norm]
-        vector = torch.stack([value.to(torch.float32) for value in values])
-        self._names = [*sums, "loss", "grad_norm"]
-        self._sums = vector if self._sums is None else self._sums.add_(vector)
-        self._steps_summed += 1
-
     def pop_metrics(self) -> dict[str, float]:
         """Means since the last call, over all ranks: of halted sequences, of all sequences, of steps.
 
         The only place where training waits for the device. Metrics of halted sequences are left out while
         none has halted. Raises UserError when the loss is no longer finite.
         """
-        assert self._sums is not None, "no step since the last call"
-        values = self.world.all_reduce(self._sums).tolist()
+        assert self._sums is not None and self._steps_summed, "no step since the last call"
+        values = self.world.all_reduce(self._sums.clone()).tolist()
         sums, steps = dict(zip(self._names, values, strict=True)), self._steps_summed
-        self._sums, self._steps_summed = None, 0
+        self._sums.zero_()
+        self._steps_summed = 0
         if not math.isfinite(sums["loss"]):
             raise UserError(
                 f"the loss is not finite at step {self.step}: lower lr={self.config.lr:g} or raise "
@@ -230,11 +284,17 @@ class Engine:
 
     # ---------------------------------------------------------------------------------------- evaluation
 
-    def _evaluation_forward(
-        self, carry: Carry, puzzle_rows: Tensor | None
-    ) -> tuple[Carry, dict[str, Tensor]]:
-        carry, outputs = act_step(self.model, carry, puzzle_rows, None)
-        return carry, self._loss(carry, outputs)[1]
+    def inference(self, batch_size: int) -> Inference:
+        """The program that solves `batch_size` sequences at a time with the present weights."""
+        if batch_size not in self._inferences:
+            self._inferences[batch_size] = Inference(
+                self.model,
+                batch_size,
+                self.metadata.seq_len,
+                mode=self.mode,
+                loss_type=self.config.loss.loss_type,
+            )
+        return self._inferences[batch_size]
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[str, Batch, int]]) -> dict[str, dict[str, float]]:
@@ -243,23 +303,19 @@ class Engine:
         batches: (set name, this rank's padded rows, ...) as `test_batches` yields them. Training's carry is
         untouched.
         """
+        # In float64 where there is one: the sums of a large set outgrow float32's integers.
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
         totals: dict[str, Tensor] = {}
-        names: list[str] = []
+        inference = self.inference(self._part_rows)
         for set_name, batch, _ in batches:
-            carry = replace_halted(self.model, self._fresh_carry(), self._to_device(batch))
-            puzzle_rows = None
-            if self.model.puzzle_emb is not None:
-                puzzle_rows = self.model.puzzle_emb(carry.puzzle_identifiers)
-            for _ in range(self.config.arch.halt_max_steps):
-                carry, sums = self._eval_forward(carry, puzzle_rows)
-            names = list(sums)
-            # On the host and in float64: the sums of a large set outgrow float32's integers.
-            vector = torch.stack([value.to(torch.float32) for value in sums.values()]).cpu().double()
-            totals[set_name] = totals[set_name] + vector if set_name in totals else vector
+            for first in range(0, self._rows, self._part_rows):
+                inference.run(batch.rows(first, first + self._part_rows))
+                totals.setdefault(set_name, torch.zeros((), dtype=wide, device=self.device))
+                totals[set_name] = totals[set_name] + inference.sums
         results = {}
         for set_name, total in totals.items():
-            reduced = self.world.all_reduce(total if self.world.size == 1 else total.to(self.device))
-            set_sums = dict(zip(names, reduced.tolist(), strict=True))
+            reduced = self.world.all_reduce(total).tolist()
+            set_sums = dict(zip(inference.names, reduced, strict=True))
             results[set_name] = _means(set_sums, set_sums["count"])
         return results
 
@@ -267,26 +323,32 @@ class Engine:
 
     def weights(self) -> dict[str, Tensor]:
         """The model's parameters and persistent buffers, under the official checkpoints' names."""
-        return self.model.state_dict()
+        return {**self.model.state_dict(), **self.parameters.views(self.parameters.data)}
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Takes over the given weights; names that are missing keep their values."""
-        own = self.model.state_dict()
+        own = self.weights()
         with torch.no_grad():
             for name, tensor in weights.items():
                 own[name].copy_(tensor)
+            self.parameters.refresh_copy()
 
     def training_state(self) -> dict[str, Any]:
         """Everything besides the weights that the next step depends on; the carry in global-batch order."""
         carry = {name: self.world.all_gather(tensor) for name, tensor in self.carry._asdict().items()}
-        return {"step": self.step, "carry": carry, "optimizer": self.optimizer.state_dict()}
+        state = {"step": self.step, "carry": carry, "optimizer": self.optimizer.state_dict()}
+        return {**state, "compiled": self.mode.compiled}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Continues from a `training_state` of the same configuration."""
         rows = self.world.rows(self.config.global_batch_size)
         self.step = state["step"]
-        self.carry = Carry(**{name: tensor[rows].to(self.device) for name, tensor in state["carry"].items()})
+        for name, tensor in state["carry"].items():
+            getattr(self.carry, name).copy_(tensor[rows])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self._mode is None and "compiled" in state:
+            # What was measured then goes on, for the same rounding and so the same run.
+            self._mode = COMPILE if state["compiled"] and not compiler_fault(self.device) else EAGER
 
     @contextmanager
     def _enough_memory(self) -> Iterator[None]:
@@ -297,16 +359,6 @@ class Engine:
                 f"global_batch_size={self.config.global_batch_size} does not fit into the memory of "
                 f"{self.device}: lower it, arch.hidden_size or the layers"
             ) from None
-
-    def _fresh_carry(self) -> Carry:
-        local = self.config.global_batch_size // self.world.size
-        return initial_carry(self.model, local, self.metadata.seq_len, self.device)
-
-    def _to_device(self, batch: Batch) -> Sequences:
-        def tensor(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(self.device, non_blocking=True)
-
-        return Sequences(tensor(batch.inputs), tensor(batch.labels), tensor(batch.puzzle_identifiers))
 
 
 def _means(sums: dict[str, float], sequences: float) -> dict[str, float]:

@@ -69,6 +69,8 @@ class ReasoningModule(nn.Module):
 class HRM(nn.Module):
     """HRM v1, or gated HRM when `arch.use_gating`: parameters in float32, states in `dtype`.
 
+    A parameter not in `wide` may be replaced by a copy in `dtype`, as which it is used.
+
     Every parameter is drawn from `seed` on the CPU, the same on every device; gate networks are drawn last,
     so v1 and a gated model of one seed share all other weights.
     """
@@ -77,6 +79,8 @@ class HRM(nn.Module):
     L_init: Tensor
     cos: Tensor | None
     sin: Tensor | None
+    # The parameters that compute in float32 whatever the dtype of the states.
+    wide = ("q_head.weight", "q_head.bias")
 
     def __init__(
         self,

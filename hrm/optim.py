@@ -6,6 +6,7 @@ touches the rows of the batch alone.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,33 +20,68 @@ ALIGNMENT = 16
 
 
 class FlatParameters:
-    """Moves a module's parameters into one buffer and gives each a gradient in another.
+    """Moves a module's parameters into one buffer and their gradients into another.
 
     data, grad: (N,) float32 (the parameters' dtype), N counting the zeros of the alignment gaps. The
     module's parameters and their .grad become views, so zeroing or reducing `grad` is one operation.
+
+    With a narrower `dtype` the module computes with copies instead: all its parameters but those named in
+    `wide` become views of `copy` (N,), which an update writes beside `data`, so that no weight is cast at
+    its use. Their gradients are then views of a buffer in that dtype, added to `grad` by `collect_grad`.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.names, parameters = zip(*module.named_parameters(), strict=True)
-        self.shapes = [p.shape for p in parameters]
-        self.offsets, size = [], 0
-        for parameter in parameters:
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None = None, wide: Sequence[str] = ()) -> None:
+        named = dict(module.named_parameters())
+        own = next(iter(named.values()))
+        narrows = dtype is not None and dtype.itemsize < own.dtype.itemsize
+        # The wide ones last, so that the copies that are used have one gradient in one piece.
+        self.names = sorted(named, key=lambda name: narrows and name in wide)
+        self.shapes = [named[name].shape for name in self.names]
+        self.offsets, size, narrow_size = [], 0, 0
+        for name in self.names:
             self.offsets.append(size)
-            size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
-        self.data = parameters[0].new_zeros(size)
+            size += -(-named[name].numel() // ALIGNMENT) * ALIGNMENT
+            if narrows and name not in wide:
+                narrow_size = size
+        self.data = own.new_zeros(size)
         self.grad = torch.zeros_like(self.data)
-        for parameter, data, grad in zip(
-            parameters, self.views(self.data).values(), self.views(self.grad).values(), strict=True
-        ):
-            data.copy_(parameter.detach())
-            parameter.data, parameter.grad = data, grad
+        self.copy = torch.zeros_like(self.data, dtype=dtype) if narrows else None
+        self._copy_grad = None if self.copy is None else torch.zeros_like(self.copy[:narrow_size])
+        masters, grads = self.views(self.data), self.views(self.grad)
+        for name, parameter in named.items():
+            masters[name].copy_(parameter.detach())
+            parameter.data, parameter.grad = masters[name], grads[name]
+        if self.copy is not None and self._copy_grad is not None:
+            copies, copy_grads = self.views(self.copy), self.views(self._copy_grad)
+            for name in [name for name in self.names if name not in wide]:
+                named[name].grad = None
+                named[name].data, named[name].grad = copies[name], copy_grads[name]
+            self.refresh_copy()
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Each parameter's part of a buffer laid out like `data`, by name, in the parameter's shape."""
         return {
             name: flat[offset : offset + shape.numel()].view(shape)
             for name, offset, shape in zip(self.names, self.offsets, self.shapes, strict=True)
+            if offset < len(flat)
         }
+
+    def refresh_copy(self) -> None:
+        """Makes the copies those of `data`, after it was written by other means than an update."""
+        if self.copy is not None:
+            self.copy.copy_(self.data)
+
+    def zero_grad(self) -> None:
+        """Before the first backward of a step."""
+        self.grad.zero_()
+        if self._copy_grad is not None:
+            self._copy_grad.zero_()
+
+    def collect_grad(self) -> None:
+        """After each backward: adds what the copies' gradients have to `grad`."""
+        if self._copy_grad is not None:
+            self.grad[: len(self._copy_grad)] += self._copy_grad
+            self._copy_grad.zero_()
 
 
 class AdamATan2:
@@ -74,6 +110,7 @@ class AdamATan2:
             beta1=self.beta1,
             beta2=self.beta2,
             weight_decay=self.weight_decay,
+            copy=self.parameters.copy,
         )
 
     def state_dict(self) -> dict[str, Any]:

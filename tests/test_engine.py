@@ -13,7 +13,7 @@ import torch
 from hrm.config import ArchConfig, AttentionConfig, Config
 from hrm.data.dataset import Batch
 from hrm.data.layout import Metadata
-from hrm.engine import COMPILE_FROM_STEPS, Engine, compiler_fault, resolve_dtype, resolve_mode
+from hrm.engine import Engine
 from hrm.errors import UserError
 from kernels import backend
 
@@ -180,28 +180,11 @@ def test_a_batch_that_does_not_fit_is_named(monkeypatch):
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(engine, "_train_forward", out_of_memory)
+    monkeypatch.setattr(engine, "_compute", out_of_memory)
     with pytest.raises(
         UserError, match=r"^global_batch_size=8 does not fit into the memory of cpu: lower it"
     ):
         engine.train_step(next(batches()))
-
-
-def test_modes_and_dtypes_resolve_by_machine_and_length(monkeypatch):
-    cpu, cuda, mps = (torch.device(name) for name in ("cpu", "cuda", "mps"))
-    monkeypatch.setattr("hrm.engine.compiler_fault", lambda device: None)
-    assert resolve_mode("auto", cpu, COMPILE_FROM_STEPS) == ("compile", "")
-    assert resolve_mode("auto", cpu, COMPILE_FROM_STEPS - 1) == ("eager", "")
-    assert resolve_mode("auto", cuda, 1) == ("compile", "") and resolve_mode("auto", mps, 10**6)[0] == "eager"
-    assert resolve_mode("eager", cuda, 10**6) == ("eager", "")
-    monkeypatch.setattr("hrm.engine.compiler_fault", lambda device: "no compiler")
-    assert resolve_mode("auto", cpu, 10**6) == ("eager", " (slower: no compiler)")
-    with pytest.raises(
-        UserError, match=r"^mode=compile: no compiler; use mode=eager, or install a C\+\+ compiler"
-    ):
-        resolve_mode("compile", cpu, 10**6)
-    assert resolve_dtype("auto", cuda) == torch.bfloat16 and resolve_dtype("auto", cpu) == torch.float32
-    assert resolve_dtype("bfloat16", cpu) == torch.bfloat16
 
 
 def test_implementations_that_cannot_run_are_refused_before_the_first_step(monkeypatch):
@@ -220,11 +203,3 @@ def test_implementations_that_cannot_run_are_refused_before_the_first_step(monke
     monkeypatch.setattr(backend, "_backend", "fast")
     with pytest.raises(UserError, match="HRM_KERNELS: expected one of auto, triton, reference, got 'fast'"):
         make_engine()
-
-
-def test_a_compiler_that_fails_is_found_out(monkeypatch):
-    def no_compiler(*_, **__):
-        raise RuntimeError("Python.h: No such file\nand more")
-
-    monkeypatch.setattr(torch, "compile", no_compiler)
-    assert compiler_fault(torch.device("cpu")) == "torch.compile fails here (Python.h: No such file)"

@@ -77,6 +77,11 @@ class Batch:
     labels: np.ndarray
     puzzle_identifiers: np.ndarray
 
+    def rows(self, first: int, last: int) -> "Batch":
+        """The rows first to last - 1."""
+        arrays = (self.inputs, self.labels, self.puzzle_identifiers)
+        return Batch(*(array[first:last] for array in arrays))
+
 
 @dataclass(frozen=True)
 class TrainBatch(Batch):

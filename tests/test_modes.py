@@ -1,0 +1,91 @@
+"""Modes and dtypes: what auto stands for, what is measured, and what a compiled function refuses."""
+
+import time
+
+import pytest
+import torch
+
+from hrm import modes
+from hrm.errors import UserError
+from hrm.modes import COMPILE, EAGER, Mode, compiled, compiler_fault, faster_mode, resolve_dtype, resolve_mode
+
+CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
+
+
+def test_modes_and_dtypes_resolve_by_machine(monkeypatch):
+    monkeypatch.setattr(modes, "compiler_fault", lambda device: None)
+    assert resolve_mode("auto", CUDA) == Mode("graph", compiled=True, captured=True)
+    assert resolve_mode("graph", CUDA) == resolve_mode("auto", CUDA)
+    assert resolve_mode("auto", CPU) is None and resolve_mode("auto", MPS) == EAGER
+    assert resolve_mode("eager", CUDA) == EAGER and resolve_mode("compile", CPU) == COMPILE
+    here = resolve_mode("graph", CPU)
+    assert (
+        here is not None
+        and here.compiled
+        and not here.captured
+        and "nothing to capture on a CPU" in here.note
+    )
+    assert resolve_dtype("auto", CUDA) == torch.bfloat16 and resolve_dtype("auto", CPU) == torch.float32
+    assert resolve_dtype("bfloat16", CPU) == torch.bfloat16
+
+
+def test_without_a_compiler_a_graph_holds_the_eager_step_and_compile_is_refused(monkeypatch):
+    monkeypatch.setattr(modes, "compiler_fault", lambda device: "no compiler")
+    assert resolve_mode("auto", CUDA) == Mode(
+        "graph", compiled=False, captured=True, note="not compiled: no compiler"
+    )
+    with pytest.raises(
+        UserError, match=r"^mode=compile: no compiler; use mode=eager, or install a C\+\+ compiler"
+    ):
+        resolve_mode("compile", CPU)
+
+
+def test_a_compiler_that_fails_is_found_out(monkeypatch):
+    def no_compiler(*_, **__):
+        raise RuntimeError("Python.h: No such file\nand more")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    assert compiler_fault(CPU) == "torch.compile fails here (Python.h: No such file)"
+
+
+@pytest.mark.parametrize(
+    ("compiled_seconds", "steps", "expected"),
+    [(0.002, 10_000, "compile"), (0.02, 10_000, "eager"), (0.002, 100, "untried")],
+)
+def test_the_faster_mode_is_measured_for_the_steps_ahead(monkeypatch, compiled_seconds, steps, expected):
+    """Eager steps of 10 ms: 10,000 could save 50 s, 100 not even what compiling takes."""
+    made = []
+
+    def eager() -> None:
+        time.sleep(0.01)
+
+    def fused(function):
+        made.append(function)
+        return lambda: time.sleep(compiled_seconds)
+
+    monkeypatch.setattr(modes, "compiler_fault", lambda device: None)
+    monkeypatch.setattr(modes, "compiled", fused)
+    mode = faster_mode(eager, lambda function: function(), steps, CPU)
+    assert mode.compiled == (expected == "compile") and made == ([] if expected == "untried" else [eager])
+    assert mode.note.startswith(
+        {"compile": "0.00", "eager": "compiled it would be 0.02", "untried": ""}[expected]
+    )
+    monkeypatch.setattr(modes, "compiler_fault", lambda device: "no compiler")
+    assert faster_mode(eager, lambda function: function(), 10_000, CPU).note == "slower: no compiler"
+
+
+def test_a_compiled_function_is_compiled_once_and_whole():
+    double = compiled(lambda x: 2 * x)
+    assert torch.equal(double(torch.ones(3)), torch.full((3,), 2.0))
+    assert torch.equal(double(torch.arange(3.0)), torch.tensor([0.0, 2.0, 4.0]))
+    with pytest.raises(
+        UserError,
+        match=r"would have to be compiled again \(.*'x' size mismatch.* expected 3, actual 4\); mode=e",
+    ):
+        double(torch.ones(4))
+
+    def breaks(x):
+        return x if x.sum().item() > 0 else -x
+
+    with pytest.raises(UserError, match=r"^the step cannot be compiled whole \(.*\); mode=eager runs it$"):
+        compiled(breaks)(torch.ones(3))
