@@ -34,15 +34,23 @@ class Profile:
     nsys and ncu: cudaProfilerStart and cudaProfilerStop around those steps and NVTX ranges within, for a run
     under `nsys profile --capture-range=cudaProfilerApi` or `ncu --profile-from-start off`. torch: a trace for
     chrome://tracing or Perfetto and a table of the operations that took longest, in `run_dir`/profile.
+    captured: steps are replayed from a CUDA graph, of which only the kernels are to be seen; that is said.
     Raises UserError for what cannot be profiled here.
     """
 
-    def __init__(self, config: Config, run_dir: Path, device: torch.device, say: Say) -> None:
+    def __init__(
+        self, config: Config, run_dir: Path, device: torch.device, say: Say, captured: bool = False
+    ) -> None:
         self.kind, self.folder, self.say = config.profile, run_dir / "profile", say
         self.first, self.last = config.profile_after + 1, config.profile_after + config.profile_steps
         self.steps = 0
         self.device = device
         self._profiler: torch.profiler.profile | None = None
+        if self.kind != "none" and captured:
+            say(
+                "profile: mode=graph replays a step as one launch, so its kernels show but not its parts "
+                "(cycles, target pass, backward, optimiser); mode=compile or mode=eager shows them"
+            )
         if self.kind in ("nsys", "ncu"):
             if device.type != "cuda":
                 raise UserError(

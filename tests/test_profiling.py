@@ -93,3 +93,12 @@ def test_nvidias_profilers_see_the_steps_between_their_marks(kind, tmp_path, mon
 def test_what_cannot_be_profiled_is_refused(tmp_path):
     with pytest.raises(UserError, match="profile=nsys looks at a CUDA device, and this run is on cpu"):
         Profile(make_config(profile="nsys"), tmp_path, CPU, print)
+
+
+def test_a_replayed_step_is_said_to_hide_its_parts(tmp_path):
+    said: list[str] = []
+    Profile(make_config(profile="torch"), tmp_path, CPU, said.append, captured=True)
+    assert len(said) == 1 and said[0].startswith("profile: mode=graph replays a step as one launch")
+    Profile(make_config(), tmp_path, CPU, said.append, captured=True)
+    Profile(make_config(profile="torch"), tmp_path, CPU, said.append)
+    assert len(said) == 1
