@@ -18,7 +18,7 @@ from hrm.act import Carry, Outputs, Sequences, act_step, draw_min_halt_steps, in
 from hrm.config import Config
 from hrm.data.dataset import Batch
 from hrm.data.layout import Metadata
-from hrm.distributed import World
+from hrm.distributed import World, digest
 from hrm.errors import UserError
 from hrm.feed import Feed
 from hrm.inference import Inference
@@ -70,12 +70,7 @@ class Engine:
             attention_backend=config.attention.backend,
         ).to(self.device)
         self._check_kernels()
-        self.parameters = FlatParameters(self.model, self.model.dtype, self.model.wide)
-        self.optimizer = AdamATan2(
-            self.parameters, beta1=config.beta1, beta2=config.beta2, weight_decay=config.weight_decay
-        )
         self.step = 0
-        # What a step reads and writes lies in buffers that stay, so that a graph can be replayed on them.
         self._rows = config.global_batch_size // self.world.size
         self._part_rows, left = divmod(self._rows, config.gradient_accumulation)
         if left:
@@ -83,23 +78,32 @@ class Engine:
                 f"gradient_accumulation={config.gradient_accumulation} does not divide the {self._rows} "
                 f"sequences of each device: change it or global_batch_size={config.global_batch_size}"
             )
-        rate_dtype = self.parameters.data.dtype
-        self._feed = Feed(self._rows, metadata.seq_len, self.device, rate_dtype)
-        self.carry = initial_carry(self.model, self._rows, metadata.seq_len, self.device)
+        with self._enough_memory():
+            self._allocate()
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+        self._steps_summed = 0
+        self._programs: list[Callable[[], None]] = []
+        self._inferences: dict[int, Inference] = {}
+
+    def _allocate(self) -> None:
+        """What a step reads and writes: buffers that stay, so that a graph can be replayed on them."""
+        config, model = self.config, self.model
+        self.parameters = FlatParameters(model, model.dtype, model.wide)
+        self.optimizer = AdamATan2(
+            self.parameters, beta1=config.beta1, beta2=config.beta2, weight_decay=config.weight_decay
+        )
+        self._feed = Feed(self._rows, self.metadata.seq_len, self.device, self.parameters.data.dtype)
+        self.carry = initial_carry(model, self._rows, self.metadata.seq_len, self.device)
         self._row_grads: Tensor | None = None
-        if self.model.puzzle_emb is not None:
-            self._row_grads = self.model.puzzle_emb.weights.new_zeros(self._rows, config.arch.puzzle_emb_ndim)
+        if model.puzzle_emb is not None:
+            self._row_grads = model.puzzle_emb.weights.new_zeros(self._rows, config.arch.puzzle_emb_ndim)
         # Of every rank's rows, for the update.
         self._identifiers, self._all_row_grads = self.carry.puzzle_identifiers, self._row_grads
         if self.world.size > 1:
             self._identifiers = self.world.all_gather(self._identifiers)
             if self._row_grads is not None:
                 self._all_row_grads = self.world.all_gather(self._row_grads)
-        self._names: list[str] = []
-        self._sums: Tensor | None = None
-        self._steps_summed = 0
-        self._programs: list[Callable[[], None]] = []
-        self._inferences: dict[int, Inference] = {}
 
     def _check_kernels(self) -> None:
         """Steps one sequence where implementations were asked for by name: what cannot run is refused now."""
@@ -220,6 +224,8 @@ class Engine:
                 assert puzzle_rows.grad is not None
                 self._row_grads[part] = puzzle_rows.grad
             self._add({**sums, "loss": loss.detach() * self.config.global_batch_size})
+            # Or they would live through the next part.
+            del after, loss, sums, puzzle_rows
 
     def _exchange(self) -> None:
         """What the ranks tell each other: the sum of their gradients, and the puzzle rows of all."""
@@ -242,14 +248,14 @@ class Engine:
                 )
             assert self._sums is not None
             # The gradient is whole on every rank, so its norm must not be summed over them.
-            self._sums[-1] += statistics.norm / self.world.size
+            self._sums[-1].add_(statistics.norm / self.world.size)
 
     def _add(self, sums: dict[str, Tensor]) -> None:
         vector = torch.stack([value.to(torch.float32) for value in sums.values()])
         if self._sums is None:
             self._names = [*sums, "grad_norm"]
             self._sums = vector.new_zeros(len(self._names))
-        self._sums[:-1] += vector
+        self._sums[:-1].add_(vector)
 
     def learning_rate(self, base_lr: float) -> float:
         """The schedule's value at the current step for one of the two base learning rates."""
@@ -333,6 +339,20 @@ class Engine:
                 own[name].copy_(tensor)
             self.parameters.refresh_copy()
 
+    def agree(self) -> None:
+        """Gives every rank the main one's weights, and makes sure that they all start from one state.
+
+        Raises UserError naming the ranks that do not, for instance for having read another checkpoint.
+        """
+        if self.world.size == 1:
+            return
+        for tensor in (self.parameters.data, *self.model.buffers()):
+            self.world.broadcast(tensor)
+        self.parameters.refresh_copy()
+        state = {"weights": self.parameters.data, "first moments": self.optimizer.exp_avg}
+        state |= {"second moments": self.optimizer.exp_avg_sq, **dict(self.model.named_buffers())}
+        self.world.check_equal({name: digest(tensor) for name, tensor in state.items()})
+
     def training_state(self) -> dict[str, Any]:
         """Everything besides the weights that the next step depends on; the carry in global-batch order."""
         carry = {name: self.world.all_gather(tensor) for name, tensor in self.carry._asdict().items()}
@@ -354,10 +374,16 @@ class Engine:
     def _enough_memory(self) -> Iterator[None]:
         try:
             yield
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            # A CPU's allocator has no class of error for it.
+            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
+            # Here, for it rehearses an engine.
+            from hrm.memory import available_bytes, does_not_fit
+
+            available = available_bytes(self.device)
             raise UserError(
-                f"global_batch_size={self.config.global_batch_size} does not fit into the memory of "
-                f"{self.device}: lower it, arch.hidden_size or the layers"
+                does_not_fit(self.config, self.metadata, self.device, available, ranks=self.world.size)
             ) from None
 
 

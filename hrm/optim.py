@@ -80,7 +80,7 @@ class FlatParameters:
     def collect_grad(self) -> None:
         """After each backward: adds what the copies' gradients have to `grad`."""
         if self._copy_grad is not None:
-            self.grad[: len(self._copy_grad)] += self._copy_grad
+            self.grad[: len(self._copy_grad)].add_(self._copy_grad)
             self._copy_grad.zero_()
 
 

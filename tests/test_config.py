@@ -92,6 +92,7 @@ DEFAULTS = {
     "device": "auto",
     "dtype": "auto",
     "mode": "auto",
+    "gradient_accumulation": 1,
     "project_name": "maze",
     "run_name": "v1",
     "output_dir": "checkpoints",

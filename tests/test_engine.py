@@ -174,19 +174,6 @@ def test_compiled_steps_follow_the_eager_ones(arch):
     )
 
 
-def test_a_batch_that_does_not_fit_is_named(monkeypatch):
-    engine = make_engine()
-
-    def out_of_memory(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(engine, "_compute", out_of_memory)
-    with pytest.raises(
-        UserError, match=r"^global_batch_size=8 does not fit into the memory of cpu: lower it"
-    ):
-        engine.train_step(next(batches()))
-
-
 def test_implementations_that_cannot_run_are_refused_before_the_first_step(monkeypatch):
     with pytest.raises(
         UserError, match=r"^attention: backend 'flash' was asked for, but flash-attn 2\.6 or later"
