@@ -8,15 +8,20 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hrm.config import Config, parse_args, resolve_device, to_yaml
+from hrm.config import KEYS, Config, parse_args, resolve_device, to_yaml
 from hrm.errors import UserError, run_command
+from hrm.ranks import one_voice
 
 # PyTorch takes seconds to import: --help and a mistyped key are answered without it.
 if TYPE_CHECKING:
+    import torch
+
     from hrm.data.dataset import PuzzleDataset
+    from hrm.distributed import World
     from hrm.engine import Engine
 
 Say = Callable[[str], None]
@@ -26,20 +31,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status; see `run_command`."""
     words = sys.argv[1:] if argv is None else argv
     return run_command(
-        lambda: train(parse_args(words)), "resume=auto goes on from the last checkpoint, if one was saved"
+        lambda: one_voice(lambda: train(parse_args(words))),
+        "resume=auto goes on from the last checkpoint, if one was saved",
     )
 
 
 def train(config: Config) -> None:
-    """One run, from its data to its last checkpoint. Raises UserError for what the user can mend."""
+    """One run, alone or with the ranks that torchrun started. Raises UserError for what the user can mend."""
     from hrm import distributed
+
+    with distributed.joined(resolve_device(config.device), config.global_batch_size) as (world, device):
+        world.check_equal({**shared_keys(config), **distributed.versions()})
+        run(config, world, device)
+
+
+def run(config: Config, world: "World", device: "torch.device") -> None:
+    """One rank's part of a run, from its data to its last checkpoint."""
     from hrm.data.dataset import PuzzleDataset, check_same_task, fingerprint, steps_in, train_batches
     from hrm.engine import Engine
     from hrm.profiling import Profile
     from hrm.storage import run_lock
     from hrm.trackers import Report
 
-    world, device = distributed.start(resolve_device(config.device), config.global_batch_size)
     run_dir = Path(config.output_dir) / config.project_name / config.run_name
     say: Say = partial(print, flush=True) if world.is_main else lambda _: None
     for note in config.notes:
@@ -50,6 +63,7 @@ def train(config: Config) -> None:
     train_set, test_set = PuzzleDataset(folder, "train"), PuzzleDataset(folder, "test")
     check_same_task(train_set, test_set)
     identity = run_identity(config, fingerprint(train_set))
+    world.check_equal({"training data": identity["data_fingerprint"]})
     total_steps = steps_in(train_set, config.epochs, config.global_batch_size)
     if config.max_steps is not None:
         total_steps = min(total_steps, config.max_steps)
@@ -57,7 +71,9 @@ def train(config: Config) -> None:
     # Model, optimisers and carry; then this run's last checkpoint, another run's weights, or nothing.
     engine = Engine(config, train_set.metadata, total_steps=total_steps, device=device, world=world)
     position, checkpoint, identity = find_start(config, engine, run_dir, identity, say)
-    profile = Profile(config, run_dir, device, say)
+    world.check_equal({"checkpoint": f"{checkpoint}, step {engine.step}"})
+    engine.agree()
+    profile = Profile(config, run_dir, device, say, captured=engine.mode.captured)
     batches = train_batches(
         train_set,
         seed=config.seed,
@@ -110,7 +126,11 @@ def train(config: Config) -> None:
         if checkpoint is None or checkpoint.name != f"step_{engine.step}":
             checkpoint = save(run_dir, engine, position, identity, results)
     say(summary(config, results, engine.step, checkpoint))
-    distributed.stop()
+
+
+def shared_keys(config: Config) -> dict[str, str]:
+    """The configuration as the ranks must share it, by key: data may lie elsewhere on each node."""
+    return {key: str(attrgetter(key)(config)) for key in KEYS if key != "data_path"}
 
 
 def data_folder(config: Config) -> Path:

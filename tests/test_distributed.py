@@ -1,69 +1,367 @@
-"""Ranks that share a batch train what one rank trains."""
+"""The parts of a job of many ranks, in one process; tests/test_ranks.py runs whole jobs."""
 
 import os
-import socket
+import signal
 import subprocess
 import sys
-from pathlib import Path
+import time
+from collections.abc import Iterator
+from threading import Thread
+from typing import cast
 
 import pytest
 import torch
+from torch.distributed import HashStore, PrefixStore, Store
 
-import train
-from hrm import distributed
-from hrm.checkpoint import load_checkpoint
-from hrm.distributed import World
+from hrm import distributed, guard, heartbeat, ranks
+from hrm.distributed import World, digest
 from hrm.errors import UserError
-from tests.test_train import metrics_of, words
+from hrm.heartbeat import Heartbeat, meet
+from hrm.ranks import Place, one_voice, place
 
-ROOT = Path(train.__file__).parent
+GIVEN = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "GROUP_RANK": "1"}
+GIVEN |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+# Long against what a busy machine takes away from a thread.
+SILENCE = 3.0
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets what torchrun sets, with changes; None takes a variable away."""
+
+    def give(**changes: str | None) -> None:
+        for name, value in {**GIVEN, **changes}.items():
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, value)
+
+    return give
 
 
 def test_one_rank_needs_no_process_group():
     world = World()
     x = torch.tensor([[1.0], [2.0]])
-    assert world.is_main and world.all_gather(x) is x and world.all_reduce(x) is x
+    assert world.is_main and world.all_gather(x) is x and world.all_reduce(x) is x and world.broadcast(x) is x
     assert world.rows(8) == slice(0, 8) and World(2, 4).rows(8) == slice(4, 6)
-    assert distributed.start("cpu", 8) == (World(), torch.device("cpu"))
+    world.barrier()
+    world.check_equal({"weights": "a"})
+    with distributed.joined("cpu", 8) as joined:
+        assert joined == (World(), torch.device("cpu"))
 
 
-def test_ranks_cannot_share_one_named_device(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"device=cuda:1 under torchrun: ranks need device=cuda"):
-        distributed.start("cuda:1", 8)
+def test_a_place_is_what_the_launcher_gives(environment):
+    assert place() == Place(0, 1, 0)
+    environment()
+    assert place() == Place(3, 4, 1, "1")
+    environment(GROUP_RANK=None)
+    assert place().node == "of rank 3"
+    environment(WORLD_SIZE="1", RANK=None, MASTER_ADDR=None)
+    assert place() == Place()
 
 
-@pytest.mark.parametrize("ranks", [2])
-def test_ranks_train_what_one_rank_trains(tiny_sudoku, tmp_path, ranks):
-    """The same losses and weights to rounding (sums in another order). Saved by 2, resumed by 1."""
-    argv = words(tiny_sudoku, tmp_path, "max_steps=24", "log_interval=1")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    torchrun += ["--master_addr=127.0.0.1", f"--master_port={port}", "train.py"]
-    for command, name in (([sys.executable, "train.py"], "one"), (torchrun, "many")):
-        done = subprocess.run(
-            [*command, *argv, f"run_name={name}"], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-    runs = [tmp_path / tiny_sudoku.name / name for name in ("one", "many")]
-    one, many = (load_checkpoint(run) for run in runs)
-    for name, tensor in one.weights.items():
-        torch.testing.assert_close(many.weights[name], tensor, rtol=1e-5, atol=1e-6)
-    for mine, theirs in zip(metrics_of(runs[0]), metrics_of(runs[1]), strict=True):
-        assert theirs == pytest.approx(mine, rel=1e-5, abs=1e-7)
-    assert torch.equal(many.training["carry"]["inputs"], one.training["carry"]["inputs"])
-    assert torch.equal(many.training["carry"]["steps"], one.training["carry"]["steps"])
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"RANK": None}, "WORLD_SIZE without RANK"),
+        ({"RANK": "4"}, "RANK=4 of WORLD_SIZE=4"),
+        ({"RANK": "-1"}, "RANK=-1: expected a whole number from 0 on"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: expected a whole number from 1 on"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x"),
+        ({"MASTER_ADDR": None}, "WORLD_SIZE=4 without MASTER_ADDR"),
+        ({"MASTER_PORT": ""}, "WORLD_SIZE=4 without MASTER_PORT"),
+    ],
+)
+def test_a_place_that_no_launcher_gives_is_refused(environment, changes, part):
+    environment(**changes)
+    with pytest.raises(UserError, match="start the ranks with torchrun, or unset WORLD_SIZE") as error:
+        distributed.start("cpu", 8)
+    assert str(error.value).startswith(part)
 
-    more = [sys.executable, "train.py", *argv[:-2], "max_steps=36", "log_interval=1"]
-    for name in ("one", "many"):
-        subprocess.run(
-            [*more, f"run_name={name}"], cwd=ROOT, env=environment, capture_output=True, check=True
-        )
-    one, many = (load_checkpoint(run) for run in runs)
-    assert one.step == many.step == 36
-    torch.testing.assert_close(
-        many.weights["lm_head.weight"], one.weights["lm_head.weight"], rtol=1e-4, atol=1e-5
-    )
+
+@pytest.mark.parametrize(
+    ("device", "batch", "part"),
+    [
+        ("cuda:1", 8, "device=cuda:1 under torchrun: ranks need device=cuda"),
+        ("cpu", 9, "global_batch_size=9 cannot be shared by 4 ranks"),
+        ("cuda", 8, "LOCAL_RANK=1 on a machine with 1 GPUs: lower torchrun's --nproc_per_node"),
+        # The port is no one's.
+        ("cpu", 8, "MASTER_ADDR=127.0.0.1 MASTER_PORT=1: the ranks cannot meet there"),
+    ],
+)
+def test_what_ranks_cannot_share_is_refused(environment, monkeypatch, device, batch, part):
+    environment()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(distributed, "JOINING", 0.5)
+    with pytest.raises(UserError, match=part):
+        distributed.start(device, batch)
+
+
+def test_a_digest_is_of_the_bytes():
+    assert digest(torch.tensor([], dtype=torch.float32)) == "e3b0c44298fc1c14"
+    assert digest(torch.tensor([97, 98, 99], dtype=torch.uint8)) == "ba7816bf8f01cfea"
+    table = torch.arange(6.0).reshape(2, 3)
+    assert digest(table.t()) == digest(torch.tensor([0.0, 3, 1, 4, 2, 5])) != digest(table)
+    for tensor in (torch.tensor(1.5), torch.tensor([True]), torch.ones(2, dtype=torch.bfloat16)):
+        changed = tensor.clone()
+        changed.reshape(-1)[0] = 0
+        assert digest(tensor) == digest(tensor.clone()) != digest(changed)
+
+
+# ------------------------------------------------------------------------------------------------ meeting
+
+
+def in_threads(*calls) -> list:
+    results: list = [None] * len(calls)
+
+    def run(i: int) -> None:
+        try:
+            results[i] = calls[i]()
+        except UserError as error:
+            results[i] = error
+
+    threads = [Thread(target=run, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def join(store: HashStore, rank: int, size: int, joining: float = 20.0) -> str:
+    """Meets, and gives a first sign as a heartbeat does."""
+    name = meet(store, Place(rank, size), joining)
+    PrefixStore(name, store).set(f"sign/{rank}", "{}")
+    return name
+
+
+def test_each_attempt_has_a_name_of_its_own_that_its_ranks_share():
+    store = HashStore()
+    # A rank that died while it was joining, before this attempt.
+    store.set("asks/1", "dead")
+    first = in_threads(*(lambda rank=rank: join(store, rank, 3) for rank in (1, 2, 0)))
+    second = in_threads(*(lambda rank=rank: join(store, rank, 3) for rank in (0, 1, 2)))
+    assert len(set(first)) == len(set(second)) == 1 and first[0] != second[0]
+
+
+def test_ranks_that_do_not_come_are_named():
+    store = HashStore()
+    main, one, three = in_threads(*(lambda rank=rank: join(store, rank, 5, 1.0) for rank in (0, 1, 3)))
+    assert isinstance(main, UserError) and one == three != main
+    assert str(main).startswith("ranks 2, 4 of 5 did not join within 1 s: ")
+    with pytest.raises(UserError, match="rank 0 of 5 did not join"):
+        join(HashStore(), 1, 5, 0.2)
+
+
+# --------------------------------------------------------------------------------------------- heartbeats
+
+
+class Listener(Heartbeat):
+    """A heartbeat that notes what it would end the process with."""
+
+    def __init__(self, store: HashStore, here: Place, joining: float = 60.0) -> None:
+        self.verdicts: list[str] = []
+        self.reachable = True
+        super().__init__(lambda: cast(Store, Failing(store, self)), "there:1", here, SILENCE, joining)
+
+    def _die(self, line, lost) -> None:
+        self.verdicts.append(line)
+
+    def leave(self, error: str = "") -> None:
+        super().leave(error)
+        # It would end this process, which stays.
+        self._guard.communicate()
+
+    def freeze(self) -> None:
+        """Stops giving signs, as a process that was killed does."""
+        self._leaving.set()
+        self._guard.communicate()
+
+
+class Failing:
+    """A connection to a store that may be gone."""
+
+    def __init__(self, store: HashStore, owner: Listener) -> None:
+        self.store, self.owner = store, owner
+
+    def __getattr__(self, name: str):
+        if not self.owner.reachable:
+            raise RuntimeError("Broken pipe")
+        return getattr(self.store, name)
+
+
+@pytest.fixture
+def hearts() -> Iterator:
+    made: list[Listener] = []
+
+    def make(size: int, nodes: str, joining: float = 60.0) -> list[Listener]:
+        """One for each character of `nodes`, which names its rank's node."""
+        store = HashStore()
+        for rank in range(size):
+            store.set(f"sign/{rank}", "null")
+        made.extend(Listener(store, Place(rank, size, 0, node), joining) for rank, node in enumerate(nodes))
+        return made
+
+    yield make
+    for heart in made:
+        heart.freeze()
+
+
+def wait_for(condition, seconds: float) -> float:
+    begun = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begun < seconds, "waited in vain"
+        time.sleep(0.02)
+    return time.monotonic() - begun
+
+
+def test_a_silent_rank_is_named_and_a_busy_one_is_not(hearts):
+    one, two, three = hearts(3, "aab")
+    # Python's own work takes turns with the threads that give signs.
+    until, n = time.monotonic() + 1.5 * SILENCE, 0
+    while time.monotonic() < until:
+        n += 1
+    assert not one.verdicts + two.verdicts + three.verdicts
+    two.freeze()
+    took = wait_for(lambda: one.verdicts and three.verdicts, 5 * SILENCE)
+    assert took > 0.8 * SILENCE
+    for verdict in one.verdicts[0], three.verdicts[0]:
+        assert verdict.startswith("rank 1 (host ") and f"pid {os.getpid()}) has not been heard" in verdict
+        assert "for 3 s: killed, stopped or cut off" in verdict
+
+
+def test_a_rank_that_leaves_is_not_missed_and_one_that_fails_elsewhere_is_named(hearts):
+    one, two, three, four = hearts(4, "aabc")
+    two.leave()
+    # Its own node's torchrun ends the ranks there, after it has told its error.
+    three.leave("ValueError: no")
+    wait_for(lambda: one.verdicts and four.verdicts, SILENCE)
+    assert " failed: ValueError: no" in one.verdicts[0] and one.verdicts[0].startswith("rank 2 (")
+    one.verdicts.clear()
+    time.sleep(1.5 * SILENCE)
+    assert not [verdict for verdict in one.verdicts if "rank 1" in verdict]
+
+
+def test_an_error_is_left_to_the_torchrun_of_its_node(hearts):
+    one, two = hearts(2, "aa")
+    two.leave("ValueError: no")
+    time.sleep(0.5 * SILENCE)
+    assert not one.verdicts
+
+
+def test_a_store_that_is_gone_is_named_and_not_the_ranks(hearts):
+    one, _two = hearts(2, "ab")
+    wait_for(lambda: one._signs(), SILENCE)
+    one.reachable = False
+    wait_for(lambda: one.verdicts, 5 * SILENCE)
+    assert one.verdicts[0].startswith("the rendezvous store at there:1, kept by the first node's torchrun")
+    # And heard again when it is back.
+    one.reachable = True
+    wait_for(lambda: one._missed[0] == 0, SILENCE)
+
+
+def test_a_rank_that_never_joined_is_named_after_its_time(hearts):
+    one, two = hearts(3, "ab", joining=1.0)
+    wait_for(lambda: one.verdicts and two.verdicts, 5 * SILENCE)
+    assert one.verdicts[0].startswith("rank 2 of 3 did not join within 1 s")
+
+
+def test_a_broken_collective_is_explained(hearts, monkeypatch):
+    one, two, three = hearts(3, "abc")
+    wait_for(lambda: len(one._signs()) == 2, SILENCE)
+    # All are there: the cause lies elsewhere, and the error is as it was.
+    assert one.why_broken() is None
+    two.freeze()
+    assert "rank 1 (host" in (why := one.why_broken()) and "connection closed and no sign of life" in why
+    monkeypatch.setattr(distributed, "_heartbeat", one)
+    with pytest.raises(UserError, match=r"rank 1 \(host"), distributed._together():
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:1")
+    for error in torch.OutOfMemoryError("the device is full"), ValueError("shape"):
+        with pytest.raises(type(error), match=str(error)), distributed._together():
+            raise error
+    three.leave("KeyError: 'x'")
+    assert "rank 2 (" in (why := one.why_broken()) and "failed: KeyError: 'x'" in why
+
+
+def test_a_collective_that_broke_with_the_first_node_is_explained(hearts):
+    one, _two = hearts(2, "ab")
+    wait_for(lambda: one._signs(), SILENCE)
+    one.reachable = False
+    assert "rendezvous store at there:1" in one.why_broken()
+
+
+def test_an_error_told_on_this_node_is_given_time(hearts):
+    one, two = hearts(2, "aa")
+    wait_for(lambda: one._signs(), SILENCE)
+    two.leave("ValueError: no")
+    begun = time.monotonic()
+    assert "rank 1 (" in (why := one.why_broken()) and "failed: ValueError: no" in why
+    assert time.monotonic() - begun > 5 * SILENCE / heartbeat.SIGNS
+
+
+# ------------------------------------------------------------------------------------------ guard, voices
+
+
+def test_the_guard_kills_only_a_process_that_gives_no_sign(tmp_path):
+    """A parent that gives signs for a while and then stops itself; one that ends; one that goes on."""
+    parent = f"""
+import os, signal, subprocess, sys, time
+guard = subprocess.Popen([sys.executable, {guard.__file__!r}, "0.1", "5"], stdin=subprocess.PIPE, bufsize=0)
+for _ in range(15):
+    guard.stdin.write(b".")
+    time.sleep(0.1)
+print("alive", flush=True)
+if sys.argv[1] == "stops":
+    os.kill(os.getpid(), signal.SIGSTOP)
+if sys.argv[1] == "leaves":
+    guard.communicate()
+    time.sleep(1)
+"""
+    begun = time.monotonic()
+    for way, status in (("stops", -signal.SIGKILL), ("leaves", 0), ("ends", 0)):
+        done = subprocess.run([sys.executable, "-c", parent, way], capture_output=True, text=True, timeout=60)
+        assert done.returncode == status and done.stdout == "alive\n", done.stderr
+    assert time.monotonic() - begun > 3 * 1.5
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "error", "raised", "waits"),
+    [
+        (0, 0, UserError("no"), "no", False),
+        (3, 0, UserError("no"), "rank 3: no", False),
+        (3, 1, UserError("no"), "rank 3: no", True),
+        (3, 1, ValueError("a bug"), "a bug", True),
+        (0, 0, KeyboardInterrupt(), "", False),
+    ],
+)
+def test_the_first_rank_of_a_node_speaks_at_once(
+    environment, monkeypatch, rank, local_rank, error, raised, waits
+):
+    naps: list[float] = []
+    monkeypatch.setattr(ranks.time, "sleep", naps.append)
+    environment(RANK=str(rank), LOCAL_RANK=str(local_rank))
+
+    def command() -> None:
+        raise error
+
+    with pytest.raises(type(error)) as told:
+        one_voice(command)
+    assert str(told.value) == raised and [nap > 2 for nap in naps] == [True] * waits
+
+
+def test_an_interrupt_is_told_by_rank_0_alone(environment):
+    environment()
+
+    def command() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        one_voice(command)
+    assert ended.value.code == 130
+
+
+def test_the_constants_end_a_job_within_a_minute():
+    period = heartbeat.SILENCE / heartbeat.SIGNS
+    # A sign may be two turns old when the counting starts.
+    assert heartbeat.SILENCE + 2 * period < 50 and (heartbeat.KILLED + 1) * period < 60
+    assert heartbeat.KILLED > heartbeat.SIGNS + 2
