@@ -1,26 +1,34 @@
-"""The README's table of measured numbers, made from bench/results/ and from nothing else.
+"""The README's tables and plot of measured numbers, made from bench/results/ and from nothing else.
 
-`python -m bench.report` prints it, `python -m bench.report --write` puts it into the README.
+`python -m bench.report` prints the tables, `python -m bench.report --write` puts them into the README and the
+plot beside the results.
 """
 
 import json
 import statistics
 import sys
+from html import escape
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
+PLOT = RESULTS / "steps.svg"
 BEGIN, END = "<!-- measured: made by bench/report.py -->", "<!-- end of measured -->"
+PROGRAMS = ("training step", "evaluation of a batch", "solving a batch")
+Rows = list[dict[str, Any]]
 
 
-def quick_rows() -> list[tuple[str, str, str]]:
+# ----------------------------------------------------------------------------------------- what was measured
+
+
+def quick_rows(results: Path) -> list[tuple[str, str, str]]:
     """Accuracy and time of the quick preset over its seeds."""
-    file = RESULTS / "quick_cpu.json"
-    results = json.loads(file.read_text())
-    exact = [100 * run["eval/all/exact_accuracy"] for run in results["runs"]]
-    seconds = [run["seconds"] for run in results["runs"]]
+    file = results / "quick_cpu.json"
+    found = json.loads(file.read_text())
+    exact = [100 * run["eval/all/exact_accuracy"] for run in found["runs"]]
+    seconds = [run["seconds"] for run in found["runs"]]
     each = ", ".join(f"{value:.1f}" for value in exact)
     return [
         (
@@ -29,48 +37,161 @@ def quick_rows() -> list[tuple[str, str, str]]:
             file.name,
         ),
         (
-            f"`make train`: from start to end on {results['cores']} cores, compiling included",
+            f"`make train`: from start to end on {found['cores']} cores, compiling included",
             f"{min(seconds):.0f} to {max(seconds):.0f} s",
             file.name,
         ),
     ]
 
 
-def benchmark_rows() -> list[tuple[str, str, str]]:
-    """The benchmark suite's rows: training steps side by side as medians and ratios to ours compiled."""
-    file = RESULTS / "cpu.json"
-    rows, groups = [], dict[str, dict[str, Any]]()
-    for row in json.loads(file.read_text())["benchmarks"]:
-        info = row["extra_info"]
-        if "model" in info:
-            groups.setdefault(info["model"], {})[info["implementation"]] = row
-        elif "op" not in info:
-            what = "`python -m hrm.data sudoku`: 1,000 generated 9x9 puzzles with 1,000 augmentations each"
-            rows.append((what, f"{row['stats']['median']:.1f} s; {info['peak_memory_mib']} MiB", file.name))
-    for model, implementations in groups.items():
-        best = implementations["ours, compile"]["stats"]["median"]
-        for implementation, row in implementations.items():
-            median, memory = row["stats"]["median"], row["extra_info"]["peak_memory_mib"]
-            ratio = "" if implementation == "ours, compile" else f", {median / best:.2f}x ours"
-            what = f"training step, {model}: {implementation}"
-            rows.append((what, f"{1000 * median:.1f} ms{ratio}; {memory:.0f} MiB", file.name))
-    return rows
+def data_rows(results: Path) -> list[tuple[str, str, str]]:
+    """Building a data set."""
+    file = results / "cpu.json"
+    what = "`python -m hrm.data sudoku`: 1,000 generated 9x9 puzzles with 1,000 augmentations each"
+    return [
+        (what, f"{row['stats']['median']:.1f} s; {row['extra_info']['peak_memory_mib']} MiB", file.name)
+        for row in json.loads(file.read_text())["benchmarks"]
+        if row["name"] == "test_build_sudoku"
+    ]
 
 
-def table() -> str:
-    """The Markdown table."""
+def step_files(results: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Files with rows of `bench.rows`, by name: those of GPUs first."""
+    paths = [*sorted(results.glob("cuda_*.json")), results / "cpu.json"]
+    files = [(path.name, json.loads(path.read_text())) for path in paths]
+    return [(name, file) for name, file in files if groups(file)]
+
+
+def groups(file: dict[str, Any]) -> dict[tuple[str, str], Rows]:
+    """A file's rows by program and model, in the order of PROGRAMS; first in each is ours at its best."""
+    found: dict[tuple[str, str], Rows] = {}
+    for program in PROGRAMS:
+        for row in file["benchmarks"]:
+            if row["extra_info"].get("program") == program:
+                found.setdefault((program, row["extra_info"]["model"]), []).append(row)
+    return {key: rows for key, rows in found.items() if rows[0]["extra_info"]["implementation"] == "ours"}
+
+
+def label(row: dict[str, Any], base: dict[str, Any]) -> str:
+    """A row's implementation and mode, and its dtype where it is not that of the row it is compared with."""
+    info, usual = row["extra_info"], base["extra_info"]["dtype"]
+    parts = [info["implementation"], info["mode"]] + [info["dtype"]] * (info["dtype"] != usual)
+    return ", ".join(parts)
+
+
+def ratio(row: dict[str, Any], base: dict[str, Any]) -> float:
+    return row["stats"]["median"] / base["stats"]["median"]
+
+
+# ------------------------------------------------------------------------------------------------- the tables
+
+
+def milliseconds(row: dict[str, Any]) -> str:
+    value = 1000 * row["stats"]["median"]
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+def rate(info: dict[str, Any]) -> str:
+    """TFLOP/s, below one as GFLOP/s; with its share of the roofline where that was measured."""
+    flops = info["TFLOP/s"]
+    text = f"{flops:.0f} TFLOP/s" if flops >= 1 else f"{1000 * flops:.0f} GFLOP/s"
+    return text + (f", {info['roofline_share']:.0%} of the roofline" if "roofline_share" in info else "")
+
+
+def step_table(name: str, file: dict[str, Any]) -> str:
+    """A file's programs and models: ours in figures, everything else by its time over ours."""
+    found = groups(file)
+    first = next(iter(found.values()))[0]["extra_info"]
+    # Other codes in the rows' order, which is that of the model with most of them.
+    place = {label(row, rows[0]): i for rows in sorted(found.values(), key=len) for i, row in enumerate(rows)}
+    compared = {label(row, rows[0]) for rows in found.values() for row in rows[1:]}
+    others = sorted(compared, key=place.__getitem__)
+    columns = ["model", "ours", "samples/s", "rate", "memory"]
+    columns += ["launches"] * ("launches" in first) + ["host"] * ("host_share" in first)
+    lines = [f"| {' | '.join([*columns, *others])} |", "|---" * (len(columns) + len(others)) + "|"]
+    for (program, model), rows in found.items():
+        base, by_label = rows[0], {label(row, rows[0]): row for row in rows[1:]}
+        info = base["extra_info"]
+        cells = [
+            f"{program}, `{model}`",
+            f"{milliseconds(base)} ({info['mode']})",
+            f"{info['samples/s']:,.0f}",
+        ]
+        memory = info["peak_memory_mib"]
+        cells += [rate(info), f"{memory:,.{int(memory < 10)}f} MiB"]
+        if "launches" in first:
+            cells.append(f"{info['launches']} for {info['kernels']} kernels")
+        if "host_share" in first:
+            cells.append(f"{info['host_share']:.0%}" if "host_share" in info else "")
+        cells += [f"{ratio(by_label[other], base):.2f}x" if other in by_label else "" for other in others]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([where(name, file, first), "", *lines])
+
+
+def where(name: str, file: dict[str, Any], info: dict[str, Any]) -> str:
+    """On what a file was measured, as it says itself."""
+    machine = info["gpu"] or f"{info['processor']} ({info['threads']} of {info['cores']} cores)"
+    commit = file["commit_info"]
+    changes = ", with changes" if commit.get("dirty") else ""
+    torch = f"PyTorch {info['versions']['torch']}"
+    return f"`{name}`: {machine}, {info['dtype']}, {torch}, commit {commit['id'][:7]}{changes}."
+
+
+def table(results: Path = RESULTS) -> str:
+    """All that stands between the README's markers: tables, and the plot once there are steps."""
     lines = ["| what | measured | file |", "|---|---|---|"]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in [*quick_rows(), *benchmark_rows()]])
+    lines += [f"| {' | '.join(row)} |" for row in [*quick_rows(results), *data_rows(results)]]
+    files = step_files(results)
+    if not files:
+        return "\n".join(lines)
+    image = f"![Training steps: time over ours](bench/results/{PLOT.name})"
+    return "\n\n".join(["\n".join(lines), image, *(step_table(*each) for each in files)])
 
 
 def readme_with(text: str, measured: str) -> str:
-    """The README's text with the table between its markers replaced."""
+    """The README's text with what stands between its markers replaced."""
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n{measured}\n{END}{rest.split(END)[1]}"
 
 
+# --------------------------------------------------------------------------------------------------- the plot
+
+WIDTH, LEFT, BAR, LINE = 720, 190, 380, 18
+COLOURS = {"ours": "#2f6fb0", "official": "#c8772a"}
+
+
+def plot(results: Path = RESULTS) -> str:
+    """Training steps as SVG: each model's rows one under the other, as long as their time over ours."""
+    shapes: list[str] = []
+    y = 8
+
+    def text(x: float, words: str, style: str = "") -> None:
+        shapes.append(f'<text x="{x:.1f}" y="{y + 13}"{style}>{escape(words)}</text>')
+
+    for name, file in step_files(results):
+        training = {key: rows for key, rows in groups(file).items() if key[0] == PROGRAMS[0]}
+        longest = max((ratio(row, rows[0]) for rows in training.values() for row in rows), default=1.0)
+        for (program, model), rows in training.items():
+            text(8, f"{program}, {model} ({name})", ' font-weight="bold"')
+            y += LINE
+            for row in rows:
+                times = ratio(row, rows[0])
+                length = BAR * times / longest
+                colour = COLOURS.get(row["extra_info"]["implementation"], "#8a8a8a")
+                text(LEFT - 8, label(row, rows[0]), ' text-anchor="end"')
+                bar = f'x="{LEFT}" y="{y + 2}" width="{length:.1f}" height="{LINE - 4}"'
+                shapes.append(f'<rect {bar} fill="{colour}"/>')
+                text(LEFT + length + 6, f"{milliseconds(row)}, {times:.2f}x")
+                y += LINE
+            y += LINE // 2
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y}" viewBox="0 0 {WIDTH} {y}" '
+    head += 'font-family="sans-serif" font-size="12">'
+    return "\n".join([head, f'<rect width="{WIDTH}" height="{y}" fill="white"/>', *shapes, "</svg>"]) + "\n"
+
+
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write"]:
-        README.write_text(readme_with(README.read_text(), table()))
+        README.write_text(readme_with(README.read_text(encoding="utf-8"), table()), encoding="utf-8")
+        PLOT.write_text(plot(), encoding="utf-8")
     else:
         print(table())

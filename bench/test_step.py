@@ -1,76 +1,33 @@
-"""Training steps on a CPU, side by side: compiled, eager, the plain model, and the official one.
+"""Training steps and evaluations by different code, side by side.
 
-`pytest bench/ --benchmark-only --benchmark-json=FILE`; HRM_REPO=PATH of a checkout of sapientinc/HRM adds the
-official model. Every implementation starts from the same weights, and its first loss is compared before it
-is timed. Rows of one group are one model, timed one after the other in one process.
+`pytest bench/test_step.py --benchmark-only`; HRM_REPO=PATH of a checkout of sapientinc/HRM adds the official
+model. On CUDA it is the published model, v1 and gated, of three batches and two lengths, in bfloat16;
+elsewhere small models in float32, and one row of bfloat16 where the processor multiplies it. Rows of one
+group are one model, timed one after the other in one process; `-k "v1 and B768 and graph"` chooses.
+`bench/rows.py` says how a row is checked and timed.
 """
 
-import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import partial
-
 import pytest
-import torch
 
-from bench.implementations import Step, metadata, official_step, ours, peak_memory, plain, processor
-from hrm.config import Config, parse_args
-from tests import official
+from bench.rows import EVALUATION, TRAINING, clock, published, quick, rows, small, time_row
 
-SMALL = [
-    "arch.hidden_size=128",
-    "arch.num_heads=2",
-    "arch.H_layers=2",
-    "arch.L_layers=2",
-    "global_batch_size=32",
+PUBLISHED = [
+    (f"{arch}-B{B}-S{S}", published(arch, B, S))
+    for S in (81, 900)
+    for arch in ("v1", "gated")
+    for B in (96, 384, 768)
 ]
-# Model name: architecture, words of its configuration, cells, vocabulary.
-MODELS = {
-    "v1, D=128, 2+2 layers, B=32, S=81": ("v1", ["preset=full", *SMALL], 81, 11),
-    "gated, D=128, 2+2 layers, B=32, S=81": ("gated", ["preset=full", *SMALL], 81, 11),
-    "gated, quick preset": ("gated", ["preset=quick"], 16, 6),
-}
-IMPLEMENTATIONS: dict[str, Callable[..., AbstractContextManager[Step]]] = {
-    "ours, compile": ours,
-    "ours, eager": ours,
-    "plain PyTorch, eager": plain,
-    "official, compile": partial(official_step, compiled=True),
-    "official, eager": partial(official_step, compiled=False),
-}
-# First losses by model, from whichever implementation came first.
-first_losses: dict[str, float] = {}
+SMALL = [("v1-D128-B32-S81", small("v1")), ("gated-quick-B64-S16", quick("gated", 64))]
+ALSO_TRAINED = [("gated-D128-B32-S81", small("gated"))]
 
 
-def configuration(model: str, implementation: str) -> Config:
-    arch, words, _, _ = MODELS[model]
-    mode = "compile" if implementation == "ours, compile" else "eager"
-    return parse_args(["--arch", arch, *words, "device=cpu", f"mode={mode}"])
+@pytest.mark.benchmark(timer=clock)
+@pytest.mark.parametrize(("name", "model", "code"), rows(*PUBLISHED, *SMALL, *ALSO_TRAINED))
+def test_training_step(benchmark, name, model, code):
+    time_row(benchmark, TRAINING, name, model, code)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("model", MODELS)
-def test_training_step(benchmark, model, implementation):
-    if implementation.startswith("official"):
-        if not model.startswith("v1"):
-            pytest.skip("the official code has no gated model")
-        if reason := official.missing():
-            pytest.skip(reason)
-    config, data = configuration(model, implementation), metadata(*MODELS[model][2:])
-    torch.manual_seed(0)
-    with IMPLEMENTATIONS[implementation](config, data) as step:
-        loss = step()
-        assert loss == pytest.approx(first_losses.setdefault(model, loss), rel=1e-4)
-        benchmark.group = f"training step: {model}"
-        benchmark.extra_info |= {
-            "model": model,
-            "implementation": implementation,
-            "dtype": "float32",
-            "batch_size": config.global_batch_size,
-            "tokens": data.seq_len,
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        }
-        benchmark.pedantic(step, rounds=30, warmup_rounds=5)
-        benchmark.extra_info["peak_memory_mib"] = round(peak_memory(step) / 2**20, 1)
+@pytest.mark.benchmark(timer=clock)
+@pytest.mark.parametrize(("name", "model", "code"), rows(*PUBLISHED, *SMALL))
+def test_evaluation(benchmark, name, model, code):
+    time_row(benchmark, EVALUATION, name, model, code)

@@ -1,6 +1,7 @@
 """A fixed-shape part of a step: called directly, or captured in a CUDA graph once it is warm and replayed."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -48,7 +49,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
-_pools: dict[torch.device, tuple[int, int]] = {}
+_pools: dict[torch.device, Any] = {}
 
 
 def aside(body: Body, device: torch.device) -> None:

@@ -1,0 +1,215 @@
+"""Every kernel launch of one training step as the engine makes it, with its bytes and FLOP, without a GPU.
+
+`python -m bench.launches` rehearses a step with the operations that a CUDA device would run, prints its
+launches by part and kernel, and the time that they take at best on a machine by its ceilings; `--write` keeps
+those of the published models as bench/results/launches.json.
+
+Nothing here is a measurement. The step is the one of mode=eager; compiled, a chain of elementwise kernels is
+one launch. Bytes and FLOP are counted as in bench/counts.py: a launch's tensors once each, those that it
+updates twice, and of products what has to be multiplied, without the padding of tiles. An ATen call is one
+launch; a few make more (the backward of an embedding or of a slice, a binary cross-entropy), all small.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+from bench.counts import Work, _stored, _tensors, _Traffic
+from bench.implementations import metadata
+from bench.roofline import MACHINES, Ceilings, roofline_time
+from hrm.config import parse_args
+from hrm.rehearsal import Observer, Rehearsal
+from kernels.__main__ import positive
+from kernels.backend import Launch
+
+RESULTS = Path(__file__).parent / "results" / "launches.json"
+ARCHITECTURES, BATCH, LENGTHS = ("v1", "gated"), 768, (81, 900)
+PARTS = ("forward", "target", "backward", "update")
+# The part that a named range of the step is in; what no range holds is the update's: the gradients set to 0
+# and brought to float32, the carry written back, the metric sums.
+REGIONS = {"forward": "forward", "target pass": "target", "backward": "backward"}
+# Calls that write their first tensor without reading it.
+OVERWRITES = ("aten::copy_", "aten::fill_", "aten::zero_")
+
+Arguments = dict[str, Any]
+
+
+def _gate_mix_backward(a: Arguments) -> int:
+    """Hidden units and gates again, then the way back to the units and to the sources that ask for it."""
+    sources = 2 if a["x_ptr"] is None else 3
+    asking = sum(a[name] is not None for name in ("dz_ptr", "do_ptr", "dx_ptr"))
+    return 2 * a["M"] * a["R"] * a["D"] * (3 * sources + asking)
+
+
+def _gate_mix(a: Arguments) -> int:
+    """One product of all rows with each source's columns, and one back."""
+    return 4 * a["M"] * a["R"] * a["D"] * (2 if a["x_ptr"] is None else 3)
+
+
+def _product(a: Arguments) -> int:
+    return 2 * a["M"] * a["N"] * a["K"]
+
+
+def _scores(a: Arguments) -> int:
+    """One product of queries and keys, over all heads."""
+    return 2 * a["qkv_ptr"].shape[0] * a["queries"] * a["T"] * a["num_heads"] * 2 * a["HALF"]
+
+
+# Of the kernels that multiply matrices, by the names of their arguments.
+FLOP: dict[str, Callable[[Arguments], int]] = {
+    "_linear_scaled_forward_kernel": _product,
+    "_linear_rms_forward_kernel": _product,
+    "_linear_swiglu_forward_kernel": lambda a: 2 * _product(a),
+    "_attention_forward_kernel": lambda a: 2 * _scores(a),
+    "_attention_backward_kernel": lambda a: 5 * _scores(a),
+    "_gate_mix_forward_kernel": _gate_mix,
+    "_gate_mix_backward_kernel": _gate_mix_backward,
+    "_gate_mix_weights_kernel": _gate_mix,
+    "_lm_head_forward_kernel": lambda a: 2 * a["z_ptr"].shape[0] * a["S"] * a["D"] * a["V"],
+    "_lm_head_backward_kernel": lambda a: 6 * a["M"] * a["D"] * a["V"],
+}
+# Arguments that are read and written.
+UPDATED = {"_adam_atan2_kernel": ("param_ptr", "exp_avg_ptr", "exp_avg_sq_ptr")}
+
+
+def work_of_launch(launch: Launch) -> Work:
+    """Bytes and FLOP of one launch of this project's kernels."""
+    name = launch.kernel.__name__
+    a = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
+    if name == "_sign_sgd_kernel":
+        # Of the table no more rows than there are gradients.
+        a["table_ptr"] = a["grad_ptr"]
+    updated = UPDATED.get(name, ("table_ptr",))
+    moved = sum(_stored(x) * (2 if key in updated else 1) for key, x in a.items() if isinstance(x, Tensor))
+    return Work(moved, FLOP[name](a) if name in FLOP else 0)
+
+
+class Row(NamedTuple):
+    """Launches of one kernel in one part of a step; ideal_s: their time at best, summed."""
+
+    part: str
+    kernel: str
+    launches: int
+    bytes: int
+    flop: int
+    ideal_s: float
+
+
+class Launches(Observer):
+    """Collects each launch of a step: its part, its kernel's or ATen call's name, its work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.works: dict[tuple[str, str], list[Work]] = {}
+
+    def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        name = func.name().split(".")[0]
+        if func.is_view or name in _Traffic.FREE:
+            return
+        tensors = _tensors((args, kwargs)) + ([] if name in OVERWRITES else _tensors(out))
+        count = flop_registry.get(func.overloadpacket)
+        flop = 0 if count is None else count(*args, **kwargs, out_val=out)
+        self._add(name.removeprefix("aten::"), Work(sum(map(_stored, tensors)), flop))
+
+    def launched(self, launch: Launch) -> None:
+        self._add(launch.kernel.__name__, work_of_launch(launch))
+
+    def _add(self, name: str, work: Work) -> None:
+        part = next((REGIONS[region] for region in reversed(self.regions) if region in REGIONS), "update")
+        self.works.setdefault((part, name), []).append(work)
+
+    def rows(self, ceilings: Ceilings) -> list[Row]:
+        """By part, the longest first."""
+        rows = [
+            Row(
+                part,
+                kernel,
+                len(works),
+                sum(work.bytes for work in works),
+                sum(work.flop for work in works),
+                sum(roofline_time(work.bytes, work.flop, ceilings) for work in works),
+            )
+            for (part, kernel), works in self.works.items()
+        ]
+        return sorted(rows, key=lambda row: (PARTS.index(row.part), -row.ideal_s, row.kernel))
+
+
+def step(arch: str, batch: int, length: int, ceilings: Ceilings) -> list[Row]:
+    """The launches of a published model's training step in bfloat16 on a CUDA device."""
+    config = parse_args(
+        ["--arch", arch, "preset=full", "device=cpu", "dtype=bfloat16", f"global_batch_size={batch}"]
+    )
+    launches = Launches()
+    rehearsal = Rehearsal(config, metadata(length, 11), torch.device("cuda"), launches)
+    # The first step also makes what later ones find.
+    rehearsal.step()
+    launches.works.clear()
+    rehearsal.step()
+    return launches.rows(ceilings)
+
+
+def totals(rows: list[Row]) -> dict[str, float]:
+    """Launches, bytes, FLOP and time at best of some rows."""
+    return {name: sum(getattr(row, name) for row in rows) for name in Row._fields[2:]}
+
+
+def predictions(machine: str, ceilings: Ceilings) -> dict[str, Any]:
+    """What is kept: the published models at both lengths."""
+    steps = []
+    for arch in ARCHITECTURES:
+        for length in LENGTHS:
+            rows = step(arch, BATCH, length, ceilings)
+            parts = {part: totals([row for row in rows if row.part == part]) for part in PARTS}
+            steps.append(
+                {"arch": arch, "B": BATCH, "S": length, **totals(rows), "parts": parts}
+                | {"kernels": [row._asdict() for row in rows]}
+            )
+    return {
+        "what": "predictions of a step launch by launch, none of them measured",
+        "machine": machine,
+        "ceilings": ceilings._asdict(),
+        "dtype": "bfloat16",
+        "steps": steps,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.launches", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--arch", choices=ARCHITECTURES, default=ARCHITECTURES[0])
+    parser.add_argument("--batch", type=positive, default=BATCH, help="sequences; default %(default)s")
+    parser.add_argument("--length", type=positive, default=LENGTHS[0], help="cells; default %(default)s")
+    parser.add_argument("--machine", choices=MACHINES, default="H200", help="whose ceilings")
+    parser.add_argument("--write", action="store_true", help=f"keep the H200's as {RESULTS.name}")
+    options = parser.parse_args(argv)
+    ceilings = MACHINES[options.machine]
+    rows = step(options.arch, options.batch, options.length, ceilings)
+    print(
+        f"One step of {options.arch}, B={options.batch}, S={options.length}, bfloat16, launch by launch, "
+        f"at best on {options.machine} ({ceilings.source}). No number is a measurement."
+    )
+    print(f"\n{'part':<10}{'kernel':<34}{'launches':>9}{'MB':>11}{'GFLOP':>10}{'us':>10}")
+
+    def line(part: str, kernel: str, rows: list[Row]) -> None:
+        launches, moved, flop, seconds = totals(rows).values()
+        numbers = f"{launches:>9}{moved / 1e6:>11.1f}{flop / 1e9:>10.1f}{seconds * 1e6:>10.1f}"
+        print(f"{part:<10}{kernel:<34}{numbers}")
+
+    for row in rows:
+        line(row.part, row.kernel, [row])
+    print()
+    for part in PARTS:
+        line(part, "", [row for row in rows if row.part == part])
+    line("step", "", rows)
+    if options.write:
+        RESULTS.write_text(json.dumps(predictions("H200", MACHINES["H200"]), indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
