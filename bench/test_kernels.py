@@ -195,7 +195,7 @@ def timed_call(op: str, direction: str, call: Call, B: int) -> Callable[[], obje
 def peak_bytes(call: Callable[[], object]) -> int:
     """What a call allocates at its peak, on top of what was there."""
     if not CUDA:
-        return peak_memory(call)  # type: ignore[arg-type]
+        return peak_memory(call)
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
