@@ -252,7 +252,8 @@ def step(s: Shape, variant: str, *, gated: bool = False, whole_target: bool = Fa
     # Halted sequences' states are set anew; the embedding is gathered, laid together and scaled.
     add("forward", 2, {"carry": _pass(s, 1)})
     add("forward", 1, {"embedding": _pass(s, 0) + (2 * _pass(s, 1) if variant == "eager" else ())})
-    add("backward", 1, {"embedding": _pass(s, 1, 0)})
+    # The gradient of the token table is a product with the one-hot tokens.
+    add("backward", 1, {"embedding": (Work(_pass(s, 1, 0)[0].bytes, 2 * s.cells * s.D * s.V),)})
     add("update", 1, update(s, variant, gated))
     return rows
 

@@ -5,12 +5,13 @@ those of the official checkpoints.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import attention, linear_rms, linear_scaled, linear_swiglu, rms_norm
+from kernels import attention, linear, linear_rms, linear_scaled, linear_swiglu, rms_norm
 
 # The standard deviation that is left of a unit normal cut off at two standard deviations.
 TRUNCATED_STD = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
@@ -37,7 +38,32 @@ class Linear(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+# Up to this many rows a table's gradient is a product; beyond, the rows are rarely the same.
+ONE_HOT_ROWS = 256
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of a small table, whose gradient is the product of the one-hot index and the rows' gradients.
+
+    Adding them row by row would have thousands of cells of a batch wait for the same few rows, on a GPU by
+    atomic additions in no fixed order and in the narrow dtype.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, index: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = table.shape[0]
+        return F.embedding(index, table)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        (index,), (dy,) = ctx.saved_tensors, grads
+        rows = torch.arange(ctx.rows, device=index.device, dtype=index.dtype)
+        one_hot = (rows[:, None] == index.flatten()).to(dy.dtype)
+        return None, one_hot @ dy.flatten(0, -2)
 
 
 class Embedding(nn.Module):
@@ -51,7 +77,8 @@ class Embedding(nn.Module):
         truncated_normal_(self.embedding_weight, 1 / math.sqrt(self.embedding_weight.shape[1]), generator)
 
     def forward(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        return F.embedding(index, self.embedding_weight.to(dtype))
+        table = self.embedding_weight.to(dtype)
+        return _Lookup.apply(index, table) if len(table) <= ONE_HOT_ROWS else F.embedding(index, table)
 
 
 class PuzzleEmbedding(nn.Module):
@@ -141,7 +168,7 @@ class Block(nn.Module):
         """
         attn, mlp, dtype = self.self_attn, self.mlp, h.dtype
         qkv_weight = attn.qkv_proj.weight.to(dtype)
-        qkv = F.linear(h, qkv_weight) if rstd is None else linear_scaled(h, qkv_weight, rstd)
+        qkv = linear(h, qkv_weight) if rstd is None else linear_scaled(h, qkv_weight, rstd)
         attended = attn.attend(qkv, cos, sin, queries)
         h, rstd = h[:, :queries], None if rstd is None else rstd[:, :queries]
         h, rstd = linear_rms(attended, attn.o_proj.weight.to(dtype), h, rstd, self.eps)

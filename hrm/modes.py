@@ -8,10 +8,10 @@ import torch
 
 from hrm.errors import UserError
 
-# What compiling a model takes on a CPU at least, in seconds, and the share of an eager step that it saves at
-# most: below what they promise it is not tried. Measured, see bench/NOTES.md.
-LEAST_COMPILE_SECONDS = 20.0
-MOST_SAVED = 0.5
+# What compiling a small model took on two cores, in seconds, and the share of an eager step that it saved:
+# where a run's steps do not promise as much, it is not tried. Measured, see bench/NOTES.md.
+COMPILE_SECONDS = 40.0
+COMPILE_SAVES = 0.3
 
 
 class Mode(NamedTuple):
@@ -78,10 +78,10 @@ def faster_mode(
     """Eager or compiled, whichever takes less time for that many steps, compiling included.
 
     run: makes one step with the function it is given, which is `function` or that compiled. Both are timed;
-    compiling is not tried where it could not pay.
+    compiling is not tried where it is not likely to pay.
     """
     eager = _seconds(run, function)
-    if steps * eager * MOST_SAVED < LEAST_COMPILE_SECONDS:
+    if steps * eager * COMPILE_SAVES < COMPILE_SECONDS:
         return EAGER
     fault = compiler_fault(device)
     if fault is not None:

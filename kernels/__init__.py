@@ -8,6 +8,7 @@ from kernels.adam_atan2 import adam_atan2
 from kernels.attention import attention
 from kernels.backend import get_backend, set_backend
 from kernels.gate_mix import gate_mix
+from kernels.linear import linear
 from kernels.linear_rms import linear_rms, linear_scaled
 from kernels.linear_swiglu import linear_swiglu
 from kernels.lm_head import lm_head_softmax, lm_head_stablemax
@@ -22,6 +23,7 @@ __all__ = [
     "attention",
     "gate_mix",
     "get_backend",
+    "linear",
     "linear_rms",
     "linear_scaled",
     "linear_swiglu",

@@ -51,6 +51,7 @@ def calls(
         "rope": partial(kernels.rope, qkv.view(B, T, 3 * heads, -1)[:, :, : 2 * heads], cos, sin),
         "rms_norm": partial(kernels.rms_norm, x, x),
         "swiglu": partial(kernels.swiglu, meta(B, T, 2 * inner, dtype=dtype)),
+        "linear": partial(kernels.linear, x, qkv_weight),
         "linear_scaled": partial(kernels.linear_scaled, x, qkv_weight, rstd),
         "linear_rms": partial(kernels.linear_rms, meta(B, T, inner, dtype=dtype), down, x, rstd),
         "linear_swiglu": partial(kernels.linear_swiglu, x, packed, rstd),

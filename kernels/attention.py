@@ -37,6 +37,7 @@ from torch import Tensor
 from kernels.backend import (
     BackendError,
     absence,
+    device_of,
     dot,
     get_backend,
     jit,
@@ -69,7 +70,7 @@ def _split_heads(
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     dtype = q.dtype
-    if q.device.type == "cpu":
+    if device_of(q).type == "cpu":
         # PyTorch's fused attention for CPUs is several times slower in 16 bits than in float32.
         q, k, v = (x.to(accumulate_dtype(dtype)) for x in (q, k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

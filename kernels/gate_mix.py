@@ -34,6 +34,7 @@ from torch import Tensor
 
 from kernels.backend import dot, jit, launch, tl, triton, use_triton, wide
 from kernels.checks import accumulate_dtype, as_rows, check_floating, check_shape
+from kernels.linear import linear
 
 MAX_HIDDEN = 256
 # What a gate is called near its ends; the statistics count gates beyond them.
@@ -53,8 +54,8 @@ def gate_mix_reference(
     """The gate network, the mixing and, if asked for, the statistics in plain PyTorch; see `gate_mix`."""
     sources = (z, o) if x is None else (z, o, x)
     width = sum(s.shape[-1] for s in sources)
-    hidden = F.silu(F.linear(torch.cat(sources, dim=-1), w1[:, :width], b1))
-    gates = torch.sigmoid(F.linear(hidden, w2[:width], b2[:width])).chunk(len(sources), dim=-1)
+    hidden = F.silu(linear(torch.cat(sources, dim=-1), w1[:, :width], b1))
+    gates = torch.sigmoid(linear(hidden, w2[:width], b2[:width])).chunk(len(sources), dim=-1)
     mixed = gates[0] * sources[0]
     for gate, source in zip(gates[1:], sources[1:], strict=True):
         mixed = mixed + gate * source

@@ -20,11 +20,11 @@ residual move 2 KiB; without the launch every consumer would take sums, N and ep
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import dot, jit, launch, tl, triton, wide
 from kernels.checks import accumulate_dtype, as_rows, check_floating, check_shape
+from kernels.linear import linear
 from kernels.matmul import check_product, check_rstd, launch_choice, place, product, use_fused
 
 ROWS_A_PROGRAM = 512
@@ -32,7 +32,7 @@ ROWS_A_PROGRAM = 512
 
 def linear_scaled_reference(x: Tensor, weight: Tensor, rstd: Tensor | None) -> Tensor:
     """The scaled product in plain PyTorch; see `linear_scaled`. rstd may be None, for one."""
-    y = F.linear(x, weight)
+    y = linear(x, weight)
     return y if rstd is None else (y * rstd[..., None]).to(x.dtype)
 
 
@@ -42,7 +42,7 @@ def linear_rms_reference(
     """The sum and its factor in plain PyTorch; see `linear_rms`."""
     dtype = accumulate_dtype(x.dtype)
     scaled = residual.to(dtype) if rstd is None else residual.to(dtype) * rstd[..., None]
-    h = F.linear(x, weight).to(dtype) + scaled
+    h = linear(x, weight).to(dtype) + scaled
     return h.to(x.dtype), torch.rsqrt(h.square().mean(-1) + eps)
 
 

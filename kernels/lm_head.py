@@ -24,11 +24,11 @@ would be read and written for each tile, 8 * V * D bytes against the 32 * D of 1
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import dot, jit, launch, tl, triton, use_triton, wide
 from kernels.checks import accumulate_dtype, check_floating
+from kernels.linear import linear
 from kernels.stablemax import (
     check_labels,
     softmax_cross_entropy_reference,
@@ -56,7 +56,7 @@ def lm_head_reference(
 ) -> HeadLoss:
     """Head and loss in plain PyTorch; see `lm_head_stablemax`."""
     cross_entropy = stablemax_cross_entropy_reference if stablemax else softmax_cross_entropy_reference
-    logits = F.linear(z_H, weight)
+    logits = linear(z_H, weight)
     token_losses = cross_entropy(logits, labels, ignore_index)
     valid = labels != ignore_index
     valid_count = valid.sum(-1)

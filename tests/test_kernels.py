@@ -329,6 +329,7 @@ def test_operations_compile_without_a_graph_break_and_leave_their_inputs(name):
         "attention": (torch.randn(2, 5, 24), 2, *tables),
         "rms_norm": (torch.randn(2, 5, 8), torch.randn(2, 5, 8)),
         "swiglu": (torch.randn(2, 5, 8),),
+        "linear": (torch.randn(2, 5, 8), torch.randn(6, 8), torch.randn(6)),
         "linear_swiglu": (torch.randn(2, 5, 8), torch.randn(12, 8)),
         "linear_scaled": (torch.randn(2, 5, 8), torch.randn(6, 8), torch.rand(2, 5)),
         "linear_rms": (torch.randn(2, 5, 8), torch.randn(6, 8), torch.randn(2, 5, 6)),

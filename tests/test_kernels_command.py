@@ -16,6 +16,7 @@ from bench.operations import OPS
 from kernels import __main__ as command
 from kernels import backend
 from kernels.__main__ import DTYPES, calls, main
+from kernels.linear import linear_choice
 
 ROOT = Path(kernels.__file__).parents[1]
 # As the model calls them, but small.
@@ -48,6 +49,10 @@ def told(capsys, *words: str) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+def by_name(answer: dict) -> dict[str, tuple[str, str]]:
+    return {row["op"]: (row["implementation"], row["why"]) for row in answer["operations"]}
+
+
 def test_every_operation_is_asked():
     public = set(kernels.__all__) - {"get_backend", "set_backend"}
     assert public <= calls(dtype=torch.float32, **SIZES).keys()
@@ -62,7 +67,8 @@ def test_what_is_told_is_what_is_called(device, dtype):
         with backend.explained(torch.device(device)) as choices, Custom() as custom, torch.no_grad():
             call()
         called = f"hrm_kernels::{own.get(op, op)}" in custom.names
-        assert (choices[op].implementation == "triton") == called, op
+        # The operation of the package itself in both cases: the references, and PyTorch's own, call none.
+        assert (choices[op].implementation in ("triton", "onednn")) == called, op
 
 
 def test_attention_names_the_library_that_it_leaves_long_sequences_to(capsys, monkeypatch):
@@ -91,9 +97,13 @@ def test_auto_on_a_gpu_leaves_to_the_reference_what_it_does_better():
 def test_a_gpu_takes_the_kernels_and_a_cpu_the_references(capsys):
     on_gpu, on_cpu = told(capsys, "--device", "cuda"), told(capsys, "--device", "cpu")
     assert on_gpu["dtype"] == "bfloat16" and on_cpu["dtype"] == "float32"
-    assert {row["implementation"] for row in on_gpu["operations"]} == {"triton"}
-    assert {row["implementation"] for row in on_cpu["operations"]} == {"reference", "sdpa"}
-    assert all("interpreter" in row["why"] for row in on_cpu["operations"])
+    gpu, cpu = (by_name(told_) for told_ in (on_gpu, on_cpu))
+    product = cpu.pop("linear")
+    assert gpu.pop("linear") == ("reference", "the library for cuda multiplies")
+    assert product == linear_choice(torch.zeros(1))
+    assert {taken for taken, _ in gpu.values()} == {"triton"}
+    assert {taken for taken, _ in cpu.values()} == {"reference", "sdpa"}
+    assert all("interpreter" in why for _, why in cpu.values())
     assert on_cpu["torch"] == torch.__version__ and len(on_cpu["devices"]) == torch.cuda.device_count()
 
 
@@ -112,8 +122,9 @@ def test_a_named_backend_is_told(capsys, monkeypatch):
     kernels.set_backend("triton")
     monkeypatch.setattr(backend, "INTERPRETED", False)
     rows = told(capsys, "--device", "cpu")["operations"]
-    assert {row["implementation"] for row in rows} == {"none"}
-    assert all("needs Triton's interpreter" in row["why"] for row in rows)
+    kernels_alone = [row for row in rows if row["op"] != "linear"]
+    assert {row["implementation"] for row in kernels_alone} == {"none"}
+    assert all("needs Triton's interpreter" in row["why"] for row in kernels_alone)
 
 
 def test_the_text_names_everything(capsys):

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from hrm.layers import Embedding, Linear, PuzzleEmbedding, SwiGLU, swiglu_width, truncated_normal_
+from hrm.layers import (
+    ONE_HOT_ROWS,
+    Embedding,
+    Linear,
+    PuzzleEmbedding,
+    SwiGLU,
+    swiglu_width,
+    truncated_normal_,
+)
 
 
 def generator() -> torch.Generator:
@@ -35,6 +43,24 @@ def test_embedding_deviation_is_that_of_its_width():
     assert torch.equal(
         table(torch.tensor([3, 3, 7]), torch.bfloat16), table.embedding_weight[[3, 3, 7]].bfloat16()
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rows", [5, ONE_HOT_ROWS + 1])
+def test_embedding_gradient_sums_over_the_cells_of_a_row(rows, dtype):
+    table = Embedding(rows, 8).double()
+    with torch.no_grad():
+        table.reset_parameters(generator())
+    index = torch.randint(0, 5, (3, 40), generator=generator(), dtype=torch.int32)
+    dy = torch.randn(3, 40, 8, generator=generator(), dtype=torch.float64)
+    table(index, dtype).backward(dy.to(dtype))
+    expected = torch.zeros(rows, 8, dtype=torch.float64)
+    for row, gradient in zip(index.flatten().tolist(), dy.to(dtype).double().flatten(0, 1), strict=True):
+        expected[row] += gradient
+    # One rounding of a sum in float32 where the table is narrow, and one for each cell where it is large.
+    tolerance = 1e-12 if dtype == torch.float64 else 2**-8 if rows <= ONE_HOT_ROWS else 2**-4
+    assert table.embedding_weight.grad is not None
+    torch.testing.assert_close(table.embedding_weight.grad, expected, rtol=tolerance, atol=tolerance * 8)
 
 
 def test_linear_computes_in_its_inputs_dtype_and_keeps_float32_gradients():

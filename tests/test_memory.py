@@ -66,10 +66,9 @@ def compare(config: Config, tolerance: float) -> None:
 
 @pytest.mark.parametrize("puzzle", [64, 0], ids=["puzzle table", "no puzzle table"])
 @pytest.mark.parametrize("batch", [4, 16])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.002), ("bfloat16", 0.06)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.002), ("bfloat16", 0.002)])
 @pytest.mark.parametrize("arch", ["v1", "gated"])
 def test_a_step_takes_what_the_profiler_sees(arch, dtype, tolerance, batch, puzzle):
-    """In 16 bits attention computes in float32 on a CPU alone, which the rehearsal leaves out: 5 %."""
     config = small(arch, dtype=dtype, global_batch_size=batch, puzzle_emb_ndim=puzzle)
     compare(config, tolerance)
 

@@ -1,0 +1,157 @@
+"""The plain product, by the faster of the two libraries that PyTorch brings for a CPU.
+
+Forward:    y = x @ weight^T + bias
+Backward:   dx = dy @ weight;  dweight = dy^T @ x;  dbias = sum over rows of dy
+
+Saved: x and weight. Nothing is recomputed. Bytes, in elements for M rows: MK + NK read, MN written; the three
+products of a training step are M N K multiply-adds each.
+
+PyTorch gives float32 products to MKL, which takes its AVX2 kernels on any processor but Intel's. There
+oneDNN, which looks at the instruction set alone, is about twice as fast: 380 to 430 GFLOP/s against 170 to
+210 on two AMD EPYC cores with AVX-512. The choice is a fixed function of the machine and never measured, so a
+resumed run adds in the same order as the run before it.
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.backend import Choice, device_of, explain, get_backend
+from kernels.checks import check_floating, check_shape
+
+INTEL = "GenuineIntel"
+
+
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The product by PyTorch's own choice; see `linear`."""
+    return F.linear(x, weight, bias)
+
+
+def machine_limit(vendor: str | None, capability: str, has_onednn: bool) -> str | None:
+    """Why a machine's products stay with PyTorch's own choice, None where oneDNN is faster.
+
+    vendor: as in /proc/cpuinfo, None if unknown. capability: the instruction set that PyTorch found.
+    has_onednn: whether PyTorch was built with it and has its product as an operator.
+    """
+    if not has_onednn:
+        return "this PyTorch has no product by oneDNN"
+    if vendor is None or vendor == INTEL:
+        return f"the processor's vendor is {vendor or 'not known'}, and MKL is at its best on Intel's"
+    if "AVX512" not in capability:
+        return f"oneDNN is no faster without AVX-512, and the processor has {capability}"
+    return None
+
+
+@cache
+def processor_vendor() -> str | None:
+    """The processor's vendor as the system gives it, None where it does not."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), None)
+    except OSError:
+        return None
+
+
+# The compiler takes the answer as it is and does not look into how it was found.
+@torch.compiler.assume_constant_result
+def _here() -> str | None:
+    """Why products on this machine's CPU stay with PyTorch's own choice, None where oneDNN takes them."""
+    if not torch.backends.mkldnn.enabled:
+        return "torch.backends.mkldnn.enabled is False"
+    has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return machine_limit(processor_vendor(), torch.backends.cpu.get_cpu_capability(), has_onednn)
+
+
+def linear_choice(x: Tensor) -> Choice:
+    """What `linear` takes for x, and why: onednn, or reference, which is PyTorch's own choice."""
+    device = device_of(x)
+    if get_backend() == "reference":
+        return Choice("reference", "backend 'reference' was asked for")
+    if device.type != "cpu":
+        return Choice("reference", f"the library for {device.type} multiplies")
+    if x.dtype != torch.float32:
+        return Choice("reference", f"oneDNN is taken for float32, got {x.dtype}")
+    if torch.is_autocast_enabled("cpu"):
+        return Choice("reference", "autocast chooses the dtype of products")
+    limit = _here()
+    return (
+        Choice("reference", limit)
+        if limit
+        else Choice("onednn", "float32 on a processor with AVX-512 that MKL does not know")
+    )
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    # A matrix that is neither contiguous nor the transpose of one falls into oneDNN's plain loops.
+    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
+
+
+# Inductor takes oneDNN's own operator for constant weights only, so it stands behind one of ours; defined
+# without `custom_op`, whose checks of each call cost 5 us, a tenth of a small product.
+torch.library.define("hrm_kernels::linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+@torch.library.impl("hrm_kernels::linear", "CPU")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # oneDNN has no product of nothing, such as the weight's gradient without rows.
+    if not x.numel() or not weight.numel():
+        return F.linear(x, weight, bias)
+    # A bias with gaps would be read as one without.
+    bias = None if bias is None else bias.contiguous()
+    return torch.ops.mkldnn._linear_pointwise.default(x, _dense(weight), bias, "none", [], "")
+
+
+@torch.library.register_fake("hrm_kernels::linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+_linear = torch.ops.hrm_kernels.linear.default
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _differentiate(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    x, weight = ctx.saved_tensors
+    wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+    dy_rows, x_rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    dweight = None
+    if wants_weight:
+        # oneDNN wants the left operand in rows, so one of the two is copied: the narrower one.
+        narrow = dy_rows.shape[1] <= x_rows.shape[1]
+        dweight = (
+            _linear(dy_rows.t(), x_rows.t(), None) if narrow else _linear(x_rows.t(), dy_rows.t(), None).t()
+        )
+    return (
+        _linear(dy, weight.t(), None) if wants_x else None,
+        dweight,
+        dy_rows.sum(0) if wants_bias else None,
+    )
+
+
+torch.library.register_autograd("hrm_kernels::linear", _differentiate, setup_context=_save)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight^T + bias.
+
+    x: (..., K); weight: (N, K); bias: (N,) or None, all of one dtype. Returns (..., N) in that dtype, summed
+    in float32 for narrower ones. On a CPU float32 takes oneDNN where `machine_limit` finds it faster, unless
+    `torch.backends.mkldnn` is switched off; anything else, and everything under `set_backend("reference")`,
+    is `torch.nn.functional.linear`. Raises ValueError or TypeError naming the argument.
+    """
+    check_floating("linear", x=x, weight=weight, **({} if bias is None else {"bias": bias}))
+    if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"linear: weight must have shape (N, {x.shape[-1]}), got {tuple(weight.shape)}")
+    if bias is not None:
+        check_shape("linear", "bias", bias, (weight.shape[0],))
+    choice = linear_choice(x)
+    explain("linear", choice)
+    if choice.implementation == "onednn":
+        return _linear(x, weight, bias)
+    return linear_reference(x, weight, bias)
