@@ -312,12 +312,13 @@ class Engine:
         # In float64 where there is one: the sums of a large set outgrow float32's integers.
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         totals: dict[str, Tensor] = {}
-        inference = self.inference(self._part_rows)
-        for set_name, batch, _ in batches:
-            for first in range(0, self._rows, self._part_rows):
-                inference.run(batch.rows(first, first + self._part_rows))
-                totals.setdefault(set_name, torch.zeros((), dtype=wide, device=self.device))
-                totals[set_name] = totals[set_name] + inference.sums
+        with self._enough_memory():
+            inference = self.inference(self._part_rows)
+            for set_name, batch, _ in batches:
+                for first in range(0, self._rows, self._part_rows):
+                    inference.run(batch.rows(first, first + self._part_rows))
+                    totals.setdefault(set_name, torch.zeros((), dtype=wide, device=self.device))
+                    totals[set_name] = totals[set_name] + inference.sums
         results = {}
         for set_name, total in totals.items():
             reduced = self.world.all_reduce(total).tolist()

@@ -22,6 +22,8 @@ from kernels.backend import Choice, device_of, explain, get_backend
 from kernels.checks import check_floating, check_shape
 
 INTEL = "GenuineIntel"
+# FLOP below which a product stays with PyTorch's own choice: it would save less than oneDNN's call costs.
+LEAST_FLOP = 8_000_000
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -64,8 +66,8 @@ def _here() -> str | None:
     return machine_limit(processor_vendor(), torch.backends.cpu.get_cpu_capability(), has_onednn)
 
 
-def linear_choice(x: Tensor) -> Choice:
-    """What `linear` takes for x, and why: onednn, or reference, which is PyTorch's own choice."""
+def linear_choice(x: Tensor, weight: Tensor) -> Choice:
+    """What `linear` takes, and why: onednn, or reference, which is PyTorch's own choice."""
     device = device_of(x)
     if get_backend() == "reference":
         return Choice("reference", "backend 'reference' was asked for")
@@ -75,6 +77,9 @@ def linear_choice(x: Tensor) -> Choice:
         return Choice("reference", f"oneDNN is taken for float32, got {x.dtype}")
     if torch.is_autocast_enabled("cpu"):
         return Choice("reference", "autocast chooses the dtype of products")
+    flop = 2 * x.numel() * weight.shape[0]
+    if flop < LEAST_FLOP:
+        return Choice("reference", f"a product of {flop / 1e6:.1f} MFLOP is too small for oneDNN's call")
     limit = _here()
     return (
         Choice("reference", limit)
@@ -141,16 +146,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight^T + bias.
 
     x: (..., K); weight: (N, K); bias: (N,) or None, all of one dtype. Returns (..., N) in that dtype, summed
-    in float32 for narrower ones. On a CPU float32 takes oneDNN where `machine_limit` finds it faster, unless
-    `torch.backends.mkldnn` is switched off; anything else, and everything under `set_backend("reference")`,
-    is `torch.nn.functional.linear`. Raises ValueError or TypeError naming the argument.
+    in float32 for narrower ones. On a CPU float32 from LEAST_FLOP on takes oneDNN where `machine_limit` finds
+    it faster, unless `torch.backends.mkldnn` is switched off; anything else, and everything under
+    `set_backend("reference")`, is `torch.nn.functional.linear`. Raises ValueError or TypeError naming the
+    argument.
     """
     check_floating("linear", x=x, weight=weight, **({} if bias is None else {"bias": bias}))
     if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"linear: weight must have shape (N, {x.shape[-1]}), got {tuple(weight.shape)}")
     if bias is not None:
         check_shape("linear", "bias", bias, (weight.shape[0],))
-    choice = linear_choice(x)
+    choice = linear_choice(x, weight)
     explain("linear", choice)
     if choice.implementation == "onednn":
         return _linear(x, weight, bias)

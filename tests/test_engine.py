@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from hrm import engine as engine_module
 from hrm.config import ArchConfig, AttentionConfig, Config
 from hrm.data.dataset import Batch
 from hrm.data.layout import Metadata
 from hrm.engine import Engine
 from hrm.errors import UserError
+from hrm.modes import COMPILE, EAGER
 from kernels import backend
 
 B, S, V, PUZZLES = 8, 9, 6, 5
@@ -190,3 +192,35 @@ def test_implementations_that_cannot_run_are_refused_before_the_first_step(monke
     monkeypatch.setattr(backend, "_backend", "fast")
     with pytest.raises(UserError, match="HRM_KERNELS: expected one of auto, triton, reference, got 'fast'"):
         make_engine()
+
+
+def test_measuring_a_mode_changes_nothing():
+    measured, untouched = make_engine(make_config(mode="auto")), make_engine()
+    assert measured.mode == EAGER
+    ours, theirs = all_state(measured), all_state(untouched)
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    assert not measured.parameters.grad.any() and measured.step == 0
+    batch = next(batches())
+    for engine in (measured, untouched):
+        engine.train_step(batch)
+    assert measured.pop_metrics() == untouched.pop_metrics()
+
+
+@pytest.mark.parametrize("mode", [EAGER, COMPILE])
+def test_a_resumed_run_keeps_the_mode_that_was_measured(monkeypatch, mode):
+    asked = []
+
+    def measure(function, run, steps, device):
+        asked.append(steps)
+        return mode
+
+    monkeypatch.setattr(engine_module, "faster_mode", measure)
+    engine = make_engine(make_config(mode="auto"))
+    assert asked == [] and engine.mode == mode and engine.mode == mode and asked == [40]
+    resumed = make_engine(make_config(mode="auto"))
+    resumed.load_training_state(engine.training_state())
+    assert resumed.mode == mode and asked == [40]
+    # What is named is taken, whatever was measured.
+    named = make_engine(make_config(mode="eager"))
+    named.load_training_state(engine.training_state())
+    assert named.mode == EAGER

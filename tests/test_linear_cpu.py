@@ -18,8 +18,13 @@ module = importlib.import_module("kernels.linear")
 VENDOR = module.processor_vendor()
 
 
+LEAST_FLOP = module.LEAST_FLOP
+
+
 @pytest.fixture(autouse=True)
-def auto_backend():
+def auto_backend(monkeypatch):
+    """Small products too, which these tests are made of."""
+    monkeypatch.setattr(module, "LEAST_FLOP", 0)
     before = kernels.get_backend()
     kernels.set_backend("auto")
     yield
@@ -237,6 +242,15 @@ def test_what_leaves_the_product_to_pytorch(onednn):
     kernels.set_backend("triton")
     assert taken(x)[0] == "onednn"
     assert kernels.linear(x.to("meta"), torch.ones(3, 4, device="meta")).shape == (2, 3)
+
+
+def test_small_products_stay_with_pytorch(onednn, monkeypatch):
+    monkeypatch.setattr(module, "LEAST_FLOP", LEAST_FLOP)
+    rows = LEAST_FLOP // (2 * 3 * 500)
+    x = torch.ones(rows + 1, 500)
+    assert taken(x)[0] == "onednn"
+    assert taken(x[:rows].unflatten(0, (1, rows)))[0] == "reference"
+    assert taken(x[:3]) == ("reference", "a product of 0.0 MFLOP is too small for oneDNN's call")
 
 
 def test_an_older_pytorch_without_the_operator(monkeypatch):

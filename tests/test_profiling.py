@@ -13,7 +13,7 @@ from hrm.errors import UserError
 from hrm.profiling import Profile, region
 from tests.test_engine import batches, make_config, make_engine
 
-PARTS = {"step", "data", "forward", "backward", "all-reduce", "optimiser"}
+PARTS = {"step", "data", "forward", "backward", "optimiser"}
 INNER = {"H cycle 0", "H cycle 1", "Q head", "head and loss", "target pass"}
 INNER |= {f"H cycle {i}, L cycle {j}" for i in (0, 1) for j in (0, 1)}
 
@@ -102,3 +102,17 @@ def test_a_replayed_step_is_said_to_hide_its_parts(tmp_path):
     Profile(make_config(), tmp_path, CPU, said.append, captured=True)
     Profile(make_config(profile="torch"), tmp_path, CPU, said.append)
     assert len(said) == 1
+
+
+def test_what_ranks_exchange_is_a_part_of_its_own(monkeypatch):
+    opened: list[str] = []
+
+    @contextmanager
+    def note(name):
+        opened.append(name)
+        yield
+
+    engine = make_engine()
+    monkeypatch.setattr("hrm.profiling._open", note)
+    engine._exchange()
+    assert opened == ["all-reduce"]
