@@ -212,7 +212,7 @@ OPERATIONS: dict[str, Callable[[Shape], dict[str, Work]]] = {
 # ---------------------------------------------------------------------- what PyTorch moves without a compiler
 
 
-class _Traffic(TorchDispatchMode):
+class Traffic(TorchDispatchMode):
     """Collects each ATen call that launches a kernel: what it reads, writes and multiplies."""
 
     FREE = ("aten::_unsafe_view", "aten::empty_like", "aten::empty", "aten::new_empty", "aten::detach")
@@ -224,21 +224,21 @@ class _Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if not func.is_view and func.name().split(".")[0] not in self.FREE:
-            tensors = [*_tensors((args, kwargs or {})), *_tensors(out)]
+            tensors = [*tensors_in((args, kwargs or {})), *tensors_in(out)]
             flop = (
                 flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
                 if (func.overloadpacket in flop_registry)
                 else 0
             )
-            self.works.append(Work(sum(map(_stored, tensors)), flop))
+            self.works.append(Work(sum(map(stored, tensors)), flop))
         return out
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors_in(tree: Any) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _stored(tensor: Tensor) -> int:
+def stored(tensor: Tensor) -> int:
     """Bytes of the elements that a tensor really has: an expanded dimension holds one."""
     elements = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
@@ -254,13 +254,13 @@ def traced(call: Callable[..., Any], *inputs: Tensor) -> dict[str, list[Work]]:
     before = kernels.get_backend()
     kernels.set_backend("reference")
     try:
-        with _Traffic() as forward:
+        with Traffic() as forward:
             out = call(*inputs)
-        outputs, wanted = _tensors(out), [tensor for tensor in inputs if tensor.requires_grad]
+        outputs, wanted = tensors_in(out), [tensor for tensor in inputs if tensor.requires_grad]
         if not wanted:
             return {"forward": forward.works}
         upstream = [torch.empty_like(output) for output in outputs]
-        with _Traffic() as backward:
+        with Traffic() as backward:
             torch.autograd.grad(outputs, wanted, upstream)
     finally:
         kernels.set_backend(before)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from bench.counts import Work, _stored, _tensors, _Traffic
+from bench.counts import Traffic, Work, stored, tensors_in
 from bench.implementations import metadata
 from bench.roofline import MACHINES, Ceilings, roofline_time
 from hrm.config import parse_args
@@ -86,7 +86,7 @@ def work_of_launch(launch: Launch) -> Work:
         # Of the table no more rows than there are gradients.
         a["table_ptr"] = a["grad_ptr"]
     updated = UPDATED.get(name, ("table_ptr",))
-    moved = sum(_stored(x) * (2 if key in updated else 1) for key, x in a.items() if isinstance(x, Tensor))
+    moved = sum(stored(x) * (2 if key in updated else 1) for key, x in a.items() if isinstance(x, Tensor))
     return Work(moved, FLOP[name](a) if name in FLOP else 0)
 
 
@@ -110,12 +110,12 @@ class Launches(Observer):
 
     def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         name = func.name().split(".")[0]
-        if func.is_view or name in _Traffic.FREE:
+        if func.is_view or name in Traffic.FREE:
             return
-        tensors = _tensors((args, kwargs)) + ([] if name in OVERWRITES else _tensors(out))
+        tensors = tensors_in((args, kwargs)) + ([] if name in OVERWRITES else tensors_in(out))
         count = flop_registry.get(func.overloadpacket)
         flop = 0 if count is None else count(*args, **kwargs, out_val=out)
-        self._add(name.removeprefix("aten::"), Work(sum(map(_stored, tensors)), flop))
+        self._add(name.removeprefix("aten::"), Work(sum(map(stored, tensors)), flop))
 
     def launched(self, launch: Launch) -> None:
         self._add(launch.kernel.__name__, work_of_launch(launch))

@@ -83,6 +83,7 @@ class Engine:
         self._names: list[str] = []
         self._sums: Tensor | None = None
         self._steps_summed = 0
+        self._whole = compiled(self._forward)
         self._programs: list[Callable[[], None]] = []
         self._inferences: dict[int, Inference] = {}
 
@@ -134,18 +135,14 @@ class Engine:
         """The faster mode for the steps ahead, as the main rank measures it on steps that change nothing."""
         mode = EAGER
         if self.world.is_main:
-            mode = faster_mode(self._forward, self._dry_step, self.total_steps - self.step, self.device)
+            steps = self.total_steps - self.step
+            mode = faster_mode(self._forward, self._whole, self._dry_step, steps, self.device)
         compiles = self.world.broadcast(torch.tensor([mode.compiled], dtype=torch.int32)).item()
         return mode if self.world.is_main else (COMPILE if compiles else EAGER)
 
     def _dry_step(self, forward: Callable[..., Any]) -> None:
-        """A step's forward and backward on blank sequences; the state stays as it is."""
-        carry = initial_carry(self.model, self._part_rows, self.metadata.seq_len, self.device)
-        fresh = Sequences(carry.inputs, carry.labels, carry.puzzle_identifiers)
-        rows = None
-        if self.model.puzzle_emb is not None:
-            rows = self.model.puzzle_emb(carry.puzzle_identifiers).requires_grad_()
-        forward(carry, fresh, rows, torch.zeros_like(carry.steps))[1].backward()
+        """A step's forward and backward on what the buffers hold, which stays as it is."""
+        forward(*self._inputs(slice(self._part_rows)))[1].backward()
         self.parameters.zero_grad()
 
     # ------------------------------------------------------------------------------------------ training
@@ -187,7 +184,7 @@ class Engine:
 
     def _step_programs(self) -> list[Callable[[], None]]:
         """A step's parts in their order: one graph, or two around what the ranks exchange."""
-        forward = compiled(self._forward) if self.mode.compiled else self._forward
+        forward = self._whole if self.mode.compiled else self._forward
         program = partial(Program, device=self.device, captured=self.mode.captured)
 
         def whole() -> None:
@@ -203,17 +200,9 @@ class Engine:
         self.parameters.zero_grad()
         for first in range(0, self._rows, self._part_rows):
             part = slice(first, first + self._part_rows)
-            carry = Carry(*(tensor[part] for tensor in self.carry))
-            fresh = Sequences(*(tensor[part] for tensor in self._feed.fresh))
             with region("forward"):
-                puzzle_rows = None
-                if self.model.puzzle_emb is not None:
-                    # A leaf outside the forward: its gradient is these rows', the table's is never made.
-                    identifiers = torch.where(
-                        carry.halted, fresh.puzzle_identifiers, carry.puzzle_identifiers
-                    )
-                    puzzle_rows = self.model.puzzle_emb(identifiers).requires_grad_()
-                after, loss, sums = forward(carry, fresh, puzzle_rows, self._feed.min_halt_steps[part])
+                carry, fresh, puzzle_rows, min_halt_steps = self._inputs(part)
+                after, loss, sums = forward(carry, fresh, puzzle_rows, min_halt_steps)
             with region("backward"):
                 loss.backward()
                 self.parameters.collect_grad()
@@ -226,6 +215,17 @@ class Engine:
             self._add({**sums, "loss": loss.detach() * self.config.global_batch_size})
             # Or they would live through the next part.
             del after, loss, sums, puzzle_rows
+
+    def _inputs(self, part: slice) -> tuple[Carry, Sequences, Tensor | None, Tensor]:
+        """What `_forward` takes for a part of the rows."""
+        carry = Carry(*(tensor[part] for tensor in self.carry))
+        fresh = Sequences(*(tensor[part] for tensor in self._feed.fresh))
+        puzzle_rows = None
+        if self.model.puzzle_emb is not None:
+            # A leaf outside the forward: its gradient is these rows', the table's is never made.
+            identifiers = torch.where(carry.halted, fresh.puzzle_identifiers, carry.puzzle_identifiers)
+            puzzle_rows = self.model.puzzle_emb(identifiers).requires_grad_()
+        return carry, fresh, puzzle_rows, self._feed.min_halt_steps[part]
 
     def _exchange(self) -> None:
         """What the ranks tell each other: the sum of their gradients, and the puzzle rows of all."""

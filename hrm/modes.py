@@ -73,12 +73,16 @@ def compiler_fault(device: torch.device) -> str | None:
 
 
 def faster_mode(
-    function: Callable[..., Any], run: Callable[[Callable[..., Any]], None], steps: int, device: torch.device
+    function: Callable[..., Any],
+    whole: Callable[..., Any],
+    run: Callable[[Callable[..., Any]], None],
+    steps: int,
+    device: torch.device,
 ) -> Mode:
     """Eager or compiled, whichever takes less time for that many steps, compiling included.
 
-    run: makes one step with the function it is given, which is `function` or that compiled. Both are timed;
-    compiling is not tried where it is not likely to pay.
+    run: makes one step with the function it is given: `function`, or `whole`, which is that `compiled`. Both
+    are timed; compiling is not tried where it is not likely to pay.
     """
     eager = _seconds(run, function)
     if steps * eager * COMPILE_SAVES < COMPILE_SECONDS:
@@ -86,7 +90,7 @@ def faster_mode(
     fault = compiler_fault(device)
     if fault is not None:
         return EAGER._replace(note=f"slower: {fault}")
-    start, whole = time.perf_counter(), compiled(function)
+    start = time.perf_counter()
     run(whole)
     spent, fused = time.perf_counter() - start, _seconds(run, whole)
     measured = f"{fused:.3f} s a step against {eager:.3f}"
@@ -111,12 +115,12 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     What cannot be traced is an error at the first call, and from the second on so is whatever would have it
     compiled again: either would make steps slow without a word. Both are UserErrors that name their cause.
     """
-    whole = torch.compile(function, fullgraph=True, dynamic=False)
-    warm = False
+    # None of the compiler is imported before the first call.
+    whole: Callable[..., Any] | None = None
 
     def call(*args: Any) -> Any:
-        nonlocal warm
-        if warm:
+        nonlocal whole
+        if whole is not None:
             try:
                 with torch.compiler.set_stance("fail_on_recompile"):
                     return whole(*args)
@@ -126,13 +130,14 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
                 raise UserError(
                     f"a compiled step would have to be compiled again ({_cause(error)}); mode=eager runs it"
                 ) from error
+        first = torch.compile(function, fullgraph=True, dynamic=False)
         try:
-            out = whole(*args)
+            out = first(*args)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise UserError(
                 f"the step cannot be compiled whole ({_cause(error)}); mode=eager runs it"
             ) from error
-        warm = True
+        whole = first
         return out
 
     return call

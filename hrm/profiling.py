@@ -5,8 +5,8 @@ are none: there the compiler's own kernels are what there is to see.
 """
 
 import importlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,17 @@ def region(name: str) -> AbstractContextManager[Any]:
     if torch.compiler.is_compiling() or _open is None:
         return nullcontext()
     return _open(name)
+
+
+@contextmanager
+def opened_by(opener: Callable[[str], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Meanwhile every range is opened by `opener`."""
+    global _open
+    before, _open = _open, opener
+    try:
+        yield
+    finally:
+        _open = before
 
 
 class Profile:

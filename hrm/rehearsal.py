@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hrm import profiling
 from hrm.config import Config
 from hrm.data.dataset import Batch
 from hrm.data.layout import Metadata
 from hrm.engine import Engine
 from hrm.modes import resolve_dtype
+from hrm.profiling import opened_by
 from kernels.backend import Launch, explained, recorded
 
 # Where the implementation of a custom operation is found, past the fake that stands in for it on meta, and
@@ -65,7 +65,7 @@ class Observer(TorchDispatchMode):
         """At each launch of one of this project's kernels."""
 
     @contextmanager
-    def _region(self, name: str) -> Iterator[None]:
+    def region(self, name: str) -> Iterator[None]:
         self.regions.append(name)
         try:
             yield
@@ -117,9 +117,6 @@ class Rehearsal:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        before, profiling._open = profiling._open, self.observer._region
-        try:
-            with explained(self.device), _LibraryAttention(self.device), self.observer:
-                yield
-        finally:
-            profiling._open = before
+        attention, regions = _LibraryAttention(self.device), opened_by(self.observer.region)
+        with explained(self.device), attention, regions, self.observer:
+            yield

@@ -210,7 +210,7 @@ def test_measuring_a_mode_changes_nothing():
 def test_a_resumed_run_keeps_the_mode_that_was_measured(monkeypatch, mode):
     asked = []
 
-    def measure(function, run, steps, device):
+    def measure(function, whole, run, steps, device):
         asked.append(steps)
         return mode
 
@@ -224,3 +224,27 @@ def test_a_resumed_run_keeps_the_mode_that_was_measured(monkeypatch, mode):
     named = make_engine(make_config(mode="eager"))
     named.load_training_state(engine.training_state())
     assert named.mode == EAGER
+
+
+def test_what_was_compiled_to_be_measured_is_what_trains(monkeypatch):
+    """It takes the buffers themselves, so that the first step meets no reason to compile again."""
+    compilations = []
+    compiler = torch.compile
+
+    def counted(function, **options):
+        compilations.append(function)
+        return compiler(function, **options)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    engine = make_engine(make_config(mode="auto"))
+
+    def measure(function, whole, run, steps, device):
+        run(whole)
+        return COMPILE
+
+    monkeypatch.setattr(engine_module, "faster_mode", measure)
+    source = batches()
+    for _ in range(3):
+        # A recompilation would be refused here, from the second call on.
+        engine.train_step(next(source))
+    assert compilations == [engine._forward]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hrm.errors import UserError
-from hrm.profiling import Profile, region
+from hrm.profiling import Profile, opened_by, region
 from tests.test_engine import batches, make_config, make_engine
 
 PARTS = {"step", "data", "forward", "backward", "optimiser"}
@@ -104,7 +104,7 @@ def test_a_replayed_step_is_said_to_hide_its_parts(tmp_path):
     assert len(said) == 1
 
 
-def test_what_ranks_exchange_is_a_part_of_its_own(monkeypatch):
+def test_what_ranks_exchange_is_a_part_of_its_own():
     opened: list[str] = []
 
     @contextmanager
@@ -113,6 +113,7 @@ def test_what_ranks_exchange_is_a_part_of_its_own(monkeypatch):
         yield
 
     engine = make_engine()
-    monkeypatch.setattr("hrm.profiling._open", note)
+    with opened_by(note):
+        engine._exchange()
     engine._exchange()
     assert opened == ["all-reduce"]
