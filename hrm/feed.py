@@ -75,9 +75,10 @@ class Feed:
             self._side.wait_event(slot.taken)
             slot.staged.copy_(slot.host, non_blocking=True)
             slot.arrived.record()
-        torch.cuda.current_stream().wait_event(slot.arrived)
+        current = torch.cuda.current_stream(self._buffer.device)
+        current.wait_event(slot.arrived)
         self._buffer.copy_(slot.staged)
-        slot.taken.record()
+        slot.taken.record(current)
 
     def _write(
         self, host: Tensor, batch: Batch, min_halt_steps: np.ndarray | int, rates: tuple[float, float]

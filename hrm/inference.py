@@ -62,8 +62,15 @@ class Inference:
     def solve(self, inputs: np.ndarray, puzzle_identifiers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The answers to inputs (B, S) of puzzles (B,), int32: predictions (B, S) int32, q_halt (B,) float32.
 
-        Waits for the device.
+        Waits for the device. Raises ValueError for arrays of other shapes.
         """
-        inputs = np.asarray(inputs)
-        self.run(Batch(inputs, np.full_like(inputs, IGNORE_LABEL), np.asarray(puzzle_identifiers)))
+        inputs, puzzle_identifiers = np.asarray(inputs), np.asarray(puzzle_identifiers)
+        # They would be repeated to fill the batch.
+        B, S = self.predictions.shape
+        if inputs.shape != (B, S) or puzzle_identifiers.shape != (B,):
+            raise ValueError(
+                f"solve: inputs must be {(B, S)} and puzzle_identifiers {(B,)}, "
+                f"got {inputs.shape} and {puzzle_identifiers.shape}"
+            )
+        self.run(Batch(inputs, np.full_like(inputs, IGNORE_LABEL), puzzle_identifiers))
         return self.predictions.cpu().numpy().copy(), self.q_halt.cpu().numpy().copy()

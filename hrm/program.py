@@ -27,18 +27,15 @@ class Program:
     def __call__(self) -> None:
         if self._replay is not None:
             self._replay()
-        elif self._captured and self._calls >= WARM_UP:
+        elif not self._captured:
+            self._body()
+        elif self._calls < WARM_UP:
+            self._calls += 1
+            aside(self._body, self._device)
+        else:
             # A capture records without running.
             self._replay = capture(self._body, self._device)
             self._replay()
-        else:
-            self._calls += 1
-            self._run()
-
-    def _run(self) -> None:
-        if not self._captured:
-            return self._body()
-        aside(self._body, self._device)
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:

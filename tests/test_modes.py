@@ -75,6 +75,19 @@ def test_the_faster_mode_is_measured_for_the_steps_ahead(monkeypatch, compiled_s
     assert measured().note == ("" if expected == "untried" else "slower: no compiler")
 
 
+def test_long_steps_are_measured_once(monkeypatch):
+    made = []
+
+    def run(function) -> None:
+        made.append(1)
+        time.sleep(0.02)
+
+    monkeypatch.setattr(modes, "ENOUGH_SECONDS", 0.01)
+    assert faster_mode(run, run, run, 1, CPU) == EAGER and len(made) == 1
+    monkeypatch.setattr(modes, "ENOUGH_SECONDS", 5.0)
+    assert faster_mode(run, run, run, 1, CPU) == EAGER and len(made) == 5
+
+
 def test_a_compiled_function_is_compiled_once_and_whole():
     double = compiled(lambda x: 2 * x)
     assert torch.equal(double(torch.ones(3)), torch.full((3,), 2.0))

@@ -82,6 +82,14 @@ def test_a_replayed_evaluation_equals_the_eager_one(captures_on_cpu):
     assert answers[0][0].shape == (B, S) and answers[0][1].shape == (B,)
 
 
+def test_a_solve_of_another_shape_is_refused():
+    inputs, identifiers = next(batches()).inputs, next(batches()).puzzle_identifiers
+    inference = engine_in(EAGER).inference(B)
+    for wrong in ((inputs[:1], identifiers), (inputs[0], identifiers), (inputs, identifiers[:1])):
+        with pytest.raises(ValueError, match=r"inputs must be \(8, 9\) and puzzle_identifiers \(8,\), got"):
+            inference.solve(*wrong)
+
+
 @pytest.mark.parametrize("use_gating", [False, True])
 def test_a_compiled_run_follows_the_eager_one(use_gating):
     """Fused kernels round differently; over the same batches a run may drift from it only slowly.
