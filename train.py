@@ -10,11 +10,12 @@ from dataclasses import asdict
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hrm.config import KEYS, Config, parse_args, resolve_device, to_yaml
+from hrm.config import KEYS, parse_args, resolve_device, to_yaml
 from hrm.errors import UserError, run_command
 from hrm.ranks import one_voice
+from hrm.schema import ArchConfig, Config, LossConfig, SubgoalConfig, stage_arch
 
 # PyTorch takes seconds to import: --help and a mistyped key are answered without it.
 if TYPE_CHECKING:
@@ -23,8 +24,13 @@ if TYPE_CHECKING:
     from hrm.data.dataset import PuzzleDataset
     from hrm.distributed import World
     from hrm.engine import Engine
+    from hrm.stopping import Best
 
 Say = Callable[[str], None]
+# Metrics by kind of weights, eval or eval_ema, by test set, by name.
+Evaluations = dict[str, dict[str, dict[str, float]]]
+# The moving average of the weights, beside a checkpoint's own.
+AVERAGE = "ema.safetensors"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +56,7 @@ def run(config: Config, world: "World", device: "torch.device") -> None:
     from hrm.data.dataset import PuzzleDataset, check_same_task, fingerprint, steps_in, train_batches
     from hrm.engine import Engine
     from hrm.profiling import Profile
+    from hrm.stopping import Best, score
     from hrm.storage import run_lock
     from hrm.trackers import Report
 
@@ -68,9 +75,16 @@ def run(config: Config, world: "World", device: "torch.device") -> None:
     if config.max_steps is not None:
         total_steps = min(total_steps, config.max_steps)
 
+    epochs_per_iter = config.eval_interval or config.epochs
+
     # Model, optimisers and carry; then this run's last checkpoint, another run's weights, or nothing.
     engine = Engine(config, train_set.metadata, total_steps=total_steps, device=device, world=world)
-    position, checkpoint, identity = find_start(config, engine, run_dir, identity, say)
+    start = find_start(config, engine, run_dir, identity, say)
+    position, checkpoint, identity = start.position, start.checkpoint, start.identity
+    best = Best(config.early_stop_min_delta)
+    if start.best is not None:
+        best.load_state_dict(start.best)
+    engine.enter(stage_arch(config, position[0] * epochs_per_iter))
     world.check_equal({"checkpoint": f"{checkpoint}, step {engine.step}"})
     engine.agree()
     profile = Profile(config, run_dir, device, say, captured=engine.mode.captured)
@@ -78,7 +92,7 @@ def run(config: Config, world: "World", device: "torch.device") -> None:
         train_set,
         seed=config.seed,
         epochs=config.epochs,
-        epochs_per_iter=config.eval_interval or config.epochs,
+        epochs_per_iter=epochs_per_iter,
         global_batch_size=config.global_batch_size,
         rank=world.rank,
         world_size=world.size,
@@ -98,14 +112,16 @@ def run(config: Config, world: "World", device: "torch.device") -> None:
             write_config(run_dir, config)
 
         # The loop.
-        results: dict[str, dict[str, float]] = {}
+        results: Evaluations = {}
         resume_step = None if checkpoint is None else engine.step
         stack.enter_context(profile)
         report = stack.enter_context(
             Report(config, run_dir, total_steps, resume_step, mute=not world.is_main)
         )
+        if resume_step is None:
+            report.start({"model/parameters": parameter_count(engine)})
         for batch in batches:
-            if engine.step >= total_steps:
+            if engine.step >= total_steps or best.should_stop(config.early_stop_patience):
                 break
             profile.before_step()
             engine.train_step(batch)
@@ -117,14 +133,19 @@ def run(config: Config, world: "World", device: "torch.device") -> None:
             if at_evaluation:
                 position, results = batch.position, evaluate(engine, test_set)
                 report.evaluation(engine.step, results)
-                if config.checkpoint_every_eval or at_end:
-                    checkpoint = save(run_dir, engine, position, identity, results)
+                rank = score(results["eval_ema" if config.ema else "eval"], config.best_metric)
+                is_better = best.update(engine.step, rank)
+                if config.checkpoint_every_eval or at_end or (is_better and config.keep_best):
+                    checkpoint = save(run_dir, engine, position, identity, results, best, rank)
+                engine.enter(stage_arch(config, position[0] * epochs_per_iter))
                 report.resume_clock()
 
         # The end. The data may end a few steps before the estimate, at an evaluation.
         results = results or evaluate(engine, test_set)
         if checkpoint is None or checkpoint.name != f"step_{engine.step}":
-            checkpoint = save(run_dir, engine, position, identity, results)
+            checkpoint = save(run_dir, engine, position, identity, results, best, None)
+    if best.should_stop(config.early_stop_patience) and engine.step < total_steps:
+        say(f"stopped early: no evaluation better than that of step {best.step} in the last {best.stale}")
     say(summary(config, results, engine.step, checkpoint))
 
 
@@ -149,6 +170,8 @@ def run_identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
     # A last interval that is shorter than the others has an order of its own.
     if config.eval_interval is None or config.epochs % config.eval_interval:
         same["epochs"] = config.epochs
+    if config.stages is not None:
+        same["stages"] = [asdict(stage) for stage in config.stages]
     return {
         "arch": asdict(config.arch),
         "loss": asdict(config.loss),
@@ -158,10 +181,17 @@ def run_identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
     }
 
 
-def find_start(
-    config: Config, engine: "Engine", run_dir: Path, identity: dict[str, Any], say: Say
-) -> tuple[tuple[int, int], Path | None, dict[str, Any]]:
-    """Loads what the run starts from. Returns its place in the data, the checkpoint resumed, its identity."""
+class Start(NamedTuple):
+    """Where a run starts: place in the data, checkpoint resumed, identity, best evaluation so far."""
+
+    position: tuple[int, int]
+    checkpoint: Path | None
+    identity: dict[str, Any]
+    best: dict[str, Any] | None
+
+
+def find_start(config: Config, engine: "Engine", run_dir: Path, identity: dict[str, Any], say: Say) -> Start:
+    """Loads what the run starts from."""
     from hrm.checkpoint import check_same_run, latest_checkpoint, load_checkpoint
     from hrm.weights import load_weights
 
@@ -183,12 +213,13 @@ def find_start(
             # Where the run once started from need not be said again, and stays on record.
             origin = checkpoint.manifest["run"].get("checkpoint_path")
             identity = {**identity, "checkpoint_path": origin}
-        check_same_run(checkpoint.manifest, identity)
+        check_same_run({**checkpoint.manifest, "run": with_defaults(checkpoint.manifest["run"])}, identity)
         engine.load_weights(checkpoint.weights)
+        engine.load_average(checkpoint.extra.get(AVERAGE, {}))
         engine.load_training_state(checkpoint.training)
         say(f"resuming {checkpoint.path} at step {checkpoint.step}; resume=none or a run_name starts anew")
         iteration, index = checkpoint.training["position"]
-        return (iteration, index), checkpoint.path, identity
+        return Start((iteration, index), checkpoint.path, identity, checkpoint.training.get("best"))
 
     if config.checkpoint_path is not None:
         shapes = {name: tensor.shape for name, tensor in engine.weights().items()}
@@ -196,7 +227,18 @@ def find_start(
         engine.load_weights(weights)
         for note in [f"starting from the weights of {config.checkpoint_path}", *notes]:
             say(note)
-    return (0, 0), None, identity
+    return Start((0, 0), None, identity, None)
+
+
+def with_defaults(run: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's identity with the options that did not exist when it was saved, at their defaults."""
+    try:
+        arch = dict(run["arch"])
+        arch["subgoal_head"] = SubgoalConfig(**arch.get("subgoal_head", {}))
+        return {**run, "arch": asdict(ArchConfig(**arch)), "loss": asdict(LossConfig(**run["loss"]))}
+    # Of a later version, or none of this trainer: the comparison names what differs.
+    except (KeyError, TypeError, ValueError):
+        return run
 
 
 def set_aside(run_dir: Path) -> Path:
@@ -223,12 +265,15 @@ def save(
     engine: "Engine",
     position: tuple[int, int],
     identity: dict[str, Any],
-    results: dict[str, dict[str, float]],
+    results: Evaluations,
+    best: "Best",
+    score: float | None,
 ) -> Path:
     """Saves a checkpoint of the whole state; every rank takes part, the main one writes."""
     from hrm.checkpoint import save_checkpoint
 
-    training = {**engine.training_state(), "position": list(position)}
+    training = {**engine.training_state(), "position": list(position), "best": best.state_dict()}
+    average = engine.averaged_weights()
     if engine.world.is_main:
         save_checkpoint(
             run_dir,
@@ -238,34 +283,46 @@ def save(
             run=identity,
             metrics=results,
             keep=engine.config.keep_checkpoints,
+            extra={AVERAGE: average} if average else None,
+            score=score,
+            keep_best=engine.config.keep_best,
         )
     engine.world.barrier()
     return run_dir / f"step_{engine.step}"
 
 
-def evaluate(engine: "Engine", test_set: "PuzzleDataset") -> dict[str, dict[str, float]]:
-    """The test split's metrics by set."""
+def evaluate(engine: "Engine", test_set: "PuzzleDataset") -> Evaluations:
+    """The test split's metrics by set as `eval`; with ema=true the averaged weights' as `eval_ema`."""
     from hrm.data.dataset import test_batches
 
     world = engine.world
-    batches = test_batches(
+    batches = partial(
+        test_batches,
         test_set,
         global_batch_size=engine.config.global_batch_size,
         rank=world.rank,
         world_size=world.size,
     )
-    return engine.evaluate(batches)
+    results = {"eval": engine.evaluate(batches())}
+    if engine.config.ema:
+        with engine.averaged():
+            results["eval_ema"] = engine.evaluate(batches())
+    return results
+
+
+def parameter_count(engine: "Engine") -> int:
+    """The parameters of the model, the puzzle table aside."""
+    return sum(p.numel() for p in engine.model.parameters())
 
 
 def describe(engine: "Engine", train_set: "PuzzleDataset", test_set: "PuzzleDataset") -> str:
     """One line on what is about to train."""
     config, world = engine.config, engine.world
-    parameters = sum(p.numel() for p in engine.model.parameters())
     ranks = f" x {world.size} ranks" if world.size > 1 else ""
     note = f" ({engine.mode.note})" if engine.mode.note else ""
     examples = [sum(len(part.inputs) for part in split.sets.values()) for split in (train_set, test_set)]
     return (
-        f"{'gated HRM' if config.arch.use_gating else 'HRM v1'}, {parameters:,} parameters, "
+        f"{model_name(config.arch)}, {parameter_count(engine):,} parameters, "
         f"{engine.device}{ranks}, {str(engine.model.dtype).removeprefix('torch.')}, mode {engine.mode.name}"
         f"{note}; "
         f"{train_set.folder.parent}: {examples[0]:,} training and {examples[1]:,} test examples; "
@@ -273,7 +330,13 @@ def describe(engine: "Engine", train_set: "PuzzleDataset", test_set: "PuzzleData
     )
 
 
-def summary(config: Config, results: dict[str, dict[str, float]], step: int, checkpoint: Path) -> str:
+def model_name(arch: ArchConfig) -> str:
+    """The kind of model, in words."""
+    kinds = ["gated"] * arch.use_gating + ["feudal"] * arch.subgoal_head.enabled
+    return " ".join([*kinds, "TRM" if arch.share_levels else "HRM" if kinds else "HRM v1"])
+
+
+def summary(config: Config, results: Evaluations, step: int, checkpoint: Path) -> str:
     """The last lines: the result, where it lies, what to type next."""
     from hrm.trackers import evaluation_line
 
@@ -283,14 +346,14 @@ def summary(config: Config, results: dict[str, dict[str, float]], step: int, che
     python = Path(sys.executable)
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else Path("python")
     again = f"  {python} train.py --config {checkpoint.parent / 'config.yaml'}"
-    gates, name = ("false", "ungated") if config.arch.use_gating else ("true", "gated")
     lines += [
         f"checkpoint: {checkpoint}",
         f"metrics:    {checkpoint.parent / 'metrics.jsonl'}",
         "next:",
         f"{again} epochs={2 * config.epochs}   train on, twice as long in all",
-        f"{again} arch.use_gating={gates} run_name={config.run_name}-{name}   compare {name}",
         f"{again} checkpoint_path={checkpoint} run_name={config.run_name}-next   start from its weights",
+        f"  {python} -m hrm.report {checkpoint.parent}   draw this run",
+        f"  {python} -m hrm.compare --arch v1 gated   compare architectures, over seeds",
         f"  {python} train.py --help   every option; preset=full is the full-size model",
     ]
     return "\n".join(lines)

@@ -4,11 +4,13 @@ A run's folder holds one folder `step_<N>` for each checkpoint:
 
     model.safetensors   the weights
     training.pt         optimiser, carry, place in the data: nested dicts, lists, tensors, numbers
-    manifest.json       format, step, serial, size and sha256 of each file, run, versions, metrics
+    *.safetensors       more tensors of the same step, such as an average of the weights
+    manifest.json       format, step, serial, size and sha256 of each file, run, versions, metrics, score
 
 A save writes into `.tmp_step_*` beside them, syncs, and renames; so whatever has the name `step_<N>` is
 complete, and a process killed at any moment leaves the earlier checkpoints as they were. "Newest" is the one
 saved last (the manifest's serial): not the largest step, once a run went back to an earlier checkpoint.
+"Best" is the one with the highest score, of equal ones the first.
 """
 
 import errno
@@ -48,6 +50,7 @@ from hrm.storage import (
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "best_checkpoint",
     "check_same_run",
     "latest_checkpoint",
     "load_checkpoint",
@@ -61,17 +64,24 @@ WEIGHTS, TRAINING, MANIFEST = "model.safetensors", "training.pt", "manifest.json
 STEP_NAME = re.compile(r"step_(\d{1,18})(\.old)?")
 _TEMP = ".tmp_step_"
 _MANIFEST_LIMIT = 1 << 20
+# A plain name, so that nothing outside the folder is read or written.
+_TENSORS_NAME = re.compile(r"\w[\w.-]*\.safetensors")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load_checkpoint` read: `notes` names each newer checkpoint that was damaged and passed over."""
+    """What `load_checkpoint` read.
+
+    extra: further tensors by the name of their file. notes: names each newer checkpoint that was damaged and
+    passed over.
+    """
 
     step: int
     weights: dict[str, Tensor]
     training: dict[str, Any]
     manifest: dict[str, Any]
     path: Path
+    extra: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -86,30 +96,42 @@ def save_checkpoint(
     training: Mapping[str, Any],
     run: Mapping[str, Any],
     metrics: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Mapping[str, Tensor]] | None = None,
+    score: float | None = None,
     keep: int | None = 3,
+    keep_best: bool = False,
 ) -> Path:
     """Save `run_dir/step_<step>` whole or not at all, then remove all but the last `keep` (None: keep all).
 
     weights: tensors of any device and layout; views of one flat buffer are copied apart. training: nested
     dicts, lists and tuples of tensors, numbers, strings and None; anything else is a TypeError that names its
     place. run: what makes the run the one it is, for `check_same_run`. metrics: the results at this step,
-    kept in the manifest. An existing `step_<step>` is replaced. Returns the checkpoint's folder.
+    kept in the manifest. extra: further tensors by the name of their file, as {"ema.safetensors": {...}}.
+    score: how good the step is, higher being better; None or NaN is no score. keep_best: the checkpoint with
+    the best score stays too, however old. An existing `step_<step>` is replaced. Returns the checkpoint's
+    folder.
     Raises CheckpointError when it cannot be written; the earlier checkpoints stay and no partial one is left.
     """
     if keep is not None and keep < 1:
         raise ValueError(f"keep is {keep}: at least one checkpoint must stay, or None for all")
+    for name in extra or ():
+        if not _TENSORS_NAME.fullmatch(name) or name == WEIGHTS:
+            raise ValueError(f"extra: {name!r} is not the name of a further .safetensors file")
     run_dir, step = Path(run_dir), int(step)
     # a copy first: whatever training does next, what is written belongs to one step
-    tensors = {name: compact(tensor) for name, tensor in weights.items()}
+    tensors = {
+        name: {key: compact(tensor) for key, tensor in group.items()}
+        for name, group in {WEIGHTS: weights, **(extra or {})}.items()
+    }
     state = plain(training, "training")
     needed = nbytes(tensors) + nbytes(state)
     final, temp = run_dir / f"step_{step}", run_dir / f"{_TEMP}{step}_{secrets.token_hex(4)}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         _clean(run_dir)
-        serial = 1 + max((serial or 0 for _, serial in _folders(run_dir)), default=0)
+        serial = 1 + max((manifest["serial"] for _, manifest in _folders(run_dir) if manifest), default=0)
         fields = {"format": FORMAT, "step": step, "serial": serial, "run": run, "versions": _versions()}
-        fields["metrics"] = metrics or {}
+        fields |= {"metrics": metrics or {}, "score": score}
         temp.mkdir()
         _write(temp, tensors, state, fields)
         _swap_in(temp, final)
@@ -123,17 +145,22 @@ def save_checkpoint(
     finally:
         shutil.rmtree(temp, ignore_errors=True)
     if keep is not None:
-        for folder in [folder for folder, serial in _folders(run_dir) if serial is not None][keep:]:
-            _discard(folder)
+        best = next(iter(_by_score(run_dir)), None) if keep_best else None
+        for folder in [folder for folder, manifest in _folders(run_dir) if manifest][keep:]:
+            if folder != best:
+                _discard(folder)
     return final
 
 
-def _write(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any], fields: dict[str, Any]) -> None:
-    save_file(tensors, folder / WEIGHTS)
+def _write(
+    folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], fields: dict[str, Any]
+) -> None:
+    for name, group in tensors.items():
+        save_file(group, folder / name)
     with open(folder / TRAINING, "wb") as file:
         torch.save(state, file)
     files = {}
-    for name in (WEIGHTS, TRAINING):
+    for name in (*tensors, TRAINING):
         sync(folder / name)
         files[name] = {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
     manifest = json.loads(to_json({**fields, "files": files}))
@@ -194,17 +221,20 @@ def _save_error(run_dir: Path, needed: int, cause: OSError) -> CheckpointError:
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     """Read a checkpoint, every file checked against the manifest's hashes first.
 
-    path: a `step_<N>` folder, or a run's folder, whose newest good one is taken. Weights come on `device`;
-    `training` stays on the CPU, mapped from the file where possible, for the caller to copy from.
+    path: a `step_<N>` folder, or a run's folder, whose newest good one is taken. Weights and extra tensors
+    come on `device`; `training` stays on the CPU, mapped from the file where possible, for the caller to copy
+    from.
     Raises CheckpointError naming the damaged file; a pickled object in it is refused without being built.
     """
     folder, manifest, notes = choose(Path(path))
+    extra = sorted(manifest["files"].keys() - {WEIGHTS, TRAINING})
     return Checkpoint(
         step=manifest["step"],
         weights=read_safetensors(folder / WEIGHTS, device),
         training=read_training(folder / TRAINING),
         manifest=manifest,
         path=folder,
+        extra={name: read_safetensors(folder / name, device) for name in extra},
         notes=notes,
     )
 
@@ -213,6 +243,15 @@ def latest_checkpoint(run_dir: str | Path) -> tuple[Path | None, list[str]]:
     """The run's newest undamaged checkpoint (None without one), and a line for each damaged one passed."""
     folder, _, notes = _newest(Path(run_dir))
     return folder, notes
+
+
+def best_checkpoint(run_dir: str | Path) -> Path | None:
+    """The run's undamaged checkpoint with the best score, of equal ones the first; None if none has one."""
+    for folder in _by_score(Path(run_dir)):
+        with suppress(CheckpointError):
+            _verified(folder)
+            return folder
+    return None
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -287,18 +326,28 @@ def _newest(run_dir: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
     return None, {}, notes
 
 
-def _folders(run_dir: Path) -> list[tuple[Path, int | None]]:
-    """Checkpoint folders and serials: first those whose manifest cannot be read, then the newest first."""
-    found: list[tuple[Path, int | None]] = []
+def _folders(run_dir: Path) -> list[tuple[Path, dict[str, Any] | None]]:
+    """Checkpoint folders and manifests: first those whose manifest cannot be read, then the newest first."""
+    found: list[tuple[Path, dict[str, Any] | None]] = []
     for entry in run_dir.iterdir() if run_dir.is_dir() else ():
         match = STEP_NAME.fullmatch(entry.name)
         if not match or not entry.is_dir() or (match[2] and (run_dir / f"step_{match[1]}").is_dir()):
             continue
         try:
-            found.append((entry, read_manifest(entry)["serial"]))
+            found.append((entry, read_manifest(entry)))
         except CheckpointError:
             found.append((entry, None))
-    return sorted(found, key=lambda item: math.inf if item[1] is None else item[1], reverse=True)
+    return sorted(found, key=lambda item: item[1]["serial"] if item[1] else math.inf, reverse=True)
+
+
+def _by_score(run_dir: Path) -> list[Path]:
+    """The checkpoints that have a score by their manifests: the best first, of equal ones the oldest."""
+    scored = [
+        (manifest["score"], -manifest["serial"], folder)
+        for folder, manifest in _folders(run_dir)
+        if manifest and manifest.get("score") is not None
+    ]
+    return [folder for _, _, folder in sorted(scored, reverse=True)]
 
 
 def _verified(folder: Path) -> dict[str, Any]:
@@ -326,11 +375,15 @@ def _well_formed(manifest: dict[str, Any]) -> bool:
         all(type(manifest.get(key)) is int and manifest[key] >= 0 for key in ("format", "step", "serial"))
         and isinstance(manifest.get("run"), dict)
         and isinstance(files, dict)
+        and _is_score(manifest.get("score"))
         and {WEIGHTS, TRAINING} <= files.keys()
-        # a plain name each, so that nothing outside the folder is read
-        and all(re.fullmatch(r"\w[\w.-]*", name) for name in files)
+        and all(name == TRAINING or _TENSORS_NAME.fullmatch(name) for name in files)
         and all(isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in files.values())
     )
+
+
+def _is_score(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and math.isfinite(value))
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

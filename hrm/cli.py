@@ -72,13 +72,15 @@ def key(
     pattern: str | None = None,
     form: str | None = None,
     shown: str | None = None,
+    items: type | None = None,
 ) -> Any:
     """A dataclass field that is a key of the configuration.
 
     `ge, gt, le, lt` bound a number. `pattern` is what a string must match in full, `form` says so in words.
-    `shown` replaces the default in the help where it depends on other keys.
+    `shown` replaces the default in the help where it depends on other keys. `items` is the dataclass of keys
+    that a list holds.
     """
-    meta = {"help": help, "bounds": {">=": ge, ">": gt, "<=": le, "<": lt}, "shown": shown}
+    meta = {"help": help, "bounds": {">=": ge, ">": gt, "<=": le, "<": lt}, "shown": shown, "items": items}
     return field(default=default, metadata={**meta, "pattern": pattern, "form": form})
 
 
@@ -96,7 +98,9 @@ class Key:
     @property
     def allowed(self) -> str:
         """The values it takes, in words."""
-        if self.choices:
+        if self.kind is list:
+            text = "a list of {" + ", ".join(f"{name}: VALUE" for name in keys_of(self.meta["items"])) + "}"
+        elif self.choices:
             text = " or ".join(", ".join(map(str, self.choices)).rsplit(", ", 1))
         elif self.kind is bool:
             text = "true or false"
@@ -125,6 +129,8 @@ class Key:
             )
         if text in ("null", "~"):
             value = None
+        elif self.kind is list:
+            return self.parse_list(compose(text, f"{where}{self.name}={show(text)}"), where)
         elif self.choices:
             value = {str(choice): choice for choice in self.choices}.get(text, text)
         elif self.kind is bool:
@@ -138,10 +144,34 @@ class Key:
             raise ConfigError(f"{where}{self.name}={show(text)} is not allowed: give {self.allowed}")
         return value
 
+    def parse_list(self, node: yaml.Node | None, where: str) -> Any:
+        """The value that a YAML sequence of mappings writes."""
+        if isinstance(node, yaml.ScalarNode) and node.value in ("null", "~"):
+            return self.parse(node.value, where)
+        if not isinstance(node, yaml.SequenceNode) or not node.value:
+            raise ConfigError(f"{where}{self.name}: give {self.allowed}")
+        kind: Any = self.meta["items"]
+        keys = keys_of(kind)
+        items = []
+        for index, child in enumerate(node.value):
+            name = f"{where}{self.name}[{index}]"
+            values = {}
+            for field_name, value, _ in mapping_items(child, name):
+                found = find_key(field_name, keys, f"{name}: ")
+                values[field_name] = found.parse(scalar(value, field_name, f"{name}: "), f"{name}: ")
+            missing = [key for key, k in keys.items() if not k.nullable and key not in values]
+            if missing:
+                raise ConfigError(f"{name} has no {missing[0]}: give {keys[missing[0]].allowed}")
+            items.append(kind(**values))
+        return items
+
     def accepts(self, value: Any) -> bool:
         """Whether `value` has the type, and lies in the range, that the field declares."""
         if value is None:
             return self.nullable
+        if self.kind is list:
+            keys = keys_of(self.meta["items"])
+            return bool(value) and all(k.accepts(getattr(v, n, None)) for v in value for n, k in keys.items())
         if self.choices:
             return any(type(value) is type(choice) and value == choice for choice in self.choices)
         if self.kind is bool:
@@ -172,6 +202,8 @@ def keys_of(group: type, prefix: str = "") -> dict[str, Key]:
         if get_origin(kind) in (Union, UnionType):
             nullable = True
             kind = next(arg for arg in get_args(kind) if arg is not NoneType)
+        if get_origin(kind) is list:
+            kind = list
         if get_origin(kind) is Literal:
             choices = get_args(kind)
             kind = type(choices[0])
@@ -290,19 +322,26 @@ def _refuse_flag(name: str, keys: Mapping[str, Key]) -> None:
 def read_yaml(path: str) -> yaml.Node | None:
     """The node tree of a YAML file; None if it is empty. Nothing in it is constructed: scalars stay text."""
     try:
-        return yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a UTF-8 text file"
         raise ConfigError(f"cannot read {show(path)}: {reason}") from None
+    return compose(text, show(path))
+
+
+def compose(text: str, where: str) -> yaml.Node | None:
+    """The node tree of a YAML text from `where`."""
+    try:
+        return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f" line {mark.line + 1}" if mark else ""
         raise ConfigError(
-            f"{show(path)}{line}: not valid YAML: {show(error.problem or error.context or 'cut short')}"
+            f"{where}{line}: not valid YAML: {show(error.problem or error.context or 'cut short')}"
         ) from None
     except (yaml.YAMLError, RecursionError):
         raise ConfigError(
-            f"{show(path)}: not valid YAML: nested too deeply, or characters YAML does not allow"
+            f"{where}: not valid YAML: nested too deeply, or characters YAML does not allow"
         ) from None
 
 
@@ -341,6 +380,8 @@ def read_keys(node: yaml.Node | None, path: str, keys: Mapping[str, Key], prefix
         dotted = prefix + name
         if any(k.startswith(f"{dotted}.") for k in keys) and dotted not in MOVED:
             found = read_keys(child, path, keys, f"{dotted}.")
+        elif dotted in keys and keys[dotted].kind is list:
+            found = {dotted: keys[dotted].parse_list(child, where)}
         else:
             found = {dotted: find_key(dotted, keys, where).parse(scalar(child, dotted, where), where)}
         if values.keys() & found.keys():

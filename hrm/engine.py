@@ -8,21 +8,24 @@ state is the tensors named here and a step number, and no value of a step is rea
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hrm.act import Carry, Outputs, Sequences, act_step, draw_min_halt_steps, initial_carry, replace_halted
+from hrm.act import Carry, Sequences, act_step, draw_min_halt_steps, initial_carry, replace_halted
 from hrm.config import Config
 from hrm.data.dataset import Batch
 from hrm.data.layout import Metadata
 from hrm.distributed import World, digest
 from hrm.errors import UserError
 from hrm.feed import Feed
+from hrm.gating import gate_loss_scale, gate_statistics
 from hrm.inference import Inference
 from hrm.losses import act_loss
+from hrm.metrics import gate_metrics, means
 from hrm.model import HRM
 from hrm.modes import (
     COMPILE,
@@ -37,11 +40,12 @@ from hrm.modes import (
 from hrm.optim import AdamATan2, FlatParameters, learning_rate
 from hrm.profiling import region
 from hrm.program import Program
+from hrm.schema import ArchConfig
 from kernels import get_backend, sign_sgd
 from kernels.backend import BackendError
 
-# The sums that are means over sequences which halted; every other one is a mean over all sequences.
-PER_HALTED = ("accuracy", "exact_accuracy", "q_halt_accuracy", "steps")
+# Sequences of the carry whose gates are looked at for the log.
+GATES_SEEN = 16
 
 
 class Engine:
@@ -95,7 +99,14 @@ class Engine:
             self.parameters, beta1=config.beta1, beta2=config.beta2, weight_decay=config.weight_decay
         )
         self._feed = Feed(self._rows, self.metadata.seq_len, self.device, self.parameters.data.dtype)
-        self.carry = initial_carry(model, self._rows, self.metadata.seq_len, self.device)
+        self.average = self.parameters.data.clone() if config.ema else None
+        self.carry = initial_carry(
+            model,
+            self._rows,
+            self.metadata.seq_len,
+            self.device,
+            keeps_gates=config.loss.gate_stability_weight > 0,
+        )
         self._row_grads: Tensor | None = None
         if model.puzzle_emb is not None:
             self._row_grads = model.puzzle_emb.weights.new_zeros(self._rows, config.arch.puzzle_emb_ndim)
@@ -118,7 +129,8 @@ class Engine:
         if self.model.puzzle_emb is not None:
             rows = self.model.puzzle_emb(carry.puzzle_identifiers)
         try:
-            self._loss(*act_step(self.model, carry, rows, torch.zeros_like(carry.steps)))
+            after, outputs = act_step(self.model, carry, rows, torch.zeros_like(carry.steps))
+            act_loss(self.config.loss, self.model.lm_head.weight, after, outputs)
         except BackendError as error:
             raise UserError(str(error)) from None
 
@@ -148,16 +160,21 @@ class Engine:
     # ------------------------------------------------------------------------------------------ training
 
     def _forward(
-        self, carry: Carry, fresh: Sequences, puzzle_rows: Tensor | None, min_halt_steps: Tensor
+        self,
+        carry: Carry,
+        fresh: Sequences,
+        puzzle_rows: Tensor | None,
+        min_halt_steps: Tensor,
+        gate_loss_scale: Tensor,
     ) -> tuple[Carry, Tensor, dict[str, Tensor]]:
+        config = self.config
         carry = replace_halted(self.model, carry, fresh)
-        carry, outputs = act_step(self.model, carry, puzzle_rows, min_halt_steps)
-        loss, sums = self._loss(carry, outputs)
-        return carry, loss / self.config.global_batch_size, sums
-
-    def _loss(self, carry: Carry, outputs: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
+        previous_gates, sees_gates = carry.gates, config.loss.uses_gates
+        carry, outputs = act_step(self.model, carry, puzzle_rows, min_halt_steps, sees_gates=sees_gates)
         with region("head and loss"):
-            return act_loss(self.config.loss.loss_type, self.model.lm_head.weight, carry, outputs)
+            head = self.model.lm_head.weight
+            loss, sums = act_loss(config.loss, head, carry, outputs, previous_gates, gate_loss_scale)
+        return carry, loss / config.global_batch_size, sums
 
     def train_step(self, batch: Batch) -> None:
         """One ACT step and one update. batch: this rank's rows of the global batch, taken where needed.
@@ -177,6 +194,9 @@ class Engine:
                     min_halt_steps[self.world.rows(config.global_batch_size)],
                     self.learning_rate(config.lr),
                     self.learning_rate(config.puzzle_emb_lr),
+                    gate_loss_scale(
+                        self.step, config.loss.gate_loss_warmup_steps, config.loss.gate_loss_ramp_steps
+                    ),
                 )
             for program in self._programs:
                 program()
@@ -201,8 +221,8 @@ class Engine:
         for first in range(0, self._rows, self._part_rows):
             part = slice(first, first + self._part_rows)
             with region("forward"):
-                carry, fresh, puzzle_rows, min_halt_steps = self._inputs(part)
-                after, loss, sums = forward(carry, fresh, puzzle_rows, min_halt_steps)
+                carry, fresh, puzzle_rows, *rest = self._inputs(part)
+                after, loss, sums = forward(carry, fresh, puzzle_rows, *rest)
             with region("backward"):
                 loss.backward()
                 self.parameters.collect_grad()
@@ -216,7 +236,7 @@ class Engine:
             # Or they would live through the next part.
             del after, loss, sums, puzzle_rows
 
-    def _inputs(self, part: slice) -> tuple[Carry, Sequences, Tensor | None, Tensor]:
+    def _inputs(self, part: slice) -> tuple[Carry, Sequences, Tensor | None, Tensor, Tensor]:
         """What `_forward` takes for a part of the rows."""
         carry = Carry(*(tensor[part] for tensor in self.carry))
         fresh = Sequences(*(tensor[part] for tensor in self._feed.fresh))
@@ -225,7 +245,7 @@ class Engine:
             # A leaf outside the forward: its gradient is these rows', the table's is never made.
             identifiers = torch.where(carry.halted, fresh.puzzle_identifiers, carry.puzzle_identifiers)
             puzzle_rows = self.model.puzzle_emb(identifiers).requires_grad_()
-        return carry, fresh, puzzle_rows, self._feed.min_halt_steps[part]
+        return carry, fresh, puzzle_rows, self._feed.min_halt_steps[part], self._feed.gate_loss_scale
 
     def _exchange(self) -> None:
         """What the ranks tell each other: the sum of their gradients, and the puzzle rows of all."""
@@ -237,7 +257,10 @@ class Engine:
 
     def _update(self) -> None:
         with region("optimiser"):
+            clipped_from = self._clip()
             statistics = self.optimizer.step(self._feed.lr)
+            if self.average is not None:
+                self.average.lerp_(self.parameters.data, 1 - self.config.ema_rate)
             if self.model.puzzle_emb is not None and self._all_row_grads is not None:
                 sign_sgd(
                     self.model.puzzle_emb.weights,
@@ -248,7 +271,17 @@ class Engine:
                 )
             assert self._sums is not None
             # The gradient is whole on every rank, so its norm must not be summed over them.
-            self._sums[-1].add_(statistics.norm / self.world.size)
+            norm = statistics.norm if clipped_from is None else clipped_from
+            self._sums[-1].add_(norm / self.world.size)
+
+    def _clip(self) -> Tensor | None:
+        """Scales a gradient longer than grad_clip down to it. Returns its norm, None without a limit."""
+        limit = self.config.grad_clip
+        if limit is None:
+            return None
+        norm = torch.linalg.vector_norm(self.parameters.grad)
+        self.parameters.grad.mul_(limit / norm.clamp(min=limit))
+        return norm
 
     def _add(self, sums: dict[str, Tensor]) -> None:
         vector = torch.stack([value.to(torch.float32) for value in sums.values()])
@@ -285,8 +318,36 @@ class Engine:
                 f"lr_warmup_steps={self.config.lr_warmup_steps}, and resume from the last checkpoint"
             )
         grad_norm = sums.pop("grad_norm") / steps
-        metrics = _means(sums, steps * self.config.global_batch_size)
-        return {**metrics, "grad_norm": grad_norm, "lr": self.learning_rate(self.config.lr)}
+        metrics = means(sums, steps * self.config.global_batch_size)
+        metrics |= {"grad_norm": grad_norm, "lr": self.learning_rate(self.config.lr)}
+        return {**metrics, **self._puzzle_metrics(), **self._gate_metrics()}
+
+    def _puzzle_metrics(self) -> dict[str, float]:
+        """Of the rows that the last step used: their mean norm, and the norm of all their gradients."""
+        table = self.model.puzzle_emb
+        if table is None or self._row_grads is None:
+            return {}
+        norms = table(self.carry.puzzle_identifiers).norm(dim=1).sum()
+        both = self.world.all_reduce(torch.stack([norms, self._row_grads.square().sum()])).tolist()
+        return {
+            "puzzle_emb_norm": both[0] / self.config.global_batch_size,
+            "puzzle_emb_grad_norm": math.sqrt(both[1]),
+        }
+
+    @torch.no_grad()
+    def _gate_metrics(self) -> dict[str, float]:
+        """Statistics of the gates, from one more step of a few sequences that leaves everything as it is.
+
+        So a step itself computes none, and a line of the log costs a step's share of GATES_SEEN sequences.
+        """
+        if not self.config.arch.use_gating:
+            return {}
+        carry, fresh, puzzle_rows, *_ = self._inputs(slice(min(GATES_SEEN, self._rows)))
+        carry = replace_halted(self.model, carry, fresh)
+        _, outputs = act_step(self.model, carry, puzzle_rows, None, sees_gates=True)
+        assert outputs.gated is not None
+        table = torch.cat([gate_statistics(*gated) for gated in outputs.gated])
+        return gate_metrics(self.world.all_reduce(table) / self.world.size)
 
     # ---------------------------------------------------------------------------------------- evaluation
 
@@ -298,7 +359,7 @@ class Engine:
                 batch_size,
                 self.metadata.seq_len,
                 mode=self.mode,
-                loss_type=self.config.loss.loss_type,
+                loss=self.config.loss,
             )
         return self._inferences[batch_size]
 
@@ -323,8 +384,33 @@ class Engine:
         for set_name, total in totals.items():
             reduced = self.world.all_reduce(total).tolist()
             set_sums = dict(zip(inference.names, reduced, strict=True))
-            results[set_name] = _means(set_sums, set_sums["count"])
+            results[set_name] = means(set_sums, set_sums["count"])
         return results
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the model has the moving average of its weights; with ema=true."""
+        assert self.average is not None
+        own = self.parameters.data.clone()
+        try:
+            self._set_parameters(self.average)
+            yield
+        finally:
+            self._set_parameters(own)
+
+    def _set_parameters(self, data: Tensor) -> None:
+        self.parameters.data.copy_(data)
+        self.parameters.refresh_copy()
+
+    def enter(self, arch: ArchConfig) -> None:
+        """Goes on with another stage's architecture, one of the same weights; all state is kept."""
+        if arch == self.config.arch:
+            return
+        self.config = replace(self.config, arch=arch)
+        self.model.arch = arch
+        # What was compiled or captured took the earlier one's numbers for constants.
+        torch.compiler.reset()
+        self._whole, self._programs, self._inferences = compiled(self._forward), [], {}
 
     # --------------------------------------------------------------------------------------------- state
 
@@ -339,6 +425,18 @@ class Engine:
             for name, tensor in weights.items():
                 own[name].copy_(tensor)
             self.parameters.refresh_copy()
+            if self.average is not None:
+                self.average.copy_(self.parameters.data)
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The moving average of each parameter, by its name; nothing without ema=true."""
+        return {} if self.average is None else self.parameters.views(self.average)
+
+    def load_average(self, weights: dict[str, Tensor]) -> None:
+        """Takes over `averaged_weights`; without any, the average goes on from the weights."""
+        for name, view in self.averaged_weights().items():
+            if name in weights:
+                view.copy_(weights[name])
 
     def agree(self) -> None:
         """Gives every rank the main one's weights, and makes sure that they all start from one state.
@@ -352,6 +450,8 @@ class Engine:
         self.parameters.refresh_copy()
         state = {"weights": self.parameters.data, "first moments": self.optimizer.exp_avg}
         state |= {"second moments": self.optimizer.exp_avg_sq, **dict(self.model.named_buffers())}
+        if self.average is not None:
+            state["average"] = self.average
         self.world.check_equal({name: digest(tensor) for name, tensor in state.items()})
 
     def training_state(self) -> dict[str, Any]:
@@ -386,11 +486,3 @@ class Engine:
             raise UserError(
                 does_not_fit(self.config, self.metadata, self.device, available, ranks=self.world.size)
             ) from None
-
-
-def _means(sums: dict[str, float], sequences: float) -> dict[str, float]:
-    """Means from sums: of PER_HALTED over the halted, without them if none has; of the rest over all."""
-    halted = sums["count"]
-    means = {name: sums[name] / halted for name in PER_HALTED if halted}
-    rest = [name for name in sums if name not in PER_HALTED and name != "count"]
-    return {"count": halted, **means, **{name: sums[name] / max(sequences, 1) for name in rest}}

@@ -9,8 +9,9 @@ from torch import Tensor
 from hrm.act import Sequences
 from hrm.data.dataset import Batch
 
-# int32 words in front of the data, that hold two learning rates in float32 or float64.
-_RATES = 4
+# Numbers in front of the data, and the int32 words that hold them in float32 or float64.
+_NUMBERS = 3
+_WORDS = 2 * _NUMBERS
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,18 @@ class Feed:
     """Fresh sequences, fewest steps and learning rates, where a program that is replayed looks for them.
 
     fresh: inputs, labels (B, S) and puzzle_identifiers (B,); min_halt_steps: (B,); all int32. lr,
-    puzzle_emb_lr: () in rate_dtype. On CUDA a batch comes pinned and asynchronously on a stream of its own,
-    so that it travels while the step before runs; the host waits only when it is two batches ahead.
+    puzzle_emb_lr, gate_loss_scale: () in rate_dtype. On CUDA a batch comes pinned and asynchronously on a
+    stream of its own, so that it travels while the step before runs; the host waits only when it is two
+    batches ahead.
     """
 
     def __init__(
         self, rows: int, seq_len: int, device: torch.device, rate_dtype: torch.dtype = torch.float32
     ) -> None:
         self.rows, self.seq_len = rows, seq_len
-        self._buffer = torch.zeros(_RATES + 2 * rows * (seq_len + 1), dtype=torch.int32, device=device)
-        self.lr, self.puzzle_emb_lr = self._buffer[:_RATES].view(rate_dtype)[:2]
+        self._buffer = torch.zeros(_WORDS + 2 * rows * (seq_len + 1), dtype=torch.int32, device=device)
+        numbers = self._buffer[:_WORDS].view(rate_dtype)[:_NUMBERS]
+        self.lr, self.puzzle_emb_lr, self.gate_loss_scale = numbers
         inputs, labels, identifiers, self.min_halt_steps = self._split(self._buffer)
         self.fresh = Sequences(inputs, labels, identifiers)
         self._rate_dtype = rate_dtype
@@ -57,20 +60,22 @@ class Feed:
         min_halt_steps: np.ndarray | int = 0,
         lr: float = 0.0,
         puzzle_emb_lr: float = 0.0,
+        gate_loss_scale: float = 0.0,
     ) -> None:
         """Puts the next step's values in place: behind all that this stream was given, before what follows.
 
         batch: B rows of S cells. min_halt_steps: (B,), or one number for all.
         """
+        numbers = lr, puzzle_emb_lr, gate_loss_scale
         if not self._slots:
-            self._write(self._host, batch, min_halt_steps, (lr, puzzle_emb_lr))
+            self._write(self._host, batch, min_halt_steps, numbers)
             if self._host is not self._buffer:
                 self._buffer.copy_(self._host)
             return
         slot = self._slots[self._turn]
         self._turn = 1 - self._turn
         slot.arrived.synchronize()
-        self._write(slot.host, batch, min_halt_steps, (lr, puzzle_emb_lr))
+        self._write(slot.host, batch, min_halt_steps, numbers)
         with torch.cuda.stream(self._side):
             self._side.wait_event(slot.taken)
             slot.staged.copy_(slot.host, non_blocking=True)
@@ -81,9 +86,9 @@ class Feed:
         slot.taken.record(current)
 
     def _write(
-        self, host: Tensor, batch: Batch, min_halt_steps: np.ndarray | int, rates: tuple[float, float]
+        self, host: Tensor, batch: Batch, min_halt_steps: np.ndarray | int, numbers: tuple[float, ...]
     ) -> None:
-        host[:_RATES].view(self._rate_dtype)[:2].numpy()[:] = rates
+        host[:_WORDS].view(self._rate_dtype)[:_NUMBERS].numpy()[:] = numbers
         values = (batch.inputs, batch.labels, batch.puzzle_identifiers, min_halt_steps)
         for target, value in zip(self._split(host), values, strict=True):
             np.copyto(target.numpy(), value)
@@ -91,5 +96,5 @@ class Feed:
     def _split(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Inputs, labels, puzzle identifiers and fewest steps in a buffer."""
         cells, rows = self.rows * self.seq_len, self.rows
-        inputs, labels, identifiers, steps = buffer[_RATES:].split([cells, cells, rows, rows])
+        inputs, labels, identifiers, steps = buffer[_WORDS:].split([cells, cells, rows, rows])
         return inputs.view(rows, -1), labels.view(rows, -1), identifiers, steps

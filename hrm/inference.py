@@ -11,6 +11,7 @@ from hrm.losses import act_loss
 from hrm.model import HRM
 from hrm.modes import Mode, compiled
 from hrm.program import Program
+from hrm.schema import LossConfig
 
 
 class Inference:
@@ -21,9 +22,9 @@ class Inference:
     training does to them counts at the next call.
     """
 
-    def __init__(self, model: HRM, batch_size: int, seq_len: int, *, mode: Mode, loss_type: str) -> None:
+    def __init__(self, model: HRM, batch_size: int, seq_len: int, *, mode: Mode, loss: LossConfig) -> None:
         device = model.H_init.device
-        self.model, self.loss_type = model, loss_type
+        self.model, self.loss = model, loss
         self._feed = Feed(batch_size, seq_len, device)
         # All halted, which the first step replaces.
         self._blank = initial_carry(model, batch_size, seq_len, device)
@@ -47,7 +48,7 @@ class Inference:
             carry, outputs = self._step(carry, puzzle_rows)
         self.predictions.copy_(model.lm_head(outputs.answer).argmax(-1))
         self.q_halt.copy_(outputs.q_halt_logits)
-        _, sums = act_loss(self.loss_type, model.lm_head.weight, carry, outputs)
+        _, sums = act_loss(self.loss, model.lm_head.weight, carry, outputs)
         vector = torch.stack([value.to(torch.float32) for value in sums.values()])
         if not self.names:
             self.names, self.sums = list(sums), torch.zeros_like(vector)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hrm.schema import ArchConfig
 from kernels import attention, linear, linear_rms, linear_scaled, linear_swiglu, rms_norm
 
 # The standard deviation that is left of a unit normal cut off at two standard deviations.
@@ -134,22 +135,33 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """A post-norm transformer block without norm weights."""
+    """A post-norm transformer block without norm weights; with mlp_t a SwiGLU over the tokens mixes them."""
 
-    def __init__(
-        self, hidden_size: int, num_heads: int, expansion: float, eps: float, attention_backend: str
-    ) -> None:
+    def __init__(self, arch: ArchConfig, length: int, attention_backend: str) -> None:
+        """length: tokens T of its input."""
         super().__init__()
-        self.self_attn = Attention(hidden_size, num_heads, attention_backend)
-        self.mlp = SwiGLU(hidden_size, expansion)
-        self.eps = eps
+        self.eps = arch.rms_norm_eps
+        self.self_attn: Attention | None = None
+        self.mlp_t: SwiGLU | None = None
+        if arch.mlp_t:
+            self.mlp_t = SwiGLU(length, arch.expansion)
+        else:
+            self.self_attn = Attention(arch.hidden_size, arch.num_heads, attention_backend)
+        self.mlp = SwiGLU(arch.hidden_size, arch.expansion)
 
     def forward(
         self, x: Tensor, cos: Tensor | None, sin: Tensor | None, queries: int | None = None
     ) -> Tensor:
         """x: (B, T, D). Returns (B, T, D), or (B, queries, D) when only the first positions are wanted."""
-        attended = self.self_attn(x, cos, sin, queries)
-        x = rms_norm(x[:, :queries], attended, self.eps)
+        if self.self_attn is not None:
+            attended = self.self_attn(x, cos, sin, queries)
+            x = rms_norm(x[:, :queries], attended, self.eps)
+        else:
+            assert self.mlp_t is not None
+            # Here the norm, too, is over the tokens.
+            columns = x.transpose(1, 2).contiguous()
+            columns = rms_norm(columns, self.mlp_t(columns), self.eps)
+            x = columns.transpose(1, 2)[:, :queries].contiguous()
         return rms_norm(x, self.mlp(x), self.eps)
 
     def deferred(
@@ -167,6 +179,7 @@ class Block(nn.Module):
         gradient, see `kernels.linear_rms`.
         """
         attn, mlp, dtype = self.self_attn, self.mlp, h.dtype
+        assert attn is not None, "mixing tokens by a product does not commute with a factor of each token"
         qkv_weight = attn.qkv_proj.weight.to(dtype)
         qkv = linear(h, qkv_weight) if rstd is None else linear_scaled(h, qkv_weight, rstd)
         attended = attn.attend(qkv, cos, sin, queries)

@@ -13,11 +13,22 @@ import yaml  # type: ignore[import-untyped]
 
 from hrm.cli import ConfigError, Key, mapping_items, nearest, read_keys, read_yaml, scalar, show, show_value
 
-# What each architecture changes in v1, whose values are the defaults of `hrm.config.ArchConfig`.
+# What each architecture changes in v1, whose values are the defaults of `hrm.config`.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "v1": {},
-    "gated": {"use_gating": True},
-    "balanced": {"halt_max_steps": 8},
+    "gated": {"arch.use_gating": True},
+    "balanced": {"arch.halt_max_steps": 8},
+    "feudal": {"arch.subgoal_head.enabled": True, "loss.feudal_loss_weight": 0.1},
+    "trm": {
+        "arch.share_levels": True,
+        "arch.L_layers": 2,
+        "arch.H_cycles": 3,
+        "arch.L_cycles": 6,
+        "arch.gradient": "last_cycle",
+        "arch.q_continue": False,
+        "arch.puzzle_emb_len": 16,
+        "ema": True,
+    },
 }
 ARCHITECTURE_ALIASES = {"hrm_v1": "v1", "hrm_v1_gated": "gated", "hrm_v1_balanced": "balanced"}
 DEFAULT_ARCHITECTURE = "gated"
@@ -46,6 +57,13 @@ QUICK: dict[str, object] = {
     "puzzle_emb_lr": "${lr}",
 }
 
+# The same architectures beside those values: half of its thinking steps, and no 16 tokens for 16 cells.
+QUICK_ARCHITECTURES: dict[str, dict[str, Any]] = {
+    **ARCHITECTURES,
+    "balanced": {"arch.halt_max_steps": 4},
+    "trm": {**ARCHITECTURES["trm"], "arch.puzzle_emb_len": 0},
+}
+
 # The published Sudoku-Extreme recipe for one GPU, for the built-in 9x9 data.
 FULL_SUDOKU: dict[str, Any] = {
     "sudoku.size": 9,
@@ -61,23 +79,26 @@ FULL_SUDOKU: dict[str, Any] = {
 }
 
 
-def architecture(name: str, keys: Mapping[str, Key], where: str = "") -> tuple[str, dict[str, Any]]:
-    """The name of an architecture and the arch.* values that make it, from its name or the user's YAML file.
+def architecture(
+    name: str, keys: Mapping[str, Key], known: Mapping[str, Mapping[str, Any]], where: str = ""
+) -> tuple[str, dict[str, Any]]:
+    """The name of an architecture and the values that make it, from its name or the user's YAML file.
 
-    A file's own fields beat those of its `defaults`. Raises ConfigError for an unknown name or a bad file.
+    known: the named architectures. A file's own fields, those of arch, beat those of its `defaults`. Raises
+    ConfigError for an unknown name or a bad file.
     """
     named = ARCHITECTURE_ALIASES.get(name, name)
-    if named in ARCHITECTURES:
-        return named, {f"arch.{field}": value for field, value in ARCHITECTURES[named].items()}
+    if named in known:
+        return named, dict(known[named])
     if where or not name.endswith((".yaml", ".yml")):
-        known = [*ARCHITECTURES, *ARCHITECTURE_ALIASES]
+        names = [*known, *ARCHITECTURE_ALIASES]
         # Where Hydra would have looked for it.
         files = [path for path in (f"{name}.yaml", f"config/arch/{name}.yaml") if os.path.isfile(path)]
         guess = None if where else next(iter(files), None)
-        guess = guess or nearest(name, known)
+        guess = guess or nearest(name, names)
         hint = f"did you mean {guess}? " if guess else ""
         raise ConfigError(
-            f"{where}unknown architecture {show(name)}: {hint}The names are {', '.join(known)}"
+            f"{where}unknown architecture {show(name)}: {hint}The names are {', '.join(names)}"
             + ("" if where else "; a file of your own ends in .yaml")
         )
     values: dict[str, Any] = {}
@@ -86,7 +107,7 @@ def architecture(name: str, keys: Mapping[str, Key], where: str = "") -> tuple[s
     for field, child, line in mapping_items(node, name):
         if field == "defaults":
             for base in _names(child, line):
-                values |= architecture(base, keys, line)[1]
+                values |= architecture(base, keys, known, line)[1]
         elif field in keys or any(k.startswith(f"{field}.") for k in keys):
             raise ConfigError(f"{line}{field} is not a field of an architecture: give the file by --config")
         else:
@@ -126,17 +147,21 @@ def presets_help() -> Iterator[str]:
         also = ", ".join(alias for alias, target in ARCHITECTURE_ALIASES.items() if target == name)
         default = ", the default" if name == DEFAULT_ARCHITECTURE else ""
         what = f"v1 with {words(changes)}" if changes else "the original model"
-        yield f"  {name:<10} {what}{default} (also {also})"
+        yield _entry(name, f"{what}{default}" + (f" (also {also})" if also else ""))
     yield "\nPresets:"
     for name, what in {
         "auto": "full with a data_path, on any machine; else full on a CUDA GPU and quick elsewhere",
         "full": f"the defaults listed below; for the built-in Sudoku, with {words(FULL_SUDOKU)}",
         "quick": f"a small model and a short run for a CPU, with {words(QUICK)}",
     }.items():
-        yield textwrap.fill(
-            f"  {name:<10} {what}",
-            108,
-            subsequent_indent=" " * 13,
-            break_on_hyphens=False,
-            break_long_words=False,
-        )
+        yield _entry(name, what)
+
+
+def _entry(name: str, what: str) -> str:
+    return textwrap.fill(
+        f"  {name:<10} {what}",
+        108,
+        subsequent_indent=" " * 13,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )

@@ -267,12 +267,14 @@ class Progress:
         return "  ".join(part for part in parts if part)
 
 
-def evaluation_line(step: int, results: Mapping[str, Mapping[str, float]]) -> str:
-    """An evaluation's results in one line. results: metrics by set, as `Engine.evaluate` returns them."""
-    return "; ".join(
-        f"step {step}: {name}: {m.get('exact_accuracy', 0):.1%} exact, {m.get('accuracy', 0):.1%} of cells "
-        f"right, on {m['count']:.0f} test puzzles"
-        for name, m in results.items()
+def evaluation_line(step: int, results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """An evaluation's results in one line. results: metrics by eval or eval_ema, then by set."""
+    averaged = {"eval": "", "eval_ema": ", averaged weights"}
+    return f"step {step}: " + "; ".join(
+        f"{name}{averaged[kind]}: {m.get('exact_accuracy', 0):.1%} exact, {m.get('accuracy', 0):.1%} of "
+        f"cells right, on {m['count']:.0f} test puzzles"
+        for kind, sets in results.items()
+        for name, m in sets.items()
     )
 
 
@@ -302,6 +304,10 @@ class Report:
         )
         self.progress = Progress(total_steps, self.step)
 
+    def start(self, facts: Mapping[str, float]) -> None:
+        """What holds for the whole run, as the line of step 0."""
+        self._log(facts, 0)
+
     def training(self, step: int, metrics: Mapping[str, float]) -> None:
         """The means since the last call, with the pace of the same steps; evaluation and saving left out."""
         seconds = (time.perf_counter() - self.time) / (step - self.step)
@@ -312,9 +318,15 @@ class Report:
             self.progress.update(step, named)
         self.step, self.time = step, time.perf_counter()
 
-    def evaluation(self, step: int, results: Mapping[str, Mapping[str, float]]) -> None:
-        """The test split's metrics by set."""
-        self._log({f"eval/{s}/{name}": value for s, m in results.items() for name, value in m.items()}, step)
+    def evaluation(self, step: int, results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+        """The test split's metrics, by eval or eval_ema, then by set."""
+        flat = {
+            f"{kind}/{name}/{metric}": value
+            for kind, sets in results.items()
+            for name, metrics in sets.items()
+            for metric, value in metrics.items()
+        }
+        self._log(flat, step)
         if self.progress is not None:
             self.progress.write(evaluation_line(step, results))
 

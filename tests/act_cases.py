@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from hrm.act import Carry, Sequences, act_step, replace_halted
-from hrm.config import ArchConfig
+from hrm.config import ArchConfig, LossConfig
 from hrm.losses import act_loss
 from hrm.model import HRM
 from tests import straight_line as plain
 
 B, S, V, PUZZLES, D = 12, 9, 5, 8, 32
+VARIANTS = ("goal", "goal_gate", "gates")
 STABLEMAX, SOFTMAX = "stablemax_cross_entropy", "softmax_cross_entropy"
 
 
@@ -139,6 +140,11 @@ def table_gradient(arch: ArchConfig, identifiers: Tensor | None, rows: Tensor | 
     return table
 
 
+def v1_carry(carry: Carry) -> plain.Carry:
+    """The carry as `straight_line` has it, without what variants add."""
+    return {name: tensor for name, tensor in carry._asdict().items() if name not in VARIANTS}
+
+
 def package_step(
     model: HRM, carry: Carry, batch: plain.Batch, min_halt_steps: Tensor, loss_type: str
 ) -> tuple[Carry, dict[str, Any]]:
@@ -152,16 +158,16 @@ def package_step(
     if model.puzzle_emb is not None:
         rows = model.puzzle_emb(carry.puzzle_identifiers).requires_grad_()
     carry, outputs = act_step(model, carry, rows, min_halt_steps)
-    loss, metrics = act_loss(loss_type, model.lm_head.weight, carry, outputs)
+    loss, metrics = act_loss(LossConfig(loss_type), model.lm_head.weight, carry, outputs)
     (loss / B).backward()
     gradient = None if rows is None else rows.grad
     logits = model.lm_head(outputs.answer)
-    named = zip(("logits", "q_halt", "q_continue", "target_q_continue"), (logits, *outputs[1:]), strict=True)
+    named = zip(("logits", "q_halt", "q_continue", "target_q_continue"), (logits, *outputs[1:4]), strict=True)
     return carry, {
         "outputs": {name: output.detach() for name, output in named if output is not None},
         "loss": loss.detach(),
         "metrics": metrics,
         "gradients": {name: p.grad for name, p in model.named_parameters()},
         "puzzle_rows": table_gradient(model.arch, carry.puzzle_identifiers, gradient),
-        "carry": carry._asdict(),
+        "carry": v1_carry(carry),
     }

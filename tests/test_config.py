@@ -58,14 +58,32 @@ DEFAULTS = {
     "arch.halt_max_steps": 16,
     "arch.halt_exploration_prob": 0.1,
     "arch.q_continue": True,
+    "arch.gradient": "one_step",
+    "arch.share_levels": False,
+    "arch.mlp_t": False,
     "arch.pos_encodings": "rope",
     "arch.rope_theta": 10000.0,
     "arch.rms_norm_eps": 1e-5,
     "arch.puzzle_emb_ndim": 512,
+    "arch.puzzle_emb_len": 0,
     "arch.use_gating": False,
+    "arch.gating_type": "standard",
     "arch.gate_hidden_ratio": 0.25,
     "arch.gate_init_bias": -2.2,
+    "arch.gate_init_strategy": None,
+    "arch.subgoal_head.enabled": False,
+    "arch.subgoal_head.manager_period": 4,
+    "arch.subgoal_head.goal_dim": 512,
+    "arch.subgoal_head.goal_scale": 1.0,
+    "arch.subgoal_head.gating": True,
+    "arch.subgoal_head.temperature": 1.0,
     "loss.loss_type": "stablemax_cross_entropy",
+    "loss.feudal_loss_weight": 0.0,
+    "loss.gate_saturation_weight": 0.0,
+    "loss.gate_entropy_weight": 0.0,
+    "loss.gate_stability_weight": 0.0,
+    "loss.gate_loss_warmup_steps": 1000,
+    "loss.gate_loss_ramp_steps": 1000,
     "attention.backend": "auto",
     "sudoku.size": 9,
     "sudoku.num_train": 1000,
@@ -86,6 +104,10 @@ DEFAULTS = {
     "weight_decay": 0.1,
     "beta1": 0.9,
     "beta2": 0.95,
+    "grad_clip": None,
+    "ema": False,
+    "ema_rate": 0.999,
+    "stages": None,
     "puzzle_emb_lr": 1e-2,
     "puzzle_emb_weight_decay": 0.1,
     "seed": 0,
@@ -101,6 +123,10 @@ DEFAULTS = {
     "resume": "auto",
     "checkpoint_every_eval": True,
     "keep_checkpoints": 3,
+    "best_metric": "exact_accuracy",
+    "keep_best": True,
+    "early_stop_patience": None,
+    "early_stop_min_delta": 0.0,
     "tracker": "none",
     "log_interval": 50,
     "profile": "none",
@@ -180,16 +206,6 @@ def test_each_layer_beats_those_below_it(tmp_path):
     config = parse_args(["--config", "part.yaml", "lr=0.25"])
     assert (config.arch.hidden_size, config.lr) == (32, 0.25)
     assert (config.arch.H_layers, config.puzzle_emb_lr) == (QUICK["arch.H_layers"], 0.25)
-
-
-def test_a_name_whose_fields_the_preset_already_sets_is_noted(monkeypatch):
-    monkeypatch.setitem(QUICK, "arch.halt_max_steps", 8)
-    assert parse_args(["--arch", "balanced"]).notes[1] == (
-        "balanced: preset=quick sets arch.halt_max_steps=8 by itself, so this equals v1"
-    )
-    monkeypatch.setitem(QUICK, "arch.halt_max_steps", 4)
-    config = parse_args(["--arch", "balanced"])
-    assert len(config.notes) == 1 and config.arch.halt_max_steps == 8
 
 
 def test_architecture_file(tmp_path):
@@ -398,7 +414,7 @@ def test_odd_heads_are_fine_without_rope():
 def test_the_presets_interval_gives_way_to_few_epochs():
     config = parse_args(["data_path=x", "epochs=20"])
     assert config.eval_interval == 20
-    assert config.notes[1] == "eval_interval lowered from 10000 to epochs=20"
+    assert config.notes[1] == "eval_interval lowered from 10000 to 20, to fit epochs=20"
     config = parse_args(["data_path=x", "epochs=20", "eval_interval=null"])
     assert config.eval_interval is None and len(config.notes) == 1
 

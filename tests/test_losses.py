@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hrm.act import Carry, Outputs
+from hrm.config import LossConfig
 from hrm.losses import act_loss
 
 HEAD = torch.eye(3, dtype=torch.float64)
@@ -34,6 +35,9 @@ def example() -> tuple[Carry, Outputs]:
         labels,
         labels,
         torch.zeros(4, dtype=torch.int32),
+        goal=torch.zeros(4, 0),
+        goal_gate=torch.zeros(4),
+        gates=torch.zeros(4, 0),
     )
     q = torch.tensor([[0.0, 2.0, -1.0, 1.0], [0.5, -0.5, 0.0, 3.0]], dtype=torch.float64)
     return carry, Outputs(answer, q[0], q[1], torch.tensor([0.2, 0.9, 0.5, 1.0], dtype=torch.float64))
@@ -54,7 +58,7 @@ Q_CONTINUE = bce(0.5, 0.2) + bce(-0.5, 0.9) + bce(0, 0.5) + bce(3, 1)
 
 def test_loss_and_sums_by_hand():
     carry, outputs = example()
-    loss, sums = act_loss("stablemax_cross_entropy", HEAD, carry, outputs)
+    loss, sums = act_loss(LossConfig("stablemax_cross_entropy"), HEAD, carry, outputs)
     assert loss.item() == pytest.approx(LM + 0.5 * (Q_HALT + Q_CONTINUE), rel=1e-12)
     assert {name: value.item() for name, value in sums.items()} == pytest.approx(
         {
@@ -75,21 +79,21 @@ def test_loss_and_sums_by_hand():
 
 def test_without_a_target_there_is_no_continue_loss():
     carry, outputs = example()
-    loss, sums = act_loss("stablemax_cross_entropy", HEAD, carry, outputs._replace(target_q_continue=None))
+    loss, sums = act_loss(LossConfig("stablemax_cross_entropy"), HEAD, carry, outputs._replace(target_q_continue=None))
     assert loss.item() == pytest.approx(LM + 0.5 * Q_HALT, rel=1e-12)
     assert "q_continue_loss" not in sums
 
 
 def test_softmax_is_the_other_choice():
     carry, outputs = example()
-    _, sums = act_loss("softmax_cross_entropy", HEAD, carry, outputs)
+    _, sums = act_loss(LossConfig("softmax_cross_entropy"), HEAD, carry, outputs)
     right = math.log(1 + 2 * math.exp(-9))
     assert sums["lm_loss"].item() == pytest.approx(3 * right + 4.5, rel=1e-9)
 
 
 def test_ignored_tokens_send_no_gradient():
     carry, outputs = example()
-    act_loss("stablemax_cross_entropy", HEAD, carry, outputs)[0].backward()
+    act_loss(LossConfig("stablemax_cross_entropy"), HEAD, carry, outputs)[0].backward()
     gradient = outputs.answer.grad
     assert gradient is not None
     assert not gradient[2].any() and not gradient[3, 1].any()

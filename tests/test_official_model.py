@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hrm.act import Sequences, act_step, initial_carry, replace_halted
-from hrm.config import ArchConfig
+from hrm.config import ArchConfig, LossConfig
 from hrm.losses import act_loss
 from kernels import sign_sgd
 from tests import official
@@ -161,7 +161,7 @@ def test_evaluation():
         carry = replace_halted(model, initial_carry(model, B, S, torch.device("cpu")), Sequences(**batch))
         for _ in range(steps):
             carry, ours = act_step(model, carry, weights[plain.PUZZLE_TABLE][carry.puzzle_identifiers], None)
-        our_loss, our_metrics = act_loss(STABLEMAX, model.lm_head.weight, carry, ours)
+        our_loss, our_metrics = act_loss(LossConfig(STABLEMAX), model.lm_head.weight, carry, ours)
         our_logits = model.logits(carry.z_H)
     expected = {
         "loss": loss,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kernels
+from hrm.config import ArchConfig
 from hrm.data.dataset import Batch
 from hrm.engine import Engine
 from hrm.layers import Block, Linear
@@ -59,7 +60,7 @@ def test_twenty_steps_follow_the_reference(arch, changes):
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("queries", [None, 1])
 def test_a_deferred_block_is_the_block(scaled, queries):
-    block = Block(hidden_size=32, num_heads=2, expansion=2.0, eps=1e-5, attention_backend="auto")
+    block = Block(ArchConfig(hidden_size=32, num_heads=2, expansion=2.0), 10, "auto")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for layer in block.modules():

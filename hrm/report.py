@@ -1,0 +1,165 @@
+"""Reports on runs: `python -m hrm.report RUN... [--output DIR]` draws one run, or several beside each other.
+
+A report is a page, report.html, that needs no other file and no network, and the same plots as report.png.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from hrm import plots
+from hrm.errors import run_command
+from hrm.history import History, read_histories
+from hrm.page import Table, page
+from hrm.panels import duration, sections, value_text
+
+HTML, PNG = "report.html", "report.png"
+
+
+def write_report(
+    folder: Path,
+    title: str,
+    groups: Mapping[str, Sequence[History]],
+    tables: Sequence[Table] = (),
+    notes: Sequence[str] = (),
+) -> tuple[Path, Path]:
+    """Writes report.html and report.png into `folder`, made where missing; returns their paths.
+
+    groups: by name the runs that are drawn as one, such as the seeds of one configuration: their mean, the
+    range from the least to the greatest, and each run thinly. Only panels with data are drawn. tables, notes:
+    what the page says above the plots. A reader never sees a half-written file. Raises UserError where
+    matplotlib is missing.
+    """
+    look = plots.styles(list(groups))
+    found = sections(groups)
+    text = page(title, groups, found, look, tables, notes)
+    image = plots.png(title, found, look)
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / HTML, text.encode("utf-8"))
+    _replace(folder / PNG, image)
+    return folder / HTML, folder / PNG
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+# Of a configuration, what tells two runs apart without changing what they train.
+_ALONE = {"run_name", "project_name", "output_dir", "resume"}
+
+
+def summary(runs: Sequence[History]) -> Table:
+    """Each run in one line: last and best evaluation, steps, time, parameters."""
+    columns = ["run", "steps", "exact, last", "exact, best", "at step"]
+    averaged = any(len(run.evaluation(ema=True)[0]) for run in runs)
+    columns += ["EMA, last", "EMA, best"] * averaged
+    columns += ["time per step", "training time", "parameters"]
+    rows = []
+    for run in runs:
+        steps, values = run.evaluation()
+        last, best, at = _last_and_best(steps, values)
+        row = [run.name, f"{run.last_step:,}", last, best, at]
+        row += list(_last_and_best(*run.evaluation(ema=True))[:2]) * averaged
+        seconds = run.seconds_per_step
+        parameters = "-" if run.parameters is None else f"{run.parameters:,}"
+        rows.append([*row, duration(seconds), duration(seconds * run.last_step), parameters])
+    note = "Exact: test puzzles solved exactly. Training time: steps times the median time per step."
+    return Table("Runs", columns, rows, note)
+
+
+def _last_and_best(steps: np.ndarray, values: np.ndarray) -> tuple[str, str, str]:
+    if not np.isfinite(values).any():
+        return "-", "-", "-"
+    best = int(np.nanargmax(values))
+    return value_text(values[-1], "share"), value_text(values[best], "share"), f"{steps[best]:,}"
+
+
+def differences(runs: Sequence[History]) -> Table | None:
+    """The keys in which the runs' configurations differ; None where there is nothing to tell."""
+    flat = [dict(_flat(run.config)) for run in runs if run.config is not None]
+    if len(flat) < len(runs):
+        return None
+    names = sorted({name for keys in flat for name in keys} - _ALONE)
+    rows = [[name, *(keys.get(name, "-") for keys in flat)] for name in names]
+    rows = [row for row in rows if len(set(row[1:])) > 1]
+    return Table("What differs", ["key", *(run.name for run in runs)], rows) if rows else None
+
+
+def _flat(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            # As one would type it: null, true, 0.1.
+            yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def symptoms(run: History) -> list[str]:
+    """What the run's course warns of; empty for a run without a configuration."""
+    if run.config is None:
+        return []
+    # They read the configuration by the trainer's own rules, which takes a moment to import.
+    from hrm.cli import ConfigError
+    from hrm.config import load_config
+    from hrm.symptoms import Symptoms
+
+    try:
+        config = load_config(run.folder / "config.yaml")
+    except ConfigError as error:
+        return [f"symptoms were not looked for: {error}"]
+    # What a run does not say of its length is taken from its configuration, or as come to its end.
+    check = Symptoms(config, run.total_steps or config.max_steps or run.last_step).check
+    lines: dict[int, dict[str, float]] = {}
+    for key in run.metrics:
+        for step, value in zip(*run.series(key), strict=True):
+            lines.setdefault(int(step), {})[key] = float(value)
+    return [text for step in sorted(lines) for text in check(step, lines[step])]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status; see `run_command`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hrm.report", description="Draw one run, or several beside each other."
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a run's folder, finished or still in training"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="where to write; else the run's folder, of several ./report",
+    )
+    args = parser.parse_args(argv)
+    return run_command(lambda: report(args.runs, args.output), "no report was written")
+
+
+def report(folders: Sequence[str], output: Path | None) -> None:
+    """Reports on the runs in these folders: a table on the terminal, and the files in `output`."""
+    runs = read_histories(folders)
+    overview, differ = summary(runs), differences(runs)
+    notes = [f"{run.name}: {text}" if len(runs) > 1 else text for run in runs for text in symptoms(run)]
+    print(overview.text())
+    for note in notes:
+        print(f"note: {note}")
+    folder = output or (runs[0].folder if len(runs) == 1 else Path("report"))
+    title = " and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
+    tables = [overview, *([differ] if differ else [])]
+    for path in write_report(folder, title, {run.name: [run] for run in runs}, tables, notes):
+        print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

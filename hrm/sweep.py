@@ -1,0 +1,116 @@
+"""Trains over a grid of values: `python -m hrm.sweep lr=1e-4,3e-4,1e-3 [key=value ...] [--arch gated]`.
+
+Every value with commas is an axis of the grid, every other word goes to all runs; the points are compared as
+`hrm.compare` compares architectures.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+
+from hrm.campaign import Campaign, Run
+from hrm.cli import show
+from hrm.compare import INTERRUPTED, add_options, candidate_words, conduct, parse, refuse_own, seeds
+from hrm.errors import UserError, run_command
+from hrm.presets import folder_name
+
+MOST_POINTS = 1000
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line. Returns its exit status: `run_command`'s, or 1 where a run has failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hrm.sweep", description="Train over a grid of values, and tell how they differ."
+    )
+    parser.add_argument(
+        "words", nargs="+", metavar="key=value", help="values with commas are swept, others go to all runs"
+    )
+    parser.add_argument(
+        "--arch",
+        metavar="NAME",
+        help="an architecture, its YAML file, a run's folder or configuration (gated)",
+    )
+    add_options(parser, "the first of each key's values")
+    args = parse(parser, argv)
+    failed: list[Run] = []
+
+    def sweep() -> None:
+        refuse_own(args.words)
+        axes, fixed = split_axes(args.words)
+        base = candidate_words(args.arch) if args.arch else []
+        points = grid(axes)
+        campaign = Campaign(
+            args.output or Path("checkpoints") / folder_name(f"sweep-{'-'.join(map(_leaf, axes))}"),
+            {name: [*base, *point, *fixed] for name, point in points.items()},
+            seeds(args.seeds),
+        )
+        if args.baseline:
+            args.baseline = _name(args.baseline.replace(",", " ").split())
+        failed.extend(conduct(campaign, args, f"Sweep of {', '.join(axes)}", swept=list(axes)))
+
+    return run_command(sweep, INTERRUPTED) or int(bool(failed))
+
+
+def split_axes(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """The swept keys with their values, and the other words. Raises UserError if there is nothing to sweep.
+
+    Commas within brackets belong to one value, such as a list's.
+    """
+    axes: dict[str, list[str]] = {}
+    fixed = []
+    for word in words:
+        key, _, text = word.partition("=")
+        values = _split(text)
+        if len(values) == 1:
+            fixed.append(word)
+        elif key in axes or len(set(values)) < len(values):
+            raise UserError(f"{show(word)}: {show(key)} or a value is given twice: leave one out")
+        else:
+            axes[key] = values
+    if not axes:
+        raise UserError("no key has several values: give one as in lr=1e-4,1e-3")
+    return axes, fixed
+
+
+def grid(axes: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """The words of every point of the grid by its name, the last key's values changing fastest.
+
+    Raises UserError for too many points, or for two that would have one name.
+    """
+    points: dict[str, list[str]] = {}
+    for index, values in enumerate(product(*axes.values())):
+        words = [f"{key}={value}" for key, value in zip(axes, values, strict=True)]
+        name = _name(words)
+        if index == MOST_POINTS or name in points:
+            why = f"has more than {MOST_POINTS} points" if index == MOST_POINTS else f"has two points {name}"
+            raise UserError(f"the grid of {', '.join(axes)} {why}: sweep fewer values or keys")
+        points[name] = words
+    return points
+
+
+def _split(text: str) -> list[str]:
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def _leaf(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _name(words: Sequence[str]) -> str:
+    """A point's name: its keys without their groups, as a folder can have it, seed and all."""
+    return folder_name(
+        ",".join(f"{_leaf(key)}={value}" for key, _, value in (w.partition("=") for w in words))
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
