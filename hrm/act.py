@@ -187,7 +187,7 @@ def act_step(
                 target = torch.sigmoid(best)
         gates = carry.gates
         if seen and gates.shape[1:].numel():
-            gates = pack([gated.gates for gated in seen]).detach()
+            gates = pack([gated.gates for gated in seen])
     carry = carry._replace(
         z_H=z_H, z_L=z_L, steps=steps, halted=halted, goal=goal, goal_gate=goal_gate, gates=gates
     )

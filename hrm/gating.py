@@ -19,7 +19,7 @@ from hrm.layers import Linear
 from hrm.schema import ArchConfig
 from kernels import gate_mix, linear
 from kernels.checks import accumulate_dtype
-from kernels.gate_mix import _statistics_reference
+from kernels.gate_mix import gate_statistics as statistics_of
 
 # The first bias of the gates of z, o and x; -2.2 opens a gate by 0.1, -3 by 0.05, -1 by 0.27.
 STRATEGIES = {
@@ -256,7 +256,7 @@ def gate_statistics(gates: Gates, sources: Sequence[Tensor]) -> Tensor:
     standard deviation, shares below 0.1 and above 0.9, and contribution |g_i s_i| / sum_j |g_j s_j|.
     """
     each = tuple(gate.expand_as(source) for gate, source in zip(gates, sources, strict=True))
-    return _statistics_reference(each, tuple(sources))
+    return statistics_of(each, tuple(sources))
 
 
 def _stacked(gates: Sequence[Gates]) -> list[Tensor]:

@@ -109,7 +109,6 @@ class Symptoms:
                 f"the puzzle embeddings are still zero at step {step}, though their gradient is "
                 f"{gradient:.2g}",
                 f"a puzzle_emb_lr above {config.puzzle_emb_lr:g}",
-                f"a puzzle_emb_weight_decay below {config.puzzle_emb_weight_decay:g}",
             )
 
     # ------------------------------------------------------------------------------------------ halting
@@ -181,9 +180,8 @@ class Symptoms:
         self._unsolved += 1
         if self._unsolved < self._patience or step <= self.config.lr_warmup_steps:
             return
-        seen = (
-            f"no test puzzle is solved at step {step}, in {self._unsolved} of {self._evaluations} evaluations"
-        )
+        count = f"{self._unsolved} of {self._evaluations}"
+        seen = f"no test puzzle is solved at step {step}, after {count} evaluations"
         if self._train_exact is not None:
             seen += f", and {self._train_exact:.1%} of the training sequences"
         if self._train_exact is not None and self._train_exact >= OVERFITTED:

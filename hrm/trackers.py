@@ -19,6 +19,7 @@ from tqdm import tqdm
 from hrm.config import Config
 from hrm.errors import UserError
 from hrm.storage import to_json
+from hrm.symptoms import Symptoms
 
 METRICS = "metrics.jsonl"
 
@@ -288,6 +289,7 @@ class Report:
         self.batch_size = config.global_batch_size
         self.places: list[Tracker] = []
         self.progress: Progress | None = None
+        self.symptoms = Symptoms(config, total_steps)
         self.step, self.time = resume_step or 0, time.perf_counter()
         if mute:
             return
@@ -337,6 +339,9 @@ class Report:
     def _log(self, metrics: Mapping[str, float], step: int) -> None:
         for place in self.places:
             place.log(metrics, step)
+        if self.progress is not None:
+            for symptom in self.symptoms.check(step, metrics):
+                self.progress.write(f"warning: {symptom}")
 
     def __enter__(self) -> "Report":
         return self

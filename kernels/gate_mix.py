@@ -59,11 +59,12 @@ def gate_mix_reference(
     mixed = gates[0] * sources[0]
     for gate, source in zip(gates[1:], sources[1:], strict=True):
         mixed = mixed + gate * source
-    return (mixed, _statistics_reference(gates, sources)) if statistics else mixed
+    return (mixed, gate_statistics(gates, sources)) if statistics else mixed
 
 
 @torch.no_grad()
-def _statistics_reference(gates: tuple[Tensor, ...], sources: tuple[Tensor, ...]) -> Tensor:
+def gate_statistics(gates: tuple[Tensor, ...], sources: tuple[Tensor, ...]) -> Tensor:
+    """The statistics that `gate_mix` describes, of gates and sources (..., D) each, as (n, 5) float32."""
     dtype = accumulate_dtype(gates[0].dtype)
     g = torch.stack([gate.to(dtype) for gate in gates]).flatten(1)
     parts = (g * torch.stack([source.to(dtype) for source in sources]).flatten(1)).abs()

@@ -1,4 +1,4 @@
-"""The variants of `straight_line`, written plainly: gates by attention or by two networks, the subgoal, extra losses.
+"""The variants of `straight_line`, written plainly: the types of gates, the subgoal, their losses.
 
 One ACT step with halted sequences replaced; everything that v1 has is taken from `straight_line`. Source: the
 gated and the feudal forks of HRM, and Vezhnevets et al. 2017 (arXiv 1703.01161).

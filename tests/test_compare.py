@@ -416,6 +416,7 @@ def test_a_comparison_killed_outright_comes_to_its_end(tiny_sudoku, tmp_path):
     first.wait()
     assert not (out / "v1-seed0" / "finished.json").exists()
 
+    command += ["--jobs", "2"]
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     # The first run's trainer may have outlived the command, and is then waited for.
     assert again.returncode == 0 and sorted(started(again.stdout)) == sorted(ALL), again.stderr

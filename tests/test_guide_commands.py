@@ -154,7 +154,7 @@ def test_every_row_is_a_command_that_is_run_here():
     assert len(others) == 1 and others[0].startswith("python -m hrm.data sudoku ")
 
 
-@pytest.mark.parametrize("command", TRAINING)
+@pytest.mark.parametrize("command", TRAINING, ids=lambda command: command.split("run_name=")[-1])
 def test_training(command, workplace, wandb):
     typed = parse_typed(workplace.typed(command))
     run = workplace.run(command)

@@ -82,7 +82,8 @@ def test_closed_gates_silence_and_open_gates_sum_the_sources():
     with torch.no_grad():
         for bias, expected in ((-700.0, torch.zeros_like(z)), (700.0, z + o + x)):
             model.L_level.gating_network.gate_proj[2].bias.fill_(bias)
-            torch.testing.assert_close(model.L_level.combine(z, o, x), expected, rtol=1e-12, atol=1e-12)
+            combined = model.L_level.combine(z, o, x, None, None)
+            torch.testing.assert_close(combined, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("use_gating", [False, True])

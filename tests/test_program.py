@@ -1,6 +1,7 @@
 """Modes against each other over whole runs, and programs that are captured: warm-up, capture, replay."""
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,42 @@ from hrm.engine import Engine
 from hrm.feed import Feed
 from hrm.modes import COMPILE, EAGER, Mode
 from hrm.program import WARM_UP, Program
+from hrm.schema import LossConfig, SubgoalConfig
 from tests import graph_stand_in
 from tests.test_engine import METADATA, B, S, all_state, batches, make_config
 
 CPU = torch.device("cpu")
 CAPTURED = Mode("graph", compiled=False, captured=True)
 STEPS = 200
+FEUDAL = SubgoalConfig(enabled=True, manager_period=2, goal_dim=16)
+EXTRA_LOSSES = LossConfig(
+    feudal_loss_weight=0.1,
+    gate_saturation_weight=0.1,
+    gate_entropy_weight=0.1,
+    gate_stability_weight=0.1,
+    gate_loss_warmup_steps=20,
+    gate_loss_ramp_steps=50,
+)
+# Architecture and options of a run; `all` has every part that v1 has not, but for those of `trm`.
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "v1": ({"use_gating": False}, {}),
+    "gated": ({"use_gating": True}, {}),
+    "all": (
+        {"gating_type": "hierarchical", "subgoal_head": FEUDAL},
+        {"loss": EXTRA_LOSSES, "ema": True, "ema_rate": 0.9, "grad_clip": 1.0},
+    ),
+    "trm": (
+        {
+            "use_gating": False,
+            "share_levels": True,
+            "gradient": "last_cycle",
+            "q_continue": False,
+            "mlp_t": True,
+            "puzzle_emb_len": 3,
+        },
+        {"ema": True},
+    ),
+}
 
 
 @pytest.fixture
@@ -50,11 +81,14 @@ def run(engine: Engine, steps: int = STEPS) -> tuple[list[dict[str, float]], dic
     return metrics, engine.evaluate([("all", next(batches(1)), B)])["all"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("use_gating", [False, True])
-def test_a_replayed_run_equals_the_eager_one_bit_for_bit(captures_on_cpu, use_gating, dtype):
-    arch = {"use_gating": use_gating}
-    eager, captured = (engine_in(mode, arch, dtype=dtype, lr_min_ratio=0.1) for mode in (EAGER, CAPTURED))
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [*product(("v1", "gated"), ("float32", "bfloat16")), ("all", "float32"), ("trm", "bfloat16")],
+)
+def test_a_replayed_run_equals_the_eager_one_bit_for_bit(captures_on_cpu, variant, dtype):
+    arch, options = VARIANTS[variant]
+    options = {**options, "dtype": dtype, "lr_min_ratio": 0.1}
+    eager, captured = (engine_in(mode, arch, **options) for mode in (EAGER, CAPTURED))
     expected, actual = run(eager), run(captured)
     assert actual == expected
     # One graph for the step, and the evaluation's comes after its own warm-up.
@@ -90,15 +124,15 @@ def test_a_solve_of_another_shape_is_refused():
             inference.solve(*wrong)
 
 
-@pytest.mark.parametrize("use_gating", [False, True])
-def test_a_compiled_run_follows_the_eager_one(use_gating):
+@pytest.mark.parametrize("variant", ["v1", "gated", "all", "trm"])
+def test_a_compiled_run_follows_the_eager_one(variant):
     """Fused kernels round differently; over the same batches a run may drift from it only slowly.
 
     Over 200 steps the losses stay within 1e-5 of the first loss and the weights within 1e-4 of the way that
     they went (measured: 2e-7 and 3e-6).
     """
-    arch = {"use_gating": use_gating}
-    eager, fused = engine_in(EAGER, arch, lr=1e-3), engine_in(COMPILE, arch, lr=1e-3)
+    arch, options = VARIANTS[variant]
+    eager, fused = (engine_in(mode, arch, lr=1e-3, **options) for mode in (EAGER, COMPILE))
     start = eager.parameters.data.clone()
     (expected, _), (actual, _) = run(eager), run(fused)
     for mine, theirs in zip(actual[:10], expected[:10], strict=True):
@@ -228,9 +262,10 @@ def test_a_feed_holds_what_was_pushed_last(rate_dtype):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures need a CUDA GPU")
-@pytest.mark.parametrize("use_gating", [False, True])
-def test_on_cuda_a_replayed_run_equals_the_compiled_one_bit_for_bit(use_gating):
-    config = make_config({"use_gating": use_gating, "hidden_size": 64})
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_on_cuda_a_replayed_run_equals_the_compiled_one_bit_for_bit(variant):
+    arch, options = VARIANTS[variant]
+    config = make_config({**arch, "hidden_size": 64}, **options)
     fused, captured = (
         Engine(replace(config, mode=mode), METADATA, total_steps=STEPS, device="cuda")
         for mode in ("compile", "graph")

@@ -1,4 +1,4 @@
-"""The configuration of the variants: named architectures, their files, stages, and what does not go together."""
+"""The configuration of the variants: architectures, their files, stages, and what does not go together."""
 
 import pytest
 
@@ -138,7 +138,7 @@ def test_stages_come_back_from_a_file(tmp_path):
         (["arch.subgoal_head=3"], "arch.subgoal_head is a group of keys"),
         (
             ["arch.gate_init_strategy=balanced", "arch.gate_init_bias=-3"],
-            "arch.gate_init_strategy=balanced sets the biases that arch.gate_init_bias=-3 would: leave one out",
+            "arch.gate_init_strategy=balanced sets the biases that arch.gate_init_bias=-3 would: leave one",
         ),
         (["arch=v1", "loss.gate_entropy_weight=1"], "are for a gated model: give --arch gated"),
         (
