@@ -172,7 +172,7 @@ def check_comparable(campaign: Campaign, swept: Sequence[str] = ()) -> None:
                 raise UserError(f"{name} and {other.name} are the same configuration: leave one out")
         for key in KEYS:
             shared = key in SHARED or (key.startswith("sudoku.") and values["data_path"] is None)
-            if False and values[key] != seen[first.name][key]:
+            if shared and key not in swept and values[key] != seen[first.name][key]:
                 raise UserError(
                     f"{key} is {show_value(seen[first.name][key])} for {first.name} and "
                     f"{show_value(values[key])} for {other.name}: candidates share data, steps and device, "

@@ -320,7 +320,7 @@ class Engine:
         grad_norm = sums.pop("grad_norm") / steps
         metrics = means(sums, steps * self.config.global_batch_size)
         metrics |= {"grad_norm": grad_norm, "lr": self.learning_rate(self.config.lr)}
-        return {**metrics, **self._puzzle_metrics(), **self._gate_metrics()}
+        return {**metrics, **self._puzzle_metrics(), **self.gate_metrics()}
 
     def _puzzle_metrics(self) -> dict[str, float]:
         """Of the rows that the last step used: their mean norm, and the norm of all their gradients."""
@@ -335,10 +335,11 @@ class Engine:
         }
 
     @torch.no_grad()
-    def _gate_metrics(self) -> dict[str, float]:
+    def gate_metrics(self) -> dict[str, float]:
         """Statistics of the gates, from one more step of a few sequences that leaves everything as it is.
 
-        So a step itself computes none, and a line of the log costs a step's share of GATES_SEEN sequences.
+        Nothing without gates. A step itself computes none; a line of the log costs GATES_SEEN sequences'
+        share of one.
         """
         if not self.config.arch.use_gating:
             return {}

@@ -73,7 +73,7 @@ def _within(angle: float, freedom: int) -> float:
     odd = freedom % 2
     # odd: cos + 2/3 cos^3 + 2*4/(3*5) cos^5 + ...;  even: 1 + 1/2 cos^2 + 1*3/(2*4) cos^4 + ...
     term, total = (cosine if odd else 1.0), 0.0
-    for power in range(odd, freedom - 1, 2):
+    for power in range(odd, freedom, 2):
         total += term
         term *= cosine * cosine * (power + 1) / (power + 2)
     return 2 / math.pi * (angle + sine * total) if odd else sine * total

@@ -303,9 +303,10 @@ def test_no_test_puzzle_solved_after_half_of_the_evaluations():
     for part in ("after 2 of 4 evaluations", "1.0% of the training sequences", "sudoku.clues", "lr=0.0005"):
         assert part in text, text
     assert told(config, evaluations(0)) == [] and told(config, evaluations(0, 0.002, 0, 0)) == []
-    # Of ten it takes five, of one that one.
+    # Of ten it takes five, of one that one, but of two both.
     assert only(configured("epochs=30"), evaluations(*[0] * 10))[0] == 5 * 937
     assert only(configured("epochs=3"), evaluations(0))[0] == 937
+    assert only(configured("epochs=6"), evaluations(0, 0))[0] == 2 * 937
     assert "training sequences" not in only(config, evaluations(0, 0, train=None))[1]
 
 

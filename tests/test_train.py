@@ -84,10 +84,13 @@ def test_a_run_tells_its_story_and_leaves_its_files(tiny_sudoku, tmp_path, capsy
     assert [line["step"] for line in lines if "train/lm_loss" in line] == list(range(2, 49, 2))
     assert [line["step"] for line in lines if "eval/all/exact_accuracy" in line] == [12, 24, 36, 48]
     assert {line["eval/all/count"] for line in lines if "eval/all/count" in line} == {20}
-    assert lines[0]["train/lr"] == pytest.approx(1e-3 * 2 / 5)
+    assert lines[1]["train/lr"] == pytest.approx(1e-3 * 2 / 5)
     checkpoint = load_checkpoint(run)
     assert checkpoint.step == 48 and checkpoint.training["carry"]["z_H"].shape == (8, 17, 32)
     assert set(load_file(run / "step_48" / "model.safetensors")) == set(checkpoint.weights)
+    buffers = ("H_init", "L_init", "puzzle_emb.weights")
+    sizes = [tensor.numel() for name, tensor in checkpoint.weights.items() if name not in buffers]
+    assert lines[0] == {"step": 0, "model/parameters": sum(sizes)}
     # The saved configuration trains the same run again.
     status, out, _ = run_main("--config", str(run / "config.yaml"), "run_name=second", capsys=capsys)
     assert status == 0
@@ -290,6 +293,7 @@ def test_a_run_belongs_to_one_process(tiny_sudoku, tmp_path, capsys):
 def test_the_last_checkpoints_stay(tiny_sudoku, tmp_path):
     for keep, steps in (("1", [48]), ("null", [12, 24, 36, 48])):
         argv = words(tiny_sudoku, tmp_path, f"run_name=keep-{keep}", f"keep_checkpoints={keep}")
+        argv += ["keep_best=false"]
         assert train.main(argv) == 0
         folders = (tmp_path / tiny_sudoku.name / f"keep-{keep}").glob("step_*")
         assert sorted(int(folder.name.removeprefix("step_")) for folder in folders) == steps
