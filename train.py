@@ -119,7 +119,7 @@ def run(config: Config, world: "World", device: "torch.device") -> None:
             Report(config, run_dir, total_steps, resume_step, mute=not world.is_main)
         )
         if resume_step is None:
-            report.start({"model/parameters": parameter_count(engine)})
+            report.start({"model/parameters": parameter_count(engine), "run/total_steps": total_steps})
         for batch in batches:
             if engine.step >= total_steps or best.should_stop(config.early_stop_patience):
                 break
@@ -165,7 +165,7 @@ def data_folder(config: Config) -> Path:
 
 def run_identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
     """What a checkpoint must share with the run that resumes it; anything else may change on the way."""
-    names = ("seed", "global_batch_size", "eval_interval")
+    names = ("seed", "global_batch_size", "eval_interval", "best_metric")
     same = {name: getattr(config, name) for name in names}
     # A last interval that is shorter than the others has an order of its own.
     if config.eval_interval is None or config.epochs % config.eval_interval:
@@ -235,7 +235,8 @@ def with_defaults(run: dict[str, Any]) -> dict[str, Any]:
     try:
         arch = dict(run["arch"])
         arch["subgoal_head"] = SubgoalConfig(**arch.get("subgoal_head", {}))
-        return {**run, "arch": asdict(ArchConfig(**arch)), "loss": asdict(LossConfig(**run["loss"]))}
+        known = {"arch": asdict(ArchConfig(**arch)), "loss": asdict(LossConfig(**run["loss"]))}
+        return {"best_metric": Config.best_metric, **run, **known}
     # Of a later version, or none of this trainer: the comparison names what differs.
     except (KeyError, TypeError, ValueError):
         return run

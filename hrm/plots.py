@@ -16,17 +16,16 @@ from hrm.panels import Panel, Section, mean_and_range, single_values, thinned, v
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Light and dark ground: 3:1 or better on either, and told apart with any common colour blindness; after
-# Okabe and Ito.
+# On light and on dark ground: 3:1 or better against it, and told apart with any colour blindness.
 COLOURS = (
-    ("#0072b2", "#4ba3e3"),
-    ("#d55e00", "#f0813a"),
-    ("#009e73", "#2dc297"),
-    ("#c0679a", "#dd8fbb"),
-    ("#a67c00", "#e3b341"),
-    ("#6b7280", "#a3abb6"),
+    ("#115193", "#cfe3fd"),
+    ("#d97502", "#c83404"),
+    ("#0ca167", "#62fea8"),
+    ("#2e0f28", "#ca45cb"),
+    ("#6d4701", "#fbcb23"),
+    ("#9584a4", "#6d6a6a"),
 )
-# Also told apart in grey: with six colours thirty groups look different.
+# With six colours these make thirty groups look different.
 MARKERS = "os^Dv"
 INK, GRID = "#24292f", "#d8dee4"
 # Inches.

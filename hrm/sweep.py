@@ -65,7 +65,7 @@ def split_axes(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
         values = _split(text)
         if len(values) == 1:
             fixed.append(word)
-        elif key in axes or False:
+        elif key in axes or len(set(values)) < len(values):
             raise UserError(f"{show(word)}: {show(key)} or a value is given twice: leave one out")
         else:
             axes[key] = values
@@ -94,7 +94,7 @@ def _split(text: str) -> list[str]:
     parts, depth = [""], 0
     for character in text:
         depth += (character in "[{") - (character in "]}")
-        if character == ",":
+        if character == "," and depth == 0:
             parts.append("")
         else:
             parts[-1] += character

@@ -20,6 +20,8 @@ STEPS_MARGIN = 0.01
 # A gate this far from open, or from shut, hardly lets anything through, or hold anything back. Fresh gates
 # are 0.1 open, or 0.05 at the least by a strategy, so the shares below 0.1 and above 0.9 do not suffice.
 SHUT = 0.02
+# And of gates at both ends, the share that is above 0.9: of fresh ones next to none is.
+OPEN = 0.1
 # The share of a saturated gate's values that are below 0.1 or above 0.9.
 AT_THE_EDGES = 0.95
 # Fresh gates spread by 0.03 or more; below this they are a constant factor.
@@ -146,10 +148,10 @@ class Symptoms:
             mean, spread, low, high = (
                 line.get(f"train/gates/{gate}/{name}", math.nan) for name in ("mean", "std", "low", "high")
             )
-            at_an_end = not SHUT <= mean <= 1 - SHUT
+            at_an_end = mean < SHUT or high >= OPEN
             if self._lasts(f"{gate} saturated", late and at_an_end and low + high >= AT_THE_EDGES):
                 self._told.add(f"{gate} saturated")
-                state = "shut" if mean < SHUT else "wide open"
+                state = "shut" if mean < SHUT else "wide open" if mean > 1 - SHUT else "shut or wide open"
                 saturated.append(f"{gate} {state} (mean {mean:.3f}, {low + high:.0%} below 0.1 or above 0.9)")
             if self._lasts(f"{gate} uniform", late and not at_an_end and spread < UNIFORM):
                 self._told.add(f"{gate} uniform")

@@ -11,6 +11,8 @@ from hrm.checkpoint import MANIFEST, STEP_NAME, WEIGHTS, choose
 from hrm.storage import CheckpointError, read_safetensors, read_torch
 
 PUZZLE_TABLE = "puzzle_emb.weights"
+# What variants add to v1, by a part of the names of its tensors; fresh where a checkpoint has none of it.
+ADDED = {"gate networks": ".gating_network.", "subgoal head": "subgoal_head."}
 
 
 def load_weights(
@@ -21,8 +23,9 @@ def load_weights(
     path: a `step_<N>` folder, a run's folder, a .safetensors file, or a `step_<N>` file of the official code
     (github.com/sapientinc/HRM; a state dict under `_orig_mod.model.inner.`) or the folder that holds it.
     expected: the shape of every parameter and persistent buffer. A checkpoint without any gate network fits a
-    gated model, and with reset_puzzle_emb one with a puzzle table of another length: those names are missing
-    from the result, so that the model keeps its own values. Tensors are on the CPU in the file's dtype.
+    gated model, one without a subgoal head a feudal model, and with reset_puzzle_emb one with a puzzle table
+    of another length: those names are missing from the result, so that the model keeps its own values.
+    Tensors are on the CPU in the file's dtype.
     Raises CheckpointError for a damaged file, or one of another architecture, naming the first differences.
     """
     path, weights, notes = _read_weights(Path(path))
@@ -32,12 +35,11 @@ def load_weights(
         if width == list(shapes[PUZZLE_TABLE][1:]):
             notes.append(f"{path}: its puzzle embeddings ({rows} rows) are left out; the table starts fresh")
             del shapes[PUZZLE_TABLE], weights[PUZZLE_TABLE]
-    gates = [name for name in shapes if ".gating_network." in name]
-    if gates and not any(".gating_network." in name for name in weights):
-        notes.append(
-            f"{path}: it has no gate networks; all {len(gates)} gate tensors keep their fresh values"
-        )
-        shapes = {name: shape for name, shape in shapes.items() if name not in gates}
+    for what, mark in ADDED.items():
+        added = [name for name in shapes if mark in name]
+        if added and not any(mark in name for name in weights):
+            notes.append(f"{path}: it has no {what}; all {len(added)} tensors of it keep their fresh values")
+            shapes = {name: shape for name, shape in shapes.items() if name not in added}
 
     reshaped = [name for name in shapes if name in weights and weights[name].shape != shapes[name]]
     differing = [

@@ -15,7 +15,8 @@ from tests import straight_line as plain
 
 B, S, V, PUZZLES, D = 12, 9, 5, 8, 32
 VARIANTS = ("goal", "goal_gate", "gates")
-STABLEMAX, SOFTMAX = "stablemax_cross_entropy", "softmax_cross_entropy"
+STABLEMAX: Any = "stablemax_cross_entropy"
+SOFTMAX: Any = "softmax_cross_entropy"
 
 
 def make_arch(**changes: Any) -> ArchConfig:
@@ -146,7 +147,7 @@ def v1_carry(carry: Carry) -> plain.Carry:
 
 
 def package_step(
-    model: HRM, carry: Carry, batch: plain.Batch, min_halt_steps: Tensor, loss_type: str
+    model: HRM, carry: Carry, batch: plain.Batch, min_halt_steps: Tensor, loss_type: Any
 ) -> tuple[Carry, dict[str, Any]]:
     """The package's replacement, ACT step, loss and backward.
 

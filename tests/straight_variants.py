@@ -31,10 +31,9 @@ def gates(w: Weights, cfg: Any, level: str, sources: list[Tensor], slow: list[Te
         q = sources[0] @ w[f"{name}.q_proj.weight"].T
         keys = [s @ w[f"{name}.kv_proj.weight"][:R].T for s in sources]
         values = [s @ w[f"{name}.kv_proj.weight"][R:].T for s in sources]
-        weights = [torch.exp((q * k).sum(-1) / math.sqrt(R)) for k in keys]
-        context = (
-            sum(a[..., None] * v for a, v in zip(weights, values, strict=True)) / sum(weights)[..., None]
-        )
+        a = torch.stack([torch.exp((q * k).sum(-1) / math.sqrt(R)) for k in keys], -1)
+        a = a / a.sum(-1, keepdim=True)
+        context = (a[..., None] * torch.stack(values, -2)).sum(-2)
         out = context @ w[f"{name}.out_proj.weight"].T + w[f"{name}.out_proj.bias"]
         return [torch.sigmoid(out[..., i : i + 1]) for i in range(n)]
     logits = mlp(w, f"{name}.gate_proj", sources, D)
@@ -162,5 +161,5 @@ def training_step(
     loss = loss + 0.5 * plain.binary_cross_entropy(q_continue, target).sum() + extra
     new = {**carry, "z_H": z_H.detach(), "z_L": z_L.detach(), "steps": steps, "halted": halted}
     new |= {"goal": goal.detach(), "goal_gate": gate.detach()}
-    new["previous"] = [tuple(g.detach() for g in module) for module in opened]  # type: ignore[assignment]
+    new["previous"] = [tuple(g.detach() for g in module) for module in opened]
     return loss, metrics, new

@@ -121,6 +121,7 @@ def test_a_very_long_series_takes_bounded_memory(tmp_path, monkeypatch):
     np.testing.assert_array_equal(values, -steps)
 
 
+@pytest.mark.filterwarnings("error")
 def test_an_evaluation_is_weighted_by_the_sets_counts(tmp_path):
     found = read_history(
         write(

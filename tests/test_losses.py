@@ -79,7 +79,8 @@ def test_loss_and_sums_by_hand():
 
 def test_without_a_target_there_is_no_continue_loss():
     carry, outputs = example()
-    loss, sums = act_loss(LossConfig("stablemax_cross_entropy"), HEAD, carry, outputs._replace(target_q_continue=None))
+    outputs = outputs._replace(target_q_continue=None)
+    loss, sums = act_loss(LossConfig("stablemax_cross_entropy"), HEAD, carry, outputs)
     assert loss.item() == pytest.approx(LM + 0.5 * Q_HALT, rel=1e-12)
     assert "q_continue_loss" not in sums
 

@@ -180,10 +180,50 @@ def test_no_two_groups_look_alike_and_a_group_keeps_its_look():
     assert plots.styles(["group 0"])["group 0"] == look["group 0"]
 
 
+# What an eye without one kind of cone sees, in linear RGB (Machado, Oliveira and Fernandes 2009).
+EYES = {
+    "all": np.eye(3),
+    "no L": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "no M": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "no S": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}
+
+
+def linear(colour: str) -> np.ndarray:
+    channels = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+
+
 def luminance(colour: str) -> float:
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+    return float(linear(colour) @ [0.2126, 0.7152, 0.0722])
+
+
+def lab(rgb: np.ndarray) -> np.ndarray:
+    """CIELAB of linear sRGB."""
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    x, y, z = np.cbrt(np.maximum(to_xyz @ np.clip(rgb, 0, 1) / [0.9505, 1, 1.089], 0.008856))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("eye", EYES)
+@pytest.mark.parametrize("place", [0, 1])
+def test_every_eye_tells_the_colours_apart(place, eye):
+    seen = [lab(np.array(EYES[eye]) @ linear(pair[place])) for pair in plots.COLOURS]
+    for i, one in enumerate(seen):
+        for other in seen[:i]:
+            assert np.linalg.norm(one - other) > 20, (plots.COLOURS[i], other)
 
 
 @pytest.mark.parametrize(("place", "grounds"), [(0, ("#ffffff", "#f6f8fa")), (1, ("#14181d", "#1b2027"))])
@@ -273,7 +313,7 @@ def test_the_users_own_style_changes_nothing():
 
     one, look = Panel("t", [Curve("a", [(np.arange(2), np.ones(2))])]), plots.styles(["a"])
     text = plots.svg(one, look, "p")
-    with matplotlib.rc_context({"text.color": "red", "axes.grid": False, "font.size": 30}):
+    with matplotlib.rc_context({"text.color": "red", "axes.labelsize": 30, "lines.solid_capstyle": "round"}):
         assert plots.svg(one, look, "p") == text
         assert matplotlib.rcParams["text.color"] == "red"
 
@@ -425,7 +465,7 @@ def test_configurations_are_told_apart_by_what_differs(tmp_path):
     assert table is not None and table.columns == ["key", "a", "b"]
     assert table.rows == [["arch.use_gating", "true", "false"], ["new", "null", "-"]]
     assert differences([one]) is None
-    assert differences([one, run(tmp_path / "c", config=None)]) is None
+    assert differences([one, two, run(tmp_path / "c", config=None)]) is None
 
 
 @pytest.mark.parametrize(
@@ -446,12 +486,12 @@ def test_symptoms_are_fed_every_line_in_order(tmp_path, monkeypatch, config, log
     lines = [
         {"step": 10, "train/loss": 1.0, **logged},
         {"step": 10, "eval/all/count": 3},
-        {"step": 20, "train/loss": 0.5},
+        {"step": 20, "train/late": 0.5},
     ]
     monkeypatch.setitem(sys.modules, "hrm.symptoms", SimpleNamespace(Symptoms=Symptoms))
     found = run(tmp_path / "a", *reversed(lines), config=f"{{seed: 7, {config.strip('{}')}}}")
     assert symptoms(found) == ["seen 20"]
-    assert fed == [(10, {"train/loss": 1.0, "eval/all/count": 3, **logged}), (20, {"train/loss": 0.5})]
+    assert fed == [(10, {"train/loss": 1.0, "eval/all/count": 3, **logged}), (20, {"train/late": 0.5})]
 
 
 def test_symptoms_need_a_configuration_that_is_understood(tmp_path):

@@ -268,11 +268,16 @@ def test_saturated_gates_are_named_each_once():
 
 @pytest.mark.parametrize(
     ("mean", "low", "high"),
-    [(0.03, 1.0, 0.0), (0.97, 0.0, 1.0), (0.5, 0.5, 0.5), (0.01, 0.9, 0.0)],
-    ids=["nearly shut", "nearly open", "half and half", "not all"],
+    [(0.03, 1.0, 0.0), (0.09, 0.95, 0.05), (0.5, 0.4, 0.4), (0.01, 0.9, 0.0)],
+    ids=["nearly shut", "few open", "both ends but not all", "not all"],
 )
 def test_gates_that_are_not_saturated(mean, low, high):
     assert told(configured(), changed(gate("L/input", mean, 0.05, low, high))) == []
+
+
+def test_gates_at_both_ends_are_saturated():
+    _, text = only(configured(), changed(gate("L/input", 0.5, 0.49, 0.5, 0.48)))
+    assert "L/input shut or wide open (mean 0.500, 98% below 0.1 or above 0.9)" in text
 
 
 def test_uniform_gates():

@@ -90,7 +90,7 @@ def test_a_run_tells_its_story_and_leaves_its_files(tiny_sudoku, tmp_path, capsy
     assert set(load_file(run / "step_48" / "model.safetensors")) == set(checkpoint.weights)
     buffers = ("H_init", "L_init", "puzzle_emb.weights")
     sizes = [tensor.numel() for name, tensor in checkpoint.weights.items() if name not in buffers]
-    assert lines[0] == {"step": 0, "model/parameters": sum(sizes)}
+    assert lines[0] == {"step": 0, "model/parameters": sum(sizes), "run/total_steps": 48}
     # The saved configuration trains the same run again.
     status, out, _ = run_main("--config", str(run / "config.yaml"), "run_name=second", capsys=capsys)
     assert status == 0

@@ -16,7 +16,7 @@ from tests import straight_variants as variants
 from tests.act_cases import PUZZLES, STABLEMAX, B, D, S, V, draw_often, make_arch, random_batch
 
 FEUDAL = SubgoalConfig(enabled=True, manager_period=2, goal_dim=D // 2, goal_scale=1.5, temperature=0.7)
-GATE_LOSSES = {
+GATE_LOSSES: dict[str, Any] = {
     "gate_saturation_weight": 0.3,
     "gate_entropy_weight": 0.2,
     "gate_stability_weight": 5.0,

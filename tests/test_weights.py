@@ -81,7 +81,7 @@ def test_v1_weights_into_a_gated_model(tmp_path: Path) -> None:
     torch.save(weights, tmp_path / "step_3")
     read, notes = load_weights(tmp_path / "step_3", shapes_of(gated))
     assert equal(read, weights)
-    assert len(notes) == 1 and "no gate networks" in notes[0] and "4 gate tensors" in notes[0]
+    assert len(notes) == 1 and "no gate networks" in notes[0] and "all 4 tensors of it keep" in notes[0]
     # a gated checkpoint fits itself without a note, but neither with a gate missing nor an ungated model
     torch.save(gated, tmp_path / "step_4")
     assert equal(load_weights(tmp_path / "step_4", shapes_of(gated))[0], gated)
