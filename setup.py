@@ -33,6 +33,7 @@ setup(
         "hub": ["huggingface_hub>=0.23"],
         "dev": [
             "hypothesis>=6.100",
+            "matplotlib>=3.8",
             "mypy>=1.10",
             "nvtx>=0.2.10; platform_system == 'Linux'",
             "pytest>=8",

@@ -16,6 +16,7 @@ from hrm.campaign import OWN, Campaign, Run, planned_steps, settings, slots, sur
 from hrm.cli import mapping_items, read_yaml, show, show_value
 from hrm.config import KEYS
 from hrm.errors import UserError, run_command
+from hrm.plots import require
 from hrm.presets import ARCHITECTURE_ALIASES, ARCHITECTURES, folder_name
 from hrm.report import Table, write_report
 from hrm.verdict import cautions, judge, tables
@@ -150,6 +151,7 @@ def conduct(campaign: Campaign, args: argparse.Namespace, title: str, swept: Seq
     if args.jobs is not None and not 1 <= args.jobs <= 1000:
         raise UserError(f"--jobs {args.jobs}: give a number from 1 to 1000")
     check_comparable(campaign, swept)
+    require()
     failed: list[Run] = []
     with campaign.opened():
         if not args.report_only:

@@ -103,6 +103,12 @@ def png(title: str, sections: Sequence[Section], look: Mapping[str, Style]) -> b
     return file.getvalue()
 
 
+def require() -> None:
+    """Raises UserError where matplotlib is missing, before hours are spent on what is to be drawn."""
+    with _matplotlib():
+        pass
+
+
 @contextmanager
 def _matplotlib(svg_salt: str | None = None) -> Iterator[Any]:
     """matplotlib's Figure, without pyplot and its global state, under this module's settings."""
