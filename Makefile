@@ -13,7 +13,7 @@ train: $(VENV)/.runtime
 	$(VENV)/bin/python train.py $(ARGS)
 
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

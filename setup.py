@@ -38,6 +38,7 @@ setup(
             "nvtx>=0.2.10; platform_system == 'Linux'",
             "pytest>=8",
             "pytest-benchmark>=4",
+            "pytest-xdist>=3.5",
             "ruff>=0.6",
             "tensorboard>=2.14",
             "types-tqdm",

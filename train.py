@@ -215,7 +215,9 @@ def find_start(config: Config, engine: "Engine", run_dir: Path, identity: dict[s
             identity = {**identity, "checkpoint_path": origin}
         check_same_run({**checkpoint.manifest, "run": with_defaults(checkpoint.manifest["run"])}, identity)
         engine.load_weights(checkpoint.weights)
-        engine.load_average(checkpoint.extra.get(AVERAGE, {}))
+        if engine.average is not None:
+            # Without one in the checkpoint it goes on from the weights.
+            engine.average.load_state_dict(checkpoint.extra.get(AVERAGE, {}))
         engine.load_training_state(checkpoint.training)
         say(f"resuming {checkpoint.path} at step {checkpoint.step}; resume=none or a run_name starts anew")
         iteration, index = checkpoint.training["position"]
@@ -274,7 +276,7 @@ def save(
     from hrm.checkpoint import save_checkpoint
 
     training = {**engine.training_state(), "position": list(position), "best": best.state_dict()}
-    average = engine.averaged_weights()
+    average = {} if engine.average is None else {AVERAGE: engine.average.state_dict()}
     if engine.world.is_main:
         save_checkpoint(
             run_dir,
@@ -284,7 +286,7 @@ def save(
             run=identity,
             metrics=results,
             keep=engine.config.keep_checkpoints,
-            extra={AVERAGE: average} if average else None,
+            extra=average,
             score=score,
             keep_best=engine.config.keep_best,
         )
@@ -305,8 +307,8 @@ def evaluate(engine: "Engine", test_set: "PuzzleDataset") -> Evaluations:
         world_size=world.size,
     )
     results = {"eval": engine.evaluate(batches())}
-    if engine.config.ema:
-        with engine.averaged():
+    if engine.average is not None:
+        with engine.average.in_place():
             results["eval_ema"] = engine.evaluate(batches())
     return results
 

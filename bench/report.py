@@ -11,10 +11,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from hrm.verdict import tables
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 PLOT = RESULTS / "steps.svg"
+COMPARISON = "architectures_cpu"
 BEGIN, END = "<!-- measured: made by bench/report.py -->", "<!-- end of measured -->"
 PROGRAMS = ("training step", "evaluation of a batch", "solving a batch")
 Rows = list[dict[str, Any]]
@@ -53,6 +56,17 @@ def data_rows(results: Path) -> list[tuple[str, str, str]]:
         for row in json.loads(file.read_text())["benchmarks"]
         if row["name"] == "test_build_sudoku"
     ]
+
+
+def gate_rows(results: Path) -> list[tuple[str, str, str]]:
+    """What the statistics of the gates cost."""
+    found = []
+    for file in sorted(results.glob("gates_*.json")):
+        for row in json.loads(file.read_text())["benchmarks"]:
+            info = row["extra_info"]
+            what = f"statistics of the gates in the log of `{info['model']}`, of the time of its steps"
+            found.append((what, f"{100 * info['share']:.2f} %", file.name))
+    return found
 
 
 def step_files(results: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -128,6 +142,38 @@ def step_table(name: str, file: dict[str, Any]) -> str:
     return "\n".join([where(name, file, first), "", *lines])
 
 
+def comparison_parts(results: Path) -> list[str]:
+    """The architectures side by side, one row each, with the command that trained them, and the pictures."""
+    file = results / COMPARISON / "results.json"
+    if not file.is_file():
+        return []
+    found = json.loads(file.read_text())
+    at_steps, at_time, pace, *aims = tables(found)
+    # The last aim is the largest share of what the baseline reaches.
+    aim = aims[-1]
+    by_name = [{row[0]: row for row in each.rows} for each in (at_steps, at_time, pace, aim)]
+    against = f"to {found['baseline']}"
+    solved = f"steps until {100 * found['aims'][list(found['aims'])[-1]]:.0f} % are solved"
+    columns = ["", "parameters", "a step", at_steps.title, against, at_time.title, against, solved, against]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name in by_name[0]:
+        steps, time, _, reached = (rows.get(name, []) for rows in by_name)
+        own = by_name[2].get(name, ["", "", ""])
+        cells = [name, own[1], own[2], steps[2], steps[3], time[2], time[3]]
+        lines.append(f"| {' | '.join([*cells, *reached[2:4]])} |")
+    machine = found["made_by"]
+    folder = f"bench/results/{COMPARISON}"
+    said = (
+        f"`{COMPARISON}/results.json`: {machine['processor']}, {machine['cores']} cores, PyTorch "
+        f"{machine['versions']['torch']}, commit {machine['commit'][:7]}; seeds "
+        f"{', '.join(map(str, found['seeds']))}; `{found['command'].partition(' --output')[0]}`. Solved: "
+        "test puzzles right in every cell, mean ± sample deviation; differences are paired by seed, with "
+        "their 95 % t interval."
+    )
+    image = f"[![The architectures compared]({folder}/report.png)]({folder}/report.html)"
+    return [said, "\n".join(lines), image]
+
+
 def where(name: str, file: dict[str, Any], info: dict[str, Any]) -> str:
     """On what a file was measured, as it says itself."""
     machine = info["gpu"] or f"{info['processor']} ({info['threads']} of {info['cores']} cores)"
@@ -140,12 +186,13 @@ def where(name: str, file: dict[str, Any], info: dict[str, Any]) -> str:
 def table(results: Path = RESULTS) -> str:
     """All that stands between the README's markers: tables, and the plot once there are steps."""
     lines = ["| what | measured | file |", "|---|---|---|"]
-    lines += [f"| {' | '.join(row)} |" for row in [*quick_rows(results), *data_rows(results)]]
+    rows = [*quick_rows(results), *data_rows(results), *gate_rows(results)]
+    parts = ["\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])]
     files = step_files(results)
-    if not files:
-        return "\n".join(lines)
-    image = f"![Training steps: time over ours](bench/results/{PLOT.name})"
-    return "\n\n".join(["\n".join(lines), image, *(step_table(*each) for each in files)])
+    if files:
+        parts.append(f"![Training steps: time over ours](bench/results/{PLOT.name})")
+        parts += [step_table(*each) for each in files]
+    return "\n\n".join([*parts, *comparison_parts(results)])
 
 
 def readme_with(text: str, measured: str) -> str:

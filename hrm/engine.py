@@ -37,7 +37,7 @@ from hrm.modes import (
     resolve_dtype,
     resolve_mode,
 )
-from hrm.optim import AdamATan2, FlatParameters, learning_rate
+from hrm.optim import AdamATan2, FlatParameters, MovingAverage, learning_rate
 from hrm.profiling import region
 from hrm.program import Program
 from hrm.schema import ArchConfig
@@ -99,7 +99,7 @@ class Engine:
             self.parameters, beta1=config.beta1, beta2=config.beta2, weight_decay=config.weight_decay
         )
         self._feed = Feed(self._rows, self.metadata.seq_len, self.device, self.parameters.data.dtype)
-        self.average = self.parameters.data.clone() if config.ema else None
+        self.average = MovingAverage(self.parameters, config.ema_rate) if config.ema else None
         self.carry = initial_carry(
             model,
             self._rows,
@@ -260,7 +260,7 @@ class Engine:
             clipped_from = self._clip()
             statistics = self.optimizer.step(self._feed.lr)
             if self.average is not None:
-                self.average.lerp_(self.parameters.data, 1 - self.config.ema_rate)
+                self.average.update()
             if self.model.puzzle_emb is not None and self._all_row_grads is not None:
                 sign_sgd(
                     self.model.puzzle_emb.weights,
@@ -388,21 +388,6 @@ class Engine:
             results[set_name] = means(set_sums, set_sums["count"])
         return results
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within it the model has the moving average of its weights; with ema=true."""
-        assert self.average is not None
-        own = self.parameters.data.clone()
-        try:
-            self._set_parameters(self.average)
-            yield
-        finally:
-            self._set_parameters(own)
-
-    def _set_parameters(self, data: Tensor) -> None:
-        self.parameters.data.copy_(data)
-        self.parameters.refresh_copy()
-
     def enter(self, arch: ArchConfig) -> None:
         """Goes on with another stage's architecture, one of the same weights; all state is kept."""
         if arch == self.config.arch:
@@ -427,17 +412,7 @@ class Engine:
                 own[name].copy_(tensor)
             self.parameters.refresh_copy()
             if self.average is not None:
-                self.average.copy_(self.parameters.data)
-
-    def averaged_weights(self) -> dict[str, Tensor]:
-        """The moving average of each parameter, by its name; nothing without ema=true."""
-        return {} if self.average is None else self.parameters.views(self.average)
-
-    def load_average(self, weights: dict[str, Tensor]) -> None:
-        """Takes over `averaged_weights`; without any, the average goes on from the weights."""
-        for name, view in self.averaged_weights().items():
-            if name in weights:
-                view.copy_(weights[name])
+                self.average.restart()
 
     def agree(self) -> None:
         """Gives every rank the main one's weights, and makes sure that they all start from one state.
@@ -446,13 +421,13 @@ class Engine:
         """
         if self.world.size == 1:
             return
-        for tensor in (self.parameters.data, *self.model.buffers()):
+        average = [] if self.average is None else [self.average.data]
+        for tensor in (self.parameters.data, *average, *self.model.buffers()):
             self.world.broadcast(tensor)
         self.parameters.refresh_copy()
         state = {"weights": self.parameters.data, "first moments": self.optimizer.exp_avg}
         state |= {"second moments": self.optimizer.exp_avg_sq, **dict(self.model.named_buffers())}
-        if self.average is not None:
-            state["average"] = self.average
+        state |= {"average": tensor for tensor in average}
         self.world.check_equal({name: digest(tensor) for name, tensor in state.items()})
 
     def training_state(self) -> dict[str, Any]:

@@ -6,7 +6,8 @@ touches the rows of the batch alone.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -82,6 +83,49 @@ class FlatParameters:
         if self._copy_grad is not None:
             self.grad[: len(self._copy_grad)].add_(self._copy_grad)
             self._copy_grad.zero_()
+
+
+class MovingAverage:
+    """An exponential moving average of flat parameters, in their own dtype: a = rate * a + (1 - rate) * p.
+
+    data: (N,), laid out like the parameters'. Source: Jolicoeur-Martineau 2025 (arXiv 2510.04871).
+    """
+
+    def __init__(self, parameters: FlatParameters, rate: float) -> None:
+        self.parameters, self.rate = parameters, rate
+        self.data = parameters.data.clone()
+
+    def update(self) -> None:
+        """After each update of the parameters."""
+        self.data.lerp_(self.parameters.data, 1 - self.rate)
+
+    def restart(self) -> None:
+        """Goes on from the parameters as they are."""
+        self.data.copy_(self.parameters.data)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The average of each parameter, by its name."""
+        return self.parameters.views(self.data)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over a `state_dict`; parameters that are missing keep their average."""
+        for name, view in self.state_dict().items():
+            if name in state:
+                view.copy_(state[name])
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within it the module computes with the average in place of its parameters."""
+        own = self.parameters.data.clone()
+        try:
+            self._set(self.data)
+            yield
+        finally:
+            self._set(own)
+
+    def _set(self, data: Tensor) -> None:
+        self.parameters.data.copy_(data)
+        self.parameters.refresh_copy()
 
 
 class AdamATan2:

@@ -283,6 +283,13 @@ def started(out: str) -> list[str]:
 ALL = ["v1 seed 0", "gated seed 0", "v1 seed 1", "gated seed 1"]
 
 
+def test_what_could_not_be_drawn_is_not_trained(pretend, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, out, error = pretend("--seeds", "2")
+    assert status == 2 and "pip install -e '.[plots]'" in error
+    assert started(out) == [] and not (tmp_path / "out" / "results.json").exists()
+
+
 def test_seeds_take_turns_and_the_results_are_kept(pretend, tmp_path):
     status, out, _ = pretend("--seeds", "2")
     assert status == 0 and started(out) == ALL

@@ -5,9 +5,12 @@ import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bench import report
+from hrm.verdict import judge
+from tests.test_compare import history
 
 CPU = {"gpu": None, "processor": "Chip & Co", "threads": 2, "cores": 4, "versions": {"torch": "2.13.0"}}
 GPU = {**CPU, "gpu": "GPU X"}
@@ -180,6 +183,41 @@ def test_the_kept_plot_is_that_of_the_results():
         assert report.PLOT.read_text(encoding="utf-8") == report.plot()
     else:
         assert not report.PLOT.exists()
+
+
+def test_statistics_of_the_gates_are_told_as_a_share(results):
+    info = {**CPU, "model": "gated-B2", "share": 0.00314}
+    kept(results, "gates_cpu.json", [{"extra_info": info, "stats": {"median": 1}}])
+    line = "| statistics of the gates in the log of `gated-B2`, of the time of its steps | 0.31 % |"
+    assert f"{line} gates_cpu.json |" in report.table(results)
+
+
+def test_a_comparison_has_a_row_for_each_candidate(results):
+    v1 = {0: history({10: 0.2, 20: 0.8}, pace=0.02), 1: history({10: 0.4, 20: 0.6}, pace=0.02)}
+    slow = {seed: history({10: 0.5, 20: 0.9}, pace=0.04, ema={10: 0, 20: 0.1}) for seed in (0, 1)}
+    for run in (*v1.values(), *slow.values()):
+        run.metrics["model/parameters"] = (np.array([0]), np.array([1234.0]))
+    found = judge({"v1": v1, "slow": slow}, "v1")
+    made_by = {"processor": "Chip", "cores": 2, "versions": {"torch": "2.13.0"}, "commit": "0123456789"}
+    command = "python -m hrm.compare v1 slow --output /somewhere"
+    folder = results / report.COMPARISON
+    folder.mkdir()
+    (folder / "results.json").write_text(
+        json.dumps({**found, "made_by": made_by, "seeds": [0, 1], "command": command})
+    )
+    said, rows, image = report.comparison_parts(results)
+    assert "Chip, 2 cores, PyTorch 2.13.0, commit 0123456; seeds 0, 1; " in said
+    assert "`python -m hrm.compare v1 slow`." in said
+    head, _, *lines = rows.splitlines()
+    assert "Equal steps: after 20" in head and "steps until 63 % are solved" in head
+    assert [line.split(" | ")[0] for line in lines] == ["| v1", "| slow", "| slow (EMA)"]
+    assert lines[0].startswith("| v1 | 1,234 | 20 ms | 70.0 % ± 14.1 | - | 70.0 % ± 14.1 | - |")
+    # In the 0.4 s that v1 takes, the slow one makes 10 of its 20 steps.
+    assert lines[1].startswith("| slow | 1,234 | 40 ms | 90.0 % ± 0.0 | +20.0 [")
+    assert "| 50.0 % ± 0.0 | -20.0 [" in lines[1]
+    assert lines[2].startswith("| slow (EMA) |  |  | 10.0 % ± 0.0 |") and lines[2].endswith("| - | - |")
+    assert image.count(f"bench/results/{report.COMPARISON}/report.") == 2
+    assert report.table(results).endswith(image)
 
 
 def test_the_readme_takes_what_stands_between_its_markers():

@@ -24,7 +24,7 @@ def test_the_average_of_the_weights_is_kept_evaluated_and_saved():
         reference.train_step(batch)
         for name, tensor in reference.weights().items():
             expected[name] = 0.8 * expected[name] + 0.2 * tensor
-    averaged = engine.averaged_weights()
+    averaged = engine.average.state_dict()
     assert averaged.keys() == dict(engine.model.named_parameters()).keys()
     for name, tensor in averaged.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7)
@@ -34,7 +34,7 @@ def test_the_average_of_the_weights_is_kept_evaluated_and_saved():
 
     source = [("all", next(batches(1)), B)]
     raw = engine.evaluate(source)
-    with engine.averaged():
+    with engine.average.in_place():
         of_average = engine.evaluate(source)
     own = {name: tensor.clone() for name, tensor in averaged.items()}
     assert engine.evaluate(source) == raw != of_average
@@ -47,10 +47,10 @@ def test_16_bit_weights_are_averaged_in_float32():
     engine.train_step(next(batches()))
     source = [("all", next(batches(1)), B)]
     raw = engine.evaluate(source)
-    with engine.averaged():
+    with engine.average.in_place():
         assert engine.evaluate(source) != raw
     assert engine.evaluate(source) == raw
-    assert {tensor.dtype for tensor in engine.averaged_weights().values()} == {torch.float32}
+    assert {tensor.dtype for tensor in engine.average.state_dict().values()} == {torch.float32}
 
 
 def test_a_long_gradient_is_scaled_to_the_limit():

@@ -156,7 +156,7 @@ def test_whole_training_steps_and_their_moving_average(mlp_t, monkeypatch):
     weights = make_weights(arch, generator, torch.float64)
     engine = make_engine(monkeypatch, config, weights, steps)
     # As the official code does: from the weights at the start, of the dense weights alone.
-    average = {name: w.clone() for name, w in weights.items() if name in engine.averaged_weights()}
+    average = {name: w.clone() for name, w in weights.items() if name in engine.average.state_dict()}
     assert weights.keys() - average.keys() == {plain.PUZZLE_TABLE, *plain.BUFFERS}
     state: dict[str, Any] = {}
     carry = plain.initial_carry(weights, arch, random_batch(generator))
@@ -168,7 +168,7 @@ def test_whole_training_steps_and_their_moving_average(mlp_t, monkeypatch):
         engine.train_step(as_arrays(batch))
         assert_same(engine.carry._asdict(), carry, "engine.carry")
         assert_same(engine.weights(), weights, "weights")
-        assert_same(engine.averaged_weights(), average, "average")
+        assert_same(engine.average.state_dict(), average, "average")
 
     batch = random_batch(generator)
     for own in (weights, {**weights, **average}):
@@ -176,7 +176,7 @@ def test_whole_training_steps_and_their_moving_average(mlp_t, monkeypatch):
         if own is weights:
             result = engine.evaluate([("all", as_arrays(batch), B)])["all"]
         else:
-            with engine.averaged():
+            with engine.average.in_place():
                 result = engine.evaluate([("all", as_arrays(batch), B)])["all"]
         # Metrics leave the engine in float32.
         assert result["lm_loss"] == pytest.approx(expected["lm_loss"].item() / B, rel=1e-6)
@@ -282,7 +282,7 @@ def test_moving_average_of_the_official_code(monkeypatch):
         for _ in range(4):
             engine.train_step(as_arrays(random_batch(generator)))
             helper.update(engine.model)
-    assert_same(engine.averaged_weights(), helper.shadow, "average")
+    assert_same(engine.average.state_dict(), helper.shadow, "average")
 
 
 def full_size(words: list[str]) -> tuple[Config, HRM]:
