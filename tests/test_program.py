@@ -30,6 +30,13 @@ EXTRA_LOSSES = LossConfig(
     gate_loss_warmup_steps=20,
     gate_loss_ramp_steps=50,
 )
+TRM = {
+    "use_gating": False,
+    "share_levels": True,
+    "gradient": "last_cycle",
+    "q_continue": False,
+    "puzzle_emb_len": 3,
+}
 # Architecture and options of a run; `all` has every part that v1 has not, but for those of `trm`.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "v1": ({"use_gating": False}, {}),
@@ -38,17 +45,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"gating_type": "hierarchical", "subgoal_head": FEUDAL},
         {"loss": EXTRA_LOSSES, "ema": True, "ema_rate": 0.9, "grad_clip": 1.0},
     ),
-    "trm": (
-        {
-            "use_gating": False,
-            "share_levels": True,
-            "gradient": "last_cycle",
-            "q_continue": False,
-            "mlp_t": True,
-            "puzzle_emb_len": 3,
-        },
-        {"ema": True},
-    ),
+    "trm": (TRM, {"ema": True}),
+    "trm mixer": ({**TRM, "mlp_t": True}, {}),
 }
 
 
@@ -83,7 +81,12 @@ def run(engine: Engine, steps: int = STEPS) -> tuple[list[dict[str, float]], dic
 
 @pytest.mark.parametrize(
     ("variant", "dtype"),
-    [*product(("v1", "gated"), ("float32", "bfloat16")), ("all", "float32"), ("trm", "bfloat16")],
+    [
+        *product(("v1", "gated"), ("float32", "bfloat16")),
+        ("all", "float32"),
+        ("trm", "float32"),
+        ("trm mixer", "bfloat16"),
+    ],
 )
 def test_a_replayed_run_equals_the_eager_one_bit_for_bit(captures_on_cpu, variant, dtype):
     arch, options = VARIANTS[variant]
@@ -124,24 +127,45 @@ def test_a_solve_of_another_shape_is_refused():
             inference.solve(*wrong)
 
 
-@pytest.mark.parametrize("variant", ["v1", "gated", "all", "trm"])
-def test_a_compiled_run_follows_the_eager_one(variant):
-    """Fused kernels round differently; over the same batches a run may drift from it only slowly.
+@pytest.fixture
+def in_float64(monkeypatch):
+    """Weights, states and arithmetic of engines in float64, which training has no option for."""
+    monkeypatch.setattr(engine_module, "resolve_dtype", lambda *_: torch.float64)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
-    Over 200 steps the losses stay within 1e-5 of the first loss and the weights within 1e-4 of the way that
-    they went (measured: 2e-7 and 3e-6).
-    """
+
+def assert_compiled_follows_eager(variant: str, metrics: float, loss: float, weights: float) -> None:
+    """Within bounds relative to the first ten steps' metrics, to the first loss, to the weights' way."""
     arch, options = VARIANTS[variant]
     eager, fused = (engine_in(mode, arch, lr=1e-3, **options) for mode in (EAGER, COMPILE))
     start = eager.parameters.data.clone()
     (expected, _), (actual, _) = run(eager), run(fused)
     for mine, theirs in zip(actual[:10], expected[:10], strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-5)
+        assert mine == pytest.approx(theirs, rel=metrics)
     first = expected[0]["loss"]
-    assert max(abs(a["loss"] - e["loss"]) for a, e in zip(actual, expected, strict=True)) < 1e-5 * first
+    assert max(abs(a["loss"] - e["loss"]) for a, e in zip(actual, expected, strict=True)) < loss * first
     way = (eager.parameters.data - start).norm()
-    assert (fused.parameters.data - eager.parameters.data).norm() < 1e-4 * way
+    assert (fused.parameters.data - eager.parameters.data).norm() < weights * way
     assert sum(m["count"] for m in expected) > 3 * B
+
+
+@pytest.mark.parametrize("variant", ["v1", "gated", "all"])
+def test_a_compiled_run_follows_the_eager_one(variant):
+    """Fused kernels round differently; over the same batches a run may drift from it only slowly.
+
+    Measured: the losses stay within 2e-7 of the first, the weights within 3e-6 of their way.
+    """
+    assert_compiled_follows_eager(variant, metrics=1e-5, loss=1e-5, weights=1e-4)
+
+
+def test_a_compiled_trm_follows_the_eager_one(in_float64):
+    """A gradient through a whole cycle enlarges differences: in float32 such runs part after some 100 steps.
+
+    Measured: 4e-9 of their way in the weights; with attention in place of the mixer 4e-14.
+    """
+    assert_compiled_follows_eager("trm mixer", metrics=1e-9, loss=1e-9, weights=1e-7)
 
 
 def test_a_program_runs_warms_up_and_replays(captures_on_cpu):
