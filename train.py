@@ -12,13 +12,14 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hrm.config import KEYS, parse_args, resolve_device, to_yaml
+from hrm.config import KEYS, data_folder, parse_args, resolve_device, to_yaml
 from hrm.errors import UserError, run_command
 from hrm.ranks import one_voice
 from hrm.schema import ArchConfig, Config, LossConfig, SubgoalConfig, stage_arch
 
 # PyTorch takes seconds to import: --help and a mistyped key are answered without it.
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from hrm.data.dataset import PuzzleDataset
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 # Metrics by kind of weights, eval or eval_ema, by test set, by name.
 Evaluations = dict[str, dict[str, dict[str, float]]]
-# The moving average of the weights, beside a checkpoint's own.
-AVERAGE = "ema.safetensors"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +52,7 @@ def train(config: Config) -> None:
 
 def run(config: Config, world: "World", device: "torch.device") -> None:
     """One rank's part of a run, from its data to its last checkpoint."""
-    from hrm.data.dataset import PuzzleDataset, check_same_task, fingerprint, steps_in, train_batches
+    from hrm.data.dataset import PuzzleDataset, check_same_task, fingerprint, steps_in, subset, train_batches
     from hrm.engine import Engine
     from hrm.profiling import Profile
     from hrm.stopping import Best, score
@@ -76,6 +75,7 @@ def run(config: Config, world: "World", device: "torch.device") -> None:
         total_steps = min(total_steps, config.max_steps)
 
     epochs_per_iter = config.eval_interval or config.epochs
+    sample = None if config.eval_samples is None else subset(test_set, config.eval_samples, config.seed)
 
     # Model, optimisers and carry; then this run's last checkpoint, another run's weights, or nothing.
     engine = Engine(config, train_set.metadata, total_steps=total_steps, device=device, world=world)
@@ -113,6 +113,7 @@ def run(config: Config, world: "World", device: "torch.device") -> None:
 
         # The loop.
         results: Evaluations = {}
+        is_whole = False
         resume_step = None if checkpoint is None else engine.step
         stack.enter_context(profile)
         report = stack.enter_context(
@@ -131,17 +132,24 @@ def run(config: Config, world: "World", device: "torch.device") -> None:
             if engine.step % config.log_interval == 0 or at_evaluation:
                 report.training(engine.step, engine.pop_metrics())
             if at_evaluation:
-                position, results = batch.position, evaluate(engine, test_set)
-                report.evaluation(engine.step, results)
+                position, results = batch.position, evaluate(engine, test_set, sample)
+                # Ranked by the same examples at every evaluation; the last one tells of all.
                 rank = score(results["eval_ema" if config.ema else "eval"], config.best_metric)
                 is_better = best.update(engine.step, rank)
+                is_whole = sample is None or at_end
+                if at_end and sample is not None:
+                    results = evaluate(engine, test_set)
+                report.evaluation(engine.step, results)
                 if config.checkpoint_every_eval or at_end or (is_better and config.keep_best):
                     checkpoint = save(run_dir, engine, position, identity, results, best, rank)
                 engine.enter(stage_arch(config, position[0] * epochs_per_iter))
                 report.resume_clock()
 
         # The end. The data may end a few steps before the estimate, at an evaluation.
-        results = results or evaluate(engine, test_set)
+        if not is_whole:
+            only_sampled, results = bool(results), evaluate(engine, test_set)
+            if only_sampled:
+                report.evaluation(engine.step, results)
         if checkpoint is None or checkpoint.name != f"step_{engine.step}":
             checkpoint = save(run_dir, engine, position, identity, results, best, None)
     if best.should_stop(config.early_stop_patience) and engine.step < total_steps:
@@ -154,18 +162,9 @@ def shared_keys(config: Config) -> dict[str, str]:
     return {key: str(attrgetter(key)(config)) for key in KEYS if key != "data_path"}
 
 
-def data_folder(config: Config) -> Path:
-    """The data set's folder: data_path, or the built-in Sudoku, generated on first use."""
-    if config.data_path is not None:
-        return Path(config.data_path)
-    from hrm.data.sudoku import builtin_sudoku
-
-    return builtin_sudoku(**asdict(config.sudoku))
-
-
 def run_identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
     """What a checkpoint must share with the run that resumes it; anything else may change on the way."""
-    names = ("seed", "global_batch_size", "eval_interval", "best_metric")
+    names = ("seed", "global_batch_size", "eval_interval", "best_metric", "eval_samples")
     same = {name: getattr(config, name) for name in names}
     # A last interval that is shorter than the others has an order of its own.
     if config.eval_interval is None or config.epochs % config.eval_interval:
@@ -192,7 +191,7 @@ class Start(NamedTuple):
 
 def find_start(config: Config, engine: "Engine", run_dir: Path, identity: dict[str, Any], say: Say) -> Start:
     """Loads what the run starts from."""
-    from hrm.checkpoint import check_same_run, latest_checkpoint, load_checkpoint
+    from hrm.checkpoint import AVERAGE, check_same_run, latest_checkpoint, load_checkpoint
     from hrm.weights import load_weights
 
     source: Path | None = None
@@ -238,7 +237,8 @@ def with_defaults(run: dict[str, Any]) -> dict[str, Any]:
         arch = dict(run["arch"])
         arch["subgoal_head"] = SubgoalConfig(**arch.get("subgoal_head", {}))
         known = {"arch": asdict(ArchConfig(**arch)), "loss": asdict(LossConfig(**run["loss"]))}
-        return {"best_metric": Config.best_metric, **run, **known}
+        added = {name: getattr(Config, name) for name in ("best_metric", "eval_samples")}
+        return {**added, **run, **known}
     # Of a later version, or none of this trainer: the comparison names what differs.
     except (KeyError, TypeError, ValueError):
         return run
@@ -273,7 +273,7 @@ def save(
     score: float | None,
 ) -> Path:
     """Saves a checkpoint of the whole state; every rank takes part, the main one writes."""
-    from hrm.checkpoint import save_checkpoint
+    from hrm.checkpoint import AVERAGE, save_checkpoint
 
     training = {**engine.training_state(), "position": list(position), "best": best.state_dict()}
     average = {} if engine.average is None else {AVERAGE: engine.average.state_dict()}
@@ -285,6 +285,7 @@ def save(
             training=training,
             run=identity,
             metrics=results,
+            data=asdict(engine.metadata),
             keep=engine.config.keep_checkpoints,
             extra=average,
             score=score,
@@ -294,8 +295,13 @@ def save(
     return run_dir / f"step_{engine.step}"
 
 
-def evaluate(engine: "Engine", test_set: "PuzzleDataset") -> Evaluations:
-    """The test split's metrics by set as `eval`; with ema=true the averaged weights' as `eval_ema`."""
+def evaluate(
+    engine: "Engine", test_set: "PuzzleDataset", examples: "dict[str, np.ndarray] | None" = None
+) -> Evaluations:
+    """The test split's metrics by set as `eval`; with ema=true the averaged weights' as `eval_ema`.
+
+    examples: those of each set to look at; None for all.
+    """
     from hrm.data.dataset import test_batches
 
     world = engine.world
@@ -305,6 +311,7 @@ def evaluate(engine: "Engine", test_set: "PuzzleDataset") -> Evaluations:
         global_batch_size=engine.config.global_batch_size,
         rank=world.rank,
         world_size=world.size,
+        examples=examples,
     )
     results = {"eval": engine.evaluate(batches())}
     if engine.average is not None:

@@ -5,7 +5,8 @@ A run's folder holds one folder `step_<N>` for each checkpoint:
     model.safetensors   the weights
     training.pt         optimiser, carry, place in the data: nested dicts, lists, tensors, numbers
     *.safetensors       more tensors of the same step, such as an average of the weights
-    manifest.json       format, step, serial, size and sha256 of each file, run, versions, metrics, score
+    manifest.json       format, step, serial, size and sha256 of each file, run, data, versions, metrics,
+                        score
 
 A save writes into `.tmp_step_*` beside them, syncs, and renames; so whatever has the name `step_<N>` is
 complete, and a process killed at any moment leaves the earlier checkpoints as they were. "Newest" is the one
@@ -60,6 +61,8 @@ __all__ = [
 
 FORMAT = 1
 WEIGHTS, TRAINING, MANIFEST = "model.safetensors", "training.pt", "manifest.json"
+# The moving average of the weights, beside a checkpoint's own where training keeps one.
+AVERAGE = "ema.safetensors"
 
 STEP_NAME = re.compile(r"step_(\d{1,18})(\.old)?")
 _TEMP = ".tmp_step_"
@@ -96,6 +99,7 @@ def save_checkpoint(
     training: Mapping[str, Any],
     run: Mapping[str, Any],
     metrics: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
     extra: Mapping[str, Mapping[str, Tensor]] | None = None,
     score: float | None = None,
     keep: int | None = 3,
@@ -106,7 +110,8 @@ def save_checkpoint(
     weights: tensors of any device and layout; views of one flat buffer are copied apart. training: nested
     dicts, lists and tuples of tensors, numbers, strings and None; anything else is a TypeError that names its
     place. run: what makes the run the one it is, for `check_same_run`. metrics: the results at this step,
-    kept in the manifest. extra: further tensors by the name of their file, as {"ema.safetensors": {...}}.
+    kept in the manifest, as is data, the description of the training data. extra: further tensors by the name
+    of their file, as {"ema.safetensors": {...}}.
     score: how good the step is, higher being better; None or NaN is no score. keep_best: the checkpoint with
     the best score stays too, however old. An existing `step_<step>` is replaced. Returns the checkpoint's
     folder.
@@ -131,7 +136,7 @@ def save_checkpoint(
         _clean(run_dir)
         serial = 1 + max((manifest["serial"] for _, manifest in _folders(run_dir) if manifest), default=0)
         fields = {"format": FORMAT, "step": step, "serial": serial, "run": run, "versions": _versions()}
-        fields |= {"metrics": metrics or {}, "score": score}
+        fields |= {"metrics": metrics or {}, "score": score, "data": data}
         temp.mkdir()
         _write(temp, tensors, state, fields)
         _swap_in(temp, final)

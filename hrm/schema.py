@@ -147,6 +147,9 @@ class Config:
     eval_interval: int | None = key(
         10_000, "epochs between evaluations; null for one at the end", ge=1, le=10**9
     )
+    eval_samples: int | None = key(
+        None, "test examples, drawn once, that evaluations look at; null and the end take all", ge=1, le=10**9
+    )
     max_steps: int | None = key(None, "stop after this many training steps", ge=1, le=10**9)
     lr: float = key(1e-4, "learning rate", ge=0, le=10)
     lr_warmup_steps: int = key(2000, "steps of linear warm-up", ge=0, le=10**9)

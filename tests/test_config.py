@@ -97,6 +97,7 @@ DEFAULTS = {
     "global_batch_size": 768,
     "epochs": 100_000,
     "eval_interval": 10_000,
+    "eval_samples": None,
     "max_steps": None,
     "lr": 1e-4,
     "lr_warmup_steps": 2000,

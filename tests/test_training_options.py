@@ -193,6 +193,35 @@ def test_the_best_is_saved_though_only_the_end_is_asked_for(tiny_sudoku, tmp_pat
         assert sorted(folder.name for folder in folders) == steps
 
 
+def test_evaluations_look_at_a_sample_and_the_last_at_all(tiny_sudoku, tmp_path, capsys):
+    """A run that ends, and one that stops early, of which lr=0 makes every evaluation of the sample alike."""
+    still = ["lr=0", "puzzle_emb_lr=0", "best_metric=lm_loss"]
+    for name, more, counts in (
+        ("ends", still, {12: [7], 24: [7], 36: [7], 48: [20]}),
+        ("stops", [*still, "early_stop_patience=1"], {12: [7], 24: [7, 20]}),
+    ):
+        argv = words(tiny_sudoku, tmp_path, f"run_name={name}", "eval_samples=7", *more)
+        status, out, error = run_main(*argv, capsys=capsys)
+        assert status == 0 and "on 20 test puzzles" in out.split("\n\n")[-1], error
+        run = tmp_path / tiny_sudoku.name / name
+        seen = {}
+        for line in metrics_of(run):
+            if "eval/all/count" in line:
+                seen.setdefault(line["step"], []).append(line["eval/all/count"])
+        assert seen == counts
+        losses = {line["eval/all/lm_loss"] for line in metrics_of(run) if line.get("eval/all/count") == 7}
+        assert len(losses) == 1
+        # Told of all 20, ranked by the same 7 as the others: none is better than the first.
+        manifest = json.loads((run / "step_12" / "manifest.json").read_text())
+        assert manifest["score"] == -losses.pop() and manifest["data"]["seq_len"] == 16
+        last = load_checkpoint(run).manifest
+        assert last["score"] == manifest["score"] and last["step"] == max(counts)
+        assert last["metrics"]["eval"]["all"]["count"] == counts[max(counts)][0]
+    argv = ["eval_samples=8" if word == "eval_samples=7" else word for word in argv]
+    status, _, error = run_main(*argv, capsys=capsys)
+    assert status == 2 and "eval_samples was 7 and is now 8" in error
+
+
 def test_a_checkpoint_from_before_an_option_existed_resumes(tiny_sudoku, tmp_path, capsys, monkeypatch):
     argv = words(tiny_sudoku, tmp_path, "run_name=r")
     identity = train.run_identity
@@ -201,7 +230,7 @@ def test_a_checkpoint_from_before_an_option_existed_resumes(tiny_sudoku, tmp_pat
         run = identity(config, fingerprint)
         for name in ("mlp_t", "subgoal_head", "gating_type"):
             del run["arch"][name]
-        del run["loss"]["feudal_loss_weight"], run["best_metric"]
+        del run["loss"]["feudal_loss_weight"], run["best_metric"], run["eval_samples"]
         return run
 
     monkeypatch.setattr(train, "run_identity", earlier)

@@ -4,7 +4,7 @@ The training order can be drawn again exactly for a seed, from any batch on; a t
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,26 +135,52 @@ def train_batches(
 
 
 def test_batches(
-    dataset: PuzzleDataset, *, global_batch_size: int, rank: int = 0, world_size: int = 1
+    dataset: PuzzleDataset,
+    *,
+    global_batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    examples: Mapping[str, np.ndarray] | None = None,
 ) -> Iterator[tuple[str, Batch, int]]:
     """Iterate over every example of every set once, in order: (set name, this rank's rows, valid rows).
 
-    The third number counts the rows of the GLOBAL batch that are examples; the last batch of a set is filled
-    up with pad_id, label -100 and the blank identifier. Raises DatasetError when world_size does not divide
-    the batch.
+    examples: those to take of each set, increasing, as `subset` draws them; None for all. The third number
+    counts the rows of the GLOBAL batch that are examples; the last batch of a set is filled up with pad_id,
+    label -100 and the blank identifier. Raises DatasetError when world_size does not divide the batch.
     """
     local = _local_batch_size(global_batch_size, rank, world_size)
 
     def walk() -> Iterator[tuple[str, Batch, int]]:
         for name, part in dataset.sets.items():
-            for first in range(0, len(part.inputs), global_batch_size):
-                end = min(first + global_batch_size, len(part.inputs))
-                begin = first + rank * local
-                examples = np.arange(begin, min(begin + local, end))
-                puzzles = np.searchsorted(part.puzzle_indices, examples, side="right") - 1
-                yield name, _batch(dataset, part, examples, puzzles, local), end - first
+            taken = np.arange(len(part.inputs)) if examples is None else examples[name]
+            for first in range(0, len(taken), global_batch_size):
+                rows = taken[first : first + global_batch_size]
+                own = rows[rank * local : (rank + 1) * local]
+                puzzles = np.searchsorted(part.puzzle_indices, own, side="right") - 1
+                yield name, _batch(dataset, part, own, puzzles, local), len(rows)
 
     return walk()
+
+
+def subset(dataset: PuzzleDataset, samples: int, seed: int) -> dict[str, np.ndarray]:
+    """A fixed random part of a split, for `test_batches`: of each set the numbers of examples, increasing.
+
+    The sets have their share of `samples` (all examples where there are no more), rounded by the largest
+    remainders; the same for the same seed. Raises DatasetError for fewer than one.
+    """
+    if samples < 1:
+        raise DatasetError(f"{dataset.folder}: a part of {samples} examples is none; expected at least 1")
+    sizes = np.array([len(part.inputs) for part in dataset.sets.values()])
+    total = int(sizes.sum())
+    samples = min(samples, total)
+    shares, remainders = np.divmod(sizes * samples, total)
+    largest = np.argsort(-remainders, kind="stable")[: samples - shares.sum()]
+    shares[largest] += 1
+    rng = np.random.default_rng(seed)
+    return {
+        name: np.sort(rng.choice(size, share, replace=False))
+        for name, size, share in zip(dataset.sets, sizes, shares, strict=True)
+    }
 
 
 def _local_batch_size(global_batch_size: int, rank: int, world_size: int) -> int:
