@@ -12,6 +12,7 @@ setup(
     python_requires=">=3.11",
     # Named one by one: `kernels` is also a package of others, so nothing may be picked up by chance.
     packages=["kernels", "hrm", "hrm.data"],
+    package_data={"hrm": ["thinking.html", "thinking.css", "thinking.js"]},
     py_modules=["train"],
     install_requires=[
         "torch>=2.9",
@@ -36,6 +37,7 @@ setup(
             "matplotlib>=3.8",
             "mypy>=1.10",
             "nvtx>=0.2.10; platform_system == 'Linux'",
+            "playwright>=1.40",
             "pytest>=8",
             "pytest-benchmark>=4",
             "pytest-xdist>=3.5",

@@ -144,12 +144,14 @@ def act_step(
     min_halt_steps: Tensor | None,
     *,
     sees_gates: bool = False,
+    with_target: bool = True,
 ) -> tuple[Carry, Outputs]:
     """One ACT step on a carry without halted sequences.
 
     puzzle_rows: (B, puzzle_emb_ndim), the rows of carry.puzzle_identifiers, or None without a puzzle table.
     min_halt_steps: (B,) while training; None evaluates, where sequences halt at halt_max_steps only and no
-    target is computed. sees_gates: to have the gates in the outputs. The new carry is detached.
+    target is computed. sees_gates: to have the gates in the outputs. with_target: False where sequences halt
+    by choice but nothing is learnt, which saves the target's pass. The new carry is detached.
     """
     arch, head = model.arch, model.subgoal_head
     steps = carry.steps + 1
@@ -178,7 +180,7 @@ def act_step(
             # Without a continue head in use, stopping is worth it when it is likelier right than wrong.
             wants_to_halt = q_halt > (q_continue if arch.q_continue else 0)
             halted = is_last | (wants_to_halt & (steps >= min_halt_steps))
-            if arch.q_continue:
+            if arch.q_continue and with_target:
                 with region("target pass"):
                     bias = None if head is None else head.bias(goal, goal_gate, model.dtype)
                     next_z_H, _ = model.recur(z_H, z_L, e.detach(), queries=1, bias=bias)

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from hrm.config import KEYS, Config, parse_args, to_yaml
 from hrm.errors import UserError
+from hrm.files import write_whole
 from hrm.history import METRICS, History, read_history
 
 # Beside this package, in a checkout and in an installation; a train.py in the current folder is another one.
@@ -321,13 +322,6 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 def _listed(seeds: Sequence[int]) -> str:
     return ",".join(map(str, seeds))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _check(job: _Active, made_by: str) -> bool:

@@ -50,7 +50,7 @@ MOVED: dict[str, str] = {
     "learning_rate": "write lr=VALUE",
     "warmup_steps": "write lr_warmup_steps=VALUE",
     "subsample_size": "write sudoku.num_train=VALUE",
-    "eval_save_outputs": "leave it out",
+    "eval_save_outputs": "python -m hrm.evaluate saves predictions, by save_predictions=FILE.npz",
     "cuda": "write device=cuda",
     "cpu": "write device=cpu",
     "config_name": "write --config FILE.yaml, or --arch NAME",
@@ -263,8 +263,10 @@ class Arguments:
     overrides: dict[str, str]
 
 
-def split_arguments(argv: Sequence[str], keys: Mapping[str, Key]) -> Arguments:
-    """Take a command line apart: flags, and `key=value` words in any order.
+def split_arguments(
+    argv: Sequence[str], keys: Mapping[str, Key], flags_known: Sequence[str] = tuple(_FLAGS)
+) -> Arguments:
+    """Take a command line apart: flags, of those known, and `key=value` words in any order.
 
     `arch=NAME` stands for --arch NAME, and --help makes the rest of the line idle.
     Raises ConfigError for an unknown or repeated flag or key, a flag without a value, a word without `=`.
@@ -276,7 +278,7 @@ def split_arguments(argv: Sequence[str], keys: Mapping[str, Key]) -> Arguments:
     words = iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
-        if name in _FLAGS:
+        if name in flags_known:
             if not _FLAGS[name] and equals:
                 raise ConfigError(f"{name} takes no value: write {name}")
             if _FLAGS[name] and not equals:
@@ -286,12 +288,12 @@ def split_arguments(argv: Sequence[str], keys: Mapping[str, Key]) -> Arguments:
                     f"{name} needs a value: write {name} {'FILE.yaml' if name == '--config' else 'NAME'}"
                 )
         elif word.startswith("-"):
-            _refuse_flag(name, keys)
+            _refuse_flag(name, keys, flags_known)
         elif not equals:
             raise ConfigError(
                 f"{show(word) or '(empty)'}: write key=value, with no space around the =; see --help"
             )
-        elif name == "arch":
+        elif name == "arch" and "--arch" in flags_known:
             name = "--arch"
             if not value.strip():
                 raise ConfigError("arch has no value: write arch=NAME or arch=FILE.yaml")
@@ -308,14 +310,14 @@ def split_arguments(argv: Sequence[str], keys: Mapping[str, Key]) -> Arguments:
     return Arguments(flags.get("--arch"), flags.get("--config"), "--print-config" in flags, False, overrides)
 
 
-def _refuse_flag(name: str, keys: Mapping[str, Key]) -> None:
+def _refuse_flag(name: str, keys: Mapping[str, Key], flags: Sequence[str]) -> None:
     bare = name.lstrip("-").replace("-", "_")
     if bare in MOVED:
         hint = MOVED[bare]
     elif bare in keys or nearest(bare, keys):
         hint = f"keys are written without dashes, {bare if bare in keys else nearest(bare, keys)}=VALUE"
     else:
-        hint = "the flags are " + ", ".join(_FLAGS)
+        hint = "the flags are " + ", ".join(flags)
     raise ConfigError(f"unknown flag {show(name)}: {hint}")
 
 

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hrm.campaign import OWN, Campaign, Run, planned_steps, settings, slots, surroundings, write_whole
+from hrm.campaign import OWN, Campaign, Run, planned_steps, settings, slots, surroundings
 from hrm.cli import mapping_items, read_yaml, show, show_value
 from hrm.config import KEYS
 from hrm.errors import UserError, run_command
+from hrm.files import write_whole
 from hrm.plots import require
 from hrm.presets import ARCHITECTURE_ALIASES, ARCHITECTURES, folder_name
 from hrm.report import Table, write_report

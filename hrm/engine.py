@@ -380,7 +380,7 @@ class Engine:
                 for first in range(0, self._rows, self._part_rows):
                     inference.run(batch.rows(first, first + self._part_rows))
                     totals.setdefault(set_name, torch.zeros((), dtype=wide, device=self.device))
-                    totals[set_name] = totals[set_name] + inference.sums
+                    totals[set_name] = totals[set_name] + inference.sums.to(wide)
         results = {}
         for set_name, total in totals.items():
             reduced = self.world.all_reduce(total).tolist()
@@ -427,7 +427,8 @@ class Engine:
         self.parameters.refresh_copy()
         state = {"weights": self.parameters.data, "first moments": self.optimizer.exp_avg}
         state |= {"second moments": self.optimizer.exp_avg_sq, **dict(self.model.named_buffers())}
-        state |= {"average": tensor for tensor in average}
+        if self.average is not None:
+            state["average"] = self.average.data
         self.world.check_equal({name: digest(tensor) for name, tensor in state.items()})
 
     def training_state(self) -> dict[str, Any]:

@@ -5,7 +5,6 @@ A report is a page, report.html, that needs no other file and no network, and th
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 
 from hrm import plots
 from hrm.errors import run_command
+from hrm.files import new_file
 from hrm.history import History, read_histories
 from hrm.page import Table, page
 from hrm.panels import duration, sections, value_text
@@ -40,18 +40,10 @@ def write_report(
     text = page(title, groups, found, look, tables, notes)
     image = plots.png(title, found, look)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / HTML, text.encode("utf-8"))
-    _replace(folder / PNG, image)
+    for name, content in ((HTML, text.encode("utf-8")), (PNG, image)):
+        with new_file(folder / name) as file:
+            file.write_bytes(content)
     return folder / HTML, folder / PNG
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------- the command

@@ -28,7 +28,7 @@ def load_weights(
     Tensors are on the CPU in the file's dtype.
     Raises CheckpointError for a damaged file, or one of another architecture, naming the first differences.
     """
-    path, weights, notes = _read_weights(Path(path))
+    path, weights, notes = read_weights(Path(path))
     shapes = dict(expected)
     if reset_puzzle_emb and PUZZLE_TABLE in shapes.keys() & weights.keys():
         rows, *width = weights[PUZZLE_TABLE].shape
@@ -63,7 +63,11 @@ def load_weights(
     )
 
 
-def _read_weights(path: Path) -> tuple[Path, dict[str, Tensor], list[str]]:
+def read_weights(path: Path) -> tuple[Path, dict[str, Tensor], list[str]]:
+    """The file of the weights that a path names, the weights in it by our names, and a line for each note.
+
+    path: as `load_weights` takes it. Raises CheckpointError.
+    """
     notes: list[str] = []
     if path.is_dir():
         # a folder of the official code holds state dicts where ours would hold folders

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hrm.data import dataset, layout, writer
+from hrm.data import dataset, layout
 from hrm.data.dataset import PuzzleDataset, fingerprint, steps_in, train_batches
-from hrm.data.layout import ARRAYS, DatasetError, Metadata, PuzzleSet
+from hrm.data.layout import ARRAYS, DatasetError, PuzzleSet
+from hrm.data.writer import Shape, new_dataset
 from hrm.errors import UserError
 
 CELLS = 5
@@ -39,26 +38,15 @@ def a_set(groups: list[list[int]], seed: int = 0) -> PuzzleSet:
     )
 
 
-def metadata(sets: dict[str, PuzzleSet], **changes: Any) -> Metadata:
-    examples = sum(len(part.inputs) for part in sets.values())
-    puzzles = sum(len(part.puzzle_identifiers) for part in sets.values())
-    fields: dict[str, Any] = {
-        "pad_id": 0,
-        "ignore_label_id": 0,
-        "blank_identifier_id": 0,
-        "vocab_size": VOCAB,
-        "seq_len": CELLS,
-        "num_puzzle_identifiers": 200,
-        "total_groups": sum(len(part.group_indices) - 1 for part in sets.values()),
-        "mean_puzzle_examples": examples / puzzles,
-        "sets": list(sets),
-    }
-    return Metadata(**(fields | changes))
-
-
-def written(folder: Path, *sets: list[list[int]], split: str = "train", **changes: Any) -> PuzzleDataset:
-    parts = {f"set{number}": a_set(groups, number) for number, groups in enumerate(sets)}
-    writer.write_split(folder / split, parts, metadata(parts, **changes))
+def written(
+    folder: Path, *sets: list[list[int]], split: str = "train", identifiers: int = 200, **shape: Any
+) -> PuzzleDataset:
+    """A data set of one split, whose sets are called set0, set1, ..."""
+    with new_dataset(folder) as data:
+        part = data.split(split, Shape(**{"seq_len": CELLS, "vocab_size": VOCAB} | shape))
+        for number, groups in enumerate(sets):
+            part.add(f"set{number}", a_set(groups, number))
+        data.close([str(number) for number in range(identifiers)])
     return PuzzleDataset(folder, split)
 
 
@@ -70,21 +58,6 @@ MIXED = [[1, 1], [3], [2, 4, 1], [7], [1], [2, 2], [5, 1], [1, 1, 1]]
 
 
 # --- on disk
-
-
-def test_what_is_written_is_read(tmp_path: Path) -> None:
-    parts = {"all": a_set(MIXED), "more": a_set([[1], [2]], 1)}
-    meta = metadata(parts)
-    writer.write_dataset(tmp_path / "data", {"train": (parts, meta)}, ["<blank>", "a"])
-    data = PuzzleDataset(tmp_path / "data", "train")
-    assert data.metadata == meta
-    assert list(data.sets) == ["all", "more"]
-    for name, part in data.sets.items():
-        for array in ARRAYS:
-            np.testing.assert_array_equal(getattr(part, array), getattr(parts[name], array))
-        assert isinstance(part.inputs.base, np.memmap) and isinstance(part.labels.base, np.memmap)
-    assert json.loads((tmp_path / "data/identifiers.json").read_text()) == ["<blank>", "a"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
 
 def test_unknown_keys_and_a_missing_ignore_label_are_fine(tmp_path: Path) -> None:
@@ -474,106 +447,3 @@ def test_every_test_example_comes_once_in_order(tmp_path: Path, world_size: int)
             and (identifiers[valid:] == 199).all()
         )
     assert taken == {"set0": 33, "set1": 4}
-
-
-# --- writing
-
-
-def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
-    parts = {"all": a_set(MIXED)}
-    home = tmp_path / "home"
-    home.mkdir()
-    (home / "thesis.tex").write_text("years of work")
-    for folder in (home, home / "thesis.tex"):
-        with pytest.raises(DatasetError, match="exists and is not a data set to replace"):
-            writer.write_dataset(folder, {"train": (parts, metadata(parts))}, ["<blank>"])
-    assert (home / "thesis.tex").read_text() == "years of work"
-    assert [path.name for path in tmp_path.iterdir()] == ["home"]
-
-
-def test_a_failed_write_leaves_the_old_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written(tmp_path / "data", MIXED)
-    before = fingerprint(PuzzleDataset(tmp_path / "data", "train"))
-    parts = {"all": a_set([[1], [1]])}
-    save, calls = np.save, []
-
-    def fail_late(*args: Any, **options: Any) -> None:
-        calls.append(args)
-        if len(calls) == 4:
-            raise OSError(28, "No space left on device")
-        save(*args, **options)
-
-    monkeypatch.setattr(np, "save", fail_late)
-    with pytest.raises(DatasetError, match=r"cannot be written \(No space left on device\)"):
-        writer.write_dataset(tmp_path / "data", {"train": (parts, metadata(parts))}, ["<blank>"])
-    assert fingerprint(PuzzleDataset(tmp_path / "data", "train")) == before
-    monkeypatch.undo()
-    (tmp_path / "link").symlink_to(tmp_path / "data")
-    writer.write_dataset(tmp_path / "link", {"train": (parts, metadata(parts))}, ["<blank>"])
-    assert list(PuzzleDataset(tmp_path / "data", "train").sets) == ["all"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "link"]
-
-
-BUILD = """
-import sys, time
-from pathlib import Path
-import numpy as np
-from hrm.data.layout import Metadata, PuzzleSet
-from hrm.data.writer import cached, write_dataset
-
-def build(folder):
-    cells, index = np.ones((3, 2), np.uint8), np.arange(4, dtype=np.int32)
-    part = PuzzleSet(cells, cells, np.zeros(3, np.int32), index, index)
-    meta = Metadata(0, 0, 0, 2, 2, 1, 3, 1.0, ["all"])
-    print("builds", flush=True)
-    # Until the others build too.
-    while sum(1 for p in folder.parent.iterdir() if p.name.startswith("mark")) < int(sys.argv[1]):
-        (folder.parent / f"mark{sys.argv[2]}").touch()
-        time.sleep(0.01)
-    write_dataset(folder, {"train": ({"all": part}, meta)}, ["<blank>"])
-
-print(cached("one", build))
-"""
-
-
-def test_processes_that_build_at_once_end_with_one_data_set(tmp_path: Path) -> None:
-    env = os.environ | {"HRM_CACHE": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
-
-    def start(number: int, together: int) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", BUILD, str(together), str(number)]
-        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
-
-    outputs = [process.communicate(timeout=60)[0] for process in [start(0, 2), start(1, 2)]]
-    assert outputs == [f"builds\n{tmp_path / 'one'}\n"] * 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mark0", "mark1", "one"]
-    assert start(2, 1).communicate(timeout=60)[0] == f"{tmp_path / 'one'}\n"
-
-
-def test_a_cache_that_cannot_be_written_gives_way_to_the_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    parts = {"all": a_set(MIXED)}
-    builds = []
-
-    def build(folder: Path) -> None:
-        builds.append(folder)
-        writer.write_dataset(folder, {"train": (parts, metadata(parts))}, ["<blank>"])
-
-    (tmp_path / "file").write_text("not a folder")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("HRM_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert writer.cached("one", build) == tmp_path / "data/one"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert writer.cached("two", build) == tmp_path / "xdg/hrm/two"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert writer.cached("two", build) == tmp_path / "home/.cache/hrm/two"
-    monkeypatch.setenv("HRM_CACHE", str(tmp_path / "chosen"))
-    assert writer.cached("two", build) == tmp_path / "chosen/two"
-    assert len(builds) == 4
-    (tmp_path / "data").rename(tmp_path / "moved")
-    (tmp_path / "data").write_text("not a folder either")
-    monkeypatch.setenv("HRM_CACHE", str(tmp_path / "file"))
-    with pytest.raises(DatasetError, match="no folder to keep data sets in can be written; set HRM_CACHE"):
-        writer.cached("one", build)

@@ -159,6 +159,13 @@ def test_evaluation_counts_every_example_once_and_leaves_the_carry():
     assert all(torch.equal(tensor, before[name]) for name, tensor in all_state(engine).items())
 
 
+def test_evaluation_adds_up_in_float64():
+    engine = make_engine()
+    parts = [("all", batch, B) for batch, _ in zip(batches(), range(9), strict=False)]
+    losses = [engine.evaluate([part])["all"]["lm_loss"] for part in parts]
+    assert engine.evaluate(parts)["all"]["lm_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-13)
+
+
 @pytest.mark.parametrize("arch", [{"use_gating": False}, {"puzzle_emb_ndim": 0}])
 def test_compiled_steps_follow_the_eager_ones(arch):
     engines = [make_engine(make_config(arch, mode=mode)) for mode in ("eager", "compile")]

@@ -8,7 +8,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +19,7 @@ from hrm.data import dataset
 from hrm.data.dataset import PuzzleDataset, train_batches
 from hrm.data.layout import PuzzleSet
 from hrm.data.sudoku import generate, write_sudoku
-from hrm.data.writer import write_split
+from hrm.data.writer import Shape, new_dataset
 
 REPO = os.environ.get("HRM_REPO", "")
 # The names its files import each other by; too general to leave them in sys.modules.
@@ -128,31 +127,24 @@ def test_test_batches_are_the_same(official: ModuleType, folder: Path, rank: int
         assert_same(batch, official_batch)
 
 
-def test_several_sets_and_examples_give_the_same_puzzles(
-    official: ModuleType, folder: Path, tmp_path: Path
-) -> None:
+def test_several_sets_and_examples_give_the_same_puzzles(official: ModuleType, tmp_path: Path) -> None:
     # The examples inside a puzzle come from NumPy's global generator there, but not which puzzles come when.
-    parts = {}
-    for name, sizes in {"small": [2, 1, 4, 3, 1, 5], "large": [3, 3, 1, 1, 6, 2, 4, 2]}.items():
-        count = sum(sizes)
-        parts[name] = PuzzleSet(
-            inputs=np.ones((count, 16), np.uint8),
-            labels=np.ones((count, 16), np.uint8),
-            puzzle_identifiers=np.arange(len(sizes), dtype=np.int32),
-            puzzle_indices=np.cumsum([0, *sizes]).astype(np.int32),
-            group_indices=np.array([0, 2, 3, 5, len(sizes)], np.int32),
-        )
-    metadata = replace(
-        PuzzleDataset(folder, "train").metadata,
-        sets=list(parts),
-        total_groups=8,
-        mean_puzzle_examples=38 / 14,
-        num_puzzle_identifiers=8,
-    )
-    write_split(tmp_path / "train", parts, metadata)
+    with new_dataset(tmp_path / "data") as data:
+        split = data.split("train", Shape(seq_len=16, vocab_size=6))
+        for name, sizes in {"small": [2, 1, 4, 3, 1, 5], "large": [3, 3, 1, 1, 6, 2, 4, 2]}.items():
+            cells = np.ones((sum(sizes), 16), np.uint8)
+            part = PuzzleSet(
+                inputs=cells,
+                labels=cells,
+                puzzle_identifiers=np.arange(len(sizes), dtype=np.int32),
+                puzzle_indices=np.cumsum([0, *sizes]).astype(np.int32),
+                group_indices=np.array([0, 2, 3, 5, len(sizes)], np.int32),
+            )
+            split.add(name, part)
+        data.close([str(number) for number in range(8)])
     options: dict[str, Any] = {"seed": 2, "epochs_per_iter": 4, "global_batch_size": 6}
-    theirs = reader(official, tmp_path, "train", rank=0, num_replicas=1, **options)
-    ours = train_batches(PuzzleDataset(tmp_path, "train"), epochs=12, **options)
+    theirs = reader(official, tmp_path / "data", "train", rank=0, num_replicas=1, **options)
+    ours = train_batches(PuzzleDataset(tmp_path / "data", "train"), epochs=12, **options)
     expected = [batch["puzzle_identifiers"].tolist() for _ in range(3) for _, batch, _ in theirs]
     assert len(expected) > 12
     assert [batch.puzzle_identifiers.tolist() for batch in ours] == expected

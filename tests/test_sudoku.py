@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,12 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hrm.data import sudoku
+from hrm.data import sudoku, sudoku_files
 from hrm.data.__main__ import main
 from hrm.data.dataset import PuzzleDataset
+from hrm.data.layout import read_difficulty
 from hrm.data.solver import BOXES, SudokuError, random_grid, random_puzzle, solutions
-from hrm.data.sudoku import augment, builtin_sudoku, generate, write_sudoku
+from hrm.data.sudoku import builtin_sudoku, generate, write_sudoku
 from hrm.data.sudoku_files import Puzzles, hold_out, read_puzzles
+from hrm.data.sudoku_summary import histogram
+from hrm.data.workers import SHARE, cores, over_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,6 +56,12 @@ def all_4x4() -> set[bytes]:
 
 def as_text(grid: Iterable[int]) -> str:
     return "".join(map(str, grid))
+
+
+def augment(*arguments: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    """All the groups at once."""
+    inputs, labels = zip(*sudoku.augment(*arguments, **options), strict=True)
+    return np.concatenate(inputs), np.concatenate(labels)
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -168,6 +178,10 @@ def test_a_data_set_keeps_every_promise(tmp_path: Path, size: int, train: int, t
         assert part.group_indices.tolist() == list(range(0, groups * per_group + 1, per_group))
         assert part.puzzle_indices.tolist() == list(range(groups * per_group + 1))
         assert not part.puzzle_identifiers.any()
+        difficulty = read_difficulty(data.folder, "all", len(part.inputs))
+        assert difficulty is not None
+        guesses = [solutions(row - np.uint8(1))[1] for row in part.inputs[::per_group]]
+        assert difficulty.tolist() == [number for number in guesses for _ in range(per_group)]
         assert part.inputs.min() == 1 and part.labels.min() == 2 and part.labels.max() == size + 1
         for question, answer in zip(part.inputs - np.uint8(1), part.labels - np.uint8(1), strict=True):
             found, _ = solutions(question)
@@ -269,7 +283,7 @@ def test_same_seed_same_bytes(tmp_path: Path) -> None:
         return digest(tmp_path / name)
 
     first = build("a", 7)
-    assert len(first) == 13
+    assert len(first) == 15
     # Whatever state other generators and threads are in.
     np.random.seed(123)
     with ThreadPoolExecutor(3) as pool:
@@ -322,6 +336,48 @@ def test_the_builtin_set_is_built_once_and_again_when_damaged(
         assert builtin_sudoku(4, 20, 10, 2, 0) == path
         assert len(builds) == number + 1 and digest(path) == before
     assert not [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")]
+
+
+# --- threads
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
+    """Not the solutions, the ratings and the bytes, nor which fault is told: the first in the file."""
+    questions, answers = some_puzzles(9, 40)
+    questions = sudoku._transform(np.tile(questions, (20, 1)), np.tile(answers, (20, 1)), 9, rng())[0]
+    source = tmp_path / "puzzles.txt"
+    lines = list(map(as_text, questions))
+    source.write_text("\n".join(lines))
+    command = ["sudoku", "--source", str(source), "--num-aug", "1", "--output-dir"]
+    digests = []
+    for workers in ("1", "2", "5"):
+        assert main([*command, str(tmp_path / workers), "--workers", workers]) == 0
+        digests.append(digest(tmp_path / workers))
+    assert digests[0] == digests[1] == digests[2]
+    # The search of the first fault takes longer than that of the second, in another share.
+    lines[100], lines[700] = "1" + "." * 80, "12345678.........9" + "." * 63
+    source.write_text("\n".join(lines))
+    for threads in (1, 2, 5):
+        with pytest.raises(SudokuError, match="line 101: the puzzle has several solutions"):
+            read_puzzles(source, 9, workers=threads)
+
+
+def test_shares_cover_all_rows_and_the_first_fault_is_told() -> None:
+    seen = np.zeros(3 * SHARE + 7, int)
+    broken = range(0)
+
+    def work(part: slice) -> None:
+        seen[part] += 1
+        if part.stop > len(seen) or part.start // SHARE in broken:
+            raise SudokuError(f"share {part.start // SHARE}")
+
+    over_rows(work, len(seen), 3, "rows")
+    over_rows(work, 0, 3, "no rows")
+    assert (seen == 1).all() and cores() >= 1
+    broken = range(1, 4)
+    for _ in range(20):
+        with pytest.raises(SudokuError, match="share 1"):
+            over_rows(work, len(seen), 3, "rows")
 
 
 # --- files
@@ -445,6 +501,8 @@ GOOD = "1..434.2.1434.21"
         (f"{GOOD},{GOOD},0", "the answer does not solve the question"),
         (f"2...............,{GOOD_ANSWER},0", "the answer does not solve the question"),
         (f"{GOOD},{GOOD_ANSWER},hard", "rating 'hard', expected a whole number"),
+        (f"{GOOD},{GOOD_ANSWER},-1", "rating '-1', expected a whole number from 0 to 2147483647"),
+        (f"{GOOD},{GOOD_ANSWER},2147483648", "rating '2147483648', expected a whole number from 0"),
         (f"{GOOD},{GOOD_ANSWER}", "2 fields, expected 3"),
         (f"1...............,{GOOD_ANSWER},0", "the puzzle has several solutions"),
     ],
@@ -466,18 +524,14 @@ def test_bad_csv_lines_are_named(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("1234............", None),
         ("12..............1", "line 3: question of 17 characters"),
         ("123....4........", "line 3: the puzzle has no solution"),
         ("1...............", "line 3: the puzzle has several solutions"),
     ],
 )
-def test_bad_lines_are_named(tmp_path: Path, line: str, message: str | None) -> None:
+def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "puzzles.txt"
-    path.write_text(f"# good, then one to test\n{GOOD}\n{line if message else GOOD}\n")
-    if message is None:
-        assert len(read_puzzles(path, 4).answers) == 2
-        return
+    path.write_text(f"# good, then one to test\n{GOOD}\n{line}\n")
     with pytest.raises(SudokuError, match=message):
         read_puzzles(path, 4)
 
@@ -498,6 +552,141 @@ def test_useless_files_are_named(tmp_path: Path, name: str, text: str | None, me
         (tmp_path / name).write_text(text)
     with pytest.raises(SudokuError, match=message):
         read_puzzles(tmp_path / name, 4)
+
+
+def test_repetitions_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions, answers = some_puzzles(9, 12)
+    repeated = [0, 1, 2, 1, 3, 2, 1, 4, 5, 6, 7]
+    csv_file(tmp_path / "in/train.csv", questions[repeated], answers[repeated], range(11))
+    # One as in training, another of a grid of training, one that is only there, twice.
+    questions[1] = random_puzzle(answers[1], rng(5), 40)
+    tested = [4, 1, 9, 9]
+    csv_file(tmp_path / "in/test.csv", questions[tested], answers[tested], [3, 2, 0, 7])
+    assert main(["sudoku", "--source", str(tmp_path / "in"), "--output-dir", str(tmp_path / "out")]) == 0
+    data = {split: PuzzleDataset(tmp_path / "out", split) for split in ("train", "test")}
+    np.testing.assert_array_equal(tokens(data["train"])[1], answers[[0, 2, 3, 5, 6, 7]] + 1)
+    np.testing.assert_array_equal(tokens(data["test"])[0], questions[tested[:3]] + 1)
+    for split, ratings in (("train", [0, 2, 4, 8, 9, 10]), ("test", [3, 2, 0])):
+        stored = read_difficulty(data[split].folder, "all", len(ratings))
+        assert stored is not None and stored.tolist() == ratings
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-4:] == [
+        "  0 of 3 test puzzles have a solution grid equivalent to a training one up to symmetry, 0 are "
+        "equivalent to a training puzzle themselves",
+        "  train.csv: left out 3 that repeat the question of an earlier line",
+        "  test.csv: left out 1 that repeat the question of an earlier line",
+        "  left out of train: 2 with the solution of a test puzzle, 1 of them the same puzzle",
+    ]
+
+
+def test_symmetric_puzzles_are_counted_or_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions, answers = some_puzzles(9, 12)
+    csv_file(tmp_path / "in/train.csv", questions, answers, range(12))
+    moved = sudoku._transform(questions[[3, 8]], answers[[3, 8]], 9, rng())
+    moved[0][1] = random_puzzle(moved[1][1], rng(1), 33)
+    others = some_puzzles(9, 1, 7)
+    test = [np.vstack(pair) for pair in zip(moved, others, strict=True)]
+    csv_file(tmp_path / "in/test.csv", test[0], test[1], range(3))
+    command = ["sudoku", "--source", str(tmp_path / "in"), "--output-dir", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert len(tokens(PuzzleDataset(tmp_path / "out", "train"))[0]) == 12
+    assert "  2 of 3 test puzzles have a solution grid" in (told := capsys.readouterr().out)
+    assert "symmetry, 1 are equivalent to a training puzzle themselves" in told
+    assert main([*command, "--drop-leaks", "--subsample-size", "10"]) == 0
+    inputs, _ = tokens(PuzzleDataset(tmp_path / "out", "train"))
+    kept = np.delete(questions, [3, 8], axis=0) + 1
+    assert {row.tobytes() for row in inputs} == {row.tobytes() for row in kept}
+    told = capsys.readouterr().out
+    assert "left out of train: 2 with a solution equivalent to that of a test puzzle" in told
+    csv_file(tmp_path / "in/train.csv", questions[[3, 8]], answers[[3, 8]], range(2))
+    assert main([*command, "--drop-leaks"]) == 2
+    assert "every training puzzle has the solution of a test puzzle" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["lines", "csv"])
+def test_improper_puzzles_are_left_out_on_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    questions, answers = some_puzzles(4, 30)
+    bad = questions.copy()[:9]
+    # Of several solutions, of none that a digit twice in a row tells, and of none that only the search tells.
+    bad[0], bad[1] = 0, [4, 4, *[0] * 14]
+    bad[2] = [1, 2, 3, 0, 0, 0, 0, 4, *[0] * 8]
+    for row in range(3, 9):
+        bad[row] = 0
+        bad[row, row] = 1
+    every = np.vstack([questions[:20], bad, questions[20:]])
+    command = ["sudoku", "--size", "4", "--output-dir", str(tmp_path / "out"), "--source"]
+    if kind == "csv":
+        solved = np.vstack([answers[:20], answers[:9], answers[20:]])
+        for row in (20, *range(22, 29)):
+            full = solutions(every[row])[0]
+            solved[row] = full[0] if len(full) else solved[row]
+        # The answer of a puzzle without a solution cannot be one; such a line is a wrong answer.
+        every[22] = [2, 2, *[0] * 14]
+        source = csv_file(tmp_path / "puzzles.csv", every, solved, range(len(every)))
+    else:
+        source = tmp_path / "puzzles.txt"
+        source.write_text("\n".join(["# header", *map(as_text, every)]))
+    assert main([*command, str(source)]) == 2
+    assert "line 23: a digit is twice in row 1 of the question" in capsys.readouterr().err.splitlines()[-1]
+    read = read_puzzles(source, 4, skip_improper=True)
+    first = np.sort(np.unique(np.vstack([questions[:20], questions[20:]]), axis=0, return_index=True)[1])
+    np.testing.assert_array_equal(read.questions, questions[first])
+    np.testing.assert_array_equal(read.answers, answers[first])
+    assert main([*command, str(source), "--skip-improper"]) == 0
+    assert (
+        f"  {source.name}: left out 9 improper, 2 with no solution and 7 with several: lines 22, 23, 24, 25, "
+        "26 and 4 more"
+    ) in capsys.readouterr().out.splitlines()
+    source.write_text("question\n" * (kind == "csv") + "1" + "." * 15)
+    with pytest.raises(SudokuError, match="no puzzle of one solution in it"):
+        read_puzzles(source, 4, skip_improper=True)
+
+
+def test_long_lines_and_open_quotes_do_not_swallow_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    for name in ("a.csv", "a.txt"):
+        path = tmp_path / name
+        path.write_text(f"question\n{GOOD}\n" + "1" * (1 << 20))
+        if name == "a.txt":
+            path.write_text(f"#\n{GOOD}\n" + "1" * (1 << 20))
+        with pytest.raises(SudokuError, match="line 3: longer than 65536 characters"):
+            read_puzzles(path, 4)
+    path = tmp_path / "a.csv"
+    path.write_text(f'source,question\n"a,{GOOD}\nb",{GOOD}\n')
+    with pytest.raises(SudokuError, match="line 2: 1 fields, expected 2"):
+        read_puzzles(path, 4)
+
+
+@pytest.mark.parametrize(("repeats", "share"), [(0, 1.5), (1, 2.0)])
+def test_reading_takes_twice_the_puzzles_and_not_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repeats: int, share: float
+) -> None:
+    monkeypatch.setattr(sudoku_files, "CHUNK_LINES", 500)
+    questions, answers = some_puzzles(9, 4)
+    rows = 30_000
+    path = tmp_path / "a.csv"
+    line = f",{as_text(questions[0])[27:]},{as_text(answers[0])},1\n"
+    digits = np.array(list(as_text(questions[0])[:27]))
+    given = np.nonzero(digits != "0")[0]
+    with path.open("w") as file:
+        file.write("source,question,answer,rating\n")
+        for row in range(rows):
+            # No two questions alike: clues taken away as the bits of the number say.
+            start = digits.copy()
+            start[given[[place for place in range(len(given)) if row >> place & 1]]] = "0"
+            file.write("made" + line[:1] + "".join(start) + line[1:])
+        # One again: what is left out takes a copy of the rest.
+        file.write(("made" + line[:1] + "".join(start) + line[1:]) * repeats)
+    tracemalloc.start()
+    try:
+        read = read_puzzles(path, 9, min_difficulty=1)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    kept = len(read.questions)
+    assert kept == min(rows, 2 ** len(given)) and peak < (share * 174 + 10) * rows + 2_000_000
 
 
 def test_a_difficulty_nothing_reaches_names_the_hardest(tmp_path: Path) -> None:
@@ -525,10 +714,11 @@ def test_the_command_generates_and_sums_up(tmp_path: Path) -> None:
     command += ["--num-train", "12", "--num-test", "5", "--num-aug", "2", "--seed", "4", "--clues", "14"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
-    head, train, test = done.stdout.splitlines()
+    head, train, test, *bars = done.stdout.splitlines()
     assert head == f"{tmp_path / 'out'}: 6x6 Sudoku, seed 4"
     assert train.startswith("  train: 36 examples of 12 puzzles, clues 14 to ")
     assert test.startswith("  test: 5 examples of 5 puzzles, clues 14 to ")
+    assert bars[0].split() == ["difficulty", "train", "test"] and "symmetry" not in done.stdout
     assert len(tokens(PuzzleDataset(tmp_path / "out", "train"))[0]) == 36
     (tmp_path / "out/mine.txt").write_text("mine")
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -545,8 +735,12 @@ def test_the_command_generates_and_sums_up(tmp_path: Path) -> None:
         (["--num-aug", "-1"], "num_aug=-1: expected at least 0"),
         (["--seed", "-1"], "seed=-1: expected at least 0"),
         (["--subsample-size", "0"], "subsample_size=0: expected at least 1"),
+        (["--workers", "0"], "workers=0: expected at least 1"),
+        (["--skip-improper"], "--skip-improper has no meaning for --source generated"),
+        (["--drop-leaks", "--size", "6"], "--drop-leaks has no meaning for --size 6"),
         (["--test-size", "0.2"], "--test-size has no meaning for --source generated"),
         (["--clues", "81"], r"clues=81: expected 0 \(as few as possible\) to 80"),
+        (["--source", "nowhere", "--clues", "0"], "--clues has no meaning for --source nowhere"),
         (["--source", "nowhere", "--num-train", "3"], "--num-train has no meaning for --source nowhere"),
         (["--source", "nowhere"], "nowhere: cannot be read"),
     ],
@@ -557,3 +751,34 @@ def test_the_command_refuses_nonsense(
     assert main(["sudoku", "--output-dir", str(tmp_path / "out"), *options]) == 2
     assert re.fullmatch(rf"error: [^\n]*{message}[^\n]*\n", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_bars_show_the_share_of_each_bucket() -> None:
+    train, test = np.array([1, 2, 3, 4, 15, 16, 20, 70]), np.array([255, 256])
+    assert list(histogram({"train": train, "test": test})) == [
+        "  difficulty  train                            test",
+        "         1-3   37.5% #########                   0.0%",
+        "        4-15   25.0% ######                      0.0%",
+        "       16-63   25.0% ######                      0.0%",
+        "      64-255   12.5% ###                        50.0% ############",
+        "    256-1023    0.0%                            50.0% ############",
+    ]
+    assert list(histogram({"test": np.zeros(3, np.int32)}))[1:] == [f"           0  100.0% {'#' * 24}"]
+
+
+# --- real puzzles
+
+PUZZLES = Path(os.environ.get("HRM_PUZZLES", ""))
+
+
+@pytest.mark.skipif(not (PUZZLES / "sudoku").is_dir(), reason="HRM_PUZZLES names no folder with sudoku/")
+def test_real_puzzles_are_proper() -> None:
+    """Every puzzle of every file has one solution, which keeps its clues and the rules."""
+    files = sorted((PUZZLES / "sudoku").glob("*.txt"))
+    assert files
+    for path in files:
+        read = read_puzzles(path, 9, workers=2)
+        lines = [line.replace(".", "0") for line in path.read_text().split()]
+        assert [as_text(question) for question in read.questions] == list(dict.fromkeys(lines))
+        assert all(map(is_solved, read.answers))
+        assert ((read.questions == 0) | (read.questions == read.answers)).all()

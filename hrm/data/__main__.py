@@ -1,24 +1,31 @@
-"""Builders of data sets: `python -m hrm.data sudoku --output-dir DIR ...`."""
+"""Data sets, built and looked at: `python -m hrm.data sudoku|maze|arc|inspect ...`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from hrm.data import sudoku
+from hrm.data import arc, inspect, maze, sudoku
 from hrm.errors import run_command
 
 # Each command is a module with add_arguments(parser), which sets `run` as the function to call.
-COMMANDS = {"sudoku": (sudoku, "build a Sudoku data set, generated or from files")}
+COMMANDS = {
+    "sudoku": (sudoku, "build a Sudoku data set, generated or from files"),
+    "maze": (maze, "build a data set of mazes and their shortest paths, generated or from files"),
+    "arc": (arc, "build an ARC data set from task files"),
+    "inspect": (inspect, "check a data set, and show what is in it"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; see `run_command`."""
-    parser = argparse.ArgumentParser(prog="python -m hrm.data", description="Build puzzle data sets.")
+    parser = argparse.ArgumentParser(
+        prog="python -m hrm.data", description="Build and inspect puzzle data sets."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
         module.add_arguments(commands.add_parser(name, help=text, description=text))
     args = parser.parse_args(argv)
-    return run_command(lambda: args.run(args), "the data set is not finished")
+    return run_command(lambda: args.run(args), "nothing was finished, and no half of it is left")
 
 
 if __name__ == "__main__":

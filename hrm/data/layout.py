@@ -59,6 +59,8 @@ class PuzzleSet:
 
 ARRAYS = tuple(field.name for field in fields(PuzzleSet))
 MAPPED = ("inputs", "labels")
+# A further array that a set may have: how hard each example is. The official reader leaves it alone.
+DIFFICULTY = "difficulty"
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -157,6 +159,17 @@ def read_set(folder: Path, name: str, meta: Metadata) -> PuzzleSet:
     _check_range(paths["labels"], part.labels, meta.vocab_size, vocab, also=meta.ignore_label_id)
     _check_range(paths["puzzle_identifiers"], part.puzzle_identifiers, meta.num_puzzle_identifiers, ids)
     return part
+
+
+def read_difficulty(folder: Path, name: str, examples: int) -> np.ndarray | None:
+    """How hard each example of a set is, (examples,) int64; None where nothing says. Raises DatasetError."""
+    path = array_path(folder, name, DIFFICULTY)
+    if not path.exists():
+        return None
+    difficulty = _load(path, mapped=False)
+    if difficulty.shape != (examples,):
+        raise _damage(path, f"shape {difficulty.shape}, expected a number for each of {examples} examples")
+    return difficulty
 
 
 def _damage(path: Path, what: str) -> DatasetError:

@@ -21,12 +21,13 @@ class SudokuError(UserError):
     """A grid, a file or a request that no Sudoku data set can be built from."""
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function as machine code, kept for later processes, that other threads may run beside."""
     try:
-        return numba.njit(cache=True)(function)
+        return numba.njit(cache=True, nogil=True)(function)
     # Numba finds no folder it may write its cache to.
     except RuntimeError:
-        return numba.njit(function)
+        return numba.njit(nogil=True)(function)
 
 
 @lru_cache
@@ -50,6 +51,16 @@ def solutions(grid: np.ndarray, limit: int = 2) -> tuple[np.ndarray, int]:
     """
     found, guesses = _solve(grid, limit, 0)
     return found, guesses
+
+
+def solve_each(grids: np.ndarray, answers: np.ndarray, guesses: np.ndarray, found: np.ndarray) -> None:
+    """Solve many grids as `solutions` does, with limit 2, and let other threads run meanwhile.
+
+    grids: (N, n*n) uint8. Fills answers (N, n*n) uint8 with the first solution where there is one, guesses
+    (N,) int32, and found (N,) uint8 with how many solutions there are, 2 for several.
+    """
+    cells, members = units(int(grids.shape[1] ** 0.5))
+    _search_each(grids, cells, members, answers, guesses, found)
 
 
 def random_grid(size: int, rng: np.random.Generator) -> np.ndarray:
@@ -83,7 +94,17 @@ def _solve(grid: np.ndarray, limit: int, random: int) -> tuple[np.ndarray, int]:
     return found[:count], guesses
 
 
-@_compiled
+@compiled
+def _search_each(grids, units, members, answers, guesses, found):
+    in_order = np.zeros(1, np.uint64)
+    both = np.empty((2, grids.shape[1]), np.uint8)
+    for row in range(len(grids)):
+        found[row], guesses[row] = _search(grids[row], units, members, in_order, both)
+        if found[row]:
+            answers[row] = both[0]
+
+
+@compiled
 def _candidates(state, members, cell, full):
     """Digits that the row, column and box of a cell leave open."""
     cells = len(members)
@@ -91,14 +112,14 @@ def _candidates(state, members, cell, full):
     return full & ~used
 
 
-@_compiled
+@compiled
 def _place(state, members, cell, bit):
     state[cell] = bit
     for unit in members[cell]:
         state[len(members) + unit] |= bit
 
 
-@_compiled
+@compiled
 def _search(grid, units, members, random, found):
     """Depth-first search for up to len(found) solutions; returns their number and the guesses made.
 

@@ -2,8 +2,9 @@
 
 Tokens: 0 is padding, 1 a blank cell, digit d is d + 1. A group is one puzzle, first as it came, then its
 augmentations; every puzzle is one example. Training and test are disjoint in solution grids as they are
-written, every augmentation included: no label row of one is in the other. They are not disjoint up to
-symmetry: a test grid may be a relabelled or rearranged training grid.
+written, every augmentation included: no label row of one is in the other. Up to symmetry they need not be: a
+test grid may be a relabelled or rearranged training grid, which is counted, and left out of training on
+request (`--drop-leaks`).
 """
 
 import argparse
@@ -13,19 +14,25 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from hrm.data.layout import Metadata, PuzzleSet
+from hrm.data.canonical import leaks
+from hrm.data.hub import PREFIX, fetch
+from hrm.data.layout import PuzzleSet
 from hrm.data.solver import BOXES, SudokuError, random_grid, random_puzzle, solutions
-from hrm.data.sudoku_files import Puzzles, hold_out, prove_proper, read_puzzles
-from hrm.data.writer import cached, check_output, write_dataset
+from hrm.data.sudoku_files import Puzzles, hold_out, prove_proper, read_puzzles, row_keys
+from hrm.data.sudoku_summary import summary
+from hrm.data.workers import cores
+from hrm.data.writer import Shape, cached, check_output, new_dataset
 
 # Part of the name of cached data sets: raise it when the same parameters give other bytes.
-FORMAT = 1
+FORMAT = 2
 # Draws for one puzzle before its difficulty, or a new one, counts as out of reach.
 ATTEMPTS = 10_000
 # Redraws of augmentations that repeat a puzzle of their group, before the repetitions stay.
 REDRAWS = 32
 # Rows that are augmented at a time: bounds the memory of the index arrays.
 CHUNK_ROWS = 1 << 15
+# Tells equal puzzles of different groups apart: an odd number without structure.
+GROUP_KEY = np.uint64(0x9E3779B97F4A7C15)
 
 
 def builtin_sudoku(
@@ -120,7 +127,7 @@ def _draw(
 
     questions = np.zeros((count, size * size), np.uint8)
     answers = np.zeros_like(questions)
-    difficulty = np.zeros(count, np.int64)
+    difficulty = np.zeros(count, np.int32)
     # A bar that an error passes through must be gone before the error is printed.
     with tqdm(range(count), desc=f"{split} puzzles", leave=False) as numbers:
         for number in numbers:
@@ -133,9 +140,11 @@ def _draw(
 
 def augment(
     questions: np.ndarray, answers: np.ndarray, num_aug: int, test_answers: np.ndarray, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Every puzzle followed by `num_aug` random symmetric ones: two (N * (1 + num_aug), n*n) uint8 arrays.
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Every puzzle followed by `num_aug` random symmetric ones, some whole groups at a time.
 
+    questions, answers: (N, n*n) uint8. Yields pairs of (groups * (1 + num_aug), n*n) uint8 arrays, about
+    CHUNK_ROWS rows or one group, so that memory does not grow with N.
     Symmetries: the digits, the bands and the rows in a band, the stacks and the columns in a stack, and where
     boxes are square rows against columns. One whose answer is in test_answers (M, n*n) is drawn again until
     it is in there no more. So is one that repeats a puzzle of its group, at most REDRAWS times, and not for
@@ -143,16 +152,11 @@ def augment(
     """
     size = int(questions.shape[1] ** 0.5)
     rows = num_aug + 1
-    inputs, labels = np.repeat(questions, rows, axis=0), np.repeat(answers, rows, axis=0)
-    if not num_aug:
-        return inputs, labels
     rng = np.random.default_rng([seed, 3])
-    # Sums of cells with random weights: equal for equal rows, different for others but for one in 2^60.
-    *weights, group_weight = np.random.default_rng(0).integers(1, 1 << 63, size * size + 1, dtype=np.uint64)
-    forbidden = test_answers.astype(np.uint64) @ weights
-    span = max(1, CHUNK_ROWS // rows) * rows
-    for begin in tqdm(range(0, len(inputs), span), desc="augmentations", leave=False):
-        x, y = inputs[begin : begin + span], labels[begin : begin + span]
+    forbidden = row_keys(test_answers)
+    span = max(1, CHUNK_ROWS // rows)
+    for begin in tqdm(range(0, len(questions), span), desc="augmentations", leave=False, disable=not num_aug):
+        x, y = (np.repeat(part[begin : begin + span], rows, axis=0) for part in (questions, answers))
         groups = np.arange(len(x)) // rows
         pending = np.nonzero(np.arange(len(x)) % rows)[0]
         redraws = 0
@@ -161,13 +165,13 @@ def augment(
             x[pending], y[pending] = _transform(x[originals], y[originals], size, rng)
             again = np.zeros(len(x), bool)
             if size < 9 and redraws < REDRAWS:
-                keys = x.astype(np.uint64) @ weights + groups.astype(np.uint64) * group_weight
+                keys = row_keys(x) + groups.astype(np.uint64) * GROUP_KEY
                 again[:] = True
                 again[np.unique(keys, return_index=True)[1]] = False
-            again[pending] |= np.isin(y[pending].astype(np.uint64) @ weights, forbidden)
+            again[pending] |= np.isin(row_keys(y[pending]), forbidden)
             pending = np.nonzero(again)[0]
             redraws += 1
-    return inputs, labels
+        yield x, y
 
 
 def _transform(
@@ -195,38 +199,27 @@ def _transform(
 
 def write_sudoku(folder: str | Path, train: Puzzles, test: Puzzles, num_aug: int, seed: int) -> None:
     """Augment the training puzzles and write the data set; no training answer may be a test answer."""
-    inputs, labels = augment(train.questions, train.answers, num_aug, test.answers, seed)
-    splits = {
-        "train": _split(inputs, labels, len(train.questions)),
-        "test": _split(test.questions.copy(), test.answers.copy(), len(test.questions)),
-    }
-    write_dataset(folder, splits, ["<blank>"])
+    size = int(train.questions.shape[1] ** 0.5)
+    with new_dataset(folder) as data:
+        for name, puzzles, copies in (("train", train, num_aug), ("test", test, 0)):
+            split = data.split(name, Shape(seq_len=size * size, vocab_size=size + 2))
+            for inputs, labels in augment(puzzles.questions, puzzles.answers, copies, test.answers, seed):
+                part = _groups(inputs, labels, copies + 1)
+                difficulty = puzzles.difficulty[split.groups :][: len(part.group_indices) - 1]
+                split.add("all", part, np.repeat(difficulty, copies + 1))
+        data.close(["<blank>"])
 
 
-def _split(inputs: np.ndarray, labels: np.ndarray, groups: int) -> tuple[dict[str, PuzzleSet], Metadata]:
-    # In place, so that a million puzzles are in memory once.
-    inputs += 1
-    labels += 1
-    count, cells = inputs.shape
-    part = PuzzleSet(
-        inputs=inputs,
-        labels=labels,
+def _groups(questions: np.ndarray, answers: np.ndarray, rows: int) -> PuzzleSet:
+    """Groups of `rows` puzzles each, as tokens; every puzzle is one example."""
+    count = len(questions)
+    return PuzzleSet(
+        inputs=questions + np.uint8(1),
+        labels=answers + np.uint8(1),
         puzzle_identifiers=np.zeros(count, np.int32),
         puzzle_indices=np.arange(count + 1, dtype=np.int32),
-        group_indices=np.arange(0, count + 1, count // groups, dtype=np.int32),
+        group_indices=np.arange(0, count + 1, rows, dtype=np.int32),
     )
-    metadata = Metadata(
-        pad_id=0,
-        ignore_label_id=0,
-        blank_identifier_id=0,
-        vocab_size=int(cells**0.5) + 2,
-        seq_len=cells,
-        num_puzzle_identifiers=1,
-        total_groups=groups,
-        mean_puzzle_examples=1.0,
-        sets=["all"],
-    )
-    return {"all": part}, metadata
 
 
 def _check_request(size: int, num_train: int, num_test: int, num_aug: int, seed: int) -> None:
@@ -251,8 +244,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--source",
         default="generated",
-        help="'generated' (default); a folder with a train and a test file; one file, of which a part is "
-        "held out for the test. A .csv has columns source,question,answer,rating, a .txt a puzzle a line",
+        help="'generated' (default); a folder with a train and a test file; hub:NAME, a data set of the "
+        "Hugging Face hub with train.csv and test.csv, such as hub:sapientinc/sudoku-extreme; one file, of "
+        "which a part is held out for the test. A .csv has columns source,question,answer,rating, any other "
+        "file a puzzle a line",
     )
     add("--size", type=int, default=9, choices=list(BOXES), help="cells a side (default 9)")
     add("--num-train", type=int, help="training puzzles to generate (default 1000)")
@@ -267,6 +262,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="least rating, or guesses of the solver where there is none",
     )
     add("--test-size", type=float, help="part of a single file that is held out for the test (default 0.1)")
+    add(
+        "--skip-improper",
+        action="store_true",
+        help="leave out puzzles with no or several solutions, and say how many; else they are an error",
+    )
+    add(
+        "--drop-leaks",
+        action="store_true",
+        help="leave training puzzles out whose solution grid is a test one's up to symmetry (9x9)",
+    )
+    add("--workers", type=int, help="threads that solve and compare puzzles (default: one a core)")
     add("--seed", type=int, default=0, help="same seed, same bytes (default 0)")
     parser.set_defaults(run=run)
 
@@ -275,69 +281,91 @@ def run(args: argparse.Namespace) -> None:
     """Build a data set as the options say, and print what is in it. Raises SudokuError or DatasetError."""
     check_output(args.output_dir)
     generated = args.source == "generated"
-    folder = not generated and Path(args.source).is_dir()
+    hub = args.source.startswith(PREFIX)
+    folder = not generated and (hub or Path(args.source).is_dir())
     for option, belongs in (
         ("num_train", generated),
         ("num_test", generated),
         ("clues", generated),
         ("test_size", not generated and not folder),
+        ("skip_improper", not generated),
     ):
-        if getattr(args, option) is not None and not belongs:
+        value = getattr(args, option)
+        if value is not None and value is not False and not belongs:
             name = "--" + option.replace("_", "-")
             raise SudokuError(f"{name} has no meaning for --source {args.source}; leave it out")
     num_train, num_test = (1000 if n is None else n for n in (args.num_train, args.num_test))
+    workers = cores() if args.workers is None else args.workers
     _check_request(args.size, num_train, num_test, args.num_aug, args.seed)
-    if args.subsample_size is not None and args.subsample_size < 1:
-        raise SudokuError(f"subsample_size={args.subsample_size}: expected at least 1")
+    for option, value in (("workers", workers), ("subsample_size", args.subsample_size)):
+        if value is not None and value < 1:
+            raise SudokuError(f"{option}={value}: expected at least 1")
+    # Of smaller grids nearly all are equivalent: there are 2 kinds of 4x4 and 49 of 6x6.
+    if args.drop_leaks and args.size < 9:
+        raise SudokuError(f"--drop-leaks has no meaning for --size {args.size}; leave it out")
     rng = np.random.default_rng([args.seed, 4])
     if generated:
         train, test = generate(
             args.size, num_train, num_test, args.seed, args.min_difficulty, args.clues or 0
         )
-    elif folder:
-        train, test = (
-            read_puzzles(_file_of(Path(args.source), split), args.size, args.min_difficulty)
-            for split in ("train", "test")
-        )
     else:
-        puzzles = read_puzzles(Path(args.source), args.size, args.min_difficulty)
-        train, test = hold_out(puzzles, 0.1 if args.test_size is None else args.test_size, rng)
-    shared = np.isin(_keys(train.answers), _keys(test.answers))
-    if shared.all():
-        raise SudokuError(
-            f"{args.source}: every training puzzle has the solution of a test puzzle; nothing is left"
-        )
-    train = train.take(np.nonzero(~shared)[0])
+        train, test = _from_files(args, hub, folder, workers, rng)
+    train, notes = _apart(args, train, test, workers)
     if args.subsample_size is not None and args.subsample_size < len(train.questions):
         train = train.take(rng.choice(len(train.questions), args.subsample_size, replace=False))
     if not generated:
-        prove_proper(train)
-        prove_proper(test)
+        prove_proper(train, workers)
+        prove_proper(test, workers)
+    found = leaks(train, test, workers) if args.size == 9 and not args.drop_leaks else None
     write_sudoku(args.output_dir, train, test, args.num_aug, args.seed)
-    print("\n".join(_summary(args, train, test, int(shared.sum()))))
+    print(f"{args.output_dir}: {args.size}x{args.size} Sudoku, seed {args.seed}")
+    print("\n".join([*summary(train, test, args.num_aug, found), *(f"  {note}" for note in notes)]))
+
+
+def _from_files(
+    args: argparse.Namespace, hub: bool, folder: bool, workers: int, rng: np.random.Generator
+) -> tuple[Puzzles, Puzzles]:
+    def read(path: Path) -> Puzzles:
+        return read_puzzles(
+            path, args.size, args.min_difficulty, skip_improper=args.skip_improper, workers=workers
+        )
+
+    if folder:
+        source = fetch(args.source, ["train.csv", "test.csv"]) if hub else Path(args.source)
+        return read(_file_of(source, "train")), read(_file_of(source, "test"))
+    return hold_out(read(Path(args.source)), 0.1 if args.test_size is None else args.test_size, rng)
+
+
+def _apart(
+    args: argparse.Namespace, train: Puzzles, test: Puzzles, workers: int
+) -> tuple[Puzzles, list[str]]:
+    """The training puzzles that may stay beside the test's, and what is said of those left out."""
+    notes = list(dict.fromkeys([*train.notes, *test.notes]))
+    shared = np.isin(row_keys(train.answers), row_keys(test.answers))
+    if count := int(shared.sum()):
+        same = int(np.isin(row_keys(train.questions), row_keys(test.questions)).sum())
+        notes.append(
+            f"left out of train: {count} with the solution of a test puzzle, {same} of them the same puzzle"
+        )
+    train = _kept(args, train, ~shared)
+    if args.drop_leaks:
+        equivalent = leaks(train, test, workers).train_grids
+        notes.append(
+            f"left out of train: {equivalent.sum()} with a solution equivalent to that of a test puzzle"
+        )
+        train = _kept(args, train, ~equivalent)
+    return train, notes
+
+
+def _kept(args: argparse.Namespace, train: Puzzles, rows: np.ndarray) -> Puzzles:
+    if not rows.any():
+        raise SudokuError(
+            f"{args.source}: every training puzzle has the solution of a test puzzle; nothing is left"
+        )
+    return train.take(rows)
 
 
 def _file_of(folder: Path, split: str) -> Path:
     lines = folder / f"{split}.txt"
     table = folder / f"{split}.csv"
     return lines if lines.is_file() and not table.is_file() else table
-
-
-def _keys(grids: np.ndarray) -> np.ndarray:
-    """Each row as one comparable value."""
-    return np.ascontiguousarray(grids).view(f"S{grids.shape[1]}").ravel()
-
-
-def _summary(args: argparse.Namespace, train: Puzzles, test: Puzzles, shared: int) -> Iterator[str]:
-    yield f"{args.output_dir}: {args.size}x{args.size} Sudoku, seed {args.seed}"
-    for split, puzzles, rows in (("train", train, args.num_aug + 1), ("test", test, 1)):
-        clues = (puzzles.questions > 0).sum(axis=1)
-        count = len(clues)
-        yield (
-            f"  {split}: {count * rows} examples of {count} puzzles, clues {clues.min()} to {clues.max()}, "
-            f"difficulty {puzzles.difficulty.min()} to {puzzles.difficulty.max()}"
-        )
-        if repeated := count - len(np.unique(_keys(puzzles.questions))):
-            yield f"    {repeated} of the puzzles repeat another one"
-    if shared:
-        yield f"  left out of train: {shared} with the solution of a test puzzle"

@@ -4,52 +4,179 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from hrm.data.dataset import PuzzleDataset, fingerprint
-from hrm.data.layout import ARRAYS, DatasetError, Metadata, PuzzleSet, array_path
+from hrm.data.layout import ARRAYS, DIFFICULTY, DatasetError, Metadata, PuzzleSet, array_path
 
 # In a cached data set, the fingerprints it was written with.
 STAMP = "fingerprints.json"
 
 
-def write_split(folder: str | Path, sets: Mapping[str, PuzzleSet], metadata: Metadata) -> None:
-    """Write one split, `folder` = <data>/<split>: its dataset.json and the arrays of its sets.
+@dataclass(frozen=True)
+class Shape:
+    """What a split's examples have in common; see `layout.Metadata`."""
 
-    The files appear all at once, a split already there is replaced. Raises DatasetError when the folder holds
-    anything else, or cannot be written.
+    seq_len: int
+    vocab_size: int
+    pad_id: int = 0
+    ignore_label_id: int | None = 0
+    blank_identifier_id: int = 0
+
+
+class SplitWriter:
+    """A split written group by group: what it holds in memory does not grow with the split.
+
+    Closing it writes dataset.json; only then is it a split. Sets stand in the order they were first added to.
     """
-    if metadata.sets != list(sets):
-        raise ValueError(f"metadata.sets is {metadata.sets}, expected the names of the sets, {list(sets)}")
-    with _new_folder(Path(folder), _is_split) as new:
-        (new / "dataset.json").write_text(json.dumps(asdict(metadata)) + "\n", encoding="utf-8")
-        for name, part in sets.items():
-            for array in ARRAYS:
-                np.save(array_path(new, name, array), getattr(part, array), allow_pickle=False)
+
+    def __init__(self, folder: Path, shape: Shape) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._shape = folder, shape
+        self._files: dict[str, dict[str, _GrowingArray]] = {}
+        self.groups = self.puzzles = self.examples = 0
+
+    def add(self, set_name: str, part: PuzzleSet, difficulty: np.ndarray | None = None) -> None:
+        """Appends the groups of `part`, whose indices begin at 0, to a set.
+
+        difficulty: (N,) integers, how hard each example is; of every part of a set or of none.
+        """
+        arrays = {array: getattr(part, array) for array in ARRAYS}
+        if difficulty is not None:
+            if difficulty.shape != (len(part.inputs),):
+                raise ValueError(f"difficulty of shape {difficulty.shape} for {len(part.inputs)} examples")
+            arrays[DIFFICULTY] = difficulty.astype(np.int32)
+        files = self._files.get(set_name)
+        if files is None:
+            files = {array: _GrowingArray(array_path(self._folder, set_name, array)) for array in arrays}
+            self._files[set_name] = files
+        if files.keys() != arrays.keys():
+            raise ValueError(f"set {set_name}: difficulty is given for some parts of it and not for others")
+        for array, counted in (("puzzle_indices", "inputs"), ("group_indices", "puzzle_identifiers")):
+            # The next index is where the last one ended; the first part brings the leading 0.
+            offset, indices = len(files[counted]), arrays[array]
+            if offset + int(indices[-1]) > np.iinfo(indices.dtype).max:
+                raise DatasetError(f"set {set_name}: more than {np.iinfo(indices.dtype).max} {counted}")
+            arrays[array] = (indices + offset if offset else indices)[bool(offset) :]
+        for array, rows in arrays.items():
+            files[array].append(rows)
+        self.groups += len(part.group_indices) - 1
+        self.puzzles += len(part.puzzle_identifiers)
+        self.examples += len(part.inputs)
+
+    def close(self, num_puzzle_identifiers: int) -> Metadata:
+        """Writes the split's description; nothing can be added any more."""
+        for files in self._files.values():
+            for file in files.values():
+                file.finish()
+        metadata = Metadata(
+            **asdict(self._shape),
+            num_puzzle_identifiers=num_puzzle_identifiers,
+            total_groups=self.groups,
+            mean_puzzle_examples=self.examples / max(1, self.puzzles),
+            sets=list(self._files),
+        )
+        text = json.dumps(asdict(metadata)) + "\n"
+        (self._folder / "dataset.json").write_text(text, encoding="utf-8")
+        return metadata
+
+    def abandon(self) -> None:
+        """Lets go of the files of a split that is not to be finished; nothing after `close`."""
+        for files in self._files.values():
+            for file in files.values():
+                file.abandon()
 
 
-def write_dataset(
-    folder: str | Path,
-    splits: Mapping[str, tuple[Mapping[str, PuzzleSet], Metadata]],
-    identifiers: list[str],
-) -> None:
-    """Write a whole data set: its splits, by name, and identifiers.json, the name of every puzzle identifier.
+class DatasetWriter:
+    """A whole data set in the making, in a folder that nobody sees yet; see `new_dataset`."""
 
-    It appears all at once, a data set already there is replaced. Raises DatasetError as write_split does.
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.closed = False
+        self._splits: dict[str, SplitWriter] = {}
+
+    def split(self, name: str, shape: Shape) -> SplitWriter:
+        """Begins a split, "train" or "test"."""
+        self._splits[name] = SplitWriter(self.folder / name, shape)
+        return self._splits[name]
+
+    def close(self, identifiers: Sequence[str]) -> None:
+        """Closes the splits and writes the name of every puzzle identifier."""
+        for split in self._splits.values():
+            split.close(len(identifiers))
+        with (self.folder / "identifiers.json").open("w", encoding="utf-8") as file:
+            json.dump(list(identifiers), file)
+            file.write("\n")
+        self.closed = True
+
+    def abandon(self) -> None:
+        """Lets go of the files of a data set that is not to be finished; nothing after `close`."""
+        for split in self._splits.values():
+            split.abandon()
+
+
+@contextmanager
+def new_dataset(folder: str | Path) -> Iterator[DatasetWriter]:
+    """A data set to fill and close; it takes its place when the block ends well, else nothing is left of it.
+
+    A data set already there is replaced. Raises DatasetError when the folder holds anything else, or cannot
+    be written.
     """
     with _new_folder(Path(folder), _is_dataset) as new:
-        for name, (sets, metadata) in splits.items():
-            write_split(new / name, sets, metadata)
-        (new / "identifiers.json").write_text(json.dumps(identifiers) + "\n", encoding="utf-8")
+        data = DatasetWriter(new)
+        try:
+            yield data
+            if not data.closed:
+                raise ValueError(f"{folder}: the data set was not closed")
+        finally:
+            data.abandon()
+
+
+class _GrowingArray:
+    """A .npy file that rows are appended to; its header, which leaves room for that, is written last."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._shape: tuple[int, ...] = ()
+        self._dtype: np.dtype | None = None
+        self._rows = 0
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def append(self, rows: np.ndarray) -> None:
+        if self._dtype is None:
+            self._dtype, self._shape = rows.dtype, rows.shape[1:]
+            self._write_header()
+        if (rows.dtype, rows.shape[1:]) != (self._dtype, self._shape):
+            raise ValueError(f"rows of {rows.dtype} {rows.shape[1:]} after {self._dtype} {self._shape}")
+        self._file.write(np.ascontiguousarray(rows).data)
+        self._rows += len(rows)
+
+    def finish(self) -> None:
+        self._file.seek(0)
+        self._write_header()
+        self._file.close()
+
+    def abandon(self) -> None:
+        # What is still buffered may not fit on the disk any more; it is not wanted either.
+        with suppress(OSError):
+            self._file.close()
+
+    def _write_header(self) -> None:
+        assert self._dtype is not None
+        descr = np.lib.format.dtype_to_descr(self._dtype)
+        header = {"descr": descr, "fortran_order": False, "shape": (self._rows, *self._shape)}
+        np.lib.format.write_array_header_1_0(self._file, header)
 
 
 def check_output(folder: str | Path) -> None:
-    """Raise DatasetError when write_dataset would refuse the folder: to know before hours of building."""
+    """Raise DatasetError when new_dataset would refuse the folder: to know before hours of building."""
     _check_replaceable(Path(folder), _is_dataset)
 
 
@@ -151,7 +278,8 @@ def _is_split(folder: Path) -> bool:
 
 
 def _is_dataset(folder: Path) -> bool:
-    others = {"identifiers.json", STAMP}
+    # The last is that of an ARC data set's answers.
+    others = {"identifiers.json", STAMP, "test_puzzles.json"}
     return all(path.name in others or (path.is_dir() and _is_split(path)) for path in folder.iterdir())
 
 

@@ -1,0 +1,224 @@
+"""Judges a trained model on a data set: `python -m hrm.evaluate checkpoint=RUN [key=value ...]`."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from hrm.cli import ConfigError, help_lines, key, keys_of, split_arguments
+from hrm.config import data_folder, resolve_device
+from hrm.errors import UserError, run_command
+from hrm.files import check_file
+from hrm.ranks import place
+from hrm.schema import Config
+
+# PyTorch takes seconds to import: --help and a mistyped key are answered without it.
+if TYPE_CHECKING:
+    from hrm.data.dataset import PuzzleDataset
+    from hrm.page import Table
+    from hrm.trained import Trained
+
+JSON_FLAG = "--json"
+
+_RUN = Config.__dataclass_fields__
+_PATH = {name: _RUN["data_path"].metadata[name] for name in ("pattern", "form")}
+
+
+@dataclass
+class EvaluateConfig:
+    """What is judged, on what, and how."""
+
+    checkpoint: str | None = key(
+        None, "a run's folder or one of its checkpoints; of the official code a step_N file", **_PATH
+    )
+    data_path: str | None = key(
+        None, "folder of a data set; null is the one that the run was trained on", **_PATH
+    )
+    split: str = key("test", "split of it", pattern=r"[\w-]{1,80}", form="a split's name, such as test")
+    ema: bool = key(False, "judge the averaged weights in place of the last")
+    eval_act: bool = key(
+        False, "also stop each sequence when it halts, and tell the steps saved and the accuracy"
+    )
+    halt_max_steps: int | None = key(
+        None, "ACT steps for each sequence; null is as in training", ge=1, le=4096
+    )
+    samples: int | None = key(None, "judge a fixed random part, of this many examples", ge=1, le=10**9)
+    seed: int = key(0, "seed of that part", ge=0, le=2**32 - 1)
+    batch_size: int | None = key(
+        None,
+        "sequences at a time; null is the run's global_batch_size, or samples if that is less. As in "
+        "training, what fills up the last batch counts in q_halt_loss",
+        ge=1,
+        le=2**20,
+    )
+    reset_puzzle_emb: bool = key(False, "use a fresh table of puzzle embeddings, for data of other puzzles")
+    device: str = field(default="auto", metadata=_RUN["device"].metadata)
+    dtype: Literal["auto", "float32", "bfloat16"] = key(
+        "auto", "precision of the forward pass; auto is as in training"
+    )
+    mode: Literal["auto", "eager", "compile", "graph"] = key(
+        "auto", "how a step is run; auto is graph on cuda, else eager"
+    )
+    save_predictions: str | None = key(None, "write every prediction to this .npz file", **_PATH)
+    submission: str | None = key(None, "ARC: write the two best answers to this file, for Kaggle", **_PATH)
+
+
+KEYS = keys_of(EvaluateConfig)
+
+_USAGE = f"""\
+usage: python -m hrm.evaluate checkpoint=PATH [{JSON_FLAG}] [key=value ...]
+
+Judges a trained model as training and the official code do, every sequence for the same number of ACT steps.
+
+  {JSON_FLAG}                 print the results as JSON, and everything else to standard error"""
+
+
+def parse_args(argv: Sequence[str]) -> EvaluateConfig:
+    """The configuration of the command line `argv`, without its flag --json.
+
+    --help prints, then exits with status 0. Raises ConfigError for anything wrong.
+    """
+    args = split_arguments(argv, KEYS, [JSON_FLAG, "--help"])
+    if args.help:
+        print("\n".join([_USAGE, *help_lines(KEYS, {"": str(EvaluateConfig.__doc__)})]))
+        raise SystemExit(0)
+    values = {name: KEYS[name].parse(text) for name, text in args.overrides.items()}
+    if values.get("checkpoint") is None:
+        raise ConfigError("checkpoint is not given: write checkpoint=PATH, a run's folder or a checkpoint")
+    return EvaluateConfig(**values)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status; see `run_command`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    as_json = JSON_FLAG in words
+    words = [word for word in words if word != JSON_FLAG]
+    return run_command(lambda: command(parse_args(words), as_json), "nothing was judged")
+
+
+def command(config: EvaluateConfig, as_json: bool) -> None:
+    """Judges as the configuration says, and prints what came out. Raises UserError."""
+    if place().size > 1:
+        raise UserError("evaluation is one process: start it without torchrun, by python -m hrm.evaluate")
+    device = resolve_device(config.device)
+
+    from hrm.data.dataset import PuzzleDataset, subset
+    from hrm.data.kinds import kind_of
+    from hrm.data.layout import DatasetError
+    from hrm.modes import EAGER, resolve_mode
+    from hrm.scores import Listener, Voting, evaluate, predictions_file, taken_of
+    from hrm.storage import to_json
+    from hrm.trained import find_trained, load_trained
+
+    found = find_trained(str(config.checkpoint))
+    folder = Path(config.data_path) if config.data_path is not None else data_folder(found.config)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such data set; give data_path=DIR, the folder of one")
+    dataset = PuzzleDataset(folder, config.split)
+    is_arc = kind_of(dataset.metadata).name == "arc"
+    if config.submission is not None:
+        check_file(Path(config.submission))
+        if not is_arc:
+            raise UserError(f"submission={config.submission}: {dataset.folder} is no ARC data; leave it out")
+    trained = load_trained(
+        found,
+        device=device,
+        dtype=config.dtype,
+        metadata=dataset.metadata,
+        reset_puzzle_emb=config.reset_puzzle_emb,
+        ema=config.ema,
+    )
+    model = trained.model
+    if config.halt_max_steps is not None:
+        model.arch = replace(model.arch, halt_max_steps=config.halt_max_steps)
+    mode = resolve_mode(config.mode, model.H_init.device) or EAGER
+    say = partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
+    for note in [*trained.notes, describe(trained, mode.name, dataset)]:
+        say(note)
+
+    examples = None if config.samples is None else subset(dataset, config.samples, config.seed)
+    taken = taken_of(dataset, examples)
+    batch_size = config.batch_size or found.config.global_batch_size
+    if config.batch_size is None and config.samples is not None:
+        batch_size = min(batch_size, config.samples)
+    with ExitStack() as stack:
+        listeners: list[Listener] = []
+        voting = None
+        try:
+            if is_arc and (config.split == "test" or config.submission is not None):
+                voting = Voting(dataset, taken)
+                listeners.append(voting)
+        except DatasetError as error:
+            if config.submission is not None:
+                raise
+            say(f"no votes over the augmentations: {error}")
+        if config.save_predictions is not None:
+            file = Path(config.save_predictions)
+            listeners.append(stack.enter_context(predictions_file(file, dataset, taken)))
+        results = evaluate(
+            trained,
+            dataset,
+            batch_size=batch_size,
+            mode=mode,
+            examples=examples,
+            eval_act=config.eval_act,
+            listeners=listeners,
+        )
+    if voting is not None:
+        # ARC's data sets have one set.
+        next(iter(results.values())).update(voting.metrics())
+        if config.submission is not None:
+            voting.write_submission(Path(config.submission))
+    print(to_json(results) if as_json else table(results).text())
+
+
+def describe(trained: "Trained", mode: str, dataset: "PuzzleDataset") -> str:
+    """One line on what is judged."""
+    model = trained.model
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"{trained.path}: {count:,} parameters, {model.arch.halt_max_steps} ACT steps, "
+        f"{model.H_init.device}, {str(model.dtype).removeprefix('torch.')}, mode {mode}; {dataset.folder}"
+    )
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> "Table":
+    """The metrics of `hrm.scores.evaluate` for people: a row for each set, for each part and way of it."""
+    from hrm.page import Table
+
+    rows, notes = [], []
+    for name, metrics in results.items():
+        rows.append(_row(name, metrics))
+        for degree, part in metrics.get("difficulty", {}).items():
+            rows.append(_row(f"  difficulty {degree}", part))
+        if solved := metrics.get("pass_at"):
+            shares = ", ".join(f"{100 * solved[k]:.2f} % with {k}" for k in ("1", "2"))
+            notes.append(f"{name}, tests solved by vote of the augmentations: {shares} answers")
+        if early := metrics.get("eval_act"):
+            rows.append(_row("  eval_act", early))
+            by_steps = [
+                f"{count:,} after {i}" for i, count in enumerate(early["steps_histogram"], 1) if count
+            ]
+            notes.append(
+                f"{name}, eval_act: {100 * early['steps_saved']:.1f} % of the steps saved, "
+                f"{early['seconds']:.1f} s instead of {metrics['seconds']:.1f}; halted: {', '.join(by_steps)}"
+            )
+    columns = ["set", "puzzles", "exact", "cells", "q_halt", "steps"]
+    notes.append(
+        "exact: right in every cell; cells: right ones; q_halt: told right or wrong rightly; steps: ACT steps"
+    )
+    return Table("", columns, rows, "\n".join(notes))
+
+
+def _row(name: str, metrics: Mapping[str, Any]) -> list[str]:
+    shares = ("exact_accuracy", "accuracy", "q_halt_accuracy")
+    cells = [f"{100 * metrics[share]:.2f} %" if share in metrics else "-" for share in shares]
+    steps = f"{metrics['steps']:.2f}" if "steps" in metrics else "-"
+    return [name, f"{metrics['count']:,}", *cells, steps]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

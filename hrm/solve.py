@@ -1,0 +1,329 @@
+"""Solves puzzles with a trained model, and shows how: `python -m hrm.solve CHECKPOINT PUZZLE`."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import numpy as np
+
+from hrm.data.arc_augment import Pair, canvas, grid_of
+from hrm.data.arc_files import read_json
+from hrm.data.kinds import Kind, kind_of
+from hrm.data.layout import Metadata
+from hrm.errors import UserError, run_command
+from hrm.files import check_file, write_whole
+from hrm.puzzles import Puzzle, Puzzles, read_puzzles, shortened
+
+# PyTorch takes seconds to import: --help and a puzzle that has no answer are told without it.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hrm.trace import Step, Trace
+    from hrm.trained import Trained
+
+MAX_NAMES_BYTES = 256 << 20
+MAX_STEPS = 100_000
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line. Returns 0 when no answer is wrong, 1 when one is, else as `run_command` does."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hrm.solve",
+        description="Solve puzzles with a trained model. Exit status: 1 when an answer is wrong, 2 when a "
+        "puzzle has none.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints")
+    parser.add_argument(
+        "puzzle",
+        metavar="PUZZLE",
+        help="the cells of a Sudoku ('.' or 0 is blank) or of a maze; a file with one over several lines, or "
+        "with one a line; an ARC task's .json; - for standard input",
+    )
+    parser.add_argument("--trace", action="store_true", help="show the board after every step")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that plays the steps")
+    parser.add_argument("--steps", type=_whole, metavar="N", help="ACT steps; else as many as in training")
+    parser.add_argument("--act", action="store_true", help="stop at the first step at which the model halts")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument(
+        "--adapt-steps",
+        type=_whole,
+        metavar="N",
+        help="ARC: first learn the task's puzzle embedding from its demonstrations, in N updates",
+    )
+    parser.add_argument(
+        "--identifier",
+        metavar="NAME|N",
+        help="whose puzzle embedding to use; else an ARC task's own if it was trained on, or the blank one",
+    )
+    parser.add_argument("--ema", action="store_true", help="use the averaged weights")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    args = parser.parse_args(argv)
+    wrong: list[str] = []
+    return run_command(lambda: wrong.extend(solve(args)), "nothing was solved") or int(bool(wrong))
+
+
+def solve(args: argparse.Namespace) -> list[str]:
+    """Solves what the command line names and prints the answers; returns the titles of the wrong ones."""
+    given = read_puzzles(args.puzzle)
+    if args.adapt_steps and (given.task is None or args.identifier is not None):
+        raise UserError(
+            "--adapt-steps learns an ARC task's embedding from the demonstrations in its .json, in place of "
+            "--identifier: leave one out"
+        )
+    if args.html is not None:
+        check_file(args.html)
+
+    screen = _Screen(sys.stderr if args.json else sys.stdout)
+    trained = _load(args, given.kind, screen)
+    embedding, losses = _embedding(args, given, trained, screen)
+
+    from hrm.thinking import page
+    from hrm.tracing import trace
+
+    name = f"{trained.path}, {sum(p.numel() for p in trained.model.parameters()):,} parameters"
+    results: list[dict[str, Any]] = []
+    for number, puzzle in enumerate(given.puzzles, 1):
+        found = trace(
+            trained.model,
+            trained.metadata,
+            puzzle.question,
+            embedding,
+            steps=args.steps,
+            act=args.act,
+            answer=puzzle.answer,
+            name=name,
+            title=puzzle.title,
+        )
+        results.append(_result(puzzle, found, whole=args.trace))
+        if not args.json:
+            screen.result(given.kind, found, results[-1], whole=args.trace, titled=len(given.puzzles) > 1)
+        if args.html is not None:
+            path = args.html if number == 1 else args.html.with_stem(f"{args.html.stem}-{number}")
+            write_whole(path, page(found))
+            screen.note(f"page: {path}")
+    right = [result["right"] for result in results].count(True)
+    if len(results) > 1:
+        screen.say(f"{right} of {len(results)} right")
+    if args.json:
+        told = {"model": name, "kind": given.kind.name, "notes": screen.notes, "adaptation": losses}
+        print(json.dumps({**told, "puzzles": results}))
+    return [result["title"] for result in results if result["right"] is False]
+
+
+def _whole(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= MAX_STEPS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MAX_STEPS}")
+    return int(text)
+
+
+class _Screen:
+    """What is printed for people: in colour on a terminal, unless NO_COLOR is set."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.notes = stream, list[str]()
+        self.color = stream.isatty() and not os.environ.get("NO_COLOR")
+
+    def say(self, text: str) -> None:
+        print(text, file=self.stream, flush=True)
+
+    def note(self, text: str) -> None:
+        """One line of what a user should know."""
+        self.notes.append(text)
+        self.say(f"note: {text}")
+
+    def result(
+        self, kind: Kind, trace: "Trace", result: dict[str, Any], *, whole: bool, titled: bool
+    ) -> None:
+        """The board and the verdict; whole: the question and every step before them."""
+        blocks = [f"{trace.title}:"] if titled else []
+        if whole:
+            blocks.append(f"question:\n{kind.text(trace.question)}")
+            before = trace.question
+            for number, step in enumerate(trace.steps, 1):
+                board = kind.text(step.board, before, self.color)
+                blocks.append(f"{_step_line(kind, number, step, before)}\n{board}")
+                before = step.board
+        blocks.append("answer:\n" + kind.text(trace.steps[-1].board, trace.question, self.color))
+        blocks.append("\n".join(_verdict(result)))
+        self.say("\n\n".join(blocks) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------- the model
+
+
+def _load(args: argparse.Namespace, kind: Kind, screen: _Screen) -> "Trained":
+    """The model, after a check that it is for puzzles of this kind and size."""
+    if not Path(args.checkpoint).exists():
+        raise UserError(f"{args.checkpoint}: no such folder or file; expected a run or a checkpoint of one")
+    from hrm.config import resolve_device
+    from hrm.trained import find_trained, load_trained
+    from hrm.weights import PUZZLE_TABLE
+
+    device = resolve_device(args.device)
+    found, metadata = find_trained(args.checkpoint), None
+    data = found.config.data_path
+    if found.metadata is None and data is not None and not Path(data).is_dir():
+        # Of the data set no more than its size is needed, which a puzzle has as well.
+        rows = len(found.weights[PUZZLE_TABLE]) if PUZZLE_TABLE in found.weights else 1
+        metadata = Metadata(0, 0, 0, kind.vocab_size, kind.rows * kind.cols, rows, 1, 1.0, ["all"])
+        screen.note(f"{data} is not there; the model is taken to be trained on {_named(kind)}")
+    trained = load_trained(found, device=device, metadata=metadata, ema=args.ema or None)
+    for note in trained.notes:
+        screen.note(note)
+    its = kind_of(trained.metadata)
+    if (its.name, its.rows, its.cols) != (kind.name, kind.rows, kind.cols):
+        raise UserError(
+            f"{args.puzzle[:100]!r} is {_named(kind)}, but {args.checkpoint} was trained on {_named(its)}; "
+            "take a checkpoint of its kind and size"
+        )
+    return trained
+
+
+def _named(kind: Kind) -> str:
+    names = {"sudoku": "Sudoku", "maze": "a maze", "arc": "ARC"}
+    return f"{names.get(kind.name, 'an unknown kind of puzzle')} of {kind.rows} x {kind.cols} cells"
+
+
+def _embedding(
+    args: argparse.Namespace, given: Puzzles, trained: "Trained", screen: _Screen
+) -> tuple["int | Tensor | None", list[float]]:
+    """The puzzle's identifier or its row, None for the blank one; and the losses of learning it."""
+    if args.adapt_steps:
+        assert given.task is not None
+        return _adapted(args.adapt_steps, given.task.train, trained, screen)
+    if trained.model.puzzle_emb is None:
+        if args.identifier is not None:
+            raise UserError(f"--identifier: {args.checkpoint} has no puzzle embeddings; leave it out")
+        return None, []
+    name = args.identifier or (given.task.name if given.task is not None else None)
+    if name is None:
+        return None, []
+    path = Path(trained.config.data_path or ".") / "identifiers.json"
+    known = _read_names(path)
+    if name in known:
+        return known.index(name), []
+    if args.identifier is None:
+        why = "was not trained on" if known else f"cannot be looked up without {path}"
+        screen.note(
+            f"{name} {why}: it gets the blank identifier, whose embedding tells nothing of the task; "
+            "--adapt-steps 100 learns one from its demonstrations"
+        )
+        return None, []
+    if not (name.isascii() and name.isdigit() and len(name) < 19):
+        where = "is not in" if known else "cannot be looked up without"
+        raise UserError(
+            f"--identifier {name[:100]} {where} {path}; give the number of a row, or leave it out"
+        )
+    return int(name), []
+
+
+def _adapted(
+    steps: int, demonstrations: Sequence[Pair], trained: "Trained", screen: _Screen
+) -> tuple["Tensor", list[float]]:
+    """The embedding that the demonstrations teach, and the loss of each update."""
+    import torch
+
+    from hrm.adapt import learn_embedding
+    from hrm.data.dataset import IGNORE_LABEL
+
+    config, ignored = trained.config, trained.metadata.ignore_label_id
+    # Demonstrations have both grids.
+    inputs, labels = (
+        np.stack([canvas(pair.grids[n]) for pair in demonstrations]).astype(int) for n in (0, 1)
+    )
+    labels[labels == ignored] = IGNORE_LABEL
+    losses: list[float] = []
+
+    def report(step: int, loss: float) -> None:
+        losses.append(loss)
+        if step % max(1, steps // 10) == 0 or step == steps:
+            screen.note(f"adapting to {len(inputs)} demonstrations: step {step} of {steps}, loss {loss:.4f}")
+
+    row = learn_embedding(
+        trained.model,
+        torch.from_numpy(inputs),
+        torch.from_numpy(labels),
+        steps=steps,
+        lr=config.puzzle_emb_lr,
+        loss=config.loss,
+        weight_decay=config.puzzle_emb_weight_decay,
+        seed=config.seed,
+        report=report,
+    )
+    return row, losses
+
+
+def _read_names(path: Path) -> list[Any]:
+    """The names of the puzzle identifiers, by number; none where the data set is not there."""
+    if not path.is_file():
+        return []
+    names = read_json(path, MAX_NAMES_BYTES)
+    if not isinstance(names, list):
+        raise UserError(f"{path}: {type(names).__name__}, expected a list of names; build the data set again")
+    return names
+
+
+# ---------------------------------------------------------------------------------------------- the answer
+
+
+def _result(puzzle: Puzzle, trace: "Trace", *, whole: bool) -> dict[str, Any]:
+    """What the last board is worth. right: None for a board without a fault whose answer nothing tells."""
+    last, is_arc = trace.steps[-1], trace.kind == "arc"
+    problems = last.problems
+    right = None if is_arc and not problems else not problems
+    if puzzle.answer is not None:
+        # Of a canvas the grid alone counts, as in the official evaluation.
+        boards = np.array(last.board), puzzle.answer
+        shown, known = map(grid_of, boards) if is_arc else boards
+        same = shown is not None and known is not None and np.array_equal(shown, known)
+        right = same and (is_arc or not problems)
+        problems = [] if right else problems or ["it is not the known answer"]
+    halted = next((number for number, step in enumerate(trace.steps, 1) if step.halts), None)
+    result = {
+        "title": puzzle.title,
+        "right": right,
+        "problems": problems,
+        "q_halt": last.q_halt,
+        "steps": len(trace.steps),
+        "halts_at": halted,
+        "question": trace.question,
+        "board": last.board,
+        "answer": trace.answer,
+    }
+    return {**result, "trace": [asdict(step) for step in trace.steps]} if whole else result
+
+
+def _verdict(result: dict[str, Any]) -> list[str]:
+    """The result in two lines."""
+    told = {
+        True: "right",
+        False: "wrong: " + shortened(result["problems"]),
+        None: "no answer to compare with",
+    }
+    halts = "would go on" if result["halts_at"] is None else f"halts at step {result['halts_at']}"
+    confidence = f"confidence {100 * result['q_halt']:.1f} % after {_count(result['steps'], 'step')}"
+    return [told[result["right"]], f"{confidence}; left to itself the model {halts}"]
+
+
+def _step_line(kind: Kind, number: int, step: "Step", before: Sequence[int]) -> str:
+    """One step: how good its board is, how sure the model is, what changed since the board before."""
+    changed = [
+        kind.at(n) for n, (now, then) in enumerate(zip(step.board, before, strict=True)) if now != then
+    ]
+    rules = _count(len(step.problems), "fault") if step.problems else "no fault"
+    sure = f"confidence {100 * step.q_halt:.1f} %, {'halts' if step.halts else 'goes on'}"
+    where = f": {shortened(changed)}" if changed and number > 1 else ""
+    return f"step {number}: {rules}, {sure}; {_count(len(changed), 'cell')} changed{where}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Generated ARC tasks as their files hold them, and the pairs that a built data set holds of each."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hrm.data.arc_augment import canvas
+from hrm.data.dataset import PuzzleDataset
+
+Grid = list[list[int]]
+Grids = tuple[np.ndarray, np.ndarray]
+
+
+def random_grid(rng: np.random.Generator, largest: int = 30) -> Grid:
+    return rng.integers(10, size=rng.integers(1, largest + 1, size=2)).tolist()
+
+
+def random_task(seed: int, train: int = 3, test: int = 1, largest: int = 30) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+
+    def pairs(count: int) -> list[dict[str, Grid]]:
+        return [
+            {"input": random_grid(rng, largest), "output": random_grid(rng, largest)} for _ in range(count)
+        ]
+
+    return {"train": pairs(train), "test": pairs(test)}
+
+
+def write_tasks(folder: Path, tasks: dict[str, Any]) -> Path:
+    """A folder of task files."""
+    folder.mkdir(parents=True)
+    for name, task in tasks.items():
+        (folder / f"{name}.json").write_text(json.dumps(task))
+    return folder
+
+
+def write_kaggle(folder: Path, name: str, tasks: dict[str, Any], solutions: bool = True) -> str:
+    """The same tasks in Kaggle's form; returns their prefix."""
+    challenges = {
+        task: {"train": value["train"], "test": [{"input": pair["input"]} for pair in value["test"]]}
+        for task, value in tasks.items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}_challenges.json").write_text(json.dumps(challenges))
+    if solutions:
+        answers = {task: [pair["output"] for pair in value["test"]] for task, value in tasks.items()}
+        (folder / f"{name}_solutions.json").write_text(json.dumps(answers))
+    return str(folder / name)
+
+
+def framed(tokens: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """The grid on a canvas wherever it stands, and where: the frame around its colours."""
+    rows, cols = np.nonzero(tokens.reshape(30, 30) >= 2)
+    top, left = rows.min(), cols.min()
+    grid = tokens.reshape(30, 30)[top : rows.max() + 1, left : cols.max() + 1] - 2
+    # End lines and padding are as `canvas` sets them, and nothing else is there.
+    np.testing.assert_array_equal(canvas(grid, top, left), tokens)
+    return grid, int(top), int(left)
+
+
+def held_pairs(folder: Path, split: str) -> dict[str, list[tuple[Grids, tuple[int, int]]]]:
+    """By puzzle name, its pairs of grids and the place where both stand."""
+    dataset = PuzzleDataset(folder, split)
+    names = json.loads((folder / "identifiers.json").read_text())
+    assert len(names) == dataset.metadata.num_puzzle_identifiers == len(set(names))
+    result: dict[str, list[tuple[Grids, tuple[int, int]]]] = {}
+    for part in dataset.sets.values():
+        for puzzle, identifier in enumerate(part.puzzle_identifiers):
+            assert names[identifier] not in result
+            found = result[names[identifier]] = []
+            for example in range(part.puzzle_indices[puzzle], part.puzzle_indices[puzzle + 1]):
+                (one, *place), (other, *same) = framed(part.inputs[example]), framed(part.labels[example])
+                assert place == same
+                found.append(((one, other), (place[0], place[1])))
+    return result
+
+
+def key(pair: Any) -> Any:
+    """A pair of grids, of a file or of a data set, as one comparable value."""
+    grids = (pair["input"], pair["output"]) if isinstance(pair, dict) else pair
+    return tuple(tuple(map(tuple, np.asarray(grid).tolist())) for grid in grids)

@@ -1,0 +1,134 @@
+"""A model watched while it solves one puzzle, against the model itself."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hrm.act import Sequences, act_step, initial_carry, replace_halted
+from hrm.config import ArchConfig, LossConfig
+from hrm.data.kinds import kind_of
+from hrm.data.layout import Metadata
+from hrm.errors import UserError
+from hrm.inference import Inference
+from hrm.model import HRM
+from hrm.modes import EAGER
+from hrm.tracing import puzzle_row, trace
+
+S, V, PUZZLES, STEPS = 16, 6, 3, 4
+METADATA = Metadata(0, 0, 0, V, S, PUZZLES, 1, 1.0, ["all"])
+QUESTION = np.array([1, 2, 3, 4, 5, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2], np.uint8)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "v1": {},
+    "bare": {"puzzle_emb_ndim": 0, "pos_encodings": "learned"},
+    "gated": {"use_gating": True, "puzzle_emb_ndim": 24},
+    "attention gates": {"use_gating": True, "gating_type": "attention"},
+    "held gates": {"use_gating": True, "gating_type": "hierarchical"},
+    "trm": {"share_levels": True, "q_continue": False, "puzzle_emb_len": 3},
+    "trm, gated": {"share_levels": True, "use_gating": True},
+}
+
+
+def make(halts_at: float = 0.0, **changes: Any) -> HRM:
+    """A small random model with a table of three random rows; halts_at: added to q_halt's bias."""
+    sizes = {"hidden_size": 16, "num_heads": 2, "expansion": 1.0, "H_layers": 1, "L_layers": 1}
+    arch = ArchConfig(**{**sizes, "halt_max_steps": STEPS, **changes})
+    model = HRM(arch, vocab_size=V, seq_len=S, num_puzzle_identifiers=PUZZLES)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        model.q_head.weight.normal_(generator=generator)
+        model.q_head.get_parameter("bias").copy_(torch.tensor([halts_at, 0.0]))
+        if model.puzzle_emb is not None:
+            model.puzzle_emb.weights.normal_(generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("identifier", [0, 2])
+def test_the_last_step_is_what_inference_predicts(changes, identifier):
+    model = make(**changes)
+    inference = Inference(model, 1, S, mode=EAGER, loss=LossConfig())
+    predictions, q_halt = inference.solve(QUESTION[None].astype(np.int32), np.array([identifier]))
+    found = trace(model, METADATA, QUESTION, identifier, name="m", title="t")
+    assert len(found.steps) == STEPS and found.steps[-1].board == predictions[0].tolist()
+    expected = torch.sigmoid(torch.tensor(q_halt[0])).item()
+    assert found.steps[-1].q_halt == pytest.approx(expected, abs=1e-6)
+    assert (found.kind, found.rows, found.cols) == ("sudoku", 4, 4)
+    assert (found.model, found.title, found.answer) == ("m", "t", None)
+    assert found.question == QUESTION.tolist()
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_every_step_is_that_of_training(changes):
+    """Boards, both Q values, halting, gates and broken rules, against the carry of training by hand."""
+    model = make(**changes)
+    inputs = torch.from_numpy(QUESTION).int()[None]
+    fresh = Sequences(inputs, torch.full_like(inputs, -100), torch.tensor([1], dtype=torch.int32))
+    carry = replace_halted(model, initial_carry(model, 1, S, torch.device("cpu")), fresh)
+    row = None if model.puzzle_emb is None else model.puzzle_emb.weights[1:2]
+    kind = kind_of(METADATA)
+    for step in trace(model, METADATA, QUESTION, 1).steps:
+        with torch.no_grad():
+            zeros = torch.zeros(1, dtype=torch.int32)
+            carry, outputs = act_step(model, carry, row, zeros, sees_gates=model.arch.use_gating)
+            board = model.logits(carry.z_H).argmax(-1)[0].tolist()
+        assert step.board == board and step.problems == kind.problems(QUESTION, board)
+        assert step.q_halt == pytest.approx(outputs.q_halt_logits.sigmoid().item(), abs=1e-6)
+        if model.arch.q_continue:
+            assert step.q_continue == pytest.approx(outputs.q_continue_logits.sigmoid().item(), abs=1e-6)
+        else:
+            assert step.q_continue is None
+        assert step.halts == carry.halted.item()
+        if not model.arch.use_gating:
+            assert step.gates == {}
+            continue
+        levels = {level: list(sources) for level, sources in step.gates.items()}
+        assert levels == {"L": ["primary", "secondary", "input"], "H": ["primary", "secondary"]}
+        for gated, sources in zip(outputs.gated, step.gates.values(), strict=True):
+            for tensor, gate in zip(gated.gates, sources.values(), strict=True):
+                assert gate.mean == pytest.approx(tensor.mean().item(), abs=1e-6)
+                # Without the tokens of the puzzle embedding, which stand in front.
+                np.testing.assert_allclose(gate.cells, tensor[0, -S:].mean(-1).numpy(), rtol=0, atol=1e-6)
+
+
+def test_a_model_halts_as_its_q_values_say():
+    """By choice when q_halt is the greater, at the limit anyway; act stops there, and steps goes beyond."""
+    eager, timid = make(halts_at=50.0), make(halts_at=-50.0)
+    assert [step.halts for step in trace(eager, METADATA, QUESTION).steps] == [True] * STEPS
+    assert [step.halts for step in trace(timid, METADATA, QUESTION).steps] == [False] * 3 + [True]
+    whole = trace(eager, METADATA, QUESTION)
+    assert trace(eager, METADATA, QUESTION, act=True).steps == whole.steps[:1]
+    assert len(trace(timid, METADATA, QUESTION, act=True).steps) == STEPS
+    longer = trace(eager, METADATA, QUESTION, steps=6)
+    assert len(longer.steps) == 6 and longer.steps[:STEPS] == whole.steps
+    assert trace(eager, METADATA, QUESTION, steps=2).steps == whole.steps[:2]
+
+
+def test_a_row_is_what_its_identifier_stands_for():
+    model = make()
+    row = model.puzzle_emb.weights[2].clone()
+    assert trace(model, METADATA, QUESTION, row).steps == trace(model, METADATA, QUESTION, 2).steps
+    assert trace(model, METADATA, QUESTION).steps == trace(model, METADATA, QUESTION, 0).steps
+    assert trace(model, METADATA, QUESTION, 1).steps != trace(model, METADATA, QUESTION, 2).steps
+    assert torch.equal(puzzle_row(model, 2), row[None]) and puzzle_row(make(puzzle_emb_ndim=0), 2) is None
+
+
+def test_what_cannot_be_traced_is_told():
+    with pytest.raises(UserError, match=r"puzzle identifier 3: the model has rows 0 to 2"):
+        trace(make(), METADATA, QUESTION, 3)
+    with pytest.raises(UserError, match=r"puzzle identifier -1"):
+        trace(make(), METADATA, QUESTION, -1)
+    with pytest.raises(ValueError, match=r"tokens must be \(16,\), got \(15,\)"):
+        trace(make(), METADATA, QUESTION[:15])
+
+
+def test_the_answer_goes_with_the_trace_and_in_bfloat16_too():
+    model = make(use_gating=True)
+    answer = np.arange(16) % 4 + 2
+    found = trace(model, METADATA, QUESTION, answer=answer)
+    assert found.answer == answer.tolist()
+    narrow = HRM(model.arch, vocab_size=V, seq_len=S, num_puzzle_identifiers=PUZZLES, dtype=torch.bfloat16)
+    narrow.load_state_dict(model.state_dict())
+    gate = trace(narrow, METADATA, QUESTION).steps[0].gates["L"]["input"]
+    assert gate.mean == pytest.approx(found.steps[0].gates["L"]["input"].mean, abs=5e-3)
