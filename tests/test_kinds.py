@@ -107,9 +107,9 @@ def test_an_arc_grid_is_read_onto_its_canvas_and_cut_from_it(shape: tuple[int, i
 
 def test_a_damaged_canvas_is_written_whole() -> None:
     tokens = canvas(np.full((2, 3), 4, np.uint8))
-    tokens[1] = 0
+    tokens[0] = 0
     assert ARC.text(tokens).splitlines()[:4] == [
-        "4_4|" + "_" * 26,
+        "_44|" + "_" * 26,
         "444|" + "_" * 26,
         "|||" + "_" * 27,
         "_" * 30,
@@ -352,34 +352,38 @@ def test_a_canvas_is_right_only_as_it_was_made() -> None:
         row, column = draw.integers(0, 31 - height), draw.integers(0, 31 - width)
         grid = draw.integers(0, 10, (height, width)).astype(np.uint8)
         tokens = canvas(grid, row, column)
-        assert ARC.problems(tokens, tokens) == ARC.impossible(tokens) == []
+        assert ARC.impossible(tokens) == []
         # Every cell once, by a mark or padding where neither can be.
         damaged = np.repeat(tokens[None], 900, axis=0)
         damaged[range(900), range(900)] = np.where(tokens == 0, 1, 0)
         wrong = broken(ARC, damaged, damaged)
-        told = [bool(ARC.problems(board, board)) for board in damaged[::7]]
+        told = [bool(ARC.impossible(board)) for board in damaged[::7]]
         assert wrong.tolist()[::7] == told
         assert wrong.all()
         foreign = tokens.copy()
         foreign[int(draw.integers(900))] = 12
-        assert (
-            broken(ARC, foreign[None], foreign[None]).tolist()
-            == [bool(ARC.problems(foreign, foreign))]
-            == [True]
-        )
+        assert broken(ARC, foreign[None], foreign[None]).tolist() == [bool(ARC.impossible(foreign))] == [True]
 
 
 def test_a_malformed_canvas_is_explained() -> None:
     tokens = canvas(np.full((2, 3), 4, np.uint8), 1, 1)
-    assert ARC.problems(tokens, np.zeros(900, int)) == ["there is no grid: no cell holds a colour"]
+    assert ARC.impossible(np.zeros(900, int)) == ["there is no grid: no cell holds a colour"]
     hole = tokens.copy()
     hole[2 * 30 + 2] = 1
-    assert ARC.problems(tokens, hole) == ["the colours fill no rectangle: row 3, column 3 has none"]
+    assert ARC.impossible(hole) == ["the colours fill no rectangle: row 3, column 3 has none"]
     open_end = tokens.copy()
     open_end[3 * 30 + 1] = 0
-    assert ARC.problems(tokens, open_end) == [
+    assert ARC.impossible(open_end) == [
         "the grid is not closed by end marks and padding alone: row 4, column 2"
     ]
+
+
+def test_an_answer_is_its_grid_whatever_lies_around_it() -> None:
+    tokens = canvas(np.full((2, 3), 4, np.uint8))
+    littered = np.where(tokens == 0, 7, tokens)
+    assert ARC.problems(tokens, littered) == [] and ARC.text(littered) == "444\n444"
+    elsewhere = canvas(np.full((2, 3), 4, np.uint8), 1, 1)
+    assert ARC.problems(tokens, elsewhere) == ["there is no grid: the upper left corner holds no colour"]
 
 
 # --- drawn

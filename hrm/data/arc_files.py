@@ -132,6 +132,7 @@ def read_task(path: Path) -> Task:
 
 def read_json(path: Path, limit: int) -> Any:
     """What a JSON file of at most `limit` bytes holds, no key twice. Raises DatasetError."""
+
     def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(items)
         if len(value) < len(items):

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from hrm.data.arc_augment import canvas
+from hrm.data.arc_augment import canvas, grid_of
 from hrm.data.layout import Metadata
 from hrm.errors import UserError
 
@@ -62,7 +62,7 @@ class Kind:
         """The rules that an answer breaks, with row, column or box; none when it is right.
 
         Sudoku: clues kept, every digit once in each unit. Maze: cells kept, a shortest path marked from S to
-        G and nothing beside it. ARC: one whole grid on the canvas. Other: tokens of the vocabulary.
+        G and nothing beside it. ARC: a grid in the upper left corner. Other: tokens of the vocabulary.
         """
         return list(_RULES[self.name].problems(self, self.board(question), self.board(answer)))
 
@@ -341,19 +341,21 @@ class _Arc(_Rules):
         return canvas(tokens.reshape(grid.rows, grid.cols) - 2)
 
     def text(self, kind: Kind, board: np.ndarray, question: np.ndarray | None, color: bool) -> str:
-        rows, cols = arc_grid(board)
-        # A damaged canvas is shown whole, with what lies around its colours.
-        whole = any(self.malformed(kind, board))
-        grid = board.reshape(kind.rows, kind.cols)[
-            slice(None) if whole else rows, slice(None) if whole else cols
-        ]
+        grid = board.reshape(kind.rows, kind.cols)
+        if (read := grid_of(board)) is not None:
+            grid = grid[: read.shape[0], : read.shape[1]]
+        # In training grids stand anywhere; a canvas without one is shown whole.
+        elif not any(self.malformed(kind, board)):
+            grid = grid[arc_grid(board)]
         lines = self.shown(Kind(kind.name, *grid.shape), grid.reshape(-1), None, False)
         if color:
             lines = [[_on_colour(cell) for cell in line] for line in lines]
         return "\n".join("".join(line) for line in lines)
 
     def problems(self, kind: Kind, question: np.ndarray, answer: np.ndarray) -> Iterator[str]:
-        return self.malformed(kind, answer)
+        # What lies around the grid carries no loss: a model may put anything there.
+        if grid_of(answer) is None:
+            yield "there is no grid: the upper left corner holds no colour"
 
     def impossible(self, kind: Kind, question: np.ndarray) -> Iterator[str]:
         return self.malformed(kind, question)
