@@ -70,7 +70,9 @@ def agree(
         assert torch.equal(tensor, before[name]), f"{name} was changed"
     backend.set_backend("reference")
     try:
-        eager, truth = run(call, rounded, gradients, seed), run(call, exact, gradients, seed)
+        # Closed up: with some CPUs' 16-bit products PyTorch reads into the gaps of a view, NaN and all.
+        closed = {name: tensor.contiguous() for name, tensor in rounded.items()}
+        eager, truth = run(call, closed, gradients, seed), run(call, exact, gradients, seed)
     finally:
         backend.set_backend("triton")
     assert ours.keys() == truth.keys(), f"{ours.keys()} against {truth.keys()}"

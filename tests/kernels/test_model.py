@@ -39,8 +39,8 @@ def train(backend: str, config) -> tuple[list[float], dict[str, float], torch.Te
     ("arch", "changes"),
     [
         ({"use_gating": False}, {}),
-        ({"use_gating": True}, {}),
-        ({"pos_encodings": "learned", "puzzle_emb_ndim": 0}, {"softmax": True}),
+        ({"use_gating": True, "H_cycles": 1}, {}),
+        ({"pos_encodings": "learned", "puzzle_emb_ndim": 0, "H_cycles": 1}, {"softmax": True}),
     ],
     ids=["v1", "gated", "learned positions and softmax"],
 )
