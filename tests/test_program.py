@@ -93,7 +93,7 @@ def test_a_replayed_run_equals_the_eager_one_bit_for_bit(captures_on_cpu, varian
     arch, options = VARIANTS[variant]
     options = {**options, "dtype": dtype, "lr_min_ratio": 0.1}
     eager, captured = (engine_in(mode, arch, **options) for mode in (EAGER, CAPTURED))
-    steps = STEPS if variant in ("v1", "gated") else SHORT
+    steps = SHORT if variant == "all" else STEPS
     expected, actual = run(eager, steps), run(captured, steps)
     assert actual == expected
     # One graph for the step, and the evaluation's comes after its own warm-up.
@@ -147,7 +147,8 @@ def assert_compiled_follows_eager(
     start = eager.parameters.data.clone()
     (expected, _), (actual, _) = run(eager, steps), run(fused, steps)
     for mine, theirs in zip(actual[:10], expected[:10], strict=True):
-        assert mine == pytest.approx(theirs, rel=metrics)
+        # Absolutely where a deviation is the small difference of larger numbers.
+        assert mine == pytest.approx(theirs, rel=metrics, abs=metrics / 10)
     first = expected[0]["loss"]
     assert max(abs(a["loss"] - e["loss"]) for a, e in zip(actual, expected, strict=True)) < loss * first
     way = (eager.parameters.data - start).norm()

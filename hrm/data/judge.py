@@ -52,7 +52,9 @@ def check_rules(split: Split, findings: Findings) -> None:
                 def tell(
                     row: int, first: int = rows.start, q: np.ndarray = inputs, a: np.ndarray = boards
                 ) -> str:
-                    problems = kind.problems(q[row], a[row])
+                    # An ARC canvas is judged as a whole, questions and labels alike.
+                    is_arc = kind.name == "arc"
+                    problems = kind.impossible(a[row]) if is_arc else kind.problems(q[row], a[row])
                     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
                     return f"row {first + row}: {problems[0]}{more}"
 
