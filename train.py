@@ -362,6 +362,8 @@ def summary(config: Config, results: Evaluations, step: int, checkpoint: Path) -
         "next:",
         f"{again} epochs={2 * config.epochs}   train on, twice as long in all",
         f"{again} checkpoint_path={checkpoint} run_name={config.run_name}-next   start from its weights",
+        f"  {python} -m hrm.solve {checkpoint.parent} PUZZLE --trace   watch it solve a puzzle of yours",
+        f"  {python} -m hrm.evaluate checkpoint={checkpoint.parent} eval_act=true   judge it",
         f"  {python} -m hrm.report {checkpoint.parent}   draw this run",
         f"  {python} -m hrm.compare --arch v1 gated   compare architectures, over seeds",
         f"  {python} train.py --help   every option; preset=full is the full-size model",
