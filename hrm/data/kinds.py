@@ -6,6 +6,7 @@ and boxes are counted from 1 in what is said about a board.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -117,7 +118,7 @@ def _coloured(tokens: np.ndarray) -> np.ndarray:
     return (tokens >= 2) & (tokens < ARC[0])
 
 
-class _Rules:
+class _Rules(ABC):
     """The characters of one kind's tokens, and its rules."""
 
     symbols: ClassVar[str] = ""
@@ -126,9 +127,9 @@ class _Rules:
     # The token of a cell that an answer fills in.
     blank: ClassVar[int] = -1
 
+    @abstractmethod
     def expected(self, kind: Kind) -> str:
         """What a cell may be, in words."""
-        raise NotImplementedError
 
     def parse(self, kind: Kind, text: str) -> np.ndarray:
         return self.read(kind, [line for line in text.splitlines() if line])
@@ -136,11 +137,11 @@ class _Rules:
     def text(self, kind: Kind, board: np.ndarray, question: np.ndarray | None, color: bool) -> str:
         return "\n".join("".join(row) for row in self.shown(kind, board, question, color))
 
-    def problems(self, kind: Kind, question: np.ndarray, answer: np.ndarray) -> Iterator[str]:
-        raise NotImplementedError
+    @abstractmethod
+    def problems(self, kind: Kind, question: np.ndarray, answer: np.ndarray) -> Iterator[str]: ...
 
-    def impossible(self, kind: Kind, question: np.ndarray) -> Iterator[str]:
-        raise NotImplementedError
+    @abstractmethod
+    def impossible(self, kind: Kind, question: np.ndarray) -> Iterator[str]: ...
 
     def shown(
         self, kind: Kind, board: np.ndarray, question: np.ndarray | None, color: bool
