@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 
 from hrm.data.arc_augment import Pair, canvas, grid_of
-from hrm.data.arc_files import read_json
 from hrm.data.kinds import Kind, kind_of
 from hrm.data.layout import Metadata
 from hrm.errors import UserError, run_command
 from hrm.files import check_file, write_whole
 from hrm.puzzles import Puzzle, Puzzles, read_puzzles, shortened
+from hrm.voting import read_names
 
 # PyTorch takes seconds to import: --help and a puzzle that has no answer are told without it.
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from hrm.trace import Step, Trace
     from hrm.trained import Trained
 
-MAX_NAMES_BYTES = 256 << 20
 MAX_STEPS = 100_000
 
 
@@ -204,7 +203,7 @@ def _embedding(
     if name is None:
         return None, []
     path = Path(trained.config.data_path or ".") / "identifiers.json"
-    known = _read_names(path)
+    known = read_names(path.parent) if path.is_file() else []
     if name in known:
         return known.index(name), []
     if args.identifier is None:
@@ -256,16 +255,6 @@ def _adapted(
         report=report,
     )
     return row, losses
-
-
-def _read_names(path: Path) -> list[Any]:
-    """The names of the puzzle identifiers, by number; none where the data set is not there."""
-    if not path.is_file():
-        return []
-    names = read_json(path, MAX_NAMES_BYTES)
-    if not isinstance(names, list):
-        raise UserError(f"{path}: {type(names).__name__}, expected a list of names; build the data set again")
-    return names
 
 
 # ---------------------------------------------------------------------------------------------- the answer

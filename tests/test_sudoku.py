@@ -17,12 +17,12 @@ import pytest
 
 from hrm.data import sudoku, sudoku_files
 from hrm.data.__main__ import main
+from hrm.data.bars import shares
 from hrm.data.dataset import PuzzleDataset
 from hrm.data.layout import read_difficulty
 from hrm.data.solver import BOXES, SudokuError, random_grid, random_puzzle, solutions
 from hrm.data.sudoku import builtin_sudoku, generate, write_sudoku
 from hrm.data.sudoku_files import Puzzles, hold_out, read_puzzles
-from hrm.data.sudoku_summary import histogram
 from hrm.data.workers import SHARE, cores, over_rows
 
 ROOT = Path(__file__).parents[1]
@@ -755,7 +755,7 @@ def test_the_command_refuses_nonsense(
 
 def test_the_bars_show_the_share_of_each_bucket() -> None:
     train, test = np.array([1, 2, 3, 4, 15, 16, 20, 70]), np.array([255, 256])
-    assert list(histogram({"train": train, "test": test})) == [
+    assert list(shares({"train": train, "test": test})) == [
         "  difficulty  train                            test",
         "         1-3   37.5% #########                   0.0%",
         "        4-15   25.0% ######                      0.0%",
@@ -763,7 +763,7 @@ def test_the_bars_show_the_share_of_each_bucket() -> None:
         "      64-255   12.5% ###                        50.0% ############",
         "    256-1023    0.0%                            50.0% ############",
     ]
-    assert list(histogram({"test": np.zeros(3, np.int32)}))[1:] == [f"           0  100.0% {'#' * 24}"]
+    assert list(shares({"test": np.zeros(3, np.int32)}))[1:] == [f"           0  100.0% {'#' * 24}"]
 
 
 # --- real puzzles

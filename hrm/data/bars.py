@@ -1,8 +1,15 @@
 """Histograms as text."""
 
+from collections.abc import Iterator
+from itertools import pairwise
+
 import numpy as np
 
 WIDTH = 40
+# Of shares: each bucket reaches up to four times as far as the one before.
+FIRST_BUCKETS = (0, 1)
+WIDEN = 4
+BAR = 24
 
 
 def histogram(values: np.ndarray, buckets: int = 8) -> list[str]:
@@ -21,6 +28,23 @@ def histogram(values: np.ndarray, buckets: int = 8) -> list[str]:
         f"{name:>{column}}  {'█' * -(-int(count) * WIDTH // int(counts.max())):{WIDTH}}  {count:,}"
         for name, count in zip(names, counts, strict=True)
     ]
+
+
+def shares(difficulty: dict[str, np.ndarray]) -> Iterator[str]:
+    """Bars of the share of the puzzles in each bucket of difficulty, a column for each split."""
+    everything = np.concatenate(list(difficulty.values()))
+    edges = [*FIRST_BUCKETS]
+    while edges[-1] <= everything.max():
+        edges.append(edges[-1] * WIDEN)
+    while edges[1] <= everything.min():
+        edges.pop(0)
+    names = [str(low) if high - low == 1 else f"{low}-{high - 1}" for low, high in pairwise(edges)]
+    width = max(len("difficulty"), *map(len, names))
+    yield f"  {'difficulty':>{width}}" + "".join(f"  {split:<{BAR + 7}}" for split in difficulty).rstrip()
+    columns = [np.histogram(values, edges)[0] / len(values) for values in difficulty.values()]
+    for name, *parts in zip(names, *columns, strict=True):
+        bars = (f"  {part:6.1%} {'#' * round(part * BAR):<{BAR}}" for part in parts)
+        yield f"  {name:>{width}}{''.join(bars)}".rstrip()
 
 
 def _round_up(number: int) -> int:

@@ -28,6 +28,7 @@ from hrm.data.judge import check_rules, check_unique
 from hrm.data.kinds import Kind, Tokens
 from hrm.data.layout import DIFFICULTY, DatasetError
 from hrm.errors import UserError
+from hrm.files import check_file, new_file
 
 # Tokens of larger vocabularies are not counted.
 MOST_TOKENS = 1 << 12
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
         from hrm.plots import require
 
         require()
+        check_file(args.png)
     root, folders = _folders(args.path, args.split)
     findings = Findings()
     splits = [check_split(folder, findings) for folder in folders]
@@ -253,4 +255,5 @@ def _draw(path: Path, splits: list[Split], drawn: dict[str, list[Sample]]) -> No
             for sample in drawn[other.folder.name]:
                 title = f"{other.folder.name}, {sample.name} {sample.row}"
                 boards += [(title, sample.question, None), ("its label", sample.answer, sample.question)]
-    path.write_bytes(png(split.kind, boards))
+    with new_file(path) as file:
+        file.write_bytes(png(split.kind, boards))
