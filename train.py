@@ -360,7 +360,8 @@ def summary(config: Config, results: Evaluations, step: int, checkpoint: Path) -
         f"checkpoint: {checkpoint}",
         f"metrics:    {checkpoint.parent / 'metrics.jsonl'}",
         "next:",
-        f"{again} epochs={2 * config.epochs}   train on, twice as long in all",
+        # With stages the epochs follow from them.
+        *([] if config.stages else [f"{again} epochs={2 * config.epochs}   train on, twice as long in all"]),
         f"{again} checkpoint_path={checkpoint} run_name={config.run_name}-next   start from its weights",
         f"  {python} -m hrm.solve {checkpoint.parent} PUZZLE --trace   watch it solve a puzzle of yours",
         f"  {python} -m hrm.evaluate checkpoint={checkpoint.parent} eval_act=true   judge it",

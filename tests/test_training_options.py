@@ -130,6 +130,8 @@ def test_a_run_in_stages_grows_its_steps_and_resumes_in_each(tiny_sudoku, tmp_pa
     argv = [word for word in words(tiny_sudoku, tmp_path, *more) if not word.startswith("epochs=")]
     status, out, error = run_main(*argv, "run_name=whole", capsys=capsys)
     assert status == 0, error
+    # What is suggested next is what would be taken.
+    assert "twice as long" not in out and "checkpoint_path=" in out
     whole = tmp_path / tiny_sudoku.name / "whole"
     steps = {line["step"]: line["eval/all/steps"] for line in metrics_of(whole) if "eval/all/steps" in line}
     assert steps == {12: 2, 24: 2, 36: 3, 48: 4}
