@@ -151,6 +151,9 @@ class Config:
         None, "test examples, drawn once, that evaluations look at; null and the end take all", ge=1, le=10**9
     )
     max_steps: int | None = key(None, "stop after this many training steps", ge=1, le=10**9)
+    max_seconds: float | None = key(
+        None, "save and end this process after so long; the same command goes on", gt=0, le=1e9
+    )
     lr: float = key(1e-4, "learning rate", ge=0, le=10)
     lr_warmup_steps: int = key(2000, "steps of linear warm-up", ge=0, le=10**9)
     lr_min_ratio: float = key(1.0, "where the cosine ends, as a share of lr; 1 is constant", ge=0, le=1)
@@ -159,6 +162,18 @@ class Config:
     beta2: float = key(0.95, "decay of the second moment", ge=0, lt=1)
     grad_clip: float | None = key(
         None, "scale a longer gradient down to this norm; null leaves it", gt=0, le=1e9
+    )
+    max_skipped_steps: int = key(
+        10,
+        "updates skipped in a row, for a loss or gradient that is not finite, that end the run",
+        ge=1,
+        le=10**9,
+    )
+    spike_threshold: float | None = key(
+        10.0, "how far above its usual spread a loss counts as a spike; null for not looking", ge=1, le=1e6
+    )
+    spike_rewinds: int = key(
+        0, "how often to go back to the checkpoint before a spike and on behind its batch", ge=0, le=10**6
     )
     ema: bool = key(False, "keep a moving average of the weights and evaluate it beside them")
     ema_rate: float = key(0.999, "share of the average that stays at a step", ge=0, lt=1)
@@ -182,6 +197,12 @@ class Config:
     mode: Literal["auto", "eager", "compile", "graph"] = key(
         "auto", "how the step is run; auto is graph on cuda, and what measures faster on a CPU"
     )
+    deterministic: bool = key(
+        False, "same bits in every run on the same machine; refuses what cannot be, and measures no mode"
+    )
+    rank_timeout: float = key(
+        1800.0, "seconds that ranks wait for one of them before the job ends and names it", ge=1, le=1e6
+    )
     gradient_accumulation: int = key(
         1,
         "parts that each device's sequences are computed in, one after another, to save memory",
@@ -194,7 +215,14 @@ class Config:
     checkpoint_path: str | None = key(None, "start from the weights of this run or checkpoint", **_PATH)
     reset_puzzle_emb: bool = key(False, "with checkpoint_path: start a fresh puzzle embedding table")
     resume: str = key("auto", "continue a run: auto the one in this run's folder, a path another", **_RESUME)
+    resume_force: bool = key(False, "continue it with other data or options than it was trained with")
     checkpoint_every_eval: bool = key(True, "save at every evaluation, not only at the end")
+    checkpoint_interval: int | None = key(
+        None, "steps between checkpoints, besides those at evaluations; null for none", ge=1, le=10**9
+    )
+    checkpoint_seconds: float | None = key(
+        600.0, "seconds between checkpoints, besides those at evaluations; null for none", gt=0, le=1e9
+    )
     keep_checkpoints: int | None = key(3, "newest checkpoints that stay; null keeps all", ge=1, le=10**9)
     best_metric: Literal["exact_accuracy", "accuracy", "lm_loss"] = key(
         "exact_accuracy",
