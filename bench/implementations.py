@@ -128,7 +128,7 @@ class Ours:
         self.engine.train_step(next(self.batches))
 
     def loss(self) -> float:
-        return self.engine.pop_metrics()["loss"]
+        return self.engine.pop().metrics["loss"]
 
     def evaluate(self) -> dict[str, float]:
         size = len(self.first.inputs)

@@ -153,16 +153,17 @@ def adam_atan2(_T: int) -> Iterator[Case]:
     op: Any = import_module("kernels.adam_atan2")
     buffers = [meta(PARAMETERS, dtype=torch.float32)] * 4
     lr, step = meta(1, dtype=torch.float32)[0], meta(1, dtype=torch.int64)[0]
-    scalars = (lr, step, 0.9, 0.95, 0.1)
+    scalars, skip = (lr, step, 0.9, 0.95, 0.1), meta(1, dtype=torch.bool)[0]
     for label, copy in (("update", None), ("update and bf16 copy", meta(PARAMETERS))):
-        yield Case("adam_atan2", label, partial(op._update, *buffers, *scalars, copy), False)
+        yield Case("adam_atan2", label, partial(op._update, *buffers, *scalars, copy, skip), False)
 
 
 def sign_sgd(_T: int) -> Iterator[Case]:
     op: Any = import_module("kernels.sign_sgd")
     table, grad = meta(1_000_000, D, dtype=torch.float32), meta(B, D, dtype=torch.float32)
     identifiers, lr = meta(B, dtype=torch.int32), meta(1, dtype=torch.float32)[0]
-    yield Case("sign_sgd", "update", partial(op._update, table, identifiers, grad, lr, 0.1), False)
+    skip = meta(1, dtype=torch.bool)[0]
+    yield Case("sign_sgd", "update", partial(op._update, table, identifiers, grad, lr, 0.1, skip), False)
 
 
 def gate_mix(T: int) -> Iterator[Case]:

@@ -209,6 +209,8 @@ def update(s: Shape, variant: str, gated: bool) -> dict[str, Works]:
     return {
         "weights to the forward's dtype": casts * cast,
         "gradients to float32, summed, zeroed": (*cast, Work(12 * count), Work(4 * count)),
+        # One for clipping, the log, and whether the update is made.
+        "norm of the gradient": (Work(4 * count),),
         "adam_atan2": adam,
         "sign_sgd": (sign_sgd(s)["update"],),
     }

@@ -25,14 +25,17 @@ from typing import Any
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
+from hrm.cli import show
 from hrm.config import KEYS, Config, parse_args, to_yaml
 from hrm.errors import UserError
-from hrm.files import write_whole
+from hrm.files import open_own, read_json, write_whole
 from hrm.history import METRICS, History, read_history
 
 # Beside this package, in a checkout and in an installation; a train.py in the current folder is another one.
 TRAINER = Path(__file__).resolve().parents[1] / "train.py"
 PLAN, FINISHED = "plan.json", "finished.json"
+# Bytes of either: a thousand candidates take a quarter.
+RECORD_LIMIT = 1 << 24
 
 # What a campaign sets for each run, and how the user says it.
 OWN = {
@@ -78,7 +81,13 @@ class Run:
 
     def made_by(self) -> dict[str, Any]:
         """What finished it, as `surroundings` tells, and whether it shared its device with other runs."""
-        found: dict[str, Any] = json.loads((self.folder / FINISHED).read_text(encoding="utf-8"))
+        path, expected = (
+            self.folder / FINISHED,
+            "what a finished run leaves; remove it to go on",
+        )
+        found = read_json(path, RECORD_LIMIT, expected)
+        if not isinstance(found, dict) or not isinstance(found.get("shared_device"), bool):
+            raise UserError(f"{path}: expected {expected}")
         return found
 
 
@@ -189,7 +198,7 @@ class Campaign:
             "resume=auto",
         ]
         print(f"{run.title}: started, its output goes to {run.log}", flush=True)
-        with open(run.log, "ab") as log:
+        with open_own(run.log, "ab") as log:
             process = subprocess.Popen(
                 [sys.executable, str(TRAINER), *words],
                 env={**os.environ, **extra},
@@ -297,26 +306,28 @@ def _held(folder: Path) -> bool:
 
 
 def _read_plan(path: Path) -> dict[str, Any]:
-    try:
-        plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        plan["seeds"], plan["candidates"].items()
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(f"{path} is damaged: give another --output, or remove the folder") from None
-    return plan
+    remedy = "give another --output, or remove the folder"
+    plan = read_json(path, RECORD_LIMIT, f"the plan of a comparison; {remedy}")
+    candidates = plan.get("candidates") if isinstance(plan, dict) else None
+    sound = isinstance(candidates, dict) and all(isinstance(each, dict) for each in candidates.values())
+    seeds = plan.get("seeds") if sound else None
+    if not isinstance(seeds, list) or not all(type(seed) is int for seed in seeds):
+        raise UserError(f"{path} is damaged: {remedy}")
+    return dict(plan)
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """The first thing in which two plans differ, in words; empty where they are the same."""
     if old["candidates"].keys() != new["candidates"].keys():
-        return f"of {', '.join(old['candidates'])} and not of {', '.join(new['candidates'])}"
+        return f"of {show(', '.join(old['candidates']))} and not of {', '.join(new['candidates'])}"
     if old["seeds"] != new["seeds"]:
-        return f"with seeds {_listed(old['seeds'])} and not {_listed(new['seeds'])}"
+        return f"with seeds {show(_listed(old['seeds']))} and not {_listed(new['seeds'])}"
     for name, values in new["candidates"].items():
         there = old["candidates"][name]
         for key in sorted(values.keys() | there.keys()):
             before, now = (json.dumps(side.get(key), sort_keys=True) for side in (there, values))
             if before != now:
-                return f"in which {key} of {name} is {before} and not {now}"
+                return f"in which {show(key)} of {name} is {show(before)} and not {now}"
     return ""
 
 

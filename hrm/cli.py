@@ -10,14 +10,16 @@ import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
 
 from hrm.errors import UserError
+from hrm.files import read_text
 
+# Bytes of a configuration, a saved one has 4 KiB, and entries of a list in it: read within a second or two.
+MOST_BYTES, MOST_ITEMS = 1 << 16, 1000
 _BOOLS = {
     "true": True,
     "yes": True,
@@ -150,6 +152,8 @@ class Key:
             return self.parse(node.value, where)
         if not isinstance(node, yaml.SequenceNode) or not node.value:
             raise ConfigError(f"{where}{self.name}: give {self.allowed}")
+        if len(node.value) > MOST_ITEMS:
+            raise ConfigError(f"{where}{self.name}: {len(node.value)} entries, give at most {MOST_ITEMS}")
         kind: Any = self.meta["items"]
         keys = keys_of(kind)
         items = []
@@ -215,8 +219,8 @@ def keys_of(group: type, prefix: str = "") -> dict[str, Key]:
 
 def show(text: str) -> str:
     """Text of the user's as it may stand in a one-line message."""
-    text = text if len(text) <= 200 else text[:197] + "..."
-    return text if text.isprintable() else repr(text)[1:-1]
+    text = text[:201] if text[:201].isprintable() else repr(text[:201])[1:-1]
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def show_value(value: Any) -> str:
@@ -324,9 +328,9 @@ def _refuse_flag(name: str, keys: Mapping[str, Key], flags: Sequence[str]) -> No
 def read_yaml(path: str) -> yaml.Node | None:
     """The node tree of a YAML file; None if it is empty. Nothing in it is constructed: scalars stay text."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path, MOST_BYTES, "a configuration in YAML", ConfigError)
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a UTF-8 text file"
+        reason = error.strerror if isinstance(error, OSError) else "no file has such a name"
         raise ConfigError(f"cannot read {show(path)}: {reason}") from None
     return compose(text, show(path))
 
@@ -341,7 +345,8 @@ def compose(text: str, where: str) -> yaml.Node | None:
         raise ConfigError(
             f"{where}{line}: not valid YAML: {show(error.problem or error.context or 'cut short')}"
         ) from None
-    except (yaml.YAMLError, RecursionError):
+    # An escape or a version of too large a number is another error than those of YAML.
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError):
         raise ConfigError(
             f"{where}: not valid YAML: nested too deeply, or characters YAML does not allow"
         ) from None

@@ -266,10 +266,11 @@ def _resolve(args: Arguments) -> Config:
 
 def _fitting_interval(config: Config, asked: int) -> int:
     """The longest interval, no longer than `asked`, that a short run holds and that every stage ends with."""
-    # Of no stage's end 0, which everything divides.
     common = math.gcd(*stage_ends(config)[:-1])
-    longest = min(asked, common or config.epochs)
-    return next(epochs for epochs in range(longest, 0, -1) if common % epochs == 0)
+    if not common:
+        return min(asked, config.epochs)
+    small = [number for number in range(1, math.isqrt(common) + 1) if common % number == 0]
+    return max(epochs for number in small for epochs in (number, common // number) if epochs <= asked)
 
 
 def _preset(given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,14 +38,29 @@ from hrm.modes import (
     resolve_mode,
 )
 from hrm.optim import AdamATan2, FlatParameters, MovingAverage, learning_rate
-from hrm.profiling import region
+from hrm.profiling import Stopwatch, region
 from hrm.program import Program
 from hrm.schema import ArchConfig
+from hrm.tally import Tally
 from kernels import get_backend, sign_sgd
 from kernels.backend import BackendError
 
 # Sequences of the carry whose gates are looked at for the log.
 GATES_SEEN = 16
+
+
+class Interval(NamedTuple):
+    """The steps between two lines of the log.
+
+    metrics: by their names in the log. losses, norms: the mean loss and the gradient's norm of each of the
+    last steps, the oldest first; one of them is not finite where a step was skipped. skipped_in_a_row: steps
+    up to the last one.
+    """
+
+    metrics: dict[str, float]
+    losses: list[float]
+    norms: list[float]
+    skipped_in_a_row: int
 
 
 class Engine:
@@ -64,6 +79,9 @@ class Engine:
         self.config, self.metadata, self.total_steps = config, metadata, total_steps
         self.device, self.world = torch.device(device), world or World()
         self._mode = resolve_mode(config.mode, self.device)
+        if self._mode is None and config.deterministic:
+            # What is measured may come out otherwise the next time.
+            self._mode = EAGER._replace(note="deterministic=true measures none")
         self.model = HRM(
             config.arch,
             vocab_size=metadata.vocab_size,
@@ -84,9 +102,9 @@ class Engine:
             )
         with self._enough_memory():
             self._allocate()
-        self._names: list[str] = []
-        self._sums: Tensor | None = None
-        self._steps_summed = 0
+        self.tally = Tally(self.device, config.log_interval)
+        # Of a step's part that waits for no other rank.
+        self.own_time = Stopwatch(self.device)
         self._whole = compiled(self._forward)
         self._programs: list[Callable[[], None]] = []
         self._inferences: dict[int, Inference] = {}
@@ -198,9 +216,10 @@ class Engine:
                         self.step, config.loss.gate_loss_warmup_steps, config.loss.gate_loss_ramp_steps
                     ),
                 )
-            for program in self._programs:
+            with self.own_time:
+                self._programs[0]()
+            for program in self._programs[1:]:
                 program()
-            self._steps_summed += 1
 
     def _step_programs(self) -> list[Callable[[], None]]:
         """A step's parts in their order: one graph, or two around what the ranks exchange."""
@@ -218,6 +237,7 @@ class Engine:
     def _compute(self, forward: Callable[..., Any]) -> None:
         """Gradients of the fed sequences, the carry after them, their metric sums."""
         self.parameters.zero_grad()
+        self.tally.begin()
         for first in range(0, self._rows, self._part_rows):
             part = slice(first, first + self._part_rows)
             with region("forward"):
@@ -232,9 +252,11 @@ class Engine:
             if puzzle_rows is not None and self._row_grads is not None:
                 assert puzzle_rows.grad is not None
                 self._row_grads[part] = puzzle_rows.grad
-            self._add({**sums, "loss": loss.detach() * self.config.global_batch_size})
+            self.tally.add({**sums, "loss": loss.detach() * self.config.global_batch_size})
             # Or they would live through the next part.
             del after, loss, sums, puzzle_rows
+        # A loss that is not finite is one for every rank, by the gradient that they exchange.
+        self.parameters.grad[:1].add_(self.tally.loss * 0)
 
     def _inputs(self, part: slice) -> tuple[Carry, Sequences, Tensor | None, Tensor, Tensor]:
         """What `_forward` takes for a part of the rows."""
@@ -257,10 +279,15 @@ class Engine:
 
     def _update(self) -> None:
         with region("optimiser"):
-            clipped_from = self._clip()
-            statistics = self.optimizer.step(self._feed.lr)
+            norm = torch.linalg.vector_norm(self.parameters.grad)
+            if self._all_row_grads is not None:
+                norm = norm + 0 * self._all_row_grads.sum()
+            skip = ~torch.isfinite(norm)
+            if self.config.grad_clip is not None:
+                self.parameters.grad.mul_(self.config.grad_clip / norm.clamp(min=self.config.grad_clip))
+            self.optimizer.step(self._feed.lr, skip)
             if self.average is not None:
-                self.average.update()
+                self.average.update(skip)
             if self.model.puzzle_emb is not None and self._all_row_grads is not None:
                 sign_sgd(
                     self.model.puzzle_emb.weights,
@@ -268,27 +295,12 @@ class Engine:
                     self._all_row_grads,
                     self._feed.puzzle_emb_lr,
                     self.config.puzzle_emb_weight_decay,
+                    skip,
                 )
-            assert self._sums is not None
-            # The gradient is whole on every rank, so its norm must not be summed over them.
-            norm = statistics.norm if clipped_from is None else clipped_from
-            self._sums[-1].add_(norm / self.world.size)
-
-    def _clip(self) -> Tensor | None:
-        """Scales a gradient longer than grad_clip down to it. Returns its norm, None without a limit."""
-        limit = self.config.grad_clip
-        if limit is None:
-            return None
-        norm = torch.linalg.vector_norm(self.parameters.grad)
-        self.parameters.grad.mul_(limit / norm.clamp(min=limit))
-        return norm
-
-    def _add(self, sums: dict[str, Tensor]) -> None:
-        vector = torch.stack([value.to(torch.float32) for value in sums.values()])
-        if self._sums is None:
-            self._names = [*sums, "grad_norm"]
-            self._sums = vector.new_zeros(len(self._names))
-        self._sums[:-1].add_(vector)
+            # What was not finite may lie in the states: such a step's sequences are given up for fresh ones.
+            self.carry.halted.logical_or_(skip)
+            self.carry.gates.copy_(torch.where(skip, 0, self.carry.gates))
+            self.tally.end(norm, skip)
 
     def learning_rate(self, base_lr: float) -> float:
         """The schedule's value at the current step for one of the two base learning rates."""
@@ -301,26 +313,39 @@ class Engine:
             min_ratio=config.lr_min_ratio,
         )
 
-    def pop_metrics(self) -> dict[str, float]:
-        """Means since the last call, over all ranks: of halted sequences, of all sequences, of steps.
+    def pop(self) -> Interval:
+        """The steps since the last call, over all ranks; the only place where training waits for the device.
 
-        The only place where training waits for the device. Metrics of halted sequences are left out while
-        none has halted. Raises UserError when the loss is no longer finite.
+        Metrics are means of halted sequences, of all sequences, of steps; those that were skipped are in none
+        of them. Metrics of halted sequences are left out while none has halted.
         """
-        assert self._sums is not None and self._steps_summed, "no step since the last call"
-        values = self.world.all_reduce(self._sums.clone()).tolist()
-        sums, steps = dict(zip(self._names, values, strict=True)), self._steps_summed
-        self._sums.zero_()
-        self._steps_summed = 0
-        if not math.isfinite(sums["loss"]):
-            raise UserError(
-                f"the loss is not finite at step {self.step}: lower lr={self.config.lr:g} or raise "
-                f"lr_warmup_steps={self.config.lr_warmup_steps}, and resume from the last checkpoint"
-            )
-        grad_norm = sums.pop("grad_norm") / steps
-        metrics = means(sums, steps * self.config.global_batch_size)
-        metrics |= {"grad_norm": grad_norm, "lr": self.learning_rate(self.config.lr)}
-        return {**metrics, **self._puzzle_metrics(), **self.gate_metrics()}
+        steps, skipped, in_a_row, sums, losses, norms = self.tally.read(self.world)
+        kept, batch_size = steps - skipped, self.config.global_batch_size
+        grad_norm = sums.pop("grad_norm")
+        metrics: dict[str, float] = {"skipped": skipped} if skipped else {}
+        if kept:
+            metrics |= means(sums, kept * batch_size)
+            metrics |= {"grad_norm": grad_norm / kept, "lr": self.learning_rate(self.config.lr)}
+        if kept and not in_a_row:
+            metrics |= {**self._puzzle_metrics(), **self.gate_metrics()}
+        return Interval(metrics, [loss / batch_size for loss in losses], norms, in_a_row)
+
+    def diagnosis(self) -> str:
+        """What is not finite in the last step, whose gradients are still there, and the largest weight."""
+        found = [] if bool(torch.isfinite(self.tally.loss)) else ["the loss"]
+        gradients = self.parameters.views(self.parameters.grad)
+        names = [name for name, grad in gradients.items() if not bool(torch.isfinite(grad).all())]
+        if self._all_row_grads is not None and not bool(torch.isfinite(self._all_row_grads).all()):
+            names.append("puzzle_emb.weights")
+        if names:
+            more = f" and of {len(names) - 3} more tensors" if len(names) > 3 else ""
+            found.append(f"the gradient of {', '.join(names[:3])}{more}")
+        weights = {name: value.abs().max().item() for name, value in self.weights().items()}
+        largest = max(weights, key=lambda name: weights[name])
+        return (
+            f"{' and '.join(found) or 'the norm of the gradient'} is not finite; "
+            f"the largest weight is {weights[largest]:.3g}, of {largest}"
+        )
 
     def _puzzle_metrics(self) -> dict[str, float]:
         """Of the rows that the last step used: their mean norm, and the norm of all their gradients."""
@@ -435,15 +460,18 @@ class Engine:
         """Everything besides the weights that the next step depends on; the carry in global-batch order."""
         carry = {name: self.world.all_gather(tensor) for name, tensor in self.carry._asdict().items()}
         state = {"step": self.step, "carry": carry, "optimizer": self.optimizer.state_dict()}
-        return {**state, "compiled": self.mode.compiled}
+        return {**state, "tally": self.tally.state_dict(self.world), "compiled": self.mode.compiled}
 
-    def load_training_state(self, state: dict[str, Any]) -> None:
-        """Continues from a `training_state` of the same configuration."""
+    def load_training_state(self, state: dict[str, Any], *, carry: bool = True) -> None:
+        """Continues from a `training_state`; without its carry the sequences in flight are given up."""
         rows = self.world.rows(self.config.global_batch_size)
         self.step = state["step"]
-        for name, tensor in state["carry"].items():
-            getattr(self.carry, name).copy_(tensor[rows])
         self.optimizer.load_state_dict(state["optimizer"])
+        if carry:
+            for name, tensor in state["carry"].items():
+                getattr(self.carry, name).copy_(tensor[rows])
+        if carry and "tally" in state:
+            self.tally.load_state_dict(state["tally"], self.world)
         if self._mode is None and "compiled" in state:
             # What was measured then goes on, for the same rounding and so the same run.
             self._mode = COMPILE if state["compiled"] and not compiler_fault(self.device) else EAGER

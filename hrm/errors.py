@@ -12,25 +12,30 @@ class UserError(Exception):
     """
 
 
-def run_command(command: Callable[[], None], interrupted: str) -> int:
-    """Runs a command; returns its exit status: 0 done, 2 a mistake told in one line, 130 interrupted.
+def printable(text: str) -> str:
+    """A text as it may go to a terminal: what is no visible character, such as ESC in a name, is escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def run_command(command: Callable[[], int | None], interrupted: str) -> int:
+    """Runs a command; returns its exit status: its own, 2 for a mistake told in one line, 130 interrupted.
 
     interrupted: what to say after Ctrl-C. A file that the system refuses (no permission, a damaged disk) is
     the user's to mend as well; any other error is ours and keeps its traceback.
     """
     try:
-        command()
+        return command() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _mistake(str(error))
     except OSError as error:
         if error.filename is None:
             raise
-        print(
-            f"error: {error.filename}: {error.strerror}; check the path and its permissions", file=sys.stderr
-        )
-        return 2
+        return _mistake(f"{error.filename}: {error.strerror}; check the path and its permissions")
     except KeyboardInterrupt:
         print(f"interrupted: {interrupted}", file=sys.stderr)
         return 128 + signal.SIGINT
-    return 0
+
+
+def _mistake(text: str) -> int:
+    print(f"error: {printable(text)}", file=sys.stderr)
+    return 2

@@ -108,6 +108,7 @@ def command(config: EvaluateConfig, as_json: bool) -> None:
     from hrm.data.dataset import PuzzleDataset, subset
     from hrm.data.kinds import kind_of
     from hrm.data.layout import DatasetError
+    from hrm.memory import check_inference
     from hrm.modes import EAGER, resolve_mode
     from hrm.scores import Listener, Voting, evaluate, predictions_file, taken_of
     from hrm.storage import to_json
@@ -144,6 +145,8 @@ def command(config: EvaluateConfig, as_json: bool) -> None:
     batch_size = config.batch_size or found.config.global_batch_size
     if config.batch_size is None and config.samples is not None:
         batch_size = min(batch_size, config.samples)
+    if device == "cpu":
+        check_inference(trained.config, dataset.metadata, batch_size, model.H_init.device)
     with ExitStack() as stack:
         listeners: list[Listener] = []
         voting = None

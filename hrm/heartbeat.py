@@ -1,8 +1,9 @@
-"""Signs of life: how ranks that wait for one another learn that one of them is gone.
+"""Signs of life: how ranks that wait for one another learn that one of them is gone, or does not come.
 
 Each rank writes a sign into the rendezvous store every few seconds and reads the others'. A rank whose sign
 no longer changes was killed, stopped or cut off, however long the collective that waits for it would wait.
-The signs come from a thread of their own, so a rank that compiles, evaluates or saves goes on giving them.
+The signs come from a thread of their own, so a rank that compiles, evaluates or saves goes on giving them;
+they tell what its main thread does, and so which rank the others wait for.
 """
 
 import json
@@ -11,10 +12,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, replace
 from threading import Event, Thread
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 from torch.distributed import PrefixStore, Store
@@ -31,16 +33,28 @@ SIGNS = 15
 KILLED = SIGNS + 4
 # Signs missed by a rank that counts as lost when its connection has broken as well.
 MISSED = 3
+# Seconds that ranks wait for one that lives, before the job ends; it is named long before.
+PATIENCE = 1800.0
+WARNING = 60.0
 # Seconds that ranks may start apart: importing torch from a slow disk takes its time.
 JOINING = 120.0
 REMEDY = "the same command goes on from the last checkpoint"
 
 
+class Activity(NamedTuple):
+    """What a rank's main thread does: its name for it, collectives begun so far, whether it is in one."""
+
+    doing: str = "starting"
+    collectives: int = 0
+    waits: bool = False
+
+
 @dataclass(frozen=True)
 class Sign:
-    """What a rank says of itself: who it is, how often it has said so, and its end.
+    """What a rank says of itself: who it is, how often it has said so, what it does, and its end.
 
-    end: None while it runs, "" after it has left in order, else the error that ended it.
+    turns: signs since that last changed. end: None while it runs, "" after it has left in order, else the
+    error that ended it.
     """
 
     rank: int
@@ -48,10 +62,28 @@ class Sign:
     host: str
     pid: int
     count: int = 0
+    doing: str = ""
+    collectives: int = 0
+    waits: bool = False
+    turns: int = 0
     end: str | None = None
 
     def __str__(self) -> str:
         return f"rank {self.rank} (host {self.host}, pid {self.pid})"
+
+    @classmethod
+    def read(cls, written: dict[str, Any]) -> "Sign":
+        """The sign of a rank that may run another version of this code, which is told later."""
+        return cls(**{field.name: written[field.name] for field in fields(cls) if field.name in written})
+
+
+def late(signs: list[Sign]) -> list[Sign]:
+    """The ranks that have begun the fewest collectives and are in none: those that the others wait for."""
+    free = [sign for sign in signs if not sign.waits]
+    fewest = min((sign.collectives for sign in free), default=0)
+    waiting = [sign.collectives for sign in signs if sign.waits]
+    # One that is past the collective has left it earlier, as the source of a broadcast does.
+    return [sign for sign in free if sign.collectives == fewest < max(waiting, default=0)]
 
 
 def meet(store: Store, here: Place, joining: float = JOINING) -> str:
@@ -123,8 +155,8 @@ class Heartbeat:
     """This rank's signs of life, and an ear for the others'.
 
     connect: makes a new connection to this attempt's part of the store (see `meet`) at `address`. A rank
-    silent for `silence` seconds, or one of another node that failed, ends this process with one line and
-    status 1.
+    silent for `silence` seconds, one of another node that failed, or one that the others have waited for
+    `patience` seconds in a collective, ends this process with one line and status 1.
     """
 
     def __init__(
@@ -133,10 +165,16 @@ class Heartbeat:
         address: str,
         here: Place,
         silence: float = SILENCE,
+        patience: float = PATIENCE,
         joining: float = JOINING,
     ) -> None:
         self._connect, self._address, self._here = connect, address, here
         self._silence, self._joining, self._period = silence, joining, silence / SIGNS
+        self._patience, self._warning, self._warned = patience, min(WARNING, patience / 10), 0
+        # Seconds that the main thread has spent in collectives.
+        self.waited = 0.0
+        # Replaced whole by the main thread, looked at by the others.
+        self._activity = Activity()
         self._sign = Sign(here.rank, here.node, socket.gethostname(), os.getpid())
         self._keys = [_key(rank) for rank in range(here.size)]
         self._heard: list[bytes] = [b"null"] * here.size
@@ -149,6 +187,22 @@ class Heartbeat:
         self._threads = [Thread(target=turn, daemon=True) for turn in (self._speak, self._watch)]
         for thread in self._threads:
             thread.start()
+
+    def doing(self, what: str) -> None:
+        """Notes what the main thread is about to do, in the words that the others would read of it."""
+        self._activity = self._activity._replace(doing=what)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what the main thread cannot finish before the others come."""
+        doing, begun_before, _ = self._activity
+        self._activity = Activity(doing, begun_before + 1, True)
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited += time.perf_counter() - begun
+            self._activity = Activity(doing, begun_before + 1, False)
 
     def leave(self, error: str = "") -> None:
         """Tells the others that this rank ends: in order, or with the error that ended it."""
@@ -177,10 +231,13 @@ class Heartbeat:
         return self._ended(ended[0]) if ended else None
 
     def _speak(self) -> None:
-        store = self._connect()
+        store, last = self._connect(), self._activity
         while True:
             leaving = self._leaving.is_set()
-            self._sign = replace(self._sign, count=self._sign.count + 1, end=self._end)
+            now = self._activity
+            turns = self._sign.turns + 1 if now is last else 0
+            count, last = self._sign.count + 1, now
+            self._sign = replace(self._sign, count=count, turns=turns, end=self._end, **now._asdict())
             try:
                 store.set(_key(self._here.rank), json.dumps(asdict(self._sign)))
                 heard = store.multi_get(self._keys)
@@ -222,6 +279,39 @@ class Heartbeat:
         absent = [rank for rank in range(self._here.size) if rank not in present]
         if absent and min(self._missed[rank] for rank in absent) * self._period >= self._joining:
             self._die(_not_joined(absent, self._here.size, self._joining), [])
+        self._judge_waiting([*signs, self._sign])
+
+    def _judge_waiting(self, signs: list[Sign]) -> None:
+        """Names the ranks that others wait for when that takes long, and ends the job when it takes too long.
+
+        Every rank comes to the same verdict: one that does not come as well as those that wait for it.
+        """
+        running = [sign for sign in signs if sign.end is None]
+        waiting = [sign for sign in running if sign.waits]
+        longest = max(waiting, key=lambda sign: sign.turns, default=self._sign)
+        seconds = longest.turns * self._period
+        # What a silent rank said last says nothing of it: its silence is judged.
+        silent = any(self._missed[sign.rank] >= MISSED for sign in running)
+        if not waiting or silent or seconds < self._warning:
+            return
+        missing = late(signs)
+        told = ", ".join(f"{sign}: {sign.doing} for {self._seconds(sign):.0f} s" for sign in missing)
+        if seconds >= self._patience:
+            reason = f"rank_timeout={self._patience:g}: waited in vain for {told}"
+            if not missing:
+                reason = (
+                    f"rank_timeout={self._patience:g}: all ranks wait for one another at {longest.doing}, "
+                    "so the network between them or a device hangs"
+                )
+            self._die(f"{reason}; {REMEDY}", missing)
+        elif self._warned != longest.collectives:
+            self._warned = longest.collectives
+            if missing and self._here.rank == min(sign.rank for sign in waiting):
+                print(f"waiting for {told}", file=sys.stderr, flush=True)
+
+    def _seconds(self, sign: Sign) -> float:
+        """How long a rank has done the same; one that has ended gives no more signs."""
+        return (sign.turns + (self._missed[sign.rank] if sign.end is not None else 0)) * self._period
 
     def _lost(self, missed: int) -> list[Sign]:
         """The ranks that have joined, have not said that they end, and of which so many signs were missed."""
@@ -230,7 +320,7 @@ class Heartbeat:
     def _signs(self) -> list[Sign]:
         """The last signs of the other ranks that have joined."""
         heard = (json.loads(sign) for sign in self._heard)
-        return [sign for one in heard if one and (sign := Sign(**one)).rank != self._here.rank]
+        return [sign for one in heard if one and (sign := Sign.read(one)).rank != self._here.rank]
 
     def _store_lost(self) -> str:
         return (
@@ -242,11 +332,11 @@ class Heartbeat:
         return f"{sign} failed: {sign.end}" if sign.end else f"{sign} has ended before the others"
 
     def _die(self, line: str, lost: list[Sign]) -> None:
-        """Ends this process; the first rank left of a node says why."""
+        """Ends this process; the first rank of a node, other than those `lost`, says why."""
         mine = self._sign
-        silent = {sign.rank for sign in lost}
-        beside = {sign.rank for sign in self._signs() if sign.node == mine.node and sign.end is None} - silent
-        if mine.rank > min(beside, default=mine.rank):
+        beside = {sign.rank for sign in self._signs() if sign.node == mine.node and sign.end is None}
+        speakers = (beside | {mine.rank}) - {sign.rank for sign in lost}
+        if mine.rank != min(speakers, default=mine.rank):
             # torchrun ends this process when the one that speaks has ended.
             time.sleep(2)
             os._exit(1)

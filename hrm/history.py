@@ -11,11 +11,16 @@ import numpy as np
 import yaml  # type: ignore[import-untyped]
 
 from hrm.errors import UserError
+from hrm.files import open_bounded, read_text
 
 METRICS = "metrics.jsonl"
-# What a file may ask of memory: the longest line, in bytes, and the points kept of one metric.
+# What a file may ask of memory: the longest line, in bytes, how many metrics, the points kept of one; and of
+# a configuration, which takes 3,000 bytes.
 LONGEST_LINE = 2**20
+MOST_METRICS = 2**10
 MOST_POINTS = 2**16
+CONFIG_LIMIT = 2**17
+LONGEST_NAME = 200
 
 Series = tuple[np.ndarray, np.ndarray]
 _EMPTY: Series = (np.empty(0, np.int64), np.empty(0))
@@ -98,8 +103,9 @@ def read_history(folder: str | Path, name: str | None = None) -> History:
 
     name: what reports call it, the folder's name when None. A last line without its end is still being
     written and is left out; of two lines that give a key at one step the later counts. Memory stays bounded:
-    of a metric with more than 65,536 points every second, fourth, ... and the last are kept. Raises UserError
-    where there is no run, or where a file holds what no run writes.
+    of a metric with more than 65,536 points every second, fourth, ... and the last are kept. What does not
+    print is spelt out in the name. Raises UserError where there is no run, or where a file holds what no run
+    writes.
     """
     folder = Path(folder)
     path = folder / METRICS
@@ -107,14 +113,26 @@ def read_history(folder: str | Path, name: str | None = None) -> History:
         raise UserError(f"{folder}: no {METRICS} there; {_where_runs_are(folder)}")
     points: dict[str, _Points] = {}
     last_step = 0
-    for line in _objects(path):
+    for number, line in _objects(path):
         step = line.pop("step")
         last_step = max(last_step, step)
         for key, value in line.items():
             if value is None or isinstance(value, int | float):
-                points.setdefault(key, _Points()).add(step, _number(value))
+                if key not in points:
+                    if len(points) == MOST_METRICS:
+                        raise _damaged(path, number, f"is past {MOST_METRICS:,} metrics, more than a run has")
+                    if len(key) > LONGEST_NAME or not key.isprintable():
+                        raise _damaged(path, number, f"has no metric's name in {printable(key[:40])!r}")
+                    points[key] = _Points()
+                points[key].add(step, _number(value))
     metrics = {key: found.series() for key, found in points.items()}
-    return History(name or folder.resolve().name, folder, _config(folder / "config.yaml"), last_step, metrics)
+    config = _config(folder / "config.yaml")
+    return History(printable(name or folder.resolve().name), folder, config, last_step, metrics)
+
+
+def printable(text: str) -> str:
+    """A foreign text for a terminal or a page: control characters and halves of characters are spelt out."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def read_histories(folders: Sequence[str | Path]) -> list[History]:
@@ -159,9 +177,9 @@ class _Points:
         return steps, values[::-1][first]
 
 
-def _objects(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file: JSON objects with a step."""
-    with open(path, "rb") as file:
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The lines of a metrics file, from number 1: JSON objects with a step."""
+    with open_bounded(path) as file:
         number = 0
         while line := file.readline(LONGEST_LINE + 1):
             number += 1
@@ -178,7 +196,7 @@ def _objects(path: Path) -> Iterator[dict[str, Any]]:
             step = found.get("step")
             if type(step) is not int or not 0 <= step < 2**63:
                 raise _damaged(path, number, "has no step")
-            yield found
+            yield number, found
 
 
 def _number(value: float | None) -> float:
@@ -195,13 +213,33 @@ def _damaged(path: Path, number: int, what: str) -> UserError:
 def _config(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
+    text = read_text(path, CONFIG_LIMIT, "a run's configuration; restore it, or remove it")
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError, RecursionError):
+        found = yaml.load(text, _Loader)
+    # A number, a tag or an escape that says nothing surfaces as one of many types.
+    except Exception:
         found = None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not _is_plain(found):
         raise UserError(f"{path}: not a run's configuration in YAML; restore it, or remove it")
     return found
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values, each written out: some aliases of aliases would stand for more than memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias")
+        return super().compose_node(parent, index)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON holds it: keys are texts, and whole numbers of the size that numbers have."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def _where_runs_are(folder: Path) -> str:

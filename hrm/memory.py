@@ -13,13 +13,19 @@ from bisect import bisect_left
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from hrm.config import Config
+from hrm.data.dataset import Batch
 from hrm.data.layout import Metadata
-from hrm.rehearsal import Observer, Rehearsal
+from hrm.errors import UserError
+from hrm.inference import Inference
+from hrm.model import HRM
+from hrm.modes import EAGER, resolve_dtype
+from hrm.rehearsal import Observer, Rehearsal, rehearsed
 from hrm.storage import size_text
 
 # Of a device's memory, left for what is not counted.
@@ -90,6 +96,41 @@ def largest_batch(
     if least > budget_bytes:
         return 0
     return unit * (1 + (budget_bytes - least) * (_FAR - 1) // (far - least))
+
+
+def check_inference(config: Config, metadata: Metadata, rows: int, device: torch.device) -> None:
+    """Raise UserError where solving `rows` sequences at a time would take more memory than there is.
+
+    Told beforehand, as a system that has promised more memory than it has ends whoever takes it.
+    """
+    least, far = (_inference_peak(config, metadata, count, device) for count in (1, _FAR))
+    each, available = (far - least) / (_FAR - 1), available_bytes(device)
+    if (needed := least + (rows - 1) * each) > available:
+        # Half of it: what an allocator keeps in pieces is not counted.
+        fitting = max(0, int((available / 2 - least) // each) + 1)
+        remedy = f"batch_size={fitting} would fit" if fitting else "not even one sequence fits"
+        raise UserError(
+            f"batch_size={rows} needs about {size_text(needed)} and {device} has {size_text(available)}: "
+            + remedy
+        )
+
+
+def _inference_peak(config: Config, metadata: Metadata, rows: int, device: torch.device) -> int:
+    storages = _Storages()
+    cells = np.zeros((rows, metadata.seq_len), np.int32)
+    with rehearsed(device, storages):
+        with torch.device("meta"):
+            model = HRM(
+                # The second step finds what the first one left, and so does every later one.
+                replace(config.arch, halt_max_steps=min(2, config.arch.halt_max_steps)),
+                vocab_size=metadata.vocab_size,
+                seq_len=metadata.seq_len,
+                num_puzzle_identifiers=metadata.num_puzzle_identifiers,
+                dtype=resolve_dtype(config.dtype, device),
+            )
+            inference = Inference(model, rows, metadata.seq_len, mode=EAGER, loss=config.loss)
+        inference.run(Batch(cells, cells, np.zeros(rows, np.int32)))
+    return storages.peak
 
 
 def fewest_parts(

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from kernels import adam_atan2
-from kernels.adam_atan2 import GradientStatistics
 
 # Each parameter starts on a 64-byte boundary, for vector loads and for kernels that assume alignment.
 ALIGNMENT = 16
@@ -95,9 +94,12 @@ class MovingAverage:
         self.parameters, self.rate = parameters, rate
         self.data = parameters.data.clone()
 
-    def update(self) -> None:
-        """After each update of the parameters."""
-        self.data.lerp_(self.parameters.data, 1 - self.rate)
+    def update(self, skip: Tensor | None = None) -> None:
+        """After each update of the parameters. skip: () bool, where it is True the average stays as it is."""
+        weight: Any = 1 - self.rate
+        self.data.lerp_(
+            self.parameters.data, weight if skip is None else weight * (~skip).to(self.data.dtype)
+        )
 
     def restart(self) -> None:
         """Goes on from the parameters as they are."""
@@ -141,10 +143,13 @@ class AdamATan2:
         self.count = torch.zeros((), dtype=torch.int64, device=parameters.data.device)
 
     @torch.no_grad()
-    def step(self, lr: Tensor) -> GradientStatistics:
-        """One update from the gradients as they stand, and their statistics. lr: () float32 on the device."""
-        self.count += 1
-        return adam_atan2(
+    def step(self, lr: Tensor, skip: Tensor | None = None) -> None:
+        """One update from the gradients as they stand, or none. lr: () float32, skip: () bool on the device.
+
+        Where skip is True parameters, copies and moments keep their bits, and the step is not counted.
+        """
+        self.count += 1 if skip is None else ~skip
+        adam_atan2(
             self.parameters.data,
             self.parameters.grad,
             self.exp_avg,
@@ -155,6 +160,7 @@ class AdamATan2:
             beta2=self.beta2,
             weight_decay=self.weight_decay,
             copy=self.parameters.copy,
+            skip=skip,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def architecture(
         )
     values: dict[str, Any] = {}
     node = read_yaml(name)
-    own = []
+    own = set()
     for field, child, line in mapping_items(node, name):
         if field == "defaults":
             for base in _names(child, line):
@@ -111,7 +111,7 @@ def architecture(
         elif field in keys or any(k.startswith(f"{field}.") for k in keys):
             raise ConfigError(f"{line}{field} is not a field of an architecture: give the file by --config")
         else:
-            own.append(field)
+            own.add(field)
     if isinstance(node, yaml.MappingNode):
         node.value = [(k, v) for k, v in node.value if k.value in own]
     values |= read_keys(node, name, keys, "arch.")

@@ -5,6 +5,7 @@ are none: there the compiler's own kernels are what there is to see.
 """
 
 import importlib
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -38,6 +39,33 @@ def opened_by(opener: Callable[[str], AbstractContextManager[Any]]) -> Iterator[
         yield
     finally:
         _open = before
+
+
+class Stopwatch:
+    """The seconds that a part of a step takes, by a CUDA device's own clock or by the host's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events: list[torch.cuda.Event] = []
+        if device.type == "cuda":
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self._start = self._seconds = 0.0
+
+    def __enter__(self) -> None:
+        if self._events:
+            self._events[0].record()
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds = time.perf_counter() - self._start
+        if self._events:
+            self._events[1].record()
+
+    def seconds(self) -> float:
+        """Of the last time; waits for the device to have reached its end."""
+        if not self._events:
+            return self._seconds
+        self._events[1].synchronize()
+        return self._events[0].elapsed_time(self._events[1]) / 1000
 
 
 class Profile:

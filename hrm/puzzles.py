@@ -16,8 +16,12 @@ from hrm.data.arc_augment import canvas
 from hrm.data.arc_files import Task, read_task
 from hrm.data.kinds import ARC, MAZE_VOCABULARY, SUDOKU, Kind
 from hrm.errors import UserError
+from hrm.files import read_text
 
 MAX_TEXT_BYTES = 16 << 20
+EXPECTED = "puzzles, one a line"
+# Cells along a maze, far more than any model was trained for.
+MOST_SIDE = 1024
 # Of what is wrong with a puzzle or a board, how much is said.
 MOST_TOLD = 5
 # What stands between the cells of a Sudoku that somebody typed.
@@ -59,18 +63,15 @@ def read_puzzles(source: str) -> Puzzles:
         return _boards(source, "the puzzle")
     if source.endswith(".json"):
         return _arc_task(Path(source))
-    where = "standard input" if source == "-" else source
-    if source == "-":
-        text = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
-    else:
-        with open(source, "rb") as file:
-            text = file.read(MAX_TEXT_BYTES + 1)
+    if source != "-":
+        return _boards(read_text(source, MAX_TEXT_BYTES, EXPECTED), source)
+    where, text = "standard input", sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
     if len(text) > MAX_TEXT_BYTES:
-        raise UserError(f"{where}: more than {MAX_TEXT_BYTES >> 20} MiB; expected puzzles, one a line")
+        raise UserError(f"{where}: more than {MAX_TEXT_BYTES >> 20} MiB, expected {EXPECTED}")
     try:
         return _boards(text.decode("utf-8-sig"), where)
     except UnicodeDecodeError:
-        raise UserError(f"{where}: not text in UTF-8; expected puzzles, one a line") from None
+        raise UserError(f"{where}: not text in UTF-8, expected {EXPECTED}") from None
 
 
 def _arc_task(path: Path) -> Puzzles:
@@ -96,7 +97,7 @@ def _boards(text: str, where: str) -> Puzzles:
     cells = [len(line if is_maze else line.translate(_RULERS)) for line in lines]
     sides = [math.isqrt(count) for count in cells]
     sizes = [math.isqrt(size) for _, size in SUDOKU]
-    is_side = (lambda side: side > 1) if is_maze else sizes.__contains__
+    is_side = range(2, MOST_SIDE + 1).__contains__ if is_maze else sizes.__contains__
     # One board, even if some rows of it are too long or too short: which, the kind tells.
     if is_side(len(lines)) and len(lines) in cells:
         side, boards = len(lines), ["\n".join(lines)]
@@ -105,7 +106,9 @@ def _boards(text: str, where: str) -> Puzzles:
     else:
         line = 0 if len(lines) == 1 else next((n for n, count in enumerate(cells) if count != cells[0]), 0)
         place = where if len(lines) == 1 else f"{where}, line {line + 1}"
-        expected = "as many rows as columns" if is_maze else "16, 36 or 81 cells, '.' or 0 for a blank"
+        expected = "16, 36 or 81 cells, '.' or 0 for a blank"
+        if is_maze:
+            expected = f"as many rows as columns, {MOST_SIDE} at most"
         raise UserError(
             f"{place}: {cells[line]} cells in one line of {len(lines)}; expected {expected}, in one line or "
             "in a line for each row"

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from hrm.errors import UserError
 
+# Seconds that a process whose command has failed may take to end, on a busy machine.
+ENDING = 5.0
+
 
 @dataclass(frozen=True)
 class Place:
@@ -48,7 +51,7 @@ def _number(name: str, least: int) -> int:
     return int(text)
 
 
-def one_voice(command: Callable[[], None]) -> None:
+def one_voice(command: Callable[[], int | None]) -> int | None:
     """Runs a command that every rank runs, so that an error which they all meet is told once for each node.
 
     torchrun ends a node's ranks as soon as one of them has ended. The node's first rank raises its error at
@@ -57,7 +60,7 @@ def one_voice(command: Callable[[], None]) -> None:
     """
     here = place()
     try:
-        command()
+        return command()
     except KeyboardInterrupt:
         # Ctrl-C reaches every rank.
         if here.rank > 0:
@@ -65,7 +68,7 @@ def one_voice(command: Callable[[], None]) -> None:
         raise
     except Exception as error:
         if here.local_rank > 0:
-            time.sleep(2 + here.local_rank / 4)
+            time.sleep(ENDING + here.local_rank / 4)
         if here.rank > 0 and isinstance(error, UserError):
             raise UserError(f"rank {here.rank}: {error}") from None
         raise

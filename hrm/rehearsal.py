@@ -91,6 +91,13 @@ class _LibraryAttention(TorchFunctionMode):
         return torch.ops.aten._scaled_dot_product_efficient_attention(*args, None, keeps_sums)[0]
 
 
+@contextmanager
+def rehearsed(device: torch.device, observer: Observer) -> Iterator[None]:
+    """What runs on tensors without data runs as it would on `device`, watched by the observer."""
+    with explained(device), _LibraryAttention(device), opened_by(observer.region), observer:
+        yield
+
+
 class Rehearsal:
     """An engine on tensors without data that stand for tensors on `device`, watched by an observer.
 
@@ -107,16 +114,10 @@ class Rehearsal:
         rows = config.global_batch_size
         cells = np.zeros((rows, metadata.seq_len), dtype=np.int32)
         self._batch = Batch(cells, cells, np.zeros(rows, dtype=np.int32))
-        with self._watched(), torch.device("meta"):
+        with rehearsed(device, observer), torch.device("meta"):
             self._engine = Engine(config, metadata, total_steps=1, device="meta")
 
     def step(self) -> None:
         """One training step."""
-        with self._watched():
+        with rehearsed(self.device, self.observer):
             self._engine.train_step(self._batch)
-
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        attention, regions = _LibraryAttention(self.device), opened_by(self.observer.region)
-        with explained(self.device), attention, regions, self.observer:
-            yield

@@ -14,7 +14,7 @@ import numpy as np
 from hrm import plots
 from hrm.errors import run_command
 from hrm.files import new_file
-from hrm.history import History, read_histories
+from hrm.history import History, printable, read_histories
 from hrm.page import Table, page
 from hrm.panels import duration, sections, value_text
 
@@ -95,7 +95,7 @@ def _flat(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str,
             yield from _flat(value, f"{prefix}{name}.")
         else:
             # As one would type it: null, true, 0.1.
-            yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value, default=str)
+            yield printable(prefix + name), printable(value if isinstance(value, str) else json.dumps(value))
 
 
 def symptoms(run: History) -> list[str]:

@@ -6,9 +6,11 @@ constructed, and no file makes memory grow much beyond its own size.
 
 import errno
 import hashlib
+import io
 import json
 import math
 import os
+import pickletools
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -26,7 +28,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hrm.cli import show
 from hrm.errors import UserError
+from hrm.files import open_bounded, open_own
+
+# What describes tensors, apart from their numbers: a header, a pickle, an archive's table of contents. A
+# model of a thousand tensors takes a tenth.
+DESCRIPTION_LIMIT = 1 << 20
+# All that a pickle of plain tensors names. PyTorch's restricted unpickler calls more, some of which take
+# memory without end (bytearray) or make tensors larger than their numbers.
+_NAMED = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|"
+    r"torch (Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage"
+)
+_MAKES_OBJECTS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
 
 
 class CheckpointError(UserError):
@@ -104,6 +119,10 @@ def nbytes(value: Any) -> int:
 def read_safetensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """Tensors of a .safetensors file; raises CheckpointError for a damaged one."""
     try:
+        with open_bounded(path) as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > DESCRIPTION_LIMIT:
+            raise ValueError("its header is too long")
         return load_file(path, device=str(device))
     # an absurd header, dtype or device surfaces as one of many types
     except Exception as error:
@@ -128,18 +147,46 @@ def read_torch(path: Path) -> Any:
     Raises CheckpointError for anything but tensors and plain containers, having run none of it.
     """
     try:
-        # torch stores its members uncompressed; a compressed one could unfold to any size in memory
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-        if not stored or sum(member.file_size for member in members) > path.stat().st_size:
-            raise ValueError("its archive is compressed or overlaps itself")
+        _check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     # damaged bytes reach the unpickler and the archive reader, which raise nearly every type there is
     except Exception as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"it asks for {asked[1]}, which was not run" if asked else brief(error)
-        raise CheckpointError(f"{path} is not a torch file of plain tensors and numbers ({why})") from error
+        raise CheckpointError(
+            f"{path} is not a torch file of plain tensors and numbers ({brief(error)})"
+        ) from error
+
+
+class _SmallReads(io.FileIO):
+    """A file whose table of contents, and whatever else is read at once, is refused where it is long."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        content = super().read(DESCRIPTION_LIMIT + 1 if size is None or size < 0 else size)
+        if len(content) > DESCRIPTION_LIMIT:
+            raise ValueError("its archive has too long a table of contents")
+        return content
+
+
+def _check_archive(path: Path) -> None:
+    """Raise ValueError unless an archive is as torch.save writes it, and its pickle names tensors alone."""
+    open_bounded(path).close()
+    with _SmallReads(path) as file, zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        names = [member.filename for member in members]
+        pickles = [member for member in members if member.filename.endswith("/data.pkl")]
+        # torch stores its members uncompressed; a compressed one could unfold to any size in memory
+        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        if not stored or sum(member.file_size for member in members) > path.stat().st_size:
+            raise ValueError("its archive is compressed or overlaps itself")
+        # any other reader of the archive must find the same pickle
+        if len(pickles) != 1 or len(set(names)) < len(names) or len({n.partition("/")[0] for n in names}) > 1:
+            raise ValueError("its archive is not as torch.save writes one")
+        if pickles[0].file_size > DESCRIPTION_LIMIT:
+            raise ValueError("its pickle is too long")
+        for operation, argument, _ in pickletools.genops(archive.read(pickles[0])):
+            named = operation.name == "GLOBAL" and _NAMED.fullmatch(str(argument)) is None
+            if named or operation.name in _MAKES_OBJECTS:
+                what = str(argument or "objects").replace(" ", ".")[:100]
+                raise ValueError(f"it asks for {what}, which was not run")
 
 
 def sha256(path: Path) -> str:
@@ -189,7 +236,7 @@ def size_text(count: float) -> str:
 def brief(error: BaseException) -> str:
     """An exception in one short line."""
     lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0][:120]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {show(lines[0][:120])}" if lines else type(error).__name__
 
 
 @contextmanager
@@ -201,7 +248,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     path = run_dir.with_name(f".{run_dir.name}.lock")
     try:
         run_dir.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")  # noqa: SIM115
+        file = open_own(path, "a")
     except OSError as error:
         raise UserError(f"output folder {run_dir}: {error.strerror}; give another output_dir=PATH") from None
     with file:

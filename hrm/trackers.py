@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from hrm.config import Config
 from hrm.errors import UserError
+from hrm.files import new_file, open_bounded, open_own, read_text, write_whole
+from hrm.history import LONGEST_LINE, METRICS
 from hrm.storage import to_json
 from hrm.symptoms import Symptoms
-
-METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
@@ -39,7 +39,7 @@ class MetricsLog:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if resume_step is not None and self.path.exists():
                 self._cut(resume_step)
-            self._file = open(self.path, "w" if resume_step is None else "a", encoding="utf-8")  # noqa: SIM115
+            self._file = open_own(self.path, "w" if resume_step is None else "a")
         except OSError as error:
             raise self._failure(error) from error
 
@@ -58,12 +58,13 @@ class MetricsLog:
             self._file.close()
 
     def _cut(self, last_step: int) -> None:
-        cut = self.path.with_name(METRICS + ".tmp")
-        with open(self.path, "rb") as old, open(cut, "wb") as new:
-            new.writelines(line for line in old if _step_of(line) <= last_step)
+        with new_file(self.path) as cut, open_bounded(self.path) as old, open(cut, "wb") as new:
+            # A longer line than any of a run is dropped in pieces.
+            while line := old.readline(LONGEST_LINE):
+                if _step_of(line) <= last_step:
+                    new.write(line)
             new.flush()
             os.fsync(new.fileno())
-        cut.replace(self.path)
 
     def _failure(self, error: OSError) -> UserError:
         return UserError(
@@ -147,13 +148,14 @@ class _Wandb:
     ) -> None:
         wandb = _import("wandb", "wandb")
         id_file = run_dir / "wandb_id.txt"
-        known = id_file.read_text(encoding="utf-8", errors="replace").strip() if id_file.is_file() else ""
-        run_id = (
-            known if resume_step is not None and re.fullmatch(r"\w{1,64}", known) else secrets.token_hex(4)
-        )
+        run_id = secrets.token_hex(4)
+        if resume_step is not None and id_file.is_file():
+            with suppress(UserError):
+                known = read_text(id_file, 100, "wandb's id of the run").strip()
+                run_id = known if re.fullmatch(r"\w{1,64}", known) else run_id
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            id_file.write_text(run_id + "\n", encoding="utf-8")
+            write_whole(id_file, run_id + "\n")
             # a training run must never wait for an answer: without a login it records offline
             mode = os.environ.get("WANDB_MODE") or (
                 "online" if wandb.login(prompt=False, verify=False) else "offline"
@@ -336,17 +338,25 @@ class Report:
         """Leaves out of the pace what has passed since the last `training`."""
         self.time = time.perf_counter()
 
+    def warn(self, text: str) -> None:
+        """Tells the user what should not go unseen."""
+        if self.progress is not None:
+            self.progress.write(f"warning: {text}")
+
     def _log(self, metrics: Mapping[str, float], step: int) -> None:
         for place in self.places:
             place.log(metrics, step)
-        if self.progress is not None:
-            for symptom in self.symptoms.check(step, metrics):
-                self.progress.write(f"warning: {symptom}")
+        for symptom in self.symptoms.check(step, metrics):
+            self.warn(symptom)
 
     def __enter__(self) -> "Report":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes all places; more than once does no harm."""
         for place in self.places:
             place.close()
         if self.progress is not None:

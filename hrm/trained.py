@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,8 @@ def load_trained(
     place = torch.device(device)
     config = found.config if dtype == "auto" else replace(found.config, dtype=_dtype(dtype))
     metadata = _checked(metadata, found) if metadata is not None else _shape(found)
-    model = HRM(
+    build = partial(
+        HRM,
         config.arch,
         vocab_size=metadata.vocab_size,
         seq_len=metadata.seq_len,
@@ -133,8 +135,11 @@ def load_trained(
         seed=config.seed,
         attention_backend=config.attention.backend,
     )
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    # First without memory: a configuration may ask for far more than the weights beside it have.
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in build().state_dict().items()}
     weights, notes = load_weights(found.file, shapes, reset_puzzle_emb)
+    model = build()
     if ema:
         weights = {**weights, **_average(found.file, weights)}
     model.load_state_dict(weights, strict=False)

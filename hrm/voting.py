@@ -5,19 +5,18 @@ votes and those of equal votes by their mean q_halt; a prediction that shows no 
 A test is solved at k when its answer is among the first k.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from hrm.data.arc_augment import Pair, grid_of, inverse, task_of
 from hrm.data.dataset import PuzzleDataset
 from hrm.data.layout import DatasetError
+from hrm.files import read_json
 
-MAX_NAMES_BYTES = 1 << 30
+MAX_NAMES_BYTES = 1 << 27
 # By name, what ranks a grid of so many votes and so large a sum of their q_halt.
 RANKINGS = {
     "votes": lambda votes, q_halt: (votes, q_halt / votes),
@@ -126,19 +125,13 @@ def submission(votes: Votes) -> dict[str, list[dict[str, list[list[int]]]]]:
 def read_names(folder: str | Path) -> list[str]:
     """The name of every puzzle identifier of a data set, from its identifiers.json. Raises DatasetError."""
     path = Path(folder) / "identifiers.json"
-    remedy = "expected the list of names that the builder of the data set wrote; build or copy it again"
+    expected = "the list of names that the builder of the data set wrote; build or copy it again"
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_NAMES_BYTES + 1)
-        names: Any = json.loads(text) if len(text) <= MAX_NAMES_BYTES else None
+        names = read_json(path, MAX_NAMES_BYTES, expected, DatasetError)
     except FileNotFoundError:
-        raise DatasetError(f"{path}: no such file, {remedy}") from None
-    except (ValueError, RecursionError) as error:
-        raise DatasetError(
-            f"{path}: not readable as JSON ({' '.join(str(error).split())}), {remedy}"
-        ) from None
+        raise DatasetError(f"{path}: no such file, expected {expected}") from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DatasetError(f"{path}: no list of names, {remedy}")
+        raise DatasetError(f"{path}: no list of names, expected {expected}")
     return names
 
 

@@ -99,4 +99,6 @@ def _is_weight(name: Any, tensor: Any) -> bool:
         and isinstance(tensor, Tensor)
         and tensor.is_floating_point()
         and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
+        # One number may stand for any count of them; a table's length is what a model is made with.
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()
     )

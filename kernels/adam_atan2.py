@@ -1,36 +1,24 @@
-"""AdamATan2 over one flat buffer, with the statistics of its gradient.
+"""AdamATan2 over one flat buffer.
 
 At step t (the first is 1), elementwise:
 
     p *= 1 - lr wd;   m = lerp(m, g, 1 - b1);   v = lerp(v, g^2, 1 - b2)
     p -= lr / (1 - b1^t) * atan2(m, sqrt(v) / sqrt(1 - b2^t))
 
-atan2 is bounded and scale-free, so there is no epsilon. In the same pass: sqrt(sum(g^2)), the count of g that
-are not finite and, on demand, the new p in 16 bits for the forward.
+atan2 is bounded and scale-free, so there is no epsilon. In the same pass, on demand, the new p in 16 bits for
+the forward. A flag on the device says whether the step is skipped, so that nobody waits to know it.
 
 There is no backward; nothing is saved. Bytes an element, in float32: p, m, v read and written, g read, 28 in
-all, and 2 for the copy; every 2048 elements add 8 bytes of statistics.
+all, and 2 for the copy.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.backend import jit, launch, tl, triton, use_triton
-from kernels.checks import accumulate_dtype, check_floating, check_shape
-
-
-class GradientStatistics(NamedTuple):
-    """What an update saw of its gradient.
-
-    norm: () float32 (float64 for float64), the L2 norm; it is infinite from squares beyond 3.4e38 on.
-    non_finite: () int32, the number of elements that are infinite or NaN.
-    """
-
-    norm: Tensor
-    non_finite: Tensor
+from kernels.backend import device_of, jit, launch, tl, triton, use_triton
+from kernels.checks import check_flag, check_floating, check_shape
 
 
 def _log(beta: float) -> float:
@@ -48,25 +36,31 @@ def adam_atan2_reference(
     beta2: float,
     weight_decay: float,
     copy: Tensor | None = None,
-) -> GradientStatistics:
+    skip: Tensor | None = None,
+) -> None:
     """The update in plain PyTorch, in place; see `adam_atan2`."""
-    norm = torch.linalg.vector_norm(grad, dtype=accumulate_dtype(grad.dtype))
-    # One buffer for all that follows: on a CPU, fresh memory costs more than the arithmetic. First it holds
-    # 0 where the gradient is finite and NaN elsewhere.
-    angle = grad * 0
-    non_finite = angle.count_nonzero().int()
+    if skip is not None and device_of(skip).type == "cpu":
+        # On the host reading it is free. In a rehearsal it has no value, and steps are usually made.
+        if not skip.is_meta and skip:
+            return
+        skip = None
+    buffers = [param, exp_avg, exp_avg_sq] + ([] if copy is None else [copy])
+    before = [] if skip is None else [buffer.clone() for buffer in buffers]
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     # 1 - beta^t by expm1, which keeps its digits where beta^t is close to 1.
     t = step.to(param.dtype)
     correction1 = -torch.expm1(t * _log(beta1))
     correction2 = torch.sqrt(-torch.expm1(t * _log(beta2)))
-    torch.sqrt(exp_avg_sq, out=angle).div_(correction2)
+    # One buffer for all that follows: on a CPU, fresh memory costs more than the arithmetic.
+    angle = torch.sqrt(exp_avg_sq).div_(correction2)
     torch.atan2(exp_avg, angle, out=angle)
     param.mul_(1 - lr * weight_decay).sub_(angle.mul_(lr / correction1))
     if copy is not None:
         copy.copy_(param)
-    return GradientStatistics(norm, non_finite)
+    if skip is not None:
+        for buffer, old in zip(buffers, before, strict=True):
+            torch.where(skip, old, buffer, out=buffer)
 
 
 def launch_choice() -> dict[str, int]:
@@ -116,7 +110,7 @@ def _atan2(m, d):
 
 @jit
 def _adam_atan2_kernel(
-    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, copy_ptr, lr_ptr, step_ptr, norm_ptr, non_finite_ptr,
+    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, copy_ptr, lr_ptr, step_ptr, skip_ptr,
     N,
     weight1, beta2, weight2, log_beta1, log_beta2, weight_decay,
     BLOCK: tl.constexpr,
@@ -130,11 +124,9 @@ def _adam_atan2_kernel(
     lr = tl.load(lr_ptr)
     t = tl.load(step_ptr).to(tl.float32)
 
-    # Squares of g / 64, so that a tile's sum of them overflows no sooner than the square of one g.
-    scaled = g * 0.015625
-    tl.store(norm_ptr + tl.program_id(0), tl.sqrt_rn(tl.sum(scaled * scaled, axis=0)) * 64.0)
-    finite = tl.abs(g) < float("inf")
-    tl.store(non_finite_ptr + tl.program_id(0), tl.sum(tl.where(finite, 0, 1), axis=0))
+    # Beside the other loads and no branch before them: a block would wait for the flag first.
+    if skip_ptr is not None:
+        mask = mask & (tl.load(skip_ptr) == 0)
 
     # The two forms of torch.lerp, of which each is exact at its own end.
     m = tl.where(weight1 < 0.5, m, g) + tl.where(weight1 < 0.5, weight1, weight1 - 1.0) * (g - m)
@@ -162,22 +154,18 @@ def _update(
     beta2: float,
     weight_decay: float,
     copy: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    skip: Tensor | None,
+) -> None:
     N = param.numel()
     choice = launch_choice()
-    programs = triton.cdiv(N, choice["BLOCK"])
-    norms = param.new_empty(programs)
-    non_finite = param.new_empty(programs, dtype=torch.int32)
     launch(
         _adam_atan2_kernel,
-        (programs,),
-        param, grad, exp_avg, exp_avg_sq, copy, lr, step, norms, non_finite,
+        (triton.cdiv(N, choice["BLOCK"]),),
+        param, grad, exp_avg, exp_avg_sq, copy, lr, step, skip,
         N,
         1 - beta1, beta2, 1 - beta2, _log(beta1), _log(beta2), weight_decay,
         **choice,
     )  # fmt: skip
-    norm = torch.linalg.vector_norm(norms, dtype=torch.float64).float()
-    return norm, non_finite.sum(dtype=torch.int32)
 
 
 @torch.library.custom_op("hrm_kernels::adam_atan2", mutates_args=("param", "exp_avg", "exp_avg_sq", "copy"))
@@ -192,13 +180,14 @@ def _adam_atan2(
     beta2: float,
     weight_decay: float,
     copy: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return _update(param, grad, exp_avg, exp_avg_sq, lr, step, beta1, beta2, weight_decay, copy)
+    skip: Tensor | None,
+) -> None:
+    _update(param, grad, exp_avg, exp_avg_sq, lr, step, beta1, beta2, weight_decay, copy, skip)
 
 
 @_adam_atan2.register_fake
-def _(param, grad, exp_avg, exp_avg_sq, lr, step, beta1, beta2, weight_decay, copy) -> tuple[Tensor, Tensor]:
-    return param.new_empty(()), param.new_empty((), dtype=torch.int32)
+def _(param, grad, exp_avg, exp_avg_sq, lr, step, beta1, beta2, weight_decay, copy, skip) -> None:
+    return None
 
 
 def adam_atan2(
@@ -213,15 +202,16 @@ def adam_atan2(
     beta2: float,
     weight_decay: float,
     copy: Tensor | None = None,
-) -> GradientStatistics:
+    skip: Tensor | None = None,
+) -> None:
     """One AdamATan2 step with decoupled weight decay, in place on param, exp_avg and exp_avg_sq.
 
     param, grad, exp_avg, exp_avg_sq: one shape, one dtype (float32 in training; its kernel takes no other).
     lr: () in that dtype and step: () int32 or int64, both on the tensors' device so that no value crosses to
-    the host. copy: None, or bfloat16 or float16 of that shape, which receives the new weights. Returns the
-    statistics of grad as it came. A gradient that is not finite goes into the moments, and a NaN from there
-    into the weights: nothing is skipped here. Raises ValueError or TypeError naming the argument. Source:
-    Everett et al. 2024 (arXiv 2407.05872).
+    the host. copy: None, or bfloat16 or float16 of that shape, which receives the new weights. skip: None, or
+    () bool on that device: where it is True, all buffers keep their bits, whatever is in grad. Otherwise a
+    gradient that is not finite goes into the moments, and a NaN from there into the weights. Raises
+    ValueError or TypeError naming the argument. Source: Everett et al. 2024 (arXiv 2407.05872).
     """
     check_floating("adam_atan2", param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, lr=lr)
     for name, tensor in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
@@ -239,14 +229,12 @@ def adam_atan2(
                 f"adam_atan2: copy must be bfloat16 or float16 on {param.device}, "
                 f"got {copy.dtype} on {copy.device}"
             )
+    check_flag("adam_atan2", "skip", skip, param.device)
     obstacle = None
     if param.dtype != torch.float32:
         obstacle = f"its kernel takes float32, got {param.dtype}"
     buffers = [param, grad, exp_avg, exp_avg_sq] + ([] if copy is None else [copy])
     if not all(buffer.is_contiguous() for buffer in buffers):
         obstacle = "its kernel walks over contiguous buffers"
-    if use_triton("adam_atan2", param, obstacle):
-        return GradientStatistics(
-            *_adam_atan2(param, grad, exp_avg, exp_avg_sq, lr, step, beta1, beta2, weight_decay, copy)
-        )
-    return adam_atan2_reference(param, grad, exp_avg, exp_avg_sq, lr, step, beta1, beta2, weight_decay, copy)
+    update = _adam_atan2 if use_triton("adam_atan2", param, obstacle) else adam_atan2_reference
+    update(param, grad, exp_avg, exp_avg_sq, lr, step, beta1, beta2, weight_decay, copy, skip)

@@ -80,7 +80,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     function = _flash_function(q.device)
     assert function is not None
-    o = function(q, k, v, causal=False)
+    # PyTorch's own attention looks at this setting by itself.
+    o = function(q, k, v, causal=False, deterministic=torch.are_deterministic_algorithms_enabled())
     # The first releases of flash-attn 3 return the softmax's normaliser too.
     return (o[0] if isinstance(o, tuple) else o).flatten(2)
 

@@ -30,6 +30,15 @@ def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...]) -
         raise ValueError(f"{op}: {name} must have shape {tuple(expected)}, got {tuple(tensor.shape)}")
 
 
+def check_flag(op: str, name: str, flag: Tensor | None, device: torch.device) -> None:
+    """The flag, where there is one, is a single bool on the device of the tensors that it decides about."""
+    if flag is None:
+        return
+    if flag.dtype != torch.bool or flag.device != device:
+        raise TypeError(f"{op}: {name} must be bool on {device}, got {flag.dtype} on {flag.device}")
+    check_shape(op, name, flag, ())
+
+
 def as_rows(tensor: Tensor) -> Tensor:
     """(..., N) as (M, N) with unit stride in N, the form kernels read; a copy only where a view cannot be."""
     rows = tensor.reshape(-1, tensor.shape[-1])

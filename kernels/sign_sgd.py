@@ -12,19 +12,25 @@ import torch
 from torch import Tensor
 
 from kernels.backend import jit, launch, tl, triton, use_triton
-from kernels.checks import as_rows, check_floating, check_shape
+from kernels.checks import as_rows, check_flag, check_floating, check_shape
 
 
 def sign_sgd_reference(
-    table: Tensor, identifiers: Tensor, grad: Tensor, lr: Tensor, weight_decay: float
+    table: Tensor,
+    identifiers: Tensor,
+    grad: Tensor,
+    lr: Tensor,
+    weight_decay: float,
+    skip: Tensor | None = None,
 ) -> None:
     """The update in plain PyTorch, in place; see `sign_sgd`."""
     # A product sums in a fixed order, alike on all ranks; every repeat takes its first occurrence's sum.
     same = identifiers[:, None] == identifiers[None, :]
     slot = same.int().argmax(dim=1)
     summed = (same.to(grad.dtype) @ grad)[slot]
-    rows = table[identifiers] * (1 - lr * weight_decay) - lr * summed.sign()
-    table[identifiers] = rows
+    before = table[identifiers]
+    rows = before * (1 - lr * weight_decay) - lr * summed.sign()
+    table[identifiers] = rows if skip is None else torch.where(skip, before, rows)
 
 
 def launch_choice(batch: int) -> dict[str, int]:
@@ -38,7 +44,7 @@ def launch_choice(batch: int) -> dict[str, int]:
 
 @jit
 def _sign_sgd_kernel(
-    table_ptr, identifiers_ptr, grad_ptr, lr_ptr,
+    table_ptr, identifiers_ptr, grad_ptr, lr_ptr, skip_ptr,
     N, B, E,
     table_stride_n, grad_stride_b,
     weight_decay,
@@ -72,19 +78,23 @@ def _sign_sgd_kernel(
 
     lr = tl.load(lr_ptr)
     mask = (cols < E) & (row >= 0) & (row < N)
+    if skip_ptr is not None:
+        mask = mask & (tl.load(skip_ptr) == 0)
     p_ptr = table_ptr + row * table_stride_n + cols
     p = tl.load(p_ptr, mask=mask, other=0.0)
     tl.store(p_ptr, p * (1.0 - lr * weight_decay) - lr * sign, mask=mask)
 
 
-def _update(table: Tensor, identifiers: Tensor, grad: Tensor, lr: Tensor, weight_decay: float) -> None:
+def _update(
+    table: Tensor, identifiers: Tensor, grad: Tensor, lr: Tensor, weight_decay: float, skip: Tensor | None
+) -> None:
     rows = as_rows(grad)
     B, E = rows.shape
     choice = launch_choice(B)
     launch(
         _sign_sgd_kernel,
         (B, triton.cdiv(E, choice["BLOCK_E"])),
-        table, identifiers.contiguous(), rows, lr,
+        table, identifiers.contiguous(), rows, lr, skip,
         table.shape[0], B, E,
         table.stride(0), rows.stride(0),
         weight_decay,
@@ -93,24 +103,34 @@ def _update(table: Tensor, identifiers: Tensor, grad: Tensor, lr: Tensor, weight
 
 
 @torch.library.custom_op("hrm_kernels::sign_sgd", mutates_args=("table",))
-def _sign_sgd(table: Tensor, identifiers: Tensor, grad: Tensor, lr: Tensor, weight_decay: float) -> None:
-    _update(table, identifiers, grad, lr, weight_decay)
+def _sign_sgd(
+    table: Tensor, identifiers: Tensor, grad: Tensor, lr: Tensor, weight_decay: float, skip: Tensor | None
+) -> None:
+    _update(table, identifiers, grad, lr, weight_decay, skip)
 
 
 @_sign_sgd.register_fake
-def _(table: Tensor, identifiers: Tensor, grad: Tensor, lr: Tensor, weight_decay: float) -> None:
+def _(table, identifiers, grad, lr, weight_decay, skip) -> None:
     return None
 
 
 @torch.no_grad()
-def sign_sgd(table: Tensor, identifiers: Tensor, grad: Tensor, lr: Tensor, weight_decay: float) -> None:
+def sign_sgd(
+    table: Tensor,
+    identifiers: Tensor,
+    grad: Tensor,
+    lr: Tensor,
+    weight_decay: float,
+    skip: Tensor | None = None,
+) -> None:
     """One step of sign-SGD with decoupled decay, in place on the rows of a table that a batch used.
 
     table: (N, E), float32 in training (its kernel takes no other dtype). identifiers: (B,) int32 or int64
     rows in 0..N-1, repeats allowed; grad: (B, E), their gradients; lr: (); both in the table's dtype. The
     gradients of equal identifiers are summed first, in a fixed order, so each row moves once: p = p * (1 -
-    lr wd) - lr sign(sum g), with 0 for the sign of 0 and of NaN. Other rows keep their bits. Nothing crosses
-    to the host. Raises ValueError or TypeError naming the argument. Source: the official HRM code.
+    lr wd) - lr sign(sum g), with 0 for the sign of 0 and of NaN. Other rows keep their bits, and where skip,
+    None or () bool on the table's device, is True, all do. Nothing crosses to the host. Raises ValueError or
+    TypeError naming the argument. Source: the official HRM code.
     """
     check_floating("sign_sgd", table=table, grad=grad, lr=lr)
     if table.ndim != 2:
@@ -124,12 +144,11 @@ def sign_sgd(table: Tensor, identifiers: Tensor, grad: Tensor, lr: Tensor, weigh
         )
     check_shape("sign_sgd", "grad", grad, (identifiers.shape[0], table.shape[1]))
     check_shape("sign_sgd", "lr", lr, ())
+    check_flag("sign_sgd", "skip", skip, table.device)
     obstacle = None
     if table.dtype != torch.float32:
         obstacle = f"its kernel takes float32, got {table.dtype}"
     elif table.stride(1) != 1:
         obstacle = "its kernel reads tables whose rows are contiguous"
-    if use_triton("sign_sgd", table, obstacle):
-        _sign_sgd(table, identifiers, grad, lr, weight_decay)
-    else:
-        sign_sgd_reference(table, identifiers, grad, lr, weight_decay)
+    update = _sign_sgd if use_triton("sign_sgd", table, obstacle) else sign_sgd_reference
+    update(table, identifiers, grad, lr, weight_decay, skip)

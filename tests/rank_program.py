@@ -1,37 +1,51 @@
-"""What torchrun starts in tests/test_ranks.py: the trainer with a fault in one rank, or a few collectives.
+"""What torchrun starts in the tests of ranks: the trainer with a fault in one rank, or a few collectives.
 
 usage: rank_program.py train|sums FAULT ONCE SILENCE WORD...   rank_program.py collectives OUT_FOLDER
-FAULT: `none` or `RANK:STEP:KIND`, KIND one of KILL, STOP (signals), mistake, bug; it strikes if the file ONCE
-is not there yet. SILENCE: seconds. A word of train.py that starts with `RANK:` is for that rank alone. `sums`
-takes a sum over the ranks for a step.
+FAULT: `none` or `RANK:STEP:KIND,...`, KIND a signal (KILL, STOP, TERM), mistake, bug, sleep, or agent for a
+SIGTERM to torchrun; each strikes once, as files that begin with ONCE remember. SILENCE: seconds. A word of
+train.py that starts with `RANK:` is for that rank alone. `sums` takes a sum over the ranks for a step, and
+waits 4 s for one that does not come. Where BATCHES names a folder, `train` leaves there what each rank was
+given to train on. SOURCES=RANK:FOLDER gives that rank the project's sources from there.
 """
 
 import functools
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from hrm import distributed
-from hrm.errors import UserError, run_command
-from hrm.ranks import one_voice
-
 RANK = int(os.environ["RANK"])
+if os.environ.get("SOURCES", "").startswith(f"{RANK}:"):
+    sys.path.insert(0, os.environ["SOURCES"].partition(":")[2])
+
+import torch  # noqa: E402
+
+from hrm import distributed  # noqa: E402
+from hrm.errors import UserError, run_command  # noqa: E402
+from hrm.ranks import one_voice  # noqa: E402
 
 
 def strike(fault: str, once: Path, step: int) -> None:
-    """Commits the fault if it is this rank's at this step."""
-    rank, at, kind = ("", "", "") if fault == "none" else fault.split(":")
-    if (str(RANK), str(step)) != (rank, at) or once.exists():
+    """Commits the fault that is this rank's at this step, if there is one."""
+    mine = [one for one in fault.split(",") if one.startswith(f"{RANK}:{step}:")]
+    struck = once.with_name(f"{once.name}-{step}")
+    if not mine or struck.exists():
         return
-    once.touch()
+    struck.touch()
+    kind = mine[0].split(":")[2]
     if kind == "mistake":
         raise UserError("the disk is full")
     if kind == "bug":
         raise ZeroDivisionError("a bug")
+    if kind == "sleep":
+        time.sleep(300)
+    if kind == "agent":
+        os.kill(os.getppid(), signal.SIGTERM)
+        # Until it has come back: every rank is sent it once.
+        signal.pause()
+        return
     os.kill(os.getpid(), getattr(signal, f"SIG{kind}"))
 
 
@@ -40,22 +54,28 @@ def train_with_fault(fault: str, once: Path, silence: float, words: Sequence[str
     from hrm.engine import Engine
 
     distributed.joined = functools.partial(distributed.joined, silence=silence)
-    train_step = Engine.train_step
+    train_step, batches = Engine.train_step, []
 
     def faulty(engine, batch):
         strike(fault, once, engine.step)
+        batches.append((batch.inputs, batch.labels, batch.puzzle_identifiers))
         train_step(engine, batch)
 
     setattr(Engine, "train_step", faulty)  # noqa: B010
     mine = [word.removeprefix(f"{RANK}:") for word in words]
-    return train.main([word for word in mine if not word[0].isdigit()])
+    status = train.main([word for word in mine if not word[0].isdigit()])
+    if folder := os.environ.get("BATCHES"):
+        torch.save([[torch.tensor(part) for part in batch] for batch in batches], f"{folder}/{RANK}.pt")
+    return status
 
 
 def sums_with_fault(fault: str, once: Path, silence: float) -> None:
-    with distributed.joined("cpu", 8, silence) as (world, _):
+    with distributed.joined("cpu", 8, rank_timeout=4, silence=silence) as (world, _):
         for step in range(50):
+            world.doing(f"step {step}")
             strike(fault, once, step)
             world.all_reduce(torch.ones(4))
+            world.highest(0)
 
 
 def collectives(out: Path) -> None:
@@ -77,12 +97,24 @@ def collectives(out: Path) -> None:
         for name, what in {
             "differ": {"weights": "b2" if rank == 2 else "a1", "torch": "2.9"},
             "all": {"weights": f"w{rank}", "code": "c3"} if rank else {"weights": "w0"},
+            "many": {f"key{i}": f"{'x' * 5000}{rank > 0}" for i in range(9)},
         }.items():
             try:
                 world.check_equal(what)
             except UserError as error:
                 results[name] = str(error)
+        # Rank 1 sees a reason to stop at its third step, rank 2 a graver one at its fifth.
+        codes = [(0, 0, 0), (0, 0, 0), (0, 1, 0), (0, 0, 0), (0, 0, 3), (2, 0, 0), (0, 0, 0)]
+        results["highest"] = [world.highest(code[rank]) for code in codes]
+        results["slow"] = [world.stragglers(0.25 if rank == 1 else 0.1) for _ in range(7)]
+        before = world.waited
+        time.sleep(0.5 if rank == 0 else 0)
+        world.barrier()
+        results["waited"] = world.waited - before
         torch.save(results, out / f"{rank}.pt")
+        # One last code is on its way when the ranks part.
+        world.highest(1)
+    with distributed.joined("cpu", 6) as (world, _):
         world.barrier()
     raise UserError("every rank meets this")
 

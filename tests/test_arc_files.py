@@ -151,7 +151,7 @@ FAULTS: list[tuple[Callable[[Any], Any], str]] = [
     (changed("train", 1, "output", 0, 1, to=-1), "output, row 0, column 1: -1, expected a colour 0 to 9"),
     (changed("train", 1, "output", 0, 1, to=1.0), "column 1: 1.0, expected a colour 0 to 9"),
     (changed("train", 1, "output", 0, 1, to=True), "column 1: True, expected a colour 0 to 9"),
-    (changed("train", 1, "output", 0, 1, to=float("nan")), "column 1: nan, expected a colour 0 to 9"),
+    (changed("train", 1, "output", 0, 1, to=float("nan")), "not readable as JSON (NaN is no number of JSON)"),
     (changed("train", 1, "output", 0, 1, to=[1]), "column 1: list, expected a colour 0 to 9"),
     (
         changed("train", 1, "output", 0, 1, to="7" * 99),
@@ -183,7 +183,7 @@ def test_faults_of_a_task(tmp_path: Path, fault: Callable[[Any], Any], message: 
         (b'{"train": [', "not readable as JSON ("),
         (b"\xff\xfe{}", "not readable as JSON ("),
         (b'{"train": ' + b"9" * 5000 + b"}", "not readable as JSON ("),
-        (b"[" * 100_000, "lists in lists without end"),
+        (b"[" * 100_000, "not readable as JSON (maximum recursion depth exceeded"),
         (b'{"train": [], "test": [], "train": []}', "'train' is there twice in one object"),
         (b'{"train": [{"input": 1, "output": 2, "input": 3}]}', "'input' is there twice in one object"),
     ],
@@ -203,7 +203,7 @@ def test_files_of_absurd_size_are_not_read(tmp_path: Path, monkeypatch: pytest.M
     assert refusal(tmp_path / "a") == f"{path}: more than 4 MiB, expected a file of ARC tasks"
     prefix = write_kaggle(tmp_path, "x_training", {"a": TASK})
     monkeypatch.setattr(arc_files, "MAX_KAGGLE_BYTES", 100)
-    assert refusal(prefix).startswith(f"{prefix}_challenges.json: more than 0 MiB")
+    assert refusal(prefix).startswith(f"{prefix}_challenges.json: more than 100 bytes")
 
 
 def test_sources_that_are_none(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -99,6 +100,7 @@ DEFAULTS = {
     "eval_interval": 10_000,
     "eval_samples": None,
     "max_steps": None,
+    "max_seconds": None,
     "lr": 1e-4,
     "lr_warmup_steps": 2000,
     "lr_min_ratio": 1.0,
@@ -106,6 +108,9 @@ DEFAULTS = {
     "beta1": 0.9,
     "beta2": 0.95,
     "grad_clip": None,
+    "max_skipped_steps": 10,
+    "spike_threshold": 10.0,
+    "spike_rewinds": 0,
     "ema": False,
     "ema_rate": 0.999,
     "stages": None,
@@ -115,6 +120,8 @@ DEFAULTS = {
     "device": "auto",
     "dtype": "auto",
     "mode": "auto",
+    "deterministic": False,
+    "rank_timeout": 1800.0,
     "gradient_accumulation": 1,
     "project_name": "maze",
     "run_name": "v1",
@@ -122,7 +129,10 @@ DEFAULTS = {
     "checkpoint_path": None,
     "reset_puzzle_emb": False,
     "resume": "auto",
+    "resume_force": False,
     "checkpoint_every_eval": True,
+    "checkpoint_interval": None,
+    "checkpoint_seconds": 600.0,
     "keep_checkpoints": 3,
     "best_metric": "exact_accuracy",
     "keep_best": True,
@@ -265,10 +275,19 @@ def test_bad_architecture_files(tmp_path, text, message):
 
 def test_files_that_cannot_be_read(tmp_path):
     assert error("--arch", "no.yaml") == "cannot read no.yaml: No such file or directory"
-    assert error("--config", str(tmp_path)) == f"cannot read {tmp_path}: Is a directory"
+    assert error("--config", str(tmp_path)) == f"{tmp_path}: a folder, pipe or device; expected a file"
+    assert error("--config", "/dev/zero") == "/dev/zero: a folder, pipe or device; expected a file"
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe")
-    assert error("--arch", "b.yaml") == "cannot read b.yaml: not a UTF-8 text file"
-    assert error("--config", "a\0b") == r"cannot read a\x00b: not a UTF-8 text file"
+    assert error("--arch", "b.yaml") == "b.yaml: not text in UTF-8, expected a configuration in YAML"
+    (tmp_path / "c.yaml").write_bytes(b" " * (1 << 16) + b"\n")
+    assert error("--config", "c.yaml") == "c.yaml: more than 65536 bytes, expected a configuration in YAML"
+    assert error("--config", "a\0b") == r"cannot read a\x00b: no file has such a name"
+
+
+@pytest.mark.parametrize("text", ['a: "\\UFFFFFFFF"', "%YAML 1." + "9" * 5000 + "\n---\na: 1"])
+def test_numbers_that_are_too_large_for_yaml(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(text)
+    assert error("--config", "a.yaml").startswith("a.yaml: not valid YAML: nested too deeply")
 
 
 def test_an_architecture_where_hydra_kept_it_is_pointed_to(tmp_path):
@@ -418,6 +437,21 @@ def test_the_presets_interval_gives_way_to_few_epochs():
     assert config.notes[1] == "eval_interval lowered from 10000 to 20, to fit epochs=20"
     config = parse_args(["data_path=x", "epochs=20", "eval_interval=null"])
     assert config.eval_interval is None and len(config.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("ends", "asked", "fitting"), [((12, 18), 5, 3), ((12, 18), 100, 6), ((999_999_937,), 999_999_936, 1)]
+)
+def test_the_interval_is_the_longest_that_every_stage_ends_with(tmp_path, ends, asked, fitting):
+    lengths = [end - begin for begin, end in pairwise((0, *ends))]
+    stages = ", ".join(f"{{epochs: {length}}}" for length in [*lengths, 1])
+    (tmp_path / "a.yaml").write_text(f"data_path: x\neval_interval: {asked}\nstages: [{stages}]\n")
+    assert parse_args(["--config", str(tmp_path / "a.yaml")]).eval_interval == fitting
+
+
+def test_more_stages_than_are_read_in_a_moment():
+    stages = f"[{'{epochs: 1}, ' * 1001}]"
+    assert error("data_path=x", f"stages={stages}") == "stages: 1001 entries, give at most 1000"
 
 
 RUNS = [

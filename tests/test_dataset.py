@@ -11,50 +11,15 @@ import numpy as np
 import pytest
 
 from hrm.data import dataset, layout
-from hrm.data.dataset import PuzzleDataset, fingerprint, steps_in, train_batches
-from hrm.data.layout import ARRAYS, DatasetError, PuzzleSet
-from hrm.data.writer import Shape, new_dataset
+from hrm.data.dataset import PuzzleDataset, batch_members, fingerprint, steps_in, train_batches
+from hrm.data.integrity import read_contents
+from hrm.data.layout import ARRAYS, DatasetError
 from hrm.errors import UserError
-
-CELLS = 5
-VOCAB = 9
-
-
-def a_set(groups: list[list[int]], seed: int = 0) -> PuzzleSet:
-    """A set from the number of examples of every puzzle of every group; each input row tells its example."""
-    sizes = [size for group in groups for size in group]
-    examples = sum(sizes)
-    rng = np.random.default_rng(seed)
-    inputs = rng.integers(0, VOCAB, (examples, CELLS), dtype=np.uint8)
-    # The number of the example in base 8, so that a batch can be traced back to the rows it came from.
-    for place in range(3):
-        inputs[:, place] = np.arange(examples) // 8**place % 8
-    return PuzzleSet(
-        inputs=inputs,
-        labels=rng.integers(0, VOCAB, (examples, CELLS), dtype=np.uint8),
-        puzzle_identifiers=np.arange(1, len(sizes) + 1, dtype=np.int32),
-        puzzle_indices=np.cumsum([0, *sizes]).astype(np.int32),
-        group_indices=np.cumsum([0, *map(len, groups)]).astype(np.int32),
-    )
-
-
-def written(
-    folder: Path, *sets: list[list[int]], split: str = "train", identifiers: int = 200, **shape: Any
-) -> PuzzleDataset:
-    """A data set of one split, whose sets are called set0, set1, ..."""
-    with new_dataset(folder) as data:
-        part = data.split(split, Shape(**{"seq_len": CELLS, "vocab_size": VOCAB} | shape))
-        for number, groups in enumerate(sets):
-            part.add(f"set{number}", a_set(groups, number))
-        data.close([str(number) for number in range(identifiers)])
-    return PuzzleDataset(folder, split)
+from tests.puzzle_sets import CELLS, MIXED, VOCAB, written
 
 
 def examples_of(batch: dataset.Batch) -> list[int]:
     return [int(row[0] + 8 * row[1] + 64 * row[2]) for row in batch.inputs]
-
-
-MIXED = [[1, 1], [3], [2, 4, 1], [7], [1], [2, 2], [5, 1], [1, 1, 1]]
 
 
 # --- on disk
@@ -66,6 +31,7 @@ def test_unknown_keys_and_a_missing_ignore_label_are_fine(tmp_path: Path) -> Non
     values = json.loads(path.read_text()) | {"made_by": "somebody"}
     del values["ignore_label_id"]
     path.write_text(json.dumps(values))
+    (tmp_path / "train/checksums.json").unlink()
     again = PuzzleDataset(tmp_path, "train")
     assert again.metadata == replace(data.metadata, ignore_label_id=None)
     batch = next(dataset.test_batches(again, global_batch_size=4))[1]
@@ -101,14 +67,35 @@ def with_value(index: Any, value: int) -> Callable[[np.ndarray], np.ndarray]:
     return change
 
 
+def more_puzzles_than_examples(folder: Path) -> None:
+    np.save(folder / "set0__puzzle_identifiers.npy", np.zeros(34, np.uint8))
+    np.save(folder / "set0__puzzle_indices.npy", np.arange(35))
+
+
+def with_large(array: np.ndarray) -> np.ndarray:
+    array = array.astype(np.uint64)
+    array[3] = 2**64 - 1
+    return array
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda f: (f / "set0__labels.npy").unlink(), r"set0__labels\.npy: no such file"),
-        (lambda f: cut(f / "set0__inputs.npy", 0.9), r"set0__inputs\.npy: not a readable \.npy array"),
+        (
+            lambda f: cut(f / "set0__inputs.npy", 0.9),
+            r"set0__inputs\.npy: 263 bytes, expected 293 for .*33, 5",
+        ),
         (lambda f: cut(f / "set0__inputs.npy", 0.1), r"set0__inputs\.npy: not a readable \.npy array"),
         (lambda f: cut(f / "set0__labels.npy", 0), r"set0__labels\.npy: not a readable \.npy array"),
-        (lambda f: cut(f / "set0__group_indices.npy", 0.9), r"set0__group_indices\.npy: not a readable"),
+        (
+            lambda f: cut(f / "set0__group_indices.npy", 0.9),
+            r"set0__group_indices\.npy: 147 bytes, expected 164",
+        ),
+        (
+            lambda f: (f / "set0__labels.npy").open("ab").write(b"0"),
+            r"set0__labels\.npy: 294 bytes, expected 293",
+        ),
         (lambda f: cut(f / "set0__puzzle_indices.npy", 0.3), r"set0__puzzle_indices\.npy: not a readable"),
         (
             lambda f: (f / "set0__inputs.npy").write_text("rows"),
@@ -116,12 +103,19 @@ def with_value(index: Any, value: int) -> Callable[[np.ndarray], np.ndarray]:
         ),
         (
             lambda f: np.savez((f / "set0__inputs.npy").open("wb"), a=np.zeros(3)),
-            r"set0__inputs\.npy: an archive",
+            r"set0__inputs\.npy: not a readable \.npy array \(the magic string",
         ),
-        (altered("puzzle_identifiers", lambda a: a.astype(object)), r"identifiers\.npy: not a readable"),
-        (altered("inputs", lambda a: a.astype(object)), r"inputs\.npy: not a readable"),
+        (
+            altered("puzzle_identifiers", lambda a: a.astype(object)),
+            r"identifiers\.npy: numbers of type object",
+        ),
+        (
+            altered("inputs", lambda a: a.astype(object)),
+            r"inputs\.npy: numbers of type object, expected integers",
+        ),
         (altered("inputs", lambda a: a.astype(np.float32)), r"inputs\.npy: numbers of type float32"),
         (altered("labels", lambda a: a > 0), r"labels\.npy: numbers of type bool"),
+        (altered("labels", lambda a: a.astype("i4, i4")), r"labels\.npy: numbers of type \[\("),
         (altered("inputs", lambda a: a[:, :, None]), r"inputs\.npy: shape \(33, 5, 1\)"),
         (altered("inputs", lambda a: a[:0]), r"inputs\.npy: shape \(0, 5\)"),
         (altered("group_indices", lambda a: a[None]), r"group_indices\.npy: shape \(1, 9\)"),
@@ -141,6 +135,15 @@ def with_value(index: Any, value: int) -> Callable[[np.ndarray], np.ndarray]:
         (altered("puzzle_indices", with_value(-1, 35)), r"puzzle_indices\.npy: ends with 35, expected 33"),
         (altered("group_indices", with_value(-1, 99)), r"group_indices\.npy: ends with 99, expected 15"),
         (altered("group_indices", with_value(2, 2)), r"group_indices\.npy: row 2 holds 2 after 2"),
+        (
+            altered("puzzle_indices", lambda a: with_large(a)),
+            r"puzzle_indices\.npy: row 3 holds 18446744073709551615",
+        ),
+        (
+            altered("group_indices", lambda a: np.arange(40)),
+            r"group_indices\.npy: length 40, expected at most 16",
+        ),
+        (more_puzzles_than_examples, r"puzzle_identifiers\.npy: length 34, expected at most 33"),
         (altered("group_indices", lambda a: np.delete(a, 2)), r"total_groups is 8, .*hold 7 groups"),
     ],
 )
@@ -172,6 +175,7 @@ def test_an_ignored_label_may_lie_outside_the_vocabulary(tmp_path: Path) -> None
     labels = np.load(path).astype(np.int16)
     labels[3, 1] = -7
     np.save(path, labels)
+    (tmp_path / "train/checksums.json").unlink()
     batch = next(dataset.test_batches(PuzzleDataset(tmp_path, "train"), global_batch_size=8))[1]
     assert [tuple(where) for where in np.argwhere(batch.labels == -100)] == [(3, 1)]
 
@@ -184,20 +188,29 @@ def test_an_ignored_label_may_lie_outside_the_vocabulary(tmp_path: Path) -> None
         ({"num_puzzle_identifiers": 15}, r"puzzle_identifiers\.npy: row 14 holds 15"),
         ({"total_groups": 7}, r"dataset\.json: total_groups is 7, but the arrays hold 8"),
         ({"mean_puzzle_examples": 2.5}, r"dataset\.json: mean_puzzle_examples is 2\.5, .* give 2\.2;"),
-        ({"mean_puzzle_examples": float("nan")}, r"mean_puzzle_examples is nan"),
+        ({"mean_puzzle_examples": float("nan")}, r"dataset\.json: not readable as JSON \(NaN"),
+        ({"mean_puzzle_examples": 10**400}, r"mean_puzzle_examples is 1000+\.\.\., expected"),
         ({"mean_puzzle_examples": "2"}, r"mean_puzzle_examples is '2'"),
-        ({"vocab_size": "9"}, r"vocab_size is '9', expected a whole number"),
+        ({"vocab_size": "9"}, r"vocab_size is '9', expected a whole number from 1 to 1048576"),
         ({"vocab_size": True}, r"vocab_size is True"),
+        ({"vocab_size": 2**20 + 1}, r"vocab_size is 1048577, expected a whole number from 1 to 1048576"),
         ({"seq_len": 0}, r"seq_len is 0"),
+        ({"seq_len": 2**16 + 1}, r"seq_len is 65537, expected a whole number from 1 to 65536"),
+        ({"num_puzzle_identifiers": 2**27 + 1}, r"num_puzzle_identifiers is 134217729, expected"),
+        ({"total_groups": 10**1000}, r"total_groups is 1000+\.\.\., expected"),
         ({"pad_id": 9}, r"pad_id is 9, expected less than vocab_size 9"),
         ({"blank_identifier_id": 200}, r"blank_identifier_id is 200, .*num_puzzle_identifiers 200"),
         ({"ignore_label_id": "0"}, r"ignore_label_id is '0'"),
-        ({"sets": []}, r"sets is \[\]"),
+        ({"ignore_label_id": -(2**31) - 1}, r"ignore_label_id is -2147483649, .* 32 bits"),
+        ({"sets": []}, r"sets is \[\], expected a list of different plain names"),
         ({"sets": "set0"}, r"sets is 'set0'"),
-        ({"sets": ["set0", "set0"]}, r"'set0' is there twice"),
-        ({"sets": ["../set0"]}, r"set name '\.\./set0', expected a plain name"),
-        ({"sets": ["a/b"]}, r"set name 'a/b'"),
-        ({"sets": ["a\\b"]}, r"set name"),
+        ({"sets": [0]}, r"sets is \[0\]"),
+        ({"sets": ["set0", "set0"]}, r"sets is \['set0', 'set0'\]"),
+        ({"sets": [str(number) for number in range(1001)]}, r"sets is \['0', .* at most 1000"),
+        *(
+            ({"sets": [name]}, r"sets is \['.*, expected a list of different plain names")
+            for name in ("../set0", "a/b", "a\\b", "", "..", "C:set0", "set0\0", "a\n", "\ud800", "ä" * 101)
+        ),
         ({"sets": ["other"]}, r"other__inputs\.npy: no such file"),
     ],
 )
@@ -214,8 +227,11 @@ def test_contradicting_metadata_is_named(tmp_path: Path, changes: dict[str, Any]
     [
         (None, "no such file"),
         ("{", "not readable as JSON"),
-        ("[1]", "expected a JSON object, found list"),
-        ('{"pad_id": 0}', "no blank_identifier_id, vocab_size, seq_len"),
+        ("[1]", "holds list, expected a JSON object"),
+        ('{"pad_id": 0}', "blank_identifier_id is missing, expected a whole number"),
+        ("[" * 100_000, "not readable as JSON"),
+        ('{"pad_id": ' + "1" * 5000 + "}", "not readable as JSON"),
+        (" " * (1 << 20) + "{}", "more than 1 MiB"),
     ],
 )
 def test_a_bad_description_is_named(tmp_path: Path, text: str | None, message: str) -> None:
@@ -228,26 +244,29 @@ def test_a_bad_description_is_named(tmp_path: Path, text: str | None, message: s
 
 def test_the_fingerprint_sees_every_byte_and_not_the_place(tmp_path: Path) -> None:
     first, second = (fingerprint(written(tmp_path / name, MIXED)) for name in "ab")
-    assert first == second and len(first) == 64
+    # As it was before there were checksums: checkpoints hold it.
+    assert first == second == "ec76513f4660612b9ccfcf92a3ac9cb3549366007c34513799bddeff64162436"
+    (tmp_path / "b/train/checksums.json").unlink()
+    names = ["dataset.json", *(f"set0__{array}.npy" for array in ARRAYS)]
+
+    def now() -> str:
+        return read_contents([tmp_path / "b/train" / name for name in names]).fingerprint
+
+    assert fingerprint(PuzzleDataset(tmp_path / "b", "train")) == now() == first
     seen = {first}
-    for array in ARRAYS:
-        path = tmp_path / f"b/train/set0__{array}.npy"
+    for name in names:
+        path = tmp_path / "b/train" / name
         before = path.read_bytes()
-        data = PuzzleDataset(tmp_path / "b", "train")
         path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
-        seen.add(fingerprint(data))
+        seen.add(now())
         path.write_bytes(before)
     # A byte that moves from the end of one file to the beginning of the next.
-    one, next_one = (tmp_path / f"b/train/set0__{array}.npy" for array in ARRAYS[:2])
+    one, next_one = (tmp_path / "b/train" / name for name in names[1:3])
     before, after = one.read_bytes(), next_one.read_bytes()
     one.write_bytes(before[:-1])
     next_one.write_bytes(before[-1:] + after)
-    seen.add(fingerprint(data))
-    one.write_bytes(before)
-    next_one.write_bytes(after)
-    (tmp_path / "b/train/dataset.json").write_text((tmp_path / "a/train/dataset.json").read_text() + " ")
-    seen.add(fingerprint(PuzzleDataset(tmp_path / "b", "train")))
-    assert len(seen) == len(ARRAYS) + 3
+    seen.add(now())
+    assert len(seen) == len(names) + 2
 
 
 # --- training batches
@@ -447,3 +466,34 @@ def test_every_test_example_comes_once_in_order(tmp_path: Path, world_size: int)
             and (identifiers[valid:] == 199).all()
         )
     assert taken == {"set0": 33, "set1": 4}
+
+
+# --- what was in a batch
+
+
+@pytest.mark.parametrize("sets", [([[1]] * 21,), (MIXED,), ([[1]] * 9, MIXED)])
+def test_the_members_of_a_batch_are_drawn_again(tmp_path: Path, sets: tuple[list[list[int]], ...]) -> None:
+    data = written(tmp_path, *sets)
+    options: dict[str, Any] = {"seed": 7, "epochs": 7, "epochs_per_iter": 3, "global_batch_size": 6}
+    batches, position = list(train_batches(data, **options)), (0, 0)
+    for batch in batches:
+        # The place of a batch is where the one before it said that it is.
+        assert batch.index == position
+        position = batch.position
+        found = batch_members(data, **options, position=batch.index)
+        part = data.sets[found.set_name]
+        np.testing.assert_array_equal(part.inputs[found.examples], batch.inputs)
+        np.testing.assert_array_equal(found.puzzle_identifiers, batch.puzzle_identifiers)
+        owners = np.searchsorted(part.puzzle_indices, found.examples, side="right") - 1
+        np.testing.assert_array_equal(part.puzzle_identifiers[owners], found.puzzle_identifiers)
+    # Of the whole batch, whatever a rank's rows are.
+    half = list(train_batches(data, **options, rank=1, world_size=2))[-1]
+    last = batch_members(data, **options, position=half.index)
+    np.testing.assert_array_equal(data.sets[last.set_name].inputs[last.examples[3:]], half.inputs)
+    with pytest.raises(DatasetError, match=r"the run of 7 epochs has no batch at \(3, 0\)"):
+        batch_members(data, **options, position=(3, 0))
+    with pytest.raises(DatasetError, match=r"has no batch at|cannot go on at batch 99"):
+        batch_members(data, **options, position=(1, 99))
+    count = sum(batch.index[0] == 1 for batch in batches)
+    with pytest.raises(DatasetError, match=rf"has no batch at \(1, {count}\)"):
+        batch_members(data, **options, position=(1, count))

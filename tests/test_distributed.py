@@ -1,28 +1,33 @@
 """The parts of a job of many ranks, in one process; tests/test_ranks.py runs whole jobs."""
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from threading import Thread
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
 import torch
 from torch.distributed import HashStore, PrefixStore, Store
 
-from hrm import distributed, guard, heartbeat, ranks
+from hrm import distributed, guard, heartbeat, ranks, software
+from hrm.agreement import CALLS, newly_slow
 from hrm.distributed import World, digest
 from hrm.errors import UserError
-from hrm.heartbeat import Heartbeat, meet
+from hrm.heartbeat import Heartbeat, Sign, late, meet
 from hrm.ranks import Place, one_voice, place
+from hrm.software import versions
 
 GIVEN = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "GROUP_RANK": "1"}
 GIVEN |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 # Long against what a busy machine takes away from a thread.
-SILENCE = 3.0
+SILENCE = 2.0
 
 
 @pytest.fixture
@@ -46,6 +51,9 @@ def test_one_rank_needs_no_process_group():
     assert world.rows(8) == slice(0, 8) and World(2, 4).rows(8) == slice(4, 6)
     world.barrier()
     world.check_equal({"weights": "a"})
+    world.doing("step 1")
+    assert [world.highest(code) for code in (0, 2, 1)] == [0, 2, 1]
+    assert world.stragglers(9.0) is None and world.waited == 0
     with distributed.joined("cpu", 8) as joined:
         assert joined == (World(), torch.device("cpu"))
 
@@ -159,10 +167,14 @@ def test_ranks_that_do_not_come_are_named():
 class Listener(Heartbeat):
     """A heartbeat that notes what it would end the process with."""
 
-    def __init__(self, store: HashStore, here: Place, joining: float = 60.0) -> None:
+    def __init__(self, store: HashStore, here: Place, joining: float, patience: float) -> None:
         self.verdicts: list[str] = []
         self.reachable = True
-        super().__init__(lambda: cast(Store, Failing(store, self)), "there:1", here, SILENCE, joining)
+
+        def connect() -> Store:
+            return cast(Store, Failing(store, self))
+
+        super().__init__(connect, "there:1", here, SILENCE, patience, joining)
 
     def _die(self, line, lost) -> None:
         self.verdicts.append(line)
@@ -194,12 +206,13 @@ class Failing:
 def hearts() -> Iterator:
     made: list[Listener] = []
 
-    def make(size: int, nodes: str, joining: float = 60.0) -> list[Listener]:
+    def make(size: int, nodes: str, joining: float = 60.0, patience: float = 1000.0) -> list[Listener]:
         """One for each character of `nodes`, which names its rank's node."""
         store = HashStore()
         for rank in range(size):
             store.set(f"sign/{rank}", "null")
-        made.extend(Listener(store, Place(rank, size, 0, node), joining) for rank, node in enumerate(nodes))
+        for rank, node in enumerate(nodes):
+            made.append(Listener(store, Place(rank, size, 0, node), joining, patience))
         return made
 
     yield make
@@ -227,7 +240,7 @@ def test_a_silent_rank_is_named_and_a_busy_one_is_not(hearts):
     assert took > 0.8 * SILENCE
     for verdict in one.verdicts[0], three.verdicts[0]:
         assert verdict.startswith("rank 1 (host ") and f"pid {os.getpid()}) has not been heard" in verdict
-        assert "for 3 s: killed, stopped or cut off" in verdict
+        assert "for 2 s: killed, stopped or cut off" in verdict
 
 
 def test_a_rank_that_leaves_is_not_missed_and_one_that_fails_elsewhere_is_named(hearts):
@@ -299,6 +312,198 @@ def test_an_error_told_on_this_node_is_given_time(hearts):
     assert time.monotonic() - begun > 5 * SILENCE / heartbeat.SIGNS
 
 
+# ------------------------------------------------------------------------------------- ranks that do not come
+
+
+def sign(rank: int, collectives: int, waits: bool, **more) -> Sign:
+    return Sign(rank, "a", "host", 100 + rank, collectives=collectives, waits=waits, **more)
+
+
+@pytest.mark.parametrize(
+    ("signs", "missing"),
+    [
+        ([sign(0, 5, True), sign(1, 4, False)], [1]),
+        ([sign(0, 5, True), sign(1, 4, False), sign(2, 3, False), sign(3, 3, False)], [2, 3]),
+        # One that is itself in an earlier collective waits as well.
+        ([sign(0, 5, True), sign(1, 4, True), sign(2, 3, False)], [2]),
+        # The source of a broadcast is past it.
+        ([sign(0, 6, False), sign(1, 5, True), sign(2, 4, False)], [2]),
+        ([sign(0, 6, False), sign(1, 5, True)], []),
+        ([sign(0, 5, True), sign(1, 5, True)], []),
+        ([sign(0, 5, False), sign(1, 4, False)], []),
+        # One that left in order while the others go on.
+        ([sign(0, 5, True), sign(1, 4, False, end="")], [1]),
+    ],
+)
+def test_the_ranks_behind_are_those_that_the_others_wait_for(signs, missing):
+    assert [late_sign.rank for late_sign in late(signs)] == missing
+
+
+def test_a_sign_of_another_version_is_read():
+    written = {"rank": 1, "node": "a", "host": "h", "pid": 7, "count": 2, "mood": "fine"}
+    assert Sign.read(written) == Sign(1, "a", "h", 7, 2)
+
+
+def test_a_rank_that_does_not_come_is_told_of_and_then_named_by_all(hearts, capsys):
+    """Its threads live: only what its main thread does tells."""
+    zero, one, two = hearts(3, "aab", patience=2 * SILENCE)
+    one.doing("evaluating")
+    with zero.waiting(), two.waiting():
+        wait_for(lambda: zero._sign.turns * zero._period >= zero._warning, SILENCE)
+        wait_for(lambda: "waiting for" in capsys.readouterr().err, SILENCE)
+        wait_for(lambda: zero.verdicts and one.verdicts and two.verdicts, 4 * SILENCE)
+    # Said once, by one of those that wait.
+    assert not capsys.readouterr().err
+    for verdict in zero.verdicts[0], one.verdicts[0], two.verdicts[0]:
+        who = f"rank_timeout={2 * SILENCE:g}: waited in vain for rank 1 (host {zero._sign.host}, pid "
+        assert verdict.startswith(who)
+        seconds = float(re.search(r": evaluating for (\d+) s; the same command", verdict)[1])
+        assert 2 * SILENCE <= seconds < 3 * SILENCE
+    assert 2 * SILENCE < zero.waited < 6 * SILENCE
+
+
+def test_the_first_rank_that_waits_tells_whom_it_waits_for(hearts, capsys):
+    zero, one, two = hearts(3, "abc", patience=2 * SILENCE)
+    zero.doing("step 3")
+    with one.waiting(), two.waiting():
+        wait_for(lambda: one._warned and two._warned and zero._warned, 2 * SILENCE)
+    told = capsys.readouterr().err
+    assert re.fullmatch(r"waiting for rank 0 \(host \S+, pid \d+\): step 3 for \d+ s\n", told)
+    assert not zero.verdicts + one.verdicts + two.verdicts
+
+
+def test_ranks_that_work_or_wait_in_turn_are_left_in_peace(hearts, capsys):
+    zero, one = hearts(2, "ab", patience=SILENCE / 2)
+    until = time.monotonic() + SILENCE
+    while time.monotonic() < until:
+        # Collectives that take their time, and one that has just begun another.
+        with zero.waiting(), one.waiting():
+            time.sleep(0.02)
+    # Alone at work: nobody waits.
+    time.sleep(SILENCE)
+    assert not zero.verdicts + one.verdicts
+    assert not capsys.readouterr().err
+
+
+def test_a_silent_rank_is_not_judged_by_what_it_last_said(hearts):
+    zero, one = hearts(2, "ab", patience=SILENCE / 2)
+    with zero.waiting(), one.waiting():
+        wait_for(lambda: zero._signs() and zero._signs()[0].waits, SILENCE)
+        one.freeze()
+        wait_for(lambda: zero.verdicts, 5 * SILENCE)
+    assert "has not been heard of" in zero.verdicts[0]
+
+
+def test_ranks_that_all_wait_blame_what_lies_between_them(hearts):
+    zero, one = hearts(2, "ab", patience=SILENCE)
+    zero.doing("step 7")
+    one.doing("step 7")
+    with zero.waiting(), one.waiting():
+        wait_for(lambda: zero.verdicts and one.verdicts, 4 * SILENCE)
+    assert "all ranks wait for one another at step 7, so the network between them" in one.verdicts[0]
+
+
+@pytest.mark.parametrize(
+    ("rank", "beside", "lost", "speaks"),
+    [
+        (0, [1, 2], [], True),
+        (1, [0, 2], [], False),
+        (1, [0, 2], [0], True),
+        # The one that did not come leaves it to those that waited, if there are any.
+        (0, [1], [0], False),
+        (0, [], [0], True),
+        (0, [1], [0, 1], True),
+    ],
+)
+def test_one_rank_of_a_node_says_why_it_ends(monkeypatch, capsys, rank, beside, lost, speaks):
+    heart = object.__new__(Heartbeat)
+    heart._sign, others = sign(rank, 0, False), [sign(other, 0, False) for other in beside]
+    monkeypatch.setattr(heart, "_signs", lambda: others)
+    naps: list[float] = []
+    monkeypatch.setattr(heartbeat.time, "sleep", naps.append)
+
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(heartbeat.os, "_exit", leave)
+    with pytest.raises(SystemExit, match="1"):
+        heart._die("why", [sign(other, 0, False) for other in lost])
+    assert (capsys.readouterr().err == "error: why\n") is speaks and (naps == [2]) is not speaks
+
+
+# ------------------------------------------------------------------------------------------------ agreement
+
+
+def test_a_slow_rank_is_told_once_after_some_calls_in_a_row():
+    slow = [0, 0, 0]
+    for _ in range(CALLS - 1):
+        assert newly_slow([1.0, 1.0, 1.6], slow) == []
+    # Back to its pace in between, it starts from the front.
+    assert newly_slow([1.0, 1.0, 1.4], slow) == [] and slow == [0, 0, 0]
+    for _ in range(CALLS - 1):
+        assert newly_slow([1.6, 1.0, 1.0], slow) == []
+    assert newly_slow([1.6, 1.0, 1.0], slow) == [0]
+    for _ in range(2 * CALLS):
+        assert newly_slow([1.6, 1.0, 1.0], slow) == []
+    # Of two, by the faster one.
+    pair = [0, CALLS - 1]
+    assert newly_slow([1.0, 1.6], pair) == [1]
+
+
+def test_differences_are_short():
+    long = ["x" * 100 + end for end in "abb"]
+    told = distributed._difference(long)
+    assert len(told) < 200 and told.startswith("rank 0 has xxx") and ", the others have xxx" in told
+    first, second = re.findall(r"x… \((\w{8})\)", told)
+    assert first != second
+    assert distributed._difference(["a", "a"]) == "" and distributed._difference(long[1:]) == ""
+
+
+# ------------------------------------------------------------------------------------------------- software
+
+
+def test_software_is_named_file_by_file(tmp_path, monkeypatch):
+    """A copy with a comment changed is other software, in that file alone."""
+    before = versions()
+    assert {"train.py", "hrm/act.py", "kernels/rope.py", "torch", "numpy", "triton"} <= before.keys()
+    for package in ("hrm", "kernels"):
+        shutil.copytree(software.ROOT / package, tmp_path / package)
+    shutil.copy(software.ROOT / "train.py", tmp_path)
+    monkeypatch.setattr(software, "ROOT", tmp_path)
+    assert versions() == before
+    for name in ("hrm/data/dataset.py", "kernels/rope.py", "train.py"):
+        with (tmp_path / name).open("a") as copied:
+            copied.write("# changed\n")
+    changed = versions()
+    assert changed.keys() == before.keys()
+    assert [name for name in before if changed[name] != before[name]] == [
+        "hrm/data/dataset.py",
+        "kernels/rope.py",
+        "train.py",
+    ]
+
+
+def test_settings_and_kinds_of_device_are_software_too(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = versions()
+    assert before["CUBLAS_WORKSPACE_CONFIG"] == "unset" and before["torch"].startswith(torch.__version__)
+    assert before["threads (OMP_NUM_THREADS)"] == str(torch.get_num_threads())
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    changed = versions()
+    assert {name: changed[name] for name in changed if changed[name] != before[name]} == {
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8"
+    }
+    card = SimpleNamespace(major=9, minor=0, multi_processor_count=132, name="that")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
+    on_gpu = versions("cuda:1")
+    assert on_gpu["GPU"] == "compute capability 9.0, 132 multiprocessors" and on_gpu["nccl"] == "2.27.5"
+    assert "processor" not in on_gpu and before.keys() - on_gpu.keys() == {
+        "processor",
+        "threads (OMP_NUM_THREADS)",
+    }
+
+
 # ------------------------------------------------------------------------------------------ guard, voices
 
 
@@ -346,7 +551,7 @@ def test_the_first_rank_of_a_node_speaks_at_once(
 
     with pytest.raises(type(error)) as told:
         one_voice(command)
-    assert str(told.value) == raised and [nap > 2 for nap in naps] == [True] * waits
+    assert str(told.value) == raised and [nap > ranks.ENDING for nap in naps] == [True] * waits
 
 
 def test_an_interrupt_is_told_by_rank_0_alone(environment):

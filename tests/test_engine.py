@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hrm import engine as engine_module
+from hrm.act import Carry
 from hrm.config import ArchConfig, AttentionConfig, Config
 from hrm.data.dataset import Batch
 from hrm.data.layout import Metadata
@@ -71,7 +72,7 @@ def test_training_learns_and_replaces_sequences():
     losses, halted = [], 0.0
     for _ in range(40):
         engine.train_step(next(source))
-        metrics = engine.pop_metrics()
+        metrics = engine.pop().metrics
         losses.append(metrics["lm_loss"])
         halted += metrics["count"]
     # Labels are a fixed map of the inputs, so the loss must fall far below log(V) = 1.8.
@@ -82,15 +83,10 @@ def test_training_learns_and_replaces_sequences():
 def test_a_restored_engine_goes_on_bit_for_bit():
     straight = make_engine()
     source = list(zip(range(20), batches(), strict=False))
-    states = []
     for i, batch in source:
         straight.train_step(batch)
         if i == 9:
             saved = copy.deepcopy((straight.weights(), straight.training_state()))
-        if i > 9:
-            states.append(straight.pop_metrics() if i == 19 else None)
-        elif i == 9:
-            straight.pop_metrics()
     # Another seed's model: nothing may survive from the fresh initialisation but the exploration's seed.
     resumed = make_engine()
     with torch.no_grad():
@@ -103,7 +99,7 @@ def test_a_restored_engine_goes_on_bit_for_bit():
     ours, theirs = all_state(resumed), all_state(straight)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    assert resumed.pop_metrics() == states[-1] and resumed.step == 20
+    assert resumed.pop() == straight.pop() and resumed.step == 20
 
 
 def test_metrics_are_means_over_the_interval():
@@ -113,8 +109,8 @@ def test_metrics_are_means_over_the_interval():
     for batch in source:
         engine.train_step(batch)
         reference.train_step(batch)
-        singles.append(reference.pop_metrics())
-    together = engine.pop_metrics()
+        singles.append(reference.pop().metrics)
+    together = engine.pop().metrics
     assert together["lm_loss"] == pytest.approx(np.mean([m["lm_loss"] for m in singles]), rel=1e-5)
     assert together["grad_norm"] == pytest.approx(np.mean([m["grad_norm"] for m in singles]), rel=1e-5)
     counts = [m["count"] for m in singles]
@@ -129,17 +125,94 @@ def test_metrics_are_means_over_the_interval():
 def test_metrics_of_halted_sequences_are_absent_while_none_has():
     engine = make_engine()
     engine.train_step(next(batches()))
-    metrics = engine.pop_metrics()
+    metrics = engine.pop().metrics
     assert metrics["count"] == 0 and "exact_accuracy" not in metrics and metrics["lm_loss"] > 0
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_one_line():
-    engine = make_engine()
+def poison(engine: Engine, *steps: int, name: str = "lm_head.weight", value: float = math.nan) -> None:
+    """Puts a value into one parameter's gradient in the steps given."""
+    compute = engine._compute
+
+    def poisoned(forward):
+        compute(forward)
+        if engine.step in steps:
+            engine.parameters.views(engine.parameters.grad)[name].view(-1)[3] = value
+
+    engine._compute = poisoned
+
+
+CARRY = Carry._fields
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("options", [{}, {"ema": True, "grad_clip": 1.0, "gradient_accumulation": 2}])
+def test_a_gradient_that_is_not_finite_changes_nothing_that_lasts(value, options):
+    engine, source = make_engine(make_config(**options)), batches()
+    poison(engine, 3, 5, value=value)
+    untouched = make_engine(make_config(**options))
+    for step in range(1, 8):
+        kept = {name: tensor.clone() for name, tensor in all_state(engine).items() if name not in CARRY}
+        batch = next(source)
+        engine.train_step(batch)
+        lasting = {name: tensor for name, tensor in all_state(engine).items() if name not in CARRY}
+        same = [name for name, value in kept.items() if torch.equal(value, lasting[name])]
+        if step in (3, 5):
+            assert len(same) == len(kept) > 10 and engine.carry.halted.all()
+        else:
+            assert len(same) < len(kept) / 2
+        assert all(torch.isfinite(v).all() for v in lasting.values() if v.is_floating_point())
+        # Up to the first bad step all is as without the watch, the carry included.
+        if step <= 2:
+            untouched.train_step(batch)
+            for name, tensor in all_state(untouched).items():
+                assert torch.equal(tensor, all_state(engine)[name]), name
+    interval = engine.pop()
+    assert interval.metrics["skipped"] == 2 and interval.skipped_in_a_row == 0
+    assert [math.isfinite(norm) for norm in interval.norms] == [True, True, False, True, False, True, True]
+    assert all(map(math.isfinite, interval.losses)) and len(interval.losses) == 7
+    finite = [loss for loss, norm in zip(interval.losses, interval.norms, strict=True) if math.isfinite(norm)]
+    assert interval.metrics["loss"] == pytest.approx(sum(finite) / 5, rel=1e-6)
+    assert engine.optimizer.count.item() == 5
+    assert "skipped" not in engine_after(engine, source).metrics
+
+
+def engine_after(engine: Engine, source: Any) -> Any:
+    engine.train_step(next(source))
+    return engine.pop()
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_explained():
+    engine, source = make_engine(), batches()
+    engine.train_step(next(source))
+    assert engine.pop().skipped_in_a_row == 0
+    before = engine.parameters.data.clone()
+    before_head = engine.model.lm_head.weight.detach().clone()
     with torch.no_grad():
-        engine.parameters.data.fill_(math.nan)
-    engine.train_step(next(batches()))
-    with pytest.raises(UserError, match=r"^the loss is not finite at step 1: lower lr=0.01 or raise"):
-        engine.pop_metrics()
+        engine.model.lm_head.weight.fill_(math.nan)
+    spoilt = engine.parameters.data.clone()
+    for _ in range(3):
+        engine.train_step(next(source))
+    assert torch.equal(engine.parameters.data.nan_to_num(nan=7.0), spoilt.nan_to_num(nan=7.0))
+    interval = engine.pop()
+    assert interval.metrics == {"skipped": 3} and interval.skipped_in_a_row == 3
+    assert all(map(math.isnan, interval.losses))
+    assert engine.diagnosis().startswith("the loss and the gradient of ")
+    with torch.no_grad():
+        engine.model.lm_head.weight.copy_(before_head)
+    assert torch.equal(engine.parameters.data, before)
+    interval = engine_after(engine, source)
+    assert interval.skipped_in_a_row == 0 and math.isfinite(interval.metrics["loss"])
+
+
+def test_what_is_not_finite_is_named():
+    engine, source = make_engine(), batches()
+    poison(engine, 1, name="H_level.layers.0.self_attn.qkv_proj.weight", value=math.inf)
+    engine.train_step(next(source))
+    found = engine.diagnosis()
+    assert "the loss" not in found and "more tensors" not in found
+    assert found.startswith(
+        "the gradient of H_level.layers.0.self_attn.qkv_proj.weight is not finite; the largest weight"
+    )
 
 
 def test_evaluation_counts_every_example_once_and_leaves_the_carry():
@@ -172,7 +245,7 @@ def test_compiled_steps_follow_the_eager_ones(arch):
     for batch, _ in zip(batches(), range(12), strict=False):
         for engine in engines:
             engine.train_step(batch)
-    eager, compiled = (engine.pop_metrics() for engine in engines)
+    eager, compiled = (engine.pop().metrics for engine in engines)
     assert compiled == pytest.approx(eager, rel=2e-4)
     weights = [engine.parameters.data for engine in engines]
     # Updates are lr-sized whatever the gradient, so rounding may turn single small ones around.
@@ -210,7 +283,7 @@ def test_measuring_a_mode_changes_nothing():
     batch = next(batches())
     for engine in (measured, untouched):
         engine.train_step(batch)
-    assert measured.pop_metrics() == untouched.pop_metrics()
+    assert measured.pop().metrics == untouched.pop().metrics
 
 
 @pytest.mark.parametrize("mode", [EAGER, COMPILE])

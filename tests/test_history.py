@@ -154,7 +154,7 @@ def test_the_configuration_is_read_as_plain_values(tmp_path):
 def test_another_file_in_the_configurations_place_is_refused(tmp_path, text):
     write(tmp_path, {"step": 1})
     (tmp_path / "config.yaml").write_text(text, encoding="latin-1")
-    with pytest.raises(UserError, match=r"config\.yaml: not a run's configuration in YAML; restore it"):
+    with pytest.raises(UserError, match=r"config\.yaml: not.* a run's configuration.*; restore it"):
         read_history(tmp_path)
 
 

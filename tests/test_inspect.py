@@ -14,7 +14,7 @@ import pytest
 
 from hrm.data import inspect
 from hrm.data.arc_augment import canvas
-from hrm.data.layout import PuzzleSet
+from hrm.data.layout import ARRAYS, PuzzleSet
 from hrm.data.maze import Request, generate, write_mazes
 from hrm.data.writer import Shape, new_dataset
 from hrm.errors import run_command
@@ -45,8 +45,9 @@ def mazes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def data(mazes: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
-    return Path(shutil.copytree(mazes, tmp_path / "data"))
+    """A copy to damage, without checksums, as the official data sets are."""
+    skipped = shutil.ignore_patterns("checksums.json")
+    return Path(shutil.copytree(mazes, tmp_path / "data", ignore=skipped))
 
 
 def violations(folder: Path, capsys: pytest.CaptureFixture[str], *words: object) -> list[str]:
@@ -131,8 +132,8 @@ def test_a_picture_of_the_samples(mazes: Path, tmp_path: Path) -> None:
 def test_sudoku_is_told_with_clues_and_solved_when_asked(
     tiny_sudoku: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = Path(shutil.copytree(tiny_sudoku, tmp_path / "data"))
-    (folder / "fingerprints.json").unlink(missing_ok=True)
+    skipped = shutil.ignore_patterns("checksums.json", "fingerprints.json")
+    folder = Path(shutil.copytree(tiny_sudoku, tmp_path / "data", ignore=skipped))
     assert violations(folder, capsys, "--deep") == []
     clues = (np.load(folder / "test" / "all__inputs.npy") > 1).sum(axis=1)
     assert command(folder, "--samples", 0) == 0
@@ -167,6 +168,8 @@ def arc(folder: Path) -> Path:
         for split in ("train", "test"):
             writer.split(split, Shape(900, 12)).add("all", part)
         writer.close(["<blank>", "task", "task_t1_0123456789"])
+    for split in ("train", "test"):
+        (folder / split / "checksums.json").unlink()
     return folder
 
 
@@ -223,10 +226,10 @@ def test_each_damage_is_told_beside_all_the_others(data: Path, capsys: pytest.Ca
         "train/all__inputs.npy: row 3, cell 5, holds 9, expected 0 to 5 (vocab_size 6)",
         "train/all__inputs.npy: row 70, cell 0, holds 6, expected 0 to 5 (vocab_size 6)",
         "train/all__puzzle_identifiers.npy: row 2 holds -1, expected 0 to 0 (num_puzzle_identifiers 1)",
-        "test/dataset.json: vocab_size is True, expected a whole number of at least 1",
+        "test/dataset.json: vocab_size is True, expected a whole number from 1 to 1048576",
         "test/dataset.json: sets is ['all', 'more/../x'], expected a list of different plain names, at least "
-        "one",
-        "test/all__inputs.npy: not a readable .npy array (mmap length is greater than file size)",
+        "one and at most 1000",
+        "test/all__inputs.npy: 1,098 bytes, expected 1,108 for its shape (20, 49)",
         "test/all__labels.npy: numbers of type float32, expected integers",
         "test/all__group_indices.npy: no such file",
         "identifiers.json: 2 names, but train/dataset.json says num_puzzle_identifiers 1",
@@ -280,8 +283,8 @@ def test_each_damage_is_told_beside_all_the_others(data: Path, capsys: pytest.Ca
         (
             lambda d: edit_json(d / "test/dataset.json", seq_len="missing", ignore_label_id=1.5),
             [
-                "test/dataset.json: seq_len is missing, expected a whole number of at least 1",
-                "test/dataset.json: ignore_label_id is 1.5, expected a whole number or null",
+                "test/dataset.json: seq_len is missing, expected a whole number from 1 to 65536",
+                "test/dataset.json: ignore_label_id is 1.5, expected a whole number of 32 bits or null",
             ],
         ),
         (
@@ -301,7 +304,7 @@ def test_each_damage_is_told_beside_all_the_others(data: Path, capsys: pytest.Ca
         ),
         (
             lambda d: cut(d / "test/all__group_indices.npy"),
-            ["test/all__group_indices.npy: not a readable .npy array"],
+            ["test/all__group_indices.npy: 202 bytes, expected 212 for its shape (21,)"],
         ),
         (
             lambda d: (d / "test/all__labels.npy").write_bytes(b""),
@@ -309,11 +312,11 @@ def test_each_damage_is_told_beside_all_the_others(data: Path, capsys: pytest.Ca
         ),
         (
             lambda d: np.save(d / "test/all__labels.npy", np.array([{}], object), allow_pickle=True),
-            ["test/all__labels.npy: not a readable .npy array (Array can't be memory-mapped: Python"],
+            ["test/all__labels.npy: numbers of type object, expected integers"],
         ),
         (
             lambda d: np.savez((d / "test/all__labels.npy").open("wb"), a=np.zeros(3)),
-            ["test/all__labels.npy: an archive, expected a single .npy array"],
+            ["test/all__labels.npy: not a readable .npy array (the magic string is not correct"],
         ),
         (
             lambda d: change(d / "test/all__labels.npy", lambda array: array[0]),
@@ -356,6 +359,31 @@ def test_every_damage_is_told(
     assert len(told) == len(expected)
     for line, beginning in zip(told, expected, strict=True):
         assert line.startswith(beginning)
+
+
+def test_checksums_are_held_against_the_files(
+    mazes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = Path(shutil.copytree(mazes, tmp_path / "data"))
+    assert violations(data, capsys) == []
+    # Difficulties are judged by nothing else, and nothing else misses one that is gone.
+    change(data / "train/all__difficulty.npy", put(3, value=77))
+    (data / "test/all__difficulty.npy").unlink()
+    sums = json.loads((data / "test/checksums.json").read_text())
+    edit_json(data / "test/checksums.json", **{"dataset.json": "missing", "../x": {}})
+    assert sorted(sums) == ["all__difficulty.npy", *sorted(f"all__{a}.npy" for a in ARRAYS), "dataset.json"]
+    assert violations(data, capsys) == [
+        "train/all__difficulty.npy: its bytes are not those that checksums.json lists",
+        "test/checksums.json: lists '../x', which is no file of the split",
+        "test/checksums.json: lists 'all__difficulty.npy', which is no file of the split",
+        "test/checksums.json: does not list dataset.json",
+    ]
+    for text, told in (
+        ("[]", "holds list, expected a JSON object"),
+        ("{", "not readable as JSON (Expecting"),
+    ):
+        (data / "test/checksums.json").write_text(text)
+        assert violations(data, capsys)[1].startswith(f"test/checksums.json: {told}")
 
 
 def test_many_violations_of_a_file_are_counted(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

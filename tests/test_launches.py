@@ -30,7 +30,8 @@ def by_hand(arch: str, length: int) -> dict[str, dict[str, float]]:
 @pytest.mark.parametrize("arch", ["v1", "gated"])
 def test_the_step_is_the_one_counted_by_hand(arch, length):
     """FLOP to 1e-5 (the Q head). Bytes 2 to 5 % above: what PyTorch runs one by one, the roofline takes
-    fused: three sources summed in one pass, a module's last norm, slices of the states' gradients.
+    fused: three sources summed in one pass, a module's last norm, slices of the states' gradients. Launches 30
+    to 50 % above, by these and some fifty of a few bytes: scalars of the losses, and of what is skipped.
     """
     hand, rows = by_hand(arch, length), list(counted(arch, length).values())
     # By hand all sources of a gate have gradients. Those of the states are wanted by nobody: of L's three
@@ -39,7 +40,7 @@ def test_the_step_is_the_one_counted_by_hand(arch, length):
     for part in PARTS:
         flop = hand[part]["flop"] - (unasked if part == "backward" else 0)
         assert totals([row for row in rows if row.part == part])["flop"] == pytest.approx(flop, rel=1e-5)
-    for quantity, bounds in (("bytes", (1.02, 1.05)), ("launches", (1.3, 1.45))):
+    for quantity, bounds in (("bytes", (1.02, 1.05)), ("launches", (1.3, 1.5))):
         ratio = totals(rows)[quantity] / hand["step"][quantity]
         assert bounds[0] < ratio < bounds[1]
     assert totals(rows)["ideal_s"] == pytest.approx(hand["step"]["predicted_s"], rel=0.03)
@@ -72,6 +73,9 @@ def test_the_update_and_the_gates_move_what_is_counted_by_hand():
     rows = counted("gated")
     adam = rows["update", "_adam_atan2_kernel"]
     assert adam.bytes == pytest.approx(adam_atan2(Shape(768), gated=True)["update"].bytes, rel=1e-3)
+    # Once, for clipping, the log and whether the update is made.
+    norm = rows["update", "linalg_vector_norm"]
+    assert norm.launches == 1 and norm.bytes == pytest.approx(4 / 30 * adam.bytes, rel=1e-3)
     gates = [OPERATIONS[op](Shape(768)) for op in ("gate_mix", "gate_mix_two")]
     forward = rows["forward", "_gate_mix_forward_kernel"]
     assert forward.flop == 4 * gates[0]["forward"].flop + 2 * gates[1]["forward"].flop
@@ -125,7 +129,7 @@ def test_a_launch_moves_the_rows_of_a_table_that_it_touches():
     table, grad = torch.empty(1000, 64, device="meta"), torch.empty(5, 64, device="meta")
     lr, identifiers = torch.empty((), device="meta"), torch.empty(5, device="meta", dtype=torch.int32)
     with recorded() as made:
-        import_module("kernels.sign_sgd")._update(table, identifiers, grad, lr, 0.1)
+        import_module("kernels.sign_sgd")._update(table, identifiers, grad, lr, 0.1, None)
     assert work_of_launch(made[0]) == Work(3 * 5 * 64 * 4 + 5 * 4 + 4)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hrm.optim import ALIGNMENT, AdamATan2, FlatParameters, learning_rate
+from hrm.optim import ALIGNMENT, AdamATan2, FlatParameters, MovingAverage, learning_rate
 from kernels import sign_sgd
 
 
@@ -77,6 +77,43 @@ def test_optimizer_state_survives_a_round_trip():
             optimizer.step(torch.tensor(1e-2))
         runs.append(optimizer.parameters.data)
     assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("narrow", [None, torch.bfloat16])
+def test_skipped_updates_are_as_if_they_had_not_been(narrow):
+    """Parameters, copies, moments, count and average; and updates that are not are as without a flag."""
+    runs = []
+    for spoilt in (False, True):
+        module = model()
+        flat = FlatParameters(module, narrow)
+        optimizer = AdamATan2(flat, beta1=0.9, beta2=0.95, weight_decay=0.1)
+        average = MovingAverage(flat, 0.75)
+        for t in range(6):
+            if spoilt and t in (0, 3, 4):
+                flat.grad.fill_(float("nan"))
+                optimizer.step(torch.tensor(1e-2), torch.tensor(True))
+                average.update(torch.tensor(True))
+            flat.grad.copy_(torch.linspace(-1, 1, len(flat.grad)) * math.cos(t))
+            skip = torch.tensor(False) if spoilt else None
+            optimizer.step(torch.tensor(1e-2), skip)
+            average.update(skip)
+        assert optimizer.count == 6 and not torch.equal(average.data, flat.data)
+        copies = [] if flat.copy is None else [flat.copy]
+        runs.append([flat.data, optimizer.exp_avg, optimizer.exp_avg_sq, average.data, *copies])
+    assert len(runs[0]) == 4 + (narrow is not None)
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+
+
+def test_an_average_keeps_every_bit_in_either_precision():
+    for dtype in (torch.float32, torch.float64):
+        flat = FlatParameters(model().to(dtype))
+        average = MovingAverage(flat, 0.999)
+        flat.data.add_(1)
+        before = average.data.clone()
+        average.update(torch.tensor(True))
+        assert torch.equal(average.data, before)
+        average.update(torch.tensor(False))
+        assert torch.equal(average.data, before.lerp(flat.data, 1 - 0.999))
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -76,7 +76,7 @@ def run(engine: Engine, steps: int = STEPS) -> tuple[list[dict[str, float]], dic
     metrics = []
     for batch, _ in zip(batches(), range(steps), strict=False):
         engine.train_step(batch)
-        metrics.append(engine.pop_metrics())
+        metrics.append(engine.pop().metrics)
     return metrics, engine.evaluate([("all", next(batches(1)), B)])["all"]
 
 
@@ -251,7 +251,7 @@ def test_parts_of_a_batch_give_the_whole_batch_s_step():
     for batch, _ in zip(batches(), range(20), strict=False):
         for engine in (whole, parts):
             engine.train_step(batch)
-    expected, actual = whole.pop_metrics(), parts.pop_metrics()
+    expected, actual = whole.pop().metrics, parts.pop().metrics
     assert actual == pytest.approx(expected, rel=1e-4) and actual["count"] == expected["count"] > B
     torch.testing.assert_close(parts.parameters.data, whole.parameters.data, rtol=1e-3, atol=1e-4)
     batch = next(batches(1))

@@ -1,63 +1,17 @@
-"""Ranks that torchrun starts: they train what one rank trains, and end well when one of them does not."""
+"""Ranks that torchrun starts: they train what one rank trains, and refuse to start unequal."""
 
-import os
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
 import train
 from hrm.checkpoint import load_checkpoint
-from tests.test_train import assert_same_run, metrics_of, words
+from hrm.engine import Engine
+from tests.test_train import metrics_of, words
+from tests.torchrun import PROGRAM, torchrun
 
-ROOT = Path(train.__file__).parent
-PROGRAM = Path(__file__).with_name("rank_program.py")
 RUN = ["max_steps=50", "epochs=20", "log_interval=1"]
-
-
-class Ended(NamedTuple):
-    """One node's torchrun: its exit status and all that its ranks and it wrote."""
-
-    status: int
-    text: str
-
-    def lines(self, start: str) -> list[str]:
-        return [line for line in self.text.splitlines() if line.startswith(start)]
-
-
-def torchrun(ranks: int, *program: str, nodes: int = 1, options: tuple[str, ...] = ()) -> list[Ended]:
-    """Runs a program by one torchrun for each node, `ranks` on each, until all have ended."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    meeting = [f"--rdzv-endpoint=127.0.0.1:{port}"]
-    if "--rdzv-backend=c10d" not in options:
-        meeting = ["--master-addr=127.0.0.1", f"--master-port={port}"]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", *meeting, *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    agents = [
-        subprocess.Popen(
-            [*command, f"--nnodes={nodes}", f"--node-rank={node}", *program],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for node in range(nodes)
-    ]
-    try:
-        deadline = time.monotonic() + 120
-        texts = [agent.communicate(timeout=deadline - time.monotonic())[0] for agent in agents]
-    finally:
-        for agent in agents:
-            agent.terminate()
-    return [Ended(agent.returncode, text) for agent, text in zip(agents, texts, strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -81,26 +35,6 @@ def trained(tiny_sudoku, out):
                 assert ended.status == 0, ended.text
         return folder
 
-    return run
-
-
-@pytest.fixture
-def faulty(tiny_sudoku, out, tmp_path, request):
-    """Trains RUN, or sums for 50 steps, with a fault in one rank; see rank_program."""
-    name = f"run_name={request.node.callspec.id if hasattr(request.node, 'callspec') else request.node.name}"
-
-    def run(fault: str, ranks: int, *more: str, nodes: int = 1, options: tuple[str, ...] = ()) -> list[Ended]:
-        argv = words(tiny_sudoku, out, *RUN, name, *more)
-        own = {word.partition(":")[2].split("=")[0] for word in more if word[0].isdigit()}
-        argv = [word for word in argv if word.split("=")[0] not in own]
-        program = [str(PROGRAM), "train", fault, str(tmp_path / "once"), "6", *argv]
-        return torchrun(ranks, *program, nodes=nodes, options=options)
-
-    def sums(fault: str, ranks: int, nodes: int = 1) -> list[Ended]:
-        return torchrun(ranks, str(PROGRAM), "sums", fault, str(tmp_path / "once"), "6", nodes=nodes)
-
-    run.sums = sums
-    run.folder = out / tiny_sudoku.name / name.split("=")[1]
     return run
 
 
@@ -152,94 +86,70 @@ def test_ranks_train_what_one_rank_trains(tiny_sudoku, out, trained, ranks, more
         assert torch.equal(many.training["carry"][name], one.training["carry"][name])
 
 
-def test_one_rank_goes_on_where_two_left_off(tiny_sudoku, out, trained):
-    for ranks in (1, 2):
-        argv = words(tiny_sudoku, out, *RUN[1:], "max_steps=60", f"run_name=after-{ranks}")
-        assert train.main([*argv, f"resume={trained(ranks)}"]) == 0
-    one, two = (out / tiny_sudoku.name / f"after-{ranks}" for ranks in (1, 2))
-    assert load_checkpoint(one).step == load_checkpoint(two).step == 60
-    for name, tensor in load_checkpoint(one).weights.items():
-        torch.testing.assert_close(load_checkpoint(two).weights[name], tensor, rtol=2e-6, atol=2e-6)
+def batches_of(runs: list[list[list[torch.Tensor]]]) -> list[list[torch.Tensor]]:
+    """The global batches, from what each rank was given."""
+    return [[torch.cat(parts) for parts in zip(*ranks, strict=True)] for ranks in zip(*runs, strict=True)]
 
 
-@pytest.mark.parametrize(
-    ("nodes", "options"),
-    [
-        pytest.param(1, (), id="static"),
-        pytest.param(2, (), id="static-nodes"),
-        pytest.param(2, ("--rdzv-backend=c10d",), id="c10d-nodes"),
-    ],
-)
-def test_a_killed_rank_is_restarted_and_the_result_is_the_same(trained, faulty, nodes, options):
-    """Bit for bit, from the last checkpoint, on the rendezvous store of the first attempt."""
-    ended = faulty("1:30:KILL", 2 // nodes, nodes=nodes, options=("--max-restarts=3", *options))
-    assert [node.status for node in ended] == [0] * nodes, ended
-    assert sum("at step 24" in node.text for node in ended) == 1
-    assert_same_run(trained(2), faulty.folder)
+@pytest.fixture
+def recorded(tiny_sudoku, out, tmp_path, monkeypatch):
+    """Trains to a step by so many ranks; returns the run's folder and the global batches that it took."""
+
+    def run(name: str, ranks: int, steps: int, *more: str) -> tuple[Path, list[list[torch.Tensor]]]:
+        argv = words(tiny_sudoku, out, *RUN[1:], f"max_steps={steps}", f"run_name={name}", *more)
+        kept: list[list[torch.Tensor]] = []
+        if ranks == 1:
+            train_step = Engine.train_step
+
+            def keep(engine: Engine, batch) -> None:
+                kept.append(
+                    [torch.tensor(part) for part in (batch.inputs, batch.labels, batch.puzzle_identifiers)]
+                )
+                train_step(engine, batch)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(Engine, "train_step", keep)
+                assert train.main(argv) == 0
+        else:
+            program = [str(PROGRAM), "train", "none", "-", "40", *argv]
+            [ended] = torchrun(ranks, *program, environment={"BATCHES": str(tmp_path)})
+            assert ended.status == 0, ended.text
+            kept = batches_of([torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)])
+        return out / tiny_sudoku.name / name, kept
+
+    return run
 
 
-def test_a_killed_rank_ends_the_job(faulty):
-    begun = time.monotonic()
-    [ended] = faulty("1:30:KILL", 2)
-    assert ended.status != 0 and time.monotonic() - begun < 60
-    assert "rank      : 1" in ended.text and "SIGKILL" in ended.text
-    assert "hrm/" not in ended.text
+def test_a_run_goes_on_by_any_number_of_ranks(recorded):
+    """From 1 rank to 2, to 4, to 1, and from 2 to 1, against 1 throughout: the same batches bit for bit.
+
+    The weights to 2e-6 after 48 steps, for gradients are summed in another order.
+    """
+    whole, batches = recorded("whole", 1, 48)
+    passed: list[list[torch.Tensor]] = []
+    for part, ranks in enumerate((1, 2, 4, 1), start=1):
+        folder, more = recorded("handed-on", ranks, 12 * part)
+        passed += more
+    branch, more = recorded("branch", 1, 48, f"resume={folder}/step_24")
+    for mine, theirs in [*zip(passed, batches, strict=True), *zip(more, batches[24:], strict=True)]:
+        assert all(torch.equal(*pair) for pair in zip(mine, theirs, strict=True))
+    one = load_checkpoint(whole)
+    for many in map(load_checkpoint, (folder, branch)):
+        assert one.step == many.step == 48
+        for name, tensor in one.weights.items():
+            torch.testing.assert_close(many.weights[name], tensor, rtol=2e-6, atol=2e-6)
+        for name in ("inputs", "labels", "puzzle_identifiers", "steps", "halted"):
+            assert torch.equal(many.training["carry"][name], one.training["carry"][name])
 
 
-def test_a_rank_killed_on_another_node_is_named(faulty):
-    begun = time.monotonic()
-    first, second = faulty.sums("1:30:KILL", 1, nodes=2)
-    assert first.status != 0 and second.status != 0 and time.monotonic() - begun < 60
-    [line] = first.lines("error: ")
-    assert line.startswith(f"error: rank 1 (host {socket.gethostname()}, pid ")
-    assert "connection closed and no sign of life" in line
-    assert "hrm/" not in first.text
-
-
-@pytest.mark.parametrize("nodes", [1, 2])
-def test_a_stopped_rank_is_named(faulty, nodes):
-    """Ended as well: a stopped process would keep its torchrun waiting. Rank 0 is the one that is stopped."""
-    begun = time.monotonic()
-    ended = faulty("0:30:STOP", 2 // nodes, nodes=nodes)
-    assert all(node.status != 0 for node in ended) and time.monotonic() - begun < 60
-    [line] = ended[-1].lines("error: ")
-    assert line.startswith(f"error: rank 0 (host {socket.gethostname()}, pid ")
-    assert "has not been heard of for 6 s" in line and "goes on from the last checkpoint" in line
-    assert "Traceback" not in ended[-1].text.partition("torch/distributed")[0]
-
-
-def test_a_mistake_of_one_rank_is_told_by_it(faulty):
-    [ended] = faulty.sums("1:30:mistake", 2)
-    assert ended.status != 0
-    assert ended.lines("error: ") == ["error: rank 1: the disk is full"]
-
-
-def test_a_bug_of_one_rank_keeps_its_traceback_and_is_named_on_the_other_node(faulty):
-    first, second = faulty.sums("1:30:bug", 1, nodes=2)
-    assert first.status != 0 and second.status != 0
-    [line] = first.lines("error: ")
-    assert line.startswith("error: rank 1 (host ") and line.endswith(" failed: ZeroDivisionError: a bug")
-    assert second.lines("[rank1]: ZeroDivisionError: a bug")
-    assert not second.lines("error: ")
-
-
-def test_ranks_that_were_told_different_things_are_refused(faulty):
-    [ended] = faulty(
-        "none", 3, "global_batch_size=6", "0:lr=0.1", "1:lr=0.1", "2:lr=0.5", "1:arch.H_cycles=3"
-    )
-    assert ended.status != 0
-    [line] = ended.lines("error: ")
-    assert "the ranks differ in arch.H_cycles (rank 1 has 3, the others have 2), lr (rank 2 has 0.5, " in line
-    assert "the others have 0.1): start" in line
-    assert "same code, configuration, data" in line
-
-
-def test_ranks_with_different_data_are_refused(faulty, tiny_sudoku, tmp_path, monkeypatch):
+def test_ranks_with_different_data_are_refused(tiny_sudoku, out, tmp_path, monkeypatch):
     from hrm.data.sudoku import builtin_sudoku
 
     monkeypatch.setenv("HRM_CACHE", str(tmp_path))
     other = builtin_sudoku(4, 48, 20, 0, 1)
-    [ended] = faulty("none", 2, f"0:data_path={tiny_sudoku}", f"1:data_path={other}", "project_name=p")
+    argv = [word for word in words(tiny_sudoku, out, *RUN) if not word.startswith("data_path=")]
+    argv += [f"0:data_path={tiny_sudoku}", f"1:data_path={other}", "project_name=p", "run_name=differ"]
+    [ended] = torchrun(2, str(PROGRAM), "train", "none", "-", "40", *argv)
     assert ended.status != 0
     [line] = ended.lines("error: ")
     assert "the ranks differ in training data (rank 0 has " in line
@@ -266,3 +176,9 @@ def test_collectives(tmp_path):
             "the ranks differ in weights (rank 0 has w0, rank 1 has w1, rank 2 has w2), "
             "code (rank 0 has nothing, the others have c3): start"
         )
+        assert "xxx… (" in got["many"] and " and 4 more: start" in got["many"] and len(got["many"]) < 1000
+        # What any rank gave at the call before.
+        assert got["highest"] == [0, 0, 0, 1, 0, 3, 2]
+        assert [line is not None for line in got["slow"]] == [False] * 4 + [True] + [False] * 2
+        assert got["slow"][4].startswith("rank 1 takes 250 ms a step, half of the ranks at most 100 ms")
+        assert (got["waited"] > 0.4) is (rank > 0)

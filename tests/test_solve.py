@@ -14,13 +14,14 @@ import torch
 
 import train
 from hrm import thinking
-from hrm.checkpoint import load_checkpoint, save_checkpoint
+from hrm.checkpoint import load_checkpoint
 from hrm.data.arc_augment import canvas
 from hrm.data.kinds import Kind
 from hrm.data.layout import PuzzleSet
 from hrm.data.sudoku import builtin_sudoku
 from hrm.data.writer import Shape, new_dataset
 from hrm.puzzles import Puzzle, read_puzzles
+from hrm.saving import save_checkpoint
 from hrm.solve import _result, main
 from hrm.trace import Step, Trace
 
@@ -70,7 +71,9 @@ def run_of_4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights["q_head.weight"].zero_()
     weights["q_head.bias"].copy_(torch.tensor([2.0, 0.0]))
     manifest = checkpoint.manifest
-    save_checkpoint(run, 2, weights=weights, training={}, run=manifest["run"], data=manifest["data"])
+    save_checkpoint(
+        run, 2, weights=weights, training={}, run=manifest["run"], facts={"data": manifest["data"]}
+    )
     return run
 
 

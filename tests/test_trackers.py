@@ -108,10 +108,10 @@ def test_metrics_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write \S+/file/run/metrics\.jsonl: .*output_dir="):
         MetricsLog(tmp_path / "file" / "run")
+    log = MetricsLog(tmp_path)
     # a device that is always full
     if Path("/dev/full").exists():
-        (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-        log = MetricsLog(tmp_path)
+        log._file = open("/dev/full", "w")
         with pytest.raises(UserError, match=r"metrics\.jsonl: No space left on device; free space"):
             log.log({"a": 1}, 1)
         log.close()

@@ -12,7 +12,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from safetensors.torch import load_file, save_file
 
-from hrm.checkpoint import CheckpointError, save_checkpoint
+from hrm.checkpoint import CheckpointError
 from hrm.cli import ConfigError
 from hrm.config import to_yaml
 from hrm.data.dataset import Batch
@@ -22,6 +22,7 @@ from hrm.errors import UserError
 from hrm.inference import Inference
 from hrm.model import HRM
 from hrm.modes import EAGER
+from hrm.saving import save_checkpoint
 from hrm.schema import ArchConfig, Config, LossConfig, StageConfig
 from hrm.trained import find_trained, load_trained
 from tests.test_checkpoint import reseal, write_manifest

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from hrm import resume
 from hrm.act import act_step, replace_halted
 from hrm.checkpoint import load_checkpoint
 from hrm.gating import gate_statistics
@@ -60,7 +61,7 @@ def test_a_long_gradient_is_scaled_to_the_limit():
         norms = []
         for engine in (free, loose, tight):
             engine.train_step(batch)
-            norms.append(engine.pop_metrics()["grad_norm"])
+            norms.append(engine.pop().metrics["grad_norm"])
         if batch is source[0]:
             # What is logged is the norm before.
             assert norms[2] == pytest.approx(norms[0], rel=1e-6) and norms[0] > 0.1
@@ -98,7 +99,7 @@ def test_gates_are_logged_as_a_step_has_them(monkeypatch):
     assert len(seen) == 6
     expected = torch.cat([seen[4], seen[5]])
     monkeypatch.undo()
-    metrics = engine.pop_metrics()
+    metrics = engine.pop().metrics
     actual = [[metrics[f"gates/{gate}/{name}"] for name in GATE_STATISTICS] for gate in GATES]
     torch.testing.assert_close(torch.tensor(actual), expected, rtol=1e-5, atol=1e-6)
     after = all_state(engine)
@@ -109,7 +110,7 @@ def test_gates_are_logged_as_a_step_has_them(monkeypatch):
 def run_metrics(config):
     engine = make_engine(config)
     engine.train_step(next(batches()))
-    return engine.pop_metrics()
+    return engine.pop().metrics
 
 
 def test_puzzle_embeddings_are_seen_to_move():
@@ -226,7 +227,7 @@ def test_evaluations_look_at_a_sample_and_the_last_at_all(tiny_sudoku, tmp_path,
 
 def test_a_checkpoint_from_before_an_option_existed_resumes(tiny_sudoku, tmp_path, capsys, monkeypatch):
     argv = words(tiny_sudoku, tmp_path, "run_name=r")
-    identity = train.run_identity
+    identity = resume.run_identity
 
     def earlier(config, fingerprint):
         run = identity(config, fingerprint)
@@ -235,7 +236,7 @@ def test_a_checkpoint_from_before_an_option_existed_resumes(tiny_sudoku, tmp_pat
         del run["loss"]["feudal_loss_weight"], run["best_metric"], run["eval_samples"]
         return run
 
-    monkeypatch.setattr(train, "run_identity", earlier)
+    monkeypatch.setattr(resume, "run_identity", earlier)
     assert run_main(*argv, "max_steps=12", capsys=capsys)[0] == 0
     monkeypatch.undo()
     status, out, error = run_main(*argv, capsys=capsys)

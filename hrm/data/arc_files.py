@@ -13,8 +13,6 @@ Tasks are evaluation tasks where their own folder, or the last word of the prefi
 `test`, else training tasks. Only tests of evaluation tasks may lack an output.
 """
 
-import json
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ import numpy as np
 
 from hrm.data.arc_augment import COLOURS, SIDE, Pair, task_of
 from hrm.data.layout import DatasetError
+from hrm.files import read_json
 
 # Far above what tasks take, and what a reader of JSON can be given without harm.
 MAX_TASK_BYTES = 4 << 20
@@ -79,7 +78,7 @@ def _read_folder(folder: Path) -> Iterator[Task]:
             if path.name.startswith(".") or not path.is_file():
                 continue
             found = True
-            value = _object(read_json(path, MAX_TASK_BYTES), str(path))
+            value = _read(path, MAX_TASK_BYTES)
             name = value.get("name", path.stem)
             yield _task(value, name, str(path), _is_evaluation(part.resolve().name))
     if not found:
@@ -90,10 +89,10 @@ def _read_folder(folder: Path) -> Iterator[Task]:
 
 
 def _read_kaggle(challenges: Path, solutions: Path) -> Iterator[Task]:
-    tasks = _object(read_json(challenges, MAX_KAGGLE_BYTES), str(challenges))
+    tasks = _read(challenges, MAX_KAGGLE_BYTES)
     answers = None
     if solutions.is_file():
-        answers = _object(read_json(solutions, MAX_KAGGLE_BYTES), str(solutions))
+        answers = _read(solutions, MAX_KAGGLE_BYTES)
     if not tasks:
         raise DatasetError(f"{challenges}: no task in it, expected an object of tasks by name")
     evaluation = _is_evaluation(challenges.name.removesuffix("_challenges.json").rpartition("_")[2])
@@ -127,29 +126,11 @@ def _is_evaluation(name: str) -> bool:
 
 def read_task(path: Path) -> Task:
     """The task of one file, as one whose tests may lack an output. Raises DatasetError."""
-    return _task(_object(read_json(path, MAX_TASK_BYTES), str(path)), path.stem, str(path), True)
+    return _task(_read(path, MAX_TASK_BYTES), path.stem, str(path), True)
 
 
-def read_json(path: Path, limit: int) -> Any:
-    """What a JSON file of at most `limit` bytes holds, no key twice. Raises DatasetError."""
-
-    def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        value = dict(items)
-        if len(value) < len(items):
-            name = Counter(name for name, _ in items).most_common(1)[0][0]
-            raise DatasetError(f"{path}: {_short(name)} is there twice in one object; leave one of them out")
-        return value
-
-    with path.open("rb") as file:
-        text = file.read(limit + 1)
-    if len(text) > limit:
-        raise DatasetError(f"{path}: more than {limit >> 20} MiB, expected a file of ARC tasks")
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except RecursionError:
-        raise DatasetError(f"{path}: lists in lists without end, expected ARC tasks") from None
-    except ValueError as error:
-        raise DatasetError(f"{path}: not readable as JSON ({' '.join(str(error).split())})") from None
+def _read(path: Path, limit: int) -> dict[str, Any]:
+    return _object(read_json(path, limit, "a file of ARC tasks", DatasetError), str(path))
 
 
 def _task(value: dict[str, Any], name: Any, where: str, evaluation: bool) -> Task:

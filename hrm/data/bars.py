@@ -17,7 +17,9 @@ def histogram(values: np.ndarray, buckets: int = 8) -> list[str]:
     least, most = int(values.min()), int(values.max())
     width = _round_up(-(-(most - least + 1) // buckets))
     first = least // width
-    counts = np.bincount(values.astype(np.int64) // width - first)
+    # Of 64 bits without a sign, not all are int64 before the division.
+    wide = values if values.dtype == np.uint64 else values.astype(np.int64)
+    counts = np.bincount((wide // width - first).astype(np.int64))
     names = []
     for bucket in range(len(counts)):
         low = max(least, (first + bucket) * width)

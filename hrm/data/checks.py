@@ -4,33 +4,36 @@
 the memory-mapped arrays, and what cannot be told without a damaged part is left out.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hrm.data.integrity import CHECKSUMS, checksum_faults, read_contents
 from hrm.data.kinds import Kind, kind_for
-from hrm.data.layout import ARRAYS, CHUNK_BYTES, DIFFICULTY, MAPPED, array_path
+from hrm.data.layout import (
+    ARRAYS,
+    CHUNK_BYTES,
+    DIFFICULTY,
+    MAPPED,
+    MAX_DESCRIPTION_BYTES,
+    MAX_NAMES_BYTES,
+    DamagedFile,
+    Metadata,
+    array_path,
+    metadata_faults,
+    open_array,
+    read_description,
+    short,
+)
 
 # Violations that are told of one file; the others are counted.
 MOST = 20
-# Bytes of a JSON file that are read: descriptions are short, names of a million puzzles are not.
-MAX_DESCRIPTION, MAX_IDENTIFIERS = 1 << 20, 1 << 28
-# Whole numbers of a dataset.json, and the least that each may be.
-NUMBERS = {
-    "pad_id": 0,
-    "blank_identifier_id": 0,
-    "vocab_size": 1,
-    "seq_len": 1,
-    "num_puzzle_identifiers": 1,
-    "total_groups": 1,
-}
 INDICES = {"puzzle_indices": "inputs", "group_indices": "puzzle_identifiers"}
 
 
@@ -110,70 +113,35 @@ def check_split(folder: Path, findings: Findings) -> Split:
         split.sets[name] = _arrays(folder, name, findings)
         _check_set(split, name, findings)
     _check_totals(split, findings)
+    _check_sums(folder, names, findings)
     return split
 
 
 def _description(path: Path, findings: Findings) -> dict[str, Any]:
     """The fields of a dataset.json that are as they should be."""
-    values = _json(path, MAX_DESCRIPTION, findings)
+    values = _json(path, MAX_DESCRIPTION_BYTES, "a split's description", findings)
     if values is None:
         return {}
     if not isinstance(values, dict):
         findings.add(path, f"holds {type(values).__name__}, expected a JSON object")
         return {}
-    facts: dict[str, Any] = {}
-
-    def keep(key: str, valid: bool, expected: str) -> None:
-        if valid:
-            facts[key] = values[key]
-        else:
-            there = f"is {_short(values[key])}" if key in values else "is missing"
-            findings.add(path, f"{key} {there}, expected {expected}")
-
-    for key, low in NUMBERS.items():
-        value: Any = values.get(key)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        keep(key, whole and value >= low, f"a whole number of at least {low}")
-    ignore = values.setdefault("ignore_label_id", None)
-    whole = isinstance(ignore, int) and not isinstance(ignore, bool)
-    keep("ignore_label_id", ignore is None or whole, "a whole number or null")
-    mean: Any = values.get("mean_puzzle_examples")
-    number = isinstance(mean, int | float) and not isinstance(mean, bool)
-    keep("mean_puzzle_examples", number and 0 < mean < math.inf, "a number above 0")
-    names: Any = values.get("sets")
-    listed = isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names)
-    plain = listed and all(name and not set("/\\\0") & set(name) and ".." not in name for name in names)
-    keep("sets", plain and len(set(names)) == len(names), "a list of different plain names, at least one")
-    for key, bound in (("pad_id", "vocab_size"), ("blank_identifier_id", "num_puzzle_identifiers")):
-        if key in facts and bound in facts and facts[key] >= facts[bound]:
-            findings.add(path, f"{key} is {facts[key]}, expected less than {bound} {facts[bound]}")
-    return facts
+    wrong = set()
+    for key, what in metadata_faults(values):
+        findings.add(path, what)
+        wrong.add(key)
+    return {field.name: values.get(field.name) for field in fields(Metadata) if field.name not in wrong}
 
 
 def _arrays(folder: Path, name: str, findings: Findings) -> dict[str, np.ndarray]:
     arrays = {}
     for array in (*ARRAYS, DIFFICULTY):
         path = array_path(folder, name, array)
-        if not path.is_file():
-            if array != DIFFICULTY:
-                findings.add(path, "no such file")
+        if array == DIFFICULTY and not path.exists():
             continue
         try:
-            loaded: Any = np.load(path, mmap_mode="r", allow_pickle=False)
-        # A cut or foreign file makes NumPy raise nearly anything: end of file, struct, syntax, memory errors.
-        except Exception as error:
-            findings.add(path, f"not a readable .npy array ({_one_line(error)})")
-            continue
-        dimensions = 2 if array in MAPPED else 1
-        if not isinstance(loaded, np.ndarray):
-            findings.add(path, "an archive, expected a single .npy array")
-        elif loaded.dtype.kind not in "iu":
-            findings.add(path, f"numbers of type {loaded.dtype}, expected integers")
-        elif loaded.ndim != dimensions or not loaded.size:
-            shape = "rows of cells" if dimensions == 2 else "numbers"
-            findings.add(path, f"shape {loaded.shape}, expected {shape}")
-        else:
-            arrays[array] = loaded.view(np.ndarray)
+            arrays[array] = open_array(path, 2 if array in MAPPED else 1)
+        except DamagedFile as damage:
+            findings.add(path, damage.what)
     return arrays
 
 
@@ -255,10 +223,22 @@ def _check_totals(split: Split, findings: Findings) -> None:
             findings.add(path, f"mean_puzzle_examples is {said}, but the arrays give {mean:.6g}")
 
 
+def _check_sums(folder: Path, names: Sequence[str], findings: Findings) -> None:
+    """Checks the bytes of every file against checksums.json, where there is one."""
+    if not (folder / CHECKSUMS).exists():
+        return
+    paths = [array_path(folder, name, array) for name in names for array in (*ARRAYS, DIFFICULTY)]
+    listed = _json(folder / CHECKSUMS, MAX_DESCRIPTION_BYTES, "the checksums of a split", findings)
+    if listed is not None:
+        there = [path for path in [folder / "dataset.json", *paths] if path.is_file()]
+        for name, what in checksum_faults(listed, read_contents((), there).sums):
+            findings.add(folder / name, what)
+
+
 def check_identifiers(folder: Path, splits: list[Split], findings: Findings) -> None:
     """Checks identifiers.json: a name for every puzzle identifier, each name once."""
     path = folder / "identifiers.json"
-    names = _json(path, MAX_IDENTIFIERS, findings)
+    names = _json(path, MAX_NAMES_BYTES, "a list of names", findings)
     if names is None:
         return
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -272,7 +252,7 @@ def check_identifiers(folder: Path, splits: list[Split], findings: Findings) -> 
     first: dict[str, int] = {}
     again = [row for row, name in enumerate(names) if first.setdefault(name, row) != row]
     findings.add_rows(
-        path, again, lambda row: f"name {row}, {_short(names[row])}, is that of {first[names[row]]}"
+        path, again, lambda row: f"name {row}, {short(names[row])}, is that of {first[names[row]]}"
     )
 
 
@@ -304,31 +284,13 @@ def _digests(split: Split, name: str) -> Iterator[tuple[int, np.ndarray]]:
             yield rows.start, np.array(digests, "S16")
 
 
-def _json(path: Path, limit: int, findings: Findings) -> Any:
+def _json(path: Path, limit: int, expected: str, findings: Findings) -> Any:
     """The contents of a JSON file, None where it has none that can be read."""
     try:
-        with path.open("rb") as file:
-            text = file.read(limit + 1)
-        if len(text) > limit:
-            findings.add(path, f"more than {limit >> 20} MiB, expected less")
-            return None
-        values = json.loads(text)
-    except FileNotFoundError:
-        findings.add(path, "no such file")
-        return None
-    # Nested too deeply, JSON exhausts the parser.
-    except (OSError, ValueError, RecursionError) as error:
-        findings.add(path, f"not readable as JSON ({_one_line(error)})")
+        values = read_description(path, limit, expected)
+    except DamagedFile as damage:
+        findings.add(path, damage.what)
         return None
     if values is None:
         findings.add(path, "holds null")
     return values
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

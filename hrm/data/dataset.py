@@ -1,22 +1,31 @@
 """A split of a data set: opened and checked as a whole, fingerprinted, and drawn from in batches.
 
 The training order can be drawn again exactly for a seed, from any batch on; a test split is walked once.
+Before a batch is read its files are held against what was opened, and what is read against the vocabulary.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from hrm.data.integrity import CHECKSUMS, Contents, Snapshot, checksum_faults, read_contents
 from hrm.data.layout import (
     ARRAYS,
-    CHUNK_BYTES,
+    DIFFICULTY,
+    MAPPED,
+    MAX_DESCRIPTION_BYTES,
+    DamagedFile,
     DatasetError,
     PuzzleSet,
     array_path,
     check_totals,
+    first_outside,
+    out_of_range,
+    read_description,
     read_metadata,
     read_set,
 )
@@ -26,7 +35,7 @@ IGNORE_LABEL = -100
 
 
 class PuzzleDataset:
-    """One split of a data set, checked as a whole when it is opened.
+    """One split of a data set, checked as a whole when it is opened, with its checksums where it has them.
 
     path, split: the folder and the split in it ("train", "test"). It offers `metadata` and `sets`, name to
     PuzzleSet in the order of dataset.json, inputs and labels memory-mapped. Raises DatasetError with the
@@ -40,9 +49,44 @@ class PuzzleDataset:
                 f"{self.folder}: no such folder, expected a data set's {split} split (dataset.json and its "
                 f"arrays); build one with `python -m hrm.data sudoku --output-dir {path}`"
             )
-        self.metadata = read_metadata(self.folder / "dataset.json")
-        self.sets = {name: read_set(self.folder, name, self.metadata) for name in self.metadata.sets}
-        check_totals(self.folder / "dataset.json", self.metadata, self.sets)
+        description = self.folder / "dataset.json"
+        self._opened = Snapshot()
+        self._opened.add(description)
+        self.metadata = read_metadata(description)
+        names = self.metadata.sets
+        arrays = [array_path(self.folder, name, array) for name in names for array in ARRAYS]
+        self._files = [description, *arrays]
+        self._opened.add(*arrays)
+        self.sets = {name: read_set(self.folder, name, self.metadata) for name in names}
+        check_totals(description, self.metadata, self.sets)
+        self._mapped = {
+            name: [str(array_path(self.folder, name, array)) for array in MAPPED] for name in names
+        }
+        self._opened.check()
+        self._verify()
+
+    @cached_property
+    def contents(self) -> Contents:
+        """Fingerprint and sums of the files as they were opened. Raises DatasetError where they changed."""
+        difficulty = [array_path(self.folder, name, DIFFICULTY) for name in self.metadata.sets]
+        contents = read_contents(self._files, [path for path in difficulty if path.is_file()])
+        self._opened.check()
+        return contents
+
+    def check_unchanged(self, name: str) -> None:
+        """Raises DatasetError when a mapped file of the set `name` is not the one that was opened any more.
+
+        To be called before rows are read: to read behind the new end of a file ends the process.
+        """
+        self._opened.check(self._mapped[name])
+
+    def _verify(self) -> None:
+        path = self.folder / CHECKSUMS
+        if path.exists():
+            listed = read_description(path, MAX_DESCRIPTION_BYTES, "the checksums of a split")
+            for file, what in checksum_faults(listed, self.contents.sums):
+                remedy = f"build or copy the data set again; if it was changed on purpose, delete {CHECKSUMS}"
+                raise DamagedFile(self.folder / file, what, remedy)
 
 
 def check_same_task(train: PuzzleDataset, test: PuzzleDataset) -> None:
@@ -58,15 +102,13 @@ def check_same_task(train: PuzzleDataset, test: PuzzleDataset) -> None:
 
 def fingerprint(dataset: PuzzleDataset) -> str:
     """SHA-256 (hex) over the bytes of a split's dataset.json and of all its arrays, in a fixed order."""
-    digest = hashlib.sha256()
-    paths = [array_path(dataset.folder, name, array) for name in dataset.metadata.sets for array in ARRAYS]
-    for path in [dataset.folder / "dataset.json", *paths]:
-        # The size in front keeps bytes from moving between neighbouring files unseen.
-        digest.update(path.stat().st_size.to_bytes(8, "little"))
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-    return digest.hexdigest()
+    return dataset.contents.fingerprint
+
+
+def digests(dataset: PuzzleDataset) -> dict[str, str]:
+    """SHA-256 (hex) of each file that the fingerprint covers, by its name in the split's folder."""
+    files = {path.name for path in dataset._files}
+    return {name: sum["sha256"] for name, sum in dataset.contents.sums.items() if name in files}
 
 
 @dataclass(frozen=True)
@@ -85,10 +127,21 @@ class Batch:
 
 @dataclass(frozen=True)
 class TrainBatch(Batch):
-    """A Batch with `position`, (iteration, batch index) of the batch that follows it: hand it to
-    train_batches as `start` to go on from there. The last batch of an iteration says (iteration + 1, 0)."""
+    """A Batch with its own place in the run, `index`, and that of the batch that follows it, `position`; both
+    are (iteration, number in it). `batch_members` tells of an index what was in the batch, train_batches goes
+    on from a position as its `start`. The last batch of an iteration has the position (iteration + 1, 0)."""
 
+    index: tuple[int, int]
     position: tuple[int, int]
+
+
+class Members(NamedTuple):
+    """What a global batch was drawn from: a set, rows of its inputs and labels, and the puzzle identifier of
+    each, both (B,) int64."""
+
+    set_name: str
+    examples: np.ndarray
+    puzzle_identifiers: np.ndarray
 
 
 def steps_in(dataset: PuzzleDataset, epochs: int, global_batch_size: int) -> int:
@@ -122,16 +175,36 @@ def train_batches(
     world_size does not divide the batch, when an iteration has no full batch, when `start` is not in the run.
     """
     local = _local_batch_size(global_batch_size, rank, world_size)
-    if epochs < 1 or epochs_per_iter < 1 or seed < 0:
-        raise DatasetError(
-            f"epochs={epochs}, epochs_per_iter={epochs_per_iter}, seed={seed}: expected at least 1, 1 and 0"
-        )
-    longest = min(epochs, epochs_per_iter)
-    most = max(longest * _most_examples(part) for part in dataset.sets.values())
-    if most < global_batch_size:
-        raise _too_small(dataset, most, longest, global_batch_size)
     rows = slice(rank * local, (rank + 1) * local)
-    return _run(dataset, seed, epochs, epochs_per_iter, global_batch_size, rows, start)
+
+    def walk(drawn: Iterator[_Drawn]) -> Iterator[TrainBatch]:
+        for each in drawn:
+            batch = _batch(dataset, each.set_name, each.examples[rows], each.puzzles[rows])
+            arrays = (batch.inputs, batch.labels, batch.puzzle_identifiers)
+            yield TrainBatch(*arrays, each.index, each.position)
+
+    return walk(_draw(dataset, seed, epochs, epochs_per_iter, global_batch_size, start))
+
+
+def batch_members(
+    dataset: PuzzleDataset,
+    *,
+    seed: int,
+    epochs: int,
+    epochs_per_iter: int,
+    global_batch_size: int,
+    position: tuple[int, int],
+) -> Members:
+    """What the training batch at a place of a run consists of, drawn again from the seed.
+
+    position: the `index` of the batch; the others as for train_batches, which raises the same errors.
+    """
+    drawn = _draw(dataset, seed, epochs, epochs_per_iter, global_batch_size, position)
+    found = next(drawn, None)
+    if found is None or found.index != position:
+        raise DatasetError(f"{dataset.folder}: the run of {epochs} epochs has no batch at {position}")
+    identifiers = dataset.sets[found.set_name].puzzle_identifiers[found.puzzles]
+    return Members(found.set_name, found.examples, identifiers)
 
 
 def test_batches(
@@ -157,7 +230,7 @@ def test_batches(
                 rows = taken[first : first + global_batch_size]
                 own = rows[rank * local : (rank + 1) * local]
                 puzzles = np.searchsorted(part.puzzle_indices, own, side="right") - 1
-                yield name, _batch(dataset, part, own, puzzles, local), len(rows)
+                yield name, _batch(dataset, name, own, puzzles, local), len(rows)
 
     return walk()
 
@@ -208,42 +281,63 @@ def _too_small(dataset: PuzzleDataset, examples: int, epochs: int, global_batch_
     )
 
 
-def _run(
+@dataclass(frozen=True)
+class _Drawn:
+    """A global batch to be read: its set, examples and their puzzles, its place and the next one's."""
+
+    set_name: str
+    examples: np.ndarray
+    puzzles: np.ndarray
+    index: tuple[int, int]
+    position: tuple[int, int]
+
+
+def _draw(
     dataset: PuzzleDataset,
     seed: int,
     epochs: int,
     epochs_per_iter: int,
     global_batch_size: int,
-    rows: slice,
     start: tuple[int, int],
-) -> Iterator[TrainBatch]:
-    for iteration in range(start[0], -(-epochs // epochs_per_iter)):
-        span = min(epochs_per_iter, epochs - iteration * epochs_per_iter)
-        plan: list[tuple[PuzzleSet, np.ndarray]] = []
-        most = 0
-        for number, part in enumerate(dataset.sets.values()):
-            # The official reader counts an iteration for every set it goes through.
-            count = iteration * len(dataset.sets) + number + 1
-            puzzles = _draw_puzzles(part, np.random.Generator(np.random.Philox(seed=seed + count)), span)
-            ends = np.cumsum(part.puzzle_indices[puzzles + 1] - part.puzzle_indices[puzzles])
-            most = max(most, int(ends[-1]))
-            plan += [(part, puzzles[first:last]) for first, last in _pack(ends, global_batch_size)]
-        first = start[1] if iteration == start[0] else 0
-        if not plan and span == min(epochs, epochs_per_iter):
-            raise _too_small(dataset, most, span, global_batch_size)
-        if first > len(plan):
-            raise DatasetError(
-                f"{dataset.folder}: cannot go on at batch {first} of an iteration of {len(plan)}; expected "
-                "the data set, global_batch_size and eval_interval that the run began with"
-            )
-        for index in range(first, len(plan)):
-            part, puzzles = plan[index]
-            examples, owners = _draw_examples(part, puzzles, (seed, iteration, index))
-            batch = _batch(
-                dataset, part, examples[:global_batch_size][rows], owners[:global_batch_size][rows]
-            )
-            position = (iteration, index + 1) if index + 1 < len(plan) else (iteration + 1, 0)
-            yield TrainBatch(batch.inputs, batch.labels, batch.puzzle_identifiers, position)
+) -> Iterator[_Drawn]:
+    """The global batches of a run from `start` on; no example is read."""
+    if epochs < 1 or epochs_per_iter < 1 or seed < 0:
+        raise DatasetError(
+            f"epochs={epochs}, epochs_per_iter={epochs_per_iter}, seed={seed}: expected at least 1, 1 and 0"
+        )
+    longest = min(epochs, epochs_per_iter)
+    most = max(longest * _most_examples(part) for part in dataset.sets.values())
+    if most < global_batch_size:
+        raise _too_small(dataset, most, longest, global_batch_size)
+
+    def walk() -> Iterator[_Drawn]:
+        for iteration in range(start[0], -(-epochs // epochs_per_iter)):
+            span = min(epochs_per_iter, epochs - iteration * epochs_per_iter)
+            plan: list[tuple[str, np.ndarray]] = []
+            most = 0
+            for number, (name, part) in enumerate(dataset.sets.items()):
+                # The official reader counts an iteration for every set it goes through.
+                count = iteration * len(dataset.sets) + number + 1
+                puzzles = _draw_puzzles(part, np.random.Generator(np.random.Philox(seed=seed + count)), span)
+                ends = np.cumsum(part.puzzle_indices[puzzles + 1] - part.puzzle_indices[puzzles])
+                most = max(most, int(ends[-1]))
+                plan += [(name, puzzles[first:last]) for first, last in _pack(ends, global_batch_size)]
+            first = start[1] if iteration == start[0] else 0
+            if not plan and span == longest:
+                raise _too_small(dataset, most, span, global_batch_size)
+            if first > len(plan):
+                raise DatasetError(
+                    f"{dataset.folder}: cannot go on at batch {first} of an iteration of {len(plan)}; "
+                    "expected the data set, global_batch_size and eval_interval that the run began with"
+                )
+            for index in range(first, len(plan)):
+                name, puzzles = plan[index]
+                examples, owners = _draw_examples(dataset.sets[name], puzzles, (seed, iteration, index))
+                position = (iteration, index + 1) if index + 1 < len(plan) else (iteration + 1, 0)
+                whole = slice(global_batch_size)
+                yield _Drawn(name, examples[whole], owners[whole], (iteration, index), position)
+
+    return walk()
 
 
 def _draw_puzzles(part: PuzzleSet, rng: np.random.Generator, epochs: int) -> np.ndarray:
@@ -282,14 +376,15 @@ def _draw_examples(
 
 def _batch(
     dataset: PuzzleDataset,
-    part: PuzzleSet,
+    name: str,
     examples: np.ndarray,
     puzzles: np.ndarray,
     rows: int | None = None,
 ) -> Batch:
-    metadata = dataset.metadata
-    inputs = part.inputs[examples].astype(np.int32)
-    labels = part.labels[examples].astype(np.int32)
+    metadata, part = dataset.metadata, dataset.sets[name]
+    dataset.check_unchanged(name)
+    inputs = _tokens(dataset, name, "inputs", examples)
+    labels = _tokens(dataset, name, "labels", examples)
     identifiers = part.puzzle_identifiers[puzzles].astype(np.int32)
     if metadata.ignore_label_id is not None:
         labels[labels == metadata.ignore_label_id] = IGNORE_LABEL
@@ -299,3 +394,14 @@ def _batch(
         labels = np.pad(labels, ((0, short), (0, 0)), constant_values=IGNORE_LABEL)
         identifiers = np.pad(identifiers, (0, short), constant_values=metadata.blank_identifier_id)
     return Batch(inputs, labels, identifiers)
+
+
+def _tokens(dataset: PuzzleDataset, name: str, array: str, examples: np.ndarray) -> np.ndarray:
+    """Rows of a mapped array, int32, once more in the vocabulary as they were when it was opened."""
+    metadata = dataset.metadata
+    values = getattr(dataset.sets[name], array)[examples]
+    also = metadata.ignore_label_id if array == "labels" else None
+    if where := first_outside(values, metadata.vocab_size, also):
+        path, row = array_path(dataset.folder, name, array), int(examples[where[0]])
+        raise out_of_range(path, row, values[where], metadata.vocab_size, f"vocab_size {metadata.vocab_size}")
+    return values.astype(np.int32)

@@ -14,10 +14,13 @@ from tqdm import tqdm
 from hrm.data.kinds import Kind
 from hrm.data.labyrinth import PATH, SYMMETRIES, solve, solved, symmetric
 from hrm.errors import UserError
+from hrm.files import numbered_lines
 
 # Rows that are in memory at a time.
 CHUNK_ROWS = 1000
 SMALLEST_SIDE = 5
+# Characters of a line: a question and an answer as long as the csv module takes.
+LINE_LIMIT = 2 * csv.field_size_limit() + (1 << 12)
 # The token of every character, 0 for those that are none.
 TOKENS = np.zeros(256, np.uint8)
 TOKENS[np.frombuffer(b"# SGo.", np.uint8)] = (1, 2, 3, 4, 5, 2)
@@ -62,11 +65,8 @@ def read_mazes(path: Path, *, check: bool = True) -> Iterator[Mazes]:
     check=False leaves the rules alone, for a second reading.
     """
     try:
-        with (
-            path.open(newline="", encoding="utf-8-sig", errors="replace") as file,
-            tqdm(desc=f"reading {path.name}", unit=" mazes", leave=False) as bar,
-        ):
-            rows = _rows(path, file)
+        with tqdm(desc=f"reading {path.name}", unit=" mazes", leave=False) as bar:
+            rows = _rows(path, numbered_lines(path, LINE_LIMIT, "a maze a line", MazeError))
             kind = None
             while chunk := list(islice(rows, CHUNK_ROWS)):
                 kind = kind or _kind(path, chunk[0])
@@ -84,8 +84,8 @@ def read_mazes(path: Path, *, check: bool = True) -> Iterator[Mazes]:
 Row = tuple[int, str, str | None]
 
 
-def _rows(path: Path, file: Iterator[str]) -> Iterator[Row]:
-    reader = csv.reader(file)
+def _rows(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[Row]:
+    reader = csv.reader(line for _, line in lines)
     header = [name.strip().lower() for name in next(reader, [])]
     if "question" not in header:
         raise MazeError(f"{path}: line 1: no column 'question', expected source,question,answer,rating")

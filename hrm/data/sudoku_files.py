@@ -5,17 +5,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from hrm.data.solver import SudokuError, solve_each, units
 from hrm.data.workers import over_rows
+from hrm.files import numbered_lines
 
 # Lines that are checked at a time: bounds the memory of the checks.
 CHUNK_LINES = 20_000
-# Characters of a line, more than any puzzle takes.
-LINE_LIMIT = 1 << 16
+# Characters of a line, more than any puzzle takes; so many lines of them are held at a time.
+LINE_LIMIT = 1 << 12
 # Lines that are named of those left out.
 NAMED_LINES = 5
 # Ratings are written as int32.
@@ -176,33 +177,24 @@ def _joined(chunks: list[list[Any]], field: int) -> Any:
     return None if parts[0] is None else np.concatenate(parts)
 
 
-def _lines(path: Path, file: TextIO) -> Iterator[tuple[int, str]]:
-    """The lines of a file and their numbers, none longer than can be held."""
-    number = 0
-    while line := file.readline(LINE_LIMIT + 1):
-        number += 1
-        if len(line) > LINE_LIMIT:
-            raise _bad(path, number, f"longer than {LINE_LIMIT} characters, expected one puzzle a line")
-        yield number, line
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    return numbered_lines(path, LINE_LIMIT, "one puzzle a line", SudokuError)
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        lines = _lines(path, file)
-        header = [name.strip().lower() for name in _fields(next(lines, (1, ""))[1])]
-        if "question" not in header:
-            raise SudokuError(f"{path}: line 1: no column 'question', expected source,question,answer,rating")
-        columns = [
-            header.index(name) if name in header else None for name in ("question", "answer", "rating")
-        ]
-        for number, line in lines:
-            fields = _fields(line)
-            if not fields:
-                continue
-            if len(fields) != len(header):
-                raise _bad(path, number, f"{len(fields)} fields, expected {len(header)} as in the header")
-            question, answer, rating = (None if column is None else fields[column] for column in columns)
-            yield number, question or "", answer, rating
+    lines = _lines(path)
+    header = [name.strip().lower() for name in _fields(next(lines, (1, ""))[1])]
+    if "question" not in header:
+        raise SudokuError(f"{path}: line 1: no column 'question', expected source,question,answer,rating")
+    columns = [header.index(name) if name in header else None for name in ("question", "answer", "rating")]
+    for number, line in lines:
+        fields = _fields(line)
+        if not fields:
+            continue
+        if len(fields) != len(header):
+            raise _bad(path, number, f"{len(fields)} fields, expected {len(header)} as in the header")
+        question, answer, rating = (None if column is None else fields[column] for column in columns)
+        yield number, question or "", answer, rating
 
 
 def _fields(line: str) -> list[str]:
@@ -211,11 +203,10 @@ def _fields(line: str) -> list[str]:
 
 
 def _line_rows(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        for number, line in _lines(path, file):
-            text = line.strip()
-            if text and not text.startswith("#"):
-                yield number, text, None, None
+    for number, line in _lines(path):
+        text = line.strip()
+        if text and not text.startswith("#"):
+            yield number, text, None, None
 
 
 def _bad(path: Path | None, line: int, what: str) -> SudokuError:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from hrm.data.dataset import PuzzleDataset, fingerprint
+from hrm.data.integrity import CHECKSUMS, write_checksums
 from hrm.data.layout import ARRAYS, DIFFICULTY, DatasetError, Metadata, PuzzleSet, array_path
 
 # In a cached data set, the fingerprints it was written with.
@@ -32,7 +33,8 @@ class Shape:
 class SplitWriter:
     """A split written group by group: what it holds in memory does not grow with the split.
 
-    Closing it writes dataset.json; only then is it a split. Sets stand in the order they were first added to.
+    Closing it writes dataset.json and checksums.json; only then is it a split. Sets stand in the order they
+    were first added to.
     """
 
     def __init__(self, folder: Path, shape: Shape) -> None:
@@ -70,10 +72,12 @@ class SplitWriter:
         self.examples += len(part.inputs)
 
     def close(self, num_puzzle_identifiers: int) -> Metadata:
-        """Writes the split's description; nothing can be added any more."""
-        for files in self._files.values():
-            for file in files.values():
+        """Writes the split's description and checksums; nothing can be added any more."""
+        paths = [self._folder / "dataset.json"]
+        for name, files in self._files.items():
+            for array, file in files.items():
                 file.finish()
+                paths.append(array_path(self._folder, name, array))
         metadata = Metadata(
             **asdict(self._shape),
             num_puzzle_identifiers=num_puzzle_identifiers,
@@ -82,7 +86,8 @@ class SplitWriter:
             sets=list(self._files),
         )
         text = json.dumps(asdict(metadata)) + "\n"
-        (self._folder / "dataset.json").write_text(text, encoding="utf-8")
+        paths[0].write_text(text, encoding="utf-8")
+        write_checksums(self._folder, paths)
         return metadata
 
     def abandon(self) -> None:
@@ -273,7 +278,7 @@ def _check_replaceable(folder: Path, replaceable: Callable[[Path], bool]) -> Non
 
 def _is_split(folder: Path) -> bool:
     return (folder / "dataset.json").is_file() and all(
-        path.name == "dataset.json" or path.suffix == ".npy" for path in folder.iterdir()
+        path.name in ("dataset.json", CHECKSUMS) or path.suffix == ".npy" for path in folder.iterdir()
     )
 
 

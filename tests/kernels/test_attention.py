@@ -177,10 +177,11 @@ def stand_in(name, version, returned):
     """A module with flash-attn's function: it records its operands' shapes and computes with PyTorch."""
     package = ModuleType(name)
     package.__version__ = version
-    package.calls = []
+    package.calls, package.deterministic = [], []
 
-    def flash_attn_func(q, k, v, *, causal):
+    def flash_attn_func(q, k, v, *, causal, deterministic):
         assert causal is False
+        package.deterministic.append(deterministic)
         package.calls.append(tuple(q.shape))
         o = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
         return returned(o)
@@ -227,6 +228,11 @@ def test_flash_takes_longer_sequences(installed, package, dtype):
     assert flash.calls[2:] == [(1, 17, 2, 8)]
     # The stand-in rounds in between, PyTorch's own on a CPU once.
     torch.testing.assert_close(named, attention(short, 2, backend="sdpa"), rtol=0, atol=0.01)
+    # As these tests run; without PyTorch's setting its backward may add in any order.
+    assert flash.deterministic == [True] * 3
+    torch.use_deterministic_algorithms(False)
+    attention(short, 2, backend="flash")
+    assert flash.deterministic[3:] == [False]
 
 
 @pytest.mark.parametrize(("capability", "version"), [((9, 0), 3), ((8, 0), 2), ((12, 0), 2)])

@@ -30,7 +30,7 @@ def train(backend: str, config) -> tuple[list[float], dict[str, float], torch.Te
     losses, start = [], engine.parameters.data.clone()
     for batch, _ in zip(batches(), range(STEPS), strict=False):
         engine.train_step(some(batch))
-        losses.append(engine.pop_metrics()["loss"])
+        losses.append(engine.pop().metrics["loss"])
     evaluation = engine.evaluate([("all", some(next(batches(1))), ROWS)])["all"]
     return losses, evaluation, engine.parameters.data, engine.parameters.data - start
 

@@ -107,6 +107,24 @@ def test_gradients_that_are_not_finite_stay_with_their_identifier():
     torch.testing.assert_close(ours.flatten(), torch.tensor([0.0, -0.1, -0.1, 0.1, 0.0], device=DEVICE))
 
 
+@pytest.mark.parametrize("name", ["triton", "reference"])
+def test_a_skipped_step_leaves_every_bit(name):
+    """Whatever is in gradient and table; a step that is not skipped is as one without a flag."""
+    odd = torch.tensor([float("nan"), float("inf"), -0.0], device=DEVICE)
+    before, grad = randn(9, 40, seed=0).float(), integers(6, 40, low=-3, high=4, seed=1).float()
+    before[4, :3], grad[2, 5:8], grad[0, 9] = odd, odd, float("nan")
+    identifiers, lr = torch.tensor([4, 1, 4, 0, 4, 8], device=DEVICE), torch.tensor(0.1, device=DEVICE)
+    backend.set_backend(name)
+    after = {}
+    for flag in (None, False, True):
+        after[flag] = before.clone()
+        skip = None if flag is None else torch.tensor(flag, device=DEVICE)
+        sign_sgd(after[flag], identifiers, grad, lr, 0.25, skip=skip)
+    bits = {flag: table.view(torch.int32) for flag, table in after.items()}
+    assert torch.equal(bits[True], before.view(torch.int32))
+    assert torch.equal(bits[False], bits[None]) and not torch.equal(bits[None], bits[True])
+
+
 def test_views_of_larger_tensors_and_what_lies_around_them():
     wide, grads = randn(9, 50, seed=0).float(), integers(20, 7, low=-3, high=4, seed=1).float()
     identifiers = integers(14, low=0, high=9, seed=2)
@@ -130,12 +148,14 @@ def test_identifiers_outside_the_table_write_nothing():
 def test_operator_contract_and_compile():
     table, identifiers = randn(6, 20, seed=0).float(), torch.tensor([4, 1, 4], device=DEVICE)
     grad, lr = randn(3, 20, seed=1).float(), torch.tensor(0.1, device=DEVICE)
-    arguments = (table.clone(), identifiers, grad, lr, 0.5)
-    torch.library.opcheck(torch.ops.hrm_kernels.sign_sgd.default, arguments)
+    no = torch.tensor(False, device=DEVICE)
+    for skip in (None, no):
+        arguments = (table.clone(), identifiers, grad, lr, 0.5, skip)
+        torch.library.opcheck(torch.ops.hrm_kernels.sign_sgd.default, arguments)
 
     def twice(table: Tensor) -> Tensor:
         sign_sgd(table, identifiers, grad, lr, 0.5)
-        sign_sgd(table, identifiers, grad, lr, 0.5)
+        sign_sgd(table, identifiers, grad, lr, 0.5, skip=no)
         return table * 2
 
     torch._dynamo.reset()
@@ -153,13 +173,19 @@ def test_operator_contract_and_compile():
         ({"grad": torch.zeros(3, 5)}, ValueError, r"grad must have shape \(3, 4\), got \(3, 5\)"),
         ({"grad": torch.zeros(3, 4).half()}, TypeError, "grad must match table"),
         ({"lr": torch.zeros(1)}, ValueError, r"lr must have shape \(\), got \(1,\)"),
+        ({"skip": torch.tensor(0.0)}, TypeError, "skip must be bool on .*, got torch.float32"),
+        ({"skip": torch.zeros(3).bool()}, ValueError, r"skip must have shape \(\), got \(3,\)"),
+        ({"skip": torch.tensor(True, device="meta")}, TypeError, "skip must be bool on .*, got .* on meta"),
     ],
 )
 def test_bad_arguments_are_named(change, error, message):
     arguments = {"table": torch.zeros(6, 4), "identifiers": torch.zeros(3).int(), "grad": torch.zeros(3, 4)}
     arguments = arguments | {"lr": torch.tensor(0.1)} | change
     with pytest.raises(error, match=f"sign_sgd: {message}"):
-        sign_sgd(**{name: tensor.to(DEVICE) for name, tensor in arguments.items()}, weight_decay=0.1)
+        sign_sgd(
+            **{name: value if value.is_meta else value.to(DEVICE) for name, value in arguments.items()},
+            weight_decay=0.1,
+        )
 
 
 def test_what_the_kernel_does_not_take():

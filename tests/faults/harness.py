@@ -1,0 +1,109 @@
+"""A trainer in a process of its own that a test watches and stops, and what its run's folder shows."""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import train
+from hrm.checkpoint import latest_checkpoint
+from tests.test_train import words
+
+ROOT = Path(train.__file__).parent
+# Long against everything that is waited for here, on a busy machine too.
+PATIENCE = 120.0
+Found = TypeVar("Found")
+
+
+class Trainer:
+    """`python train.py WORD...` in a process of its own; as a context, none is left behind."""
+
+    def __init__(
+        self, argv: Sequence[str], *, program: Sequence[str] = ("train.py",), prefix: Sequence[str] = ()
+    ) -> None:
+        """program: what to run in place of the trainer. prefix: a command that runs it."""
+        self._told = tempfile.TemporaryDirectory()
+        self._out, self._err = Path(self._told.name) / "out", Path(self._told.name) / "err"
+        command = [*prefix, sys.executable, *program, *argv]
+        with open(self._out, "wb") as out, open(self._err, "wb") as err:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err)
+
+    def __enter__(self) -> "Trainer":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._told.cleanup()
+
+    @property
+    def out(self) -> str:
+        """What it has printed so far."""
+        return self._out.read_text()
+
+    @property
+    def err(self) -> str:
+        """What it has printed to stderr so far."""
+        return self._err.read_text()
+
+    def wait_for(self, look: Callable[[], Found]) -> Found:
+        """Looks every millisecond until there is something to see, and returns it."""
+        deadline = time.monotonic() + PATIENCE
+        while not (found := look()):
+            assert self.process.poll() is None, f"over before it happened\n{self.out}\n{self.err}"
+            assert time.monotonic() < deadline, f"did not happen in {PATIENCE:g} s\n{self.out}\n{self.err}"
+            time.sleep(0.001)
+        return found
+
+    def signal(self, number: int) -> int:
+        """Sends a signal to it while it runs; returns its exit status."""
+        assert self.process.poll() is None, f"over before it was stopped\n{self.out}\n{self.err}"
+        self.process.send_signal(number)
+        return self.end()
+
+    def end(self) -> int:
+        """Waits for its end; returns its exit status."""
+        return self.process.wait(PATIENCE)
+
+
+def run_to_end(argv: Sequence[str], **options: Sequence[str]) -> tuple[int, str, str]:
+    """A trainer left alone: its exit status, its output, its errors."""
+    with Trainer(argv, **options) as trainer:
+        return trainer.end(), trainer.out, trainer.err
+
+
+def last_step(run: Path) -> int:
+    """The step of the last whole line of a run's metrics, 0 before there is one."""
+    try:
+        text = (run / "metrics.jsonl").read_text()
+    except FileNotFoundError:
+        return 0
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def saving(run: Path) -> list[Path]:
+    """The unfinished checkpoints in a run's folder: one while a save is going on, or was killed."""
+    return [path for path in run.glob(".tmp_step_*") if not path.name.startswith(".tmp_step_gone_")]
+
+
+def newest(run: Path) -> int:
+    """The step of the newest complete checkpoint, 0 without one; fails if a damaged one is there."""
+    path, notes = latest_checkpoint(run)
+    assert not notes, notes
+    return int(path.name.removeprefix("step_")) if path else 0
+
+
+def resumed_step(out: str) -> int:
+    """The step that a trainer said it went on from, 0 if it started anew."""
+    found = re.search(r"resuming .* at step (\d+)", out)
+    return int(found[1]) if found else 0
+
+
+__all__ = ["Trainer", "last_step", "newest", "resumed_step", "run_to_end", "saving", "words"]

@@ -1,0 +1,154 @@
+"""A disk that fills up for real: a small file system of its own, or a limit where none may be mounted."""
+
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import train
+from hrm.checkpoint import load_checkpoint
+from tests.faults.harness import ROOT, Trainer, last_step, newest, resumed_step, run_to_end, saving, words
+from tests.test_train import assert_same_run
+
+# 96 steps, with a checkpoint every 12.
+LONG = "epochs=16"
+
+
+@dataclass
+class Disk:
+    """A file system of 32 MiB in a mount namespace of its own.
+
+    path: where processes behind `prefix` see it. view: where this one does.
+    """
+
+    path: Path
+    view: Path
+    prefix: list[str]
+
+    def fill(self, free: int) -> None:
+        """Leaves `free` bytes."""
+        ballast = self.view / "ballast"
+        ballast.unlink(missing_ok=True)
+        size = shutil.disk_usage(self.view).free - free
+        ballast.write_bytes(bytes(size))
+
+    def clear(self) -> None:
+        """Frees what `fill` took."""
+        (self.view / "ballast").unlink()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """A small disk; the namespace, and so the disk, lives as long as a process that waits in it."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    script = 'mount -t tmpfs -o size=32m none "$1" && echo mounted && exec cat'
+    command = ["unshare", "-rm", "sh", "-c", script, "sh", str(path)]
+    if shutil.which("unshare") is None or shutil.which("nsenter") is None:
+        pytest.skip("no namespaces here: the limit on the size of files stands in for the disk's end")
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as holder:
+        assert holder.stdin is not None and holder.stdout is not None
+        try:
+            if holder.stdout.readline() != b"mounted\n":
+                pytest.skip("mounting is not permitted: the limit on the size of files stands in")
+            enter = ["nsenter", "-t", str(holder.pid), "-U", "-m", "--preserve-credentials", f"--wd={ROOT}"]
+            yield Disk(path, Path(f"/proc/{holder.pid}/root{path}"), enter)
+        finally:
+            holder.stdin.close()
+
+
+def only_error(err: str) -> str:
+    """The one line that begins with `error: `, and no traceback beside it."""
+    assert "Traceback" not in err, err
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def refused_for_space(err: str, run: Path, cause: str) -> None:
+    """The message of a checkpoint that did not fit: cause, needed, free, what is kept, what to do."""
+    line = only_error(err)
+    told = r" \(([\d.]+) ([KM]iB) needed, [\d.]+ (bytes|[KMG]iB) free\); "
+    assert re.match(re.escape(f"error: cannot save a checkpoint in {run}: {cause}") + told, line), line
+    assert "earlier checkpoints are kept; free space or raise the quota" in line and "output_dir=" in line
+
+
+def whole(data: Path, folder: Path, *more: str) -> Path:
+    """The run of a test, left alone."""
+    assert train.main(words(data, folder, "run_name=whole", *more)) == 0
+    return folder / data.name / "whole"
+
+
+def fill_between_saves(trainer: Trainer, disk: Disk, run: Path, free: int) -> None:
+    """Fills the disk while the trainer stands still, and not in a save, whose end would free something."""
+    trainer.process.send_signal(signal.SIGSTOP)
+    while list(run.glob(".tmp_*")):
+        trainer.process.send_signal(signal.SIGCONT)
+        time.sleep(0.02)
+        trainer.process.send_signal(signal.SIGSTOP)
+    disk.fill(free)
+    trainer.process.send_signal(signal.SIGCONT)
+
+
+def test_a_full_disk_ends_the_run_and_room_on_it_goes_on(tiny_sudoku, tmp_path, disk):
+    argv = words(tiny_sudoku, disk.path, "run_name=full", LONG)
+    run, seen = (root / tiny_sudoku.name / "full" for root in (disk.path, disk.view))
+    with Trainer(argv, prefix=disk.prefix) as trainer:
+        trainer.wait_for(lambda: newest(seen))
+        # Weights fit, the training state does not.
+        size = sum(path.stat().st_size for path in (seen / f"step_{newest(seen)}").iterdir())
+        fill_between_saves(trainer, disk, seen, int(0.6 * size))
+        before = {path: path.read_bytes() for path in seen.glob("step_*/*")}
+        assert trainer.end() == 2
+        refused_for_space(trainer.err, run, "No space left on device")
+    assert {path: path.read_bytes() for path in seen.glob("*step_*/*")} == before and before
+    kept = newest(seen)
+    disk.clear()
+    status, out, err = run_to_end(argv, prefix=disk.prefix)
+    assert status == 0 and resumed_step(out) == kept, err
+    assert_same_run(whole(tiny_sudoku, tmp_path, LONG), seen)
+
+
+def test_a_full_disk_under_the_metrics_ends_the_run_and_room_on_it_goes_on(tiny_sudoku, tmp_path, disk):
+    argv = words(tiny_sudoku, disk.path, "run_name=full", LONG, "log_interval=1")
+    run, seen = (root / tiny_sudoku.name / "full" for root in (disk.path, disk.view))
+    with Trainer(argv, prefix=disk.prefix) as trainer:
+        trainer.wait_for(lambda: newest(seen))
+        fill_between_saves(trainer, disk, seen, 0)
+        assert trainer.end() == 2
+        line = only_error(trainer.err)
+    assert line.startswith(f"error: cannot write {run}/metrics.jsonl: No space left on device; free space")
+    kept = newest(seen)
+    assert 12 <= kept <= last_step(seen)
+    # Nor does it start while nothing can be written, and what is there stays.
+    config = (seen / "config.yaml").read_bytes()
+    status, _, err = run_to_end(argv, prefix=disk.prefix)
+    assert status == 2 and "No space left on device" in only_error(err)
+    assert (seen / "config.yaml").read_bytes() == config and newest(seen) == kept
+    disk.clear()
+    status, out, err = run_to_end(argv, prefix=disk.prefix)
+    assert status == 0 and resumed_step(out) == kept, err
+    assert_same_run(whole(tiny_sudoku, tmp_path, LONG, "log_interval=1"), seen)
+
+
+def test_a_file_that_cannot_grow_ends_the_run_and_room_goes_on(tiny_sudoku, tmp_path):
+    argv = words(tiny_sudoku, tmp_path, "run_name=full")
+    run = tmp_path / tiny_sudoku.name / "full"
+    assert train.main([*argv, "max_steps=12"]) == 0
+    size = (run / "step_12" / "training.pt").stat().st_size
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    limited = f"import resource, sys, train; resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {hard}))"
+    status, _, err = run_to_end(argv, program=["-c", f"{limited}; sys.exit(train.main())"])
+    assert status == 2
+    refused_for_space(err, run, "File too large")
+    assert load_checkpoint(run).step == 12 and not saving(run)
+    assert train.main(argv) == 0
+    whole(tiny_sudoku, tmp_path, "max_steps=12")
+    assert_same_run(whole(tiny_sudoku, tmp_path), run)
