@@ -1,5 +1,5 @@
 # Two commands: `make train` and `make test`. Each sets itself up in $(VENV) from the pinned constraints.
-# `make lint` and `make bench` are for developers.
+# `make lint`, `make bench`, `make soak`, `make fuzz` and `make audit` are for developers.
 # More words for the trainer: make train ARGS="--arch v1 max_steps=100"
 
 PYTHON ?= python3
@@ -7,7 +7,7 @@ VENV ?= .venv
 ARGS ?=
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: train test lint bench
+.PHONY: train test lint bench soak fuzz audit
 
 train: $(VENV)/.runtime
 	$(VENV)/bin/python train.py $(ARGS)
@@ -22,6 +22,16 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest bench/ --benchmark-only $(ARGS)
+
+soak: $(VENV)/.dev
+	$(VENV)/bin/python -m tests.faults.soak $(ARGS)
+
+fuzz: $(VENV)/.dev
+	$(VENV)/bin/python -m tests.fuzz.campaign $(ARGS)
+
+audit: $(VENV)/.dev
+	$(PIP) pip-audit
+	$(VENV)/bin/pip-audit -r constraints.txt --no-deps --disable-pip $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -15,7 +15,8 @@ setup(
     package_data={"hrm": ["thinking.html", "thinking.css", "thinking.js"]},
     py_modules=["train"],
     install_requires=[
-        "torch>=2.9",
+        # Before 2.10 a crafted checkpoint could corrupt memory (CVE-2026-24747).
+        "torch>=2.10",
         # The CUDA builds of torch bring their own; its interpreter and compiler also serve the tests.
         "triton>=3.5; platform_system == 'Linux'",
         "numpy>=1.26",

@@ -384,7 +384,7 @@ def peak_memory(step: Callable[[], object]) -> int:
     events = traced(step, torch.device("cpu"), profile_memory=True)
     changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
     live = np.cumsum([size for _, size in sorted(changes)])
-    return int(live.max())
+    return int(live.max(initial=0))
 
 
 def processor() -> str:

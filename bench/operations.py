@@ -131,7 +131,13 @@ def adam(s: Shape) -> tuple[Inputs, Call]:
     step = torch.tensor(100, device=DEVICE)
     copy = torch.empty(N, dtype=torch.bfloat16, device=DEVICE) if CUDA else None
     recipe: dict[str, Any] = {"step": step, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "copy": copy}
-    return inputs, lambda **inputs: kernels.adam_atan2(**inputs, **recipe)
+    recipe["skip"] = torch.tensor(False, device=DEVICE)
+
+    def call(**inputs: Any) -> tuple[Tensor, ...]:
+        kernels.adam_atan2(**inputs, **recipe)
+        return ()
+
+    return inputs, call
 
 
 def rows_of_a_table(s: Shape) -> tuple[Inputs, Call]:
@@ -139,9 +145,10 @@ def rows_of_a_table(s: Shape) -> tuple[Inputs, Call]:
     identifiers = torch.randint(0, table, (s.B,), generator=batch, dtype=torch.int32).to(DEVICE)
     inputs = {"table": randn(table, s.D, seed=0), "grad": randn(s.B, s.D, seed=1)}
     inputs["lr"] = torch.tensor(1e-2, device=DEVICE).double()
+    skip = torch.tensor(False, device=DEVICE)
 
     def call(table: Tensor, grad: Tensor, lr: Tensor) -> tuple[Tensor, ...]:
-        kernels.sign_sgd(table, identifiers, grad, lr, 0.1)
+        kernels.sign_sgd(table, identifiers, grad, lr, 0.1, skip)
         return ()
 
     return inputs, call

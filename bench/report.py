@@ -69,6 +69,19 @@ def gate_rows(results: Path) -> list[tuple[str, str, str]]:
     return found
 
 
+def saving_rows(results: Path) -> list[tuple[str, str, str]]:
+    """What checkpoints cost a run that goes on meanwhile."""
+    rows = []
+    for file in sorted(results.glob("saving_*.json")):
+        for benchmark in json.loads(file.read_text())["benchmarks"]:
+            info = benchmark["extra_info"]
+            what = f"a checkpoint every {info['interval']} steps of `{info['model']}`, of the time of those"
+            stall, foreground = (1000 * info[f"{name}_seconds"] for name in ("stall", "foreground"))
+            measured = f"{100 * info['share']:.1f} %; a stop of {stall:.0f} ms, {foreground:.0f} in the foreground"
+            rows.append((what, measured, file.name))
+    return rows
+
+
 def step_files(results: Path) -> list[tuple[str, dict[str, Any]]]:
     """Files with rows of `bench.rows`, by name: those of GPUs first."""
     paths = [*sorted(results.glob("cuda_*.json")), results / "cpu.json"]
@@ -186,7 +199,7 @@ def where(name: str, file: dict[str, Any], info: dict[str, Any]) -> str:
 def table(results: Path = RESULTS) -> str:
     """All that stands between the README's markers: tables, and the plot once there are steps."""
     lines = ["| what | measured | file |", "|---|---|---|"]
-    rows = [*quick_rows(results), *data_rows(results), *gate_rows(results)]
+    rows = [*quick_rows(results), *data_rows(results), *gate_rows(results), *saving_rows(results)]
     parts = ["\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])]
     files = step_files(results)
     if files:

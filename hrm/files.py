@@ -36,8 +36,10 @@ def read_limited(
     expected: what it should be, in words. Raises `error`, and OSError as `open` does.
     """
     with open_bounded(path, error) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
+        # One that grows meanwhile is held to the limit as well.
+        large = os.fstat(file.fileno()).st_size > limit
+        content = b"" if large else file.read(limit + 1)
+    if large or len(content) > limit:
         raise error(f"{path}: more than {_size(limit)}, expected {expected}")
     return content
 

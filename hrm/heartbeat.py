@@ -295,7 +295,12 @@ class Heartbeat:
         if not waiting or silent or seconds < self._warning:
             return
         missing = late(signs)
-        told = ", ".join(f"{sign}: {sign.doing} for {self._seconds(sign):.0f} s" for sign in missing)
+        told = ", ".join(
+            f"{sign}: {sign.doing} for {sign.turns * self._period:.0f} s"
+            if sign.end is None
+            else f"{sign}: ended"
+            for sign in missing
+        )
         if seconds >= self._patience:
             reason = f"rank_timeout={self._patience:g}: waited in vain for {told}"
             if not missing:
@@ -308,10 +313,6 @@ class Heartbeat:
             self._warned = longest.collectives
             if missing and self._here.rank == min(sign.rank for sign in waiting):
                 print(f"waiting for {told}", file=sys.stderr, flush=True)
-
-    def _seconds(self, sign: Sign) -> float:
-        """How long a rank has done the same; one that has ended gives no more signs."""
-        return (sign.turns + (self._missed[sign.rank] if sign.end is not None else 0)) * self._period
 
     def _lost(self, missed: int) -> list[Sign]:
         """The ranks that have joined, have not said that they end, and of which so many signs were missed."""

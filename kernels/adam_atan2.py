@@ -39,8 +39,8 @@ def adam_atan2_reference(
     skip: Tensor | None = None,
 ) -> None:
     """The update in plain PyTorch, in place; see `adam_atan2`."""
-    if skip is not None and device_of(skip).type == "cpu":
-        # On the host reading it is free. In a rehearsal it has no value, and steps are usually made.
+    if skip is not None and device_of(skip).type == "cpu" and not torch.compiler.is_compiling():
+        # Reading it is free on the host. In a rehearsal it has no value, and steps are usually made.
         if not skip.is_meta and skip:
             return
         skip = None

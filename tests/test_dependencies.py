@@ -20,17 +20,16 @@ def plain(name: str) -> str:
 
 def asked() -> dict[str, Requirement]:
     """What setup.py asks for, by name."""
-    call = next(node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if _is_setup(node))
-    given = {word.arg: ast.literal_eval(word.value) for word in call.keywords if "require" in str(word.arg)}
+    nodes = ast.walk(ast.parse((ROOT / "setup.py").read_text()))
+    calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "setup"]
+    given = {
+        word.arg: ast.literal_eval(word.value) for word in calls[0].keywords if "require" in str(word.arg)
+    }
     texts = [
         *given["install_requires"],
         *(text for extra in given["extras_require"].values() for text in extra),
     ]
     return {plain(found.name): found for found in map(Requirement, texts)}
-
-
-def _is_setup(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and ast.unparse(node.func) == "setup"
 
 
 def pinned() -> dict[str, str]:

@@ -292,6 +292,14 @@ def test_a_broken_collective_is_explained(hearts, monkeypatch):
     for error in torch.OutOfMemoryError("the device is full"), ValueError("shape"):
         with pytest.raises(type(error), match=str(error)), distributed._together():
             raise error
+    # There is nothing to save any more: torchrun's signal ends this rank at once.
+    try:
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        with pytest.raises(UserError), distributed._together():
+            raise RuntimeError("Connection closed by peer [127.0.0.1]:1")
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     three.leave("KeyError: 'x'")
     assert "rank 2 (" in (why := one.why_broken()) and "failed: KeyError: 'x'" in why
 
@@ -383,6 +391,14 @@ def test_ranks_that_work_or_wait_in_turn_are_left_in_peace(hearts, capsys):
     time.sleep(SILENCE)
     assert not zero.verdicts + one.verdicts
     assert not capsys.readouterr().err
+
+
+def test_a_rank_that_left_while_others_wait_for_it_is_named(hearts):
+    zero, one = hearts(2, "ab", patience=SILENCE / 2)
+    one.leave()
+    with zero.waiting():
+        wait_for(lambda: zero.verdicts, 4 * SILENCE)
+    assert re.search(r"waited in vain for rank 1 \(.*\): ended; the same command", zero.verdicts[0])
 
 
 def test_a_silent_rank_is_not_judged_by_what_it_last_said(hearts):

@@ -30,8 +30,8 @@ def by_hand(arch: str, length: int) -> dict[str, dict[str, float]]:
 @pytest.mark.parametrize("arch", ["v1", "gated"])
 def test_the_step_is_the_one_counted_by_hand(arch, length):
     """FLOP to 1e-5 (the Q head). Bytes 2 to 5 % above: what PyTorch runs one by one, the roofline takes
-    fused: three sources summed in one pass, a module's last norm, slices of the states' gradients. Launches 30
-    to 50 % above, by these and some fifty of a few bytes: scalars of the losses, and of what is skipped.
+    fused: three sources summed in one pass, a module's last norm, slices of the states' gradients.
+    Launches 30 to 50 % above, by these and some of a few bytes: of the losses, and of what is skipped.
     """
     hand, rows = by_hand(arch, length), list(counted(arch, length).values())
     # By hand all sources of a gate have gradients. Those of the states are wanted by nobody: of L's three

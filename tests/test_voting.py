@@ -240,6 +240,7 @@ def test_boards_that_show_no_grid_are_no_arc_tests(source: Path, tmp_path: Path)
     inputs = np.load(path)
     inputs[1] = 0
     np.save(path, inputs)
+    (tmp_path / "out" / "test" / "checksums.json").unlink()
     with pytest.raises(DatasetError, match="example 1 of 'e_1' shows no grid"):
         read_tests(PuzzleDataset(tmp_path / "out", "test"), read_names(tmp_path / "out"))
 

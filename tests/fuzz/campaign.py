@@ -27,8 +27,14 @@ from typing import Any
 from tests.fuzz.judge import Finding, judge, leave, warm
 from tests.fuzz.targets import TARGETS
 
-# Of all inputs, the share of each target, in parts; 1 for others. Readers that wait for files take less.
-SHARES = {"words": 3, "config": 1, "puzzle": 3, "board": 3, "tokens": 2, "task": 2, "sudokus": 2, "mazes": 2}
+# Of all inputs, the share of each target, in parts: fewer where a reader opens files or makes configurations.
+SHARES = {
+    **dict.fromkeys(("puzzle", "board", "task", "sudokus", "mazes"), 8),
+    **dict.fromkeys(("tokens", "kaggle"), 4),
+    **dict.fromkeys(("manifest", "tensors", "training", "official", "metrics"), 3),
+    **dict.fromkeys(("words", "architecture", "run_config", "array", "dataset", "identifiers"), 2),
+    **dict.fromkeys(("config", "official_config", "plan"), 1),
+}
 # Seconds without a new input after which a process is ended, and address space that it may add.
 PATIENCE, ROOM = 60.0, 4 << 30
 MOST_FINDINGS = 20
@@ -134,10 +140,10 @@ def main() -> int:
     parser.add_argument("--write", type=Path, help="a JSON file for the result")
     args = parser.parse_args()
     names = args.target or list(TARGETS)
-    parts = sum(SHARES.get(name, 1) for name in names)
+    parts = sum(SHARES[name] for name in names)
     results = {}
     for name in names:
-        count = -(-args.inputs * SHARES.get(name, 1) // parts)
+        count = -(-args.inputs * SHARES[name] // parts)
         result = results[name] = explore(name, args.seed, args.first, args.first + count)
         print(
             f"{name:16} {result.inputs:7,} inputs, {result.values:7,} taken, {result.refusals:7,} refused in "

@@ -7,7 +7,7 @@ is one input, and a failing one can be made smaller.
 import io
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from random import Random
 from typing import Any
 
@@ -21,6 +21,8 @@ NUMBERS = (
     *(0, 1, 2, 3, 4, 16, 255, 256, -1, -2, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, -(2**63)),
     *(10**30, 10**400, -(10**400), 0.5, 1e-320, 1e308, float("inf"), float("nan"), 999_999_937, 999_999_936),
 )
+# Of boards and tables, and what looks like them: digits that are none to `int`, ends of lines, marks.
+CHARACTERS = '0123456789.#SGo _|+-,"\r\t\0²٣é\u2028\ufeff\x1b'
 # What no JSON library writes: it goes into the text as it is.
 RAW = (
     *("[" * 3000, "[" * 90 + "]" * 90, "[" * 900 + "]" * 900, '{"a":' * 940 + "1" + "}" * 940, "9" * 5000),
@@ -70,11 +72,28 @@ def json_changed(random: Random, data: bytes) -> bytes:
     """A JSON text with one to three of its values, keys or entries changed."""
     value = json.loads(data)
     for _ in range(random.choice((1, 1, 2, 3))):
-        value = _tree(random, value)
+        value = _change(random, value)
     text = json.dumps(value)
     for number, raw in enumerate(RAW):
         text = text.replace(f'"raw{number}"', raw)
     return text.encode()
+
+
+def lines_changed(random: Random, data: bytes) -> bytes:
+    """A text with a line left out, emptied, there twice or moved, or with a character changed."""
+    lines = data.decode("utf-8", "surrogateescape").split("\n")
+    for _ in range(random.choice((1, 1, 2, 3))):
+        number = random.randrange(len(lines) + 1)
+        line = lines.pop(number) if number < len(lines) else ""
+        change = random.choice(("less", "empty", "more", "move", "character", "character", "character"))
+        if change == "character" and line:
+            place = random.randrange(len(line))
+            line = line[:place] + random.choice(CHARACTERS) + line[place + random.choice((0, 1)) :]
+        if change in ("empty", "more", "character"):
+            lines.insert(number, "" if change == "empty" else line)
+        if change in ("more", "move"):
+            lines.insert(random.randrange(len(lines) + 1), line)
+    return "\n".join(lines).encode("utf-8", "surrogateescape")
 
 
 def npy_changed(random: Random, data: bytes) -> bytes:
@@ -138,22 +157,34 @@ def _value(random: Random) -> Any:
     return random.choice((None, True, False, [], {}, [[]], [None], {"": 0}))
 
 
-def _tree(random: Random, value: Any) -> Any:
-    """The value with one change somewhere in it."""
-    if not isinstance(value, list | dict) or not value or random.random() < 0.1:
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container within a JSON value, with each of its keys."""
+    if isinstance(value, list | dict):
+        for key in list(value) if isinstance(value, dict) else range(len(value)):
+            yield value, key
+            yield from _places(value[key])
+
+
+def _change(random: Random, value: Any) -> Any:
+    """The value with one change somewhere in it, which may be made in place."""
+    places = list(_places(value))
+    if not places or random.random() < 0.05:
         return _value(random)
-    copy: Any = value.copy()
-    keys = list(value) if isinstance(value, dict) else range(len(value))
-    key = random.choice(keys)
-    change = random.randrange(8)
-    if change == 0:
-        del copy[key]
-    elif change == 1 and isinstance(copy, list):
-        copy *= random.choice((2, 3, 60))
-    elif change == 1:
-        copy[random.choice(STRINGS)] = copy[key]
-    elif change == 2:
-        copy[key] = copy[random.choice(keys)]
+    holder, key = random.choice(places)
+    old = holder[key]
+    change = random.choice(("less", "more", "copy", "empty", "near", "other", "other"))
+    if change == "less":
+        del holder[key]
+    elif change == "more" and isinstance(holder, list):
+        holder += [old] * random.choice((1, 2, 60))
+    elif change == "more":
+        holder[random.choice(STRINGS)] = old
+    elif change == "copy":
+        holder[key] = json.loads(json.dumps(random.choice(places)[0]))
+    elif change == "empty" and old is not None:
+        holder[key] = type(old)()
+    elif change == "near" and type(old) in (int, float):
+        holder[key] = random.choice((old + 1, old - 1, -old, float(old), str(old), [old], bool(old)))
     else:
-        copy[key] = _tree(random, copy[key])
-    return copy
+        holder[key] = _value(random)
+    return value

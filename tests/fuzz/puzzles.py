@@ -9,7 +9,7 @@ import numpy as np
 
 from hrm.errors import UserError
 from tests.fuzz.judge import Target, given, put, text
-from tests.fuzz.mutations import json_changed
+from tests.fuzz.mutations import json_changed, lines_changed
 
 # Two Sudokus of 4 x 4 cells with their solutions, and a maze.
 SUDOKUS = (("12343412214343..", "1234341221434321"), ("1.3.341.2143..21", "1234341221434321"))
@@ -59,11 +59,18 @@ def read_board(data: bytes) -> None:
     """The first byte chooses the kind; what is read is shown, read again, and judged."""
     kind = kinds()[data[0] % len(kinds())] if data else kinds()[0]
     tokens = kind.parse(text(data[1:]))
+    if tokens.max(initial=0) >= kind.vocab_size:
+        raise AssertionError("a token beyond the vocabulary")
     if kind.name != "other":
         again = kind.parse(kind.text(tokens))
         if (again != tokens).any():
             raise AssertionError("a board that is shown is read as another one")
     judge_tokens(kind, tokens)
+
+
+def board_changed(random: Random, data: bytes) -> bytes:
+    kind = random.randrange(len(kinds())) if random.random() < 0.2 else data[0]
+    return bytes([kind]) + lines_changed(random, data[1:])
 
 
 def judge_board(data: bytes) -> None:
@@ -159,11 +166,11 @@ _TASK = json.dumps(TASK).encode()
 _KAGGLE = json.dumps({"t1": TASK}).encode() + b'\0{"t1": [[[6]], [[3, 2]]]}'
 _WORDS = (b"\n", b"#", b"S", b"o", b"9", b"0", b".", b"|", b"\xff", "é".encode(), "\u2028".encode())
 TARGETS = (
-    Target("puzzle", read_puzzle, given(*PUZZLES), None, _WORDS),
-    Target("board", read_board, given(*BOARDS), None, _WORDS),
+    Target("puzzle", read_puzzle, given(*PUZZLES), lines_changed, _WORDS),
+    Target("board", read_board, given(*BOARDS), board_changed, _WORDS),
     Target("tokens", judge_board, given(*TOKENS), None, tuple(n.to_bytes(8, "little") for n in range(13))),
     Target("task", read_task, given(_TASK), json_changed),
     Target("kaggle", read_kaggle, given(_KAGGLE), kaggle_changed),
-    Target("sudokus", read_sudokus, given(SUDOKU_CSV.encode(), PUZZLES[2]), None, CSV_WORDS),
-    Target("mazes", read_mazes, given(MAZE_CSV.encode()), None, CSV_WORDS),
+    Target("sudokus", read_sudokus, given(SUDOKU_CSV.encode(), PUZZLES[2]), lines_changed, CSV_WORDS),
+    Target("mazes", read_mazes, given(MAZE_CSV.encode()), lines_changed, CSV_WORDS),
 )

@@ -1,0 +1,88 @@
+"""What checkpoints cost a run while it goes on: steps with a save under way against steps without.
+
+`pytest bench/test_saving.py --benchmark-only --benchmark-json=bench/results/saving_cpu.json`
+"""
+
+import os
+import statistics
+
+import pytest
+import torch
+
+from bench.implementations import Ours, processor
+from bench.rows import CUDA, Code, clock, published, quick, setting, small, versions
+from hrm.checkpoint import load_checkpoint
+from hrm.saving import Saver, save_checkpoint
+
+# Models, and the steps from one checkpoint to the next: seconds, where a run's default is ten minutes.
+MODELS = (
+    [(f"gated-B{B}-S81", published("gated", B, 81), 100) for B in (96, 768)]
+    if CUDA
+    else [("gated-quick-B64-S16", quick("gated", 64), 100), ("gated-D128-B32-S81", small("gated"), 30)]
+)
+ROUNDS = 8
+# Most of the time of a run's steps that its checkpoints may take.
+LIMIT = 0.02
+
+
+@pytest.mark.parametrize(("name", "model", "interval"), MODELS, ids=[name for name, *_ in MODELS])
+def test_saving_in_the_background(benchmark, name, model, interval, tmp_path):
+    code = Code("ours", "graph", "bfloat16") if CUDA else Code("ours", "compile", "float32")
+    config, data = setting(model, code)
+    torch._dynamo.reset()
+    ours = Ours(config, data, torch.device(model.device))
+    for _ in range(5):
+        ours.train()
+    engine = ours.engine
+
+    def state() -> dict:
+        return {"weights": engine.weights(), "training": engine.training_state(), "run": {}}
+
+    start = clock()
+    folder = save_checkpoint(tmp_path / "foreground", engine.step, **state())
+    foreground = clock() - start
+    saver = Saver(tmp_path / "background", keep=2)
+    saver.save(engine.step, **state())
+    saver.wait()
+    there, here = load_checkpoint(folder), load_checkpoint(tmp_path / "background")
+    assert there.manifest["files"]["model.safetensors"] == here.manifest["files"]["model.safetensors"]
+    plain, saving, stalls = list[float](), list[float](), list[float]()
+
+    def steps() -> float:
+        start = clock()
+        for _ in range(interval):
+            ours.train()
+        return (clock() - start) / interval
+
+    def without() -> None:
+        saver.wait()
+        plain.append(steps())
+
+    def with_one() -> None:
+        start = clock()
+        saver.save(engine.step, **state())
+        stalls.append(clock() - start)
+        saving.append(steps() + stalls[-1] / interval)
+
+    benchmark.group = "checkpoints"
+    benchmark.pedantic(with_one, setup=without, rounds=ROUNDS)
+    saver.wait()
+    assert load_checkpoint(tmp_path / "background").step == engine.step - interval
+    # Neighbours share what else the machine was doing.
+    share = statistics.median(one / other - 1 for one, other in zip(saving, plain, strict=True))
+    benchmark.extra_info |= {
+        "model": name,
+        **code._asdict(),
+        "interval": interval,
+        "step_seconds": statistics.median(plain),
+        "stall_seconds": statistics.median(stalls),
+        "foreground_seconds": foreground,
+        "bytes": sum(entry["size"] for entry in here.manifest["files"].values()),
+        "share": share,
+        "gpu": torch.cuda.get_device_name() if CUDA else None,
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    assert share < LIMIT

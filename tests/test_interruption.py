@@ -1,0 +1,111 @@
+"""Requests to end a run: what they are when, and what a signal does the second time."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from hrm import interruption
+from hrm.interruption import GO_ON, INTERRUPT, REASONS, SAVE, TERMINATE, TIME_OVER, Interruption
+
+ROOT = Path(interruption.__file__).parents[1]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, to be set."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_checkpoint_is_due_by_time_and_the_end_goes_before_it(clock):
+    asked = Interruption(max_seconds=60, save_seconds=10)
+    assert asked.code == GO_ON
+    clock[0] += 9.9
+    assert asked.code == GO_ON
+    clock[0] += 0.1
+    assert asked.code == SAVE
+    asked.saved()
+    assert asked.code == GO_ON
+    clock[0] = 159.9
+    assert asked.code == SAVE
+    clock[0] = 160
+    assert asked.code == TIME_OVER
+    never = Interruption(None, None)
+    clock[0] += 1e9
+    assert never.code == GO_ON
+
+
+def test_the_statuses_are_those_that_the_readme_tells():
+    assert {code: status for code, (_, status) in REASONS.items()} == {
+        TIME_OVER: 75,
+        INTERRUPT: 130,
+        TERMINATE: 143,
+    }
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for _, (name, status) in REASONS.items():
+        row = next(line for line in readme.splitlines() if line.startswith("|") and f"{status}" in line[:12])
+        assert name in row
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, INTERRUPT), (signal.SIGTERM, TERMINATE)])
+def test_a_signal_is_noted_and_goes_before_the_time(number, code, capfd):
+    before = {other: signal.getsignal(other) for other in (signal.SIGINT, signal.SIGTERM)}
+    with Interruption(max_seconds=1e-9, save_seconds=None) as asked:
+        os.kill(os.getpid(), number)
+        assert asked.code == code
+        # From now on a signal is what it is to any process.
+        assert {signal.getsignal(other) for other in before} == {signal.SIG_DFL}
+    assert {other: signal.getsignal(other) for other in before} == before
+    assert capfd.readouterr().err.strip() == (
+        f"{signal.Signals(number).name}: saves and ends after this step; a second signal ends at once"
+    )
+
+
+def test_a_rank_that_does_not_speak_is_silent(capfd):
+    with Interruption(None, None, speaks=False) as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked.code == TERMINATE
+    assert capfd.readouterr().err == ""
+
+
+def test_in_another_thread_signals_are_left_alone():
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def run() -> None:
+        with Interruption(1e-9, None) as asked:
+            seen.extend([signal.getsignal(signal.SIGTERM), asked.code])
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [before, TIME_OVER]
+
+
+TWICE = """
+import time
+from hrm.interruption import Interruption
+with Interruption(None, None):
+    print("ready", flush=True)
+    while True:
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_process_at_once(second):
+    with subprocess.Popen(
+        [sys.executable, "-c", TWICE], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.send_signal(second)
+        assert process.wait(5) == -second
