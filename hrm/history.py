@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml  # type: ignore[import-untyped]
 
-from hrm.errors import UserError
+from hrm.errors import UserError, printable
 from hrm.files import open_bounded, read_text
 
 METRICS = "metrics.jsonl"
@@ -128,11 +128,6 @@ def read_history(folder: str | Path, name: str | None = None) -> History:
     metrics = {key: found.series() for key, found in points.items()}
     config = _config(folder / "config.yaml")
     return History(printable(name or folder.resolve().name), folder, config, last_step, metrics)
-
-
-def printable(text: str) -> str:
-    """A foreign text for a terminal or a page: control characters and halves of characters are spelt out."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def read_histories(folders: Sequence[str | Path]) -> list[History]:

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from hrm import plots
-from hrm.errors import run_command
+from hrm.errors import printable, run_command
 from hrm.files import new_file
-from hrm.history import History, printable, read_histories
+from hrm.history import History, read_histories
 from hrm.page import Table, page
 from hrm.panels import duration, sections, value_text
 

@@ -40,9 +40,9 @@ class LossWatch:
     spread: their median absolute deviation, scaled to a normal distribution's standard deviation. Neither
     moves for a few outliers, so a spike does not make the next one usual, but a level that stays for half of
     the window is no spike any more. Losses that are not finite are passed over.
-    On the losses of small v1, gated and TRM runs, in batches of 16 and 64, a healthy one strayed by 6.5 spreads
-    at the most, a batch with shuffled labels by 17.7 at the least, and runs at 30 times the learning rate by
-    11.8 and 14.3. In batches of 4 a single sequence can make 20.
+    On the losses of small v1, gated and TRM runs, in batches of 16 and 64, a healthy one strayed by 6.5
+    spreads at the most, a batch with shuffled labels by 17.7 at the least, and runs at 30 times the learning
+    rate by 11.8 and 14.3. In batches of 4 a single sequence can make 20.
     """
 
     def __init__(self, threshold: float | None) -> None:

@@ -47,6 +47,7 @@ class Tally:
         self._norm_sum = torch.zeros(1, dtype=torch.float32, device=device)
         # Of the step with the number n since the last reading, at n modulo the length.
         self._losses, self._norms = torch.zeros(2, self._length, dtype=torch.float32, device=device)
+        self._slots = torch.arange(self._length, device=device)
         self._count, self._skipped, self._in_a_row = torch.zeros(3, 1, dtype=torch.int64, device=device)
 
     def begin(self) -> None:
@@ -74,9 +75,10 @@ class Tally:
         """The end of a step. norm: (), of the whole gradient. skip: () bool, whether it is left out."""
         assert self._step_sums is not None and self._sums is not None
         norm = norm.to(torch.float32).reshape(1)
-        place = self._count % self._length
-        self._losses.index_copy_(0, place, self.loss)
-        self._norms.index_copy_(0, place, norm)
+        # Not by an index: deterministic ways to write there may wait for the device.
+        here = self._slots == self._count % self._length
+        self._losses.copy_(torch.where(here, self.loss, self._losses))
+        self._norms.copy_(torch.where(here, norm, self._norms))
         self._sums.add_(torch.where(skip, 0, self._step_sums))
         self._norm_sum.add_(torch.where(skip, 0, norm))
         self._count += 1
@@ -98,7 +100,7 @@ class Tally:
     def _places(self) -> Tensor:
         """Where the last steps' losses and norms lie, the oldest step's first."""
         steps = int(self._count.item())
-        return torch.arange(max(0, steps - self._length), steps, device=self._count.device) % self._length
+        return self._slots.roll(-steps) if steps > self._length else self._slots[:steps]
 
     def state_dict(self, world: World) -> dict[str, Any]:
         """What has gathered since the last reading, on all ranks, which all call it: tensors and numbers."""

@@ -368,6 +368,7 @@ def test_a_rank_that_does_not_come_is_told_of_and_then_named_by_all(hearts, caps
         seconds = float(re.search(r": evaluating for (\d+) s; the same command", verdict)[1])
         assert 2 * SILENCE <= seconds < 3 * SILENCE
     assert 2 * SILENCE < zero.waited < 6 * SILENCE
+    assert zero._activity == ("starting", 1, False) and one._activity == ("evaluating", 0, False)
 
 
 def test_the_first_rank_that_waits_tells_whom_it_waits_for(hearts, capsys):

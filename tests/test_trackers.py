@@ -111,7 +111,7 @@ def test_metrics_that_cannot_be_written(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path)
     # a device that is always full
     if Path("/dev/full").exists():
-        log._file = open("/dev/full", "w")
+        log._file = open("/dev/full", "w")  # noqa: SIM115
         with pytest.raises(UserError, match=r"metrics\.jsonl: No space left on device; free space"):
             log.log({"a": 1}, 1)
         log.close()

@@ -1,8 +1,9 @@
 """The trainer with a fault in its numbers, for tests/faults/test_numerics.py.
 
 usage: numeric_program.py KIND:FIRST:LAST[:RANK] WORD...
-At the steps FIRST to LAST, of one rank or of all. KIND: `gradient` (NaN in that of lm_head.weight, by a hook),
-`loss` (infinite), `carry` (NaN in one sequence's state) or `weights` (noise, once: not again after a rewind).
+At the steps FIRST to LAST, of one rank or of all. KIND: `gradient` (NaN in that of lm_head.weight, by a
+hook), `loss` (infinite), `carry` (NaN in one sequence's state) or `weights` (noise, once: not again after a
+rewind).
 """
 
 import math

@@ -51,7 +51,8 @@ def yaml_seeds() -> tuple[bytes, ...]:
     short = (
         b"lr: 0.001\ndevice: cpu\narch: {hidden_size: 32, subgoal_head: {enabled: true}}\narch.H_layers: 1\n"
     )
-    return (*(one.encode() for one in saved), short)
+    # One that names no device: PyTorch is asked for it.
+    return (*(one.encode() for one in saved), short, b"lr: 0.001\n")
 
 
 def read_config(data: bytes) -> None:

@@ -1,7 +1,7 @@
 """Inputs that are nearly right: valid ones with a few things changed, as bytes and as what the format holds.
 
 Every function takes its choices from a `random.Random`, a seeded one or hypothesis's own, so that one number
-is one input, and a failing one can be made smaller.
+is one input, and a failing one is found again.
 """
 
 import io
@@ -80,20 +80,24 @@ def json_changed(random: Random, data: bytes) -> bytes:
 
 
 def lines_changed(random: Random, data: bytes) -> bytes:
-    """A text with a line left out, emptied, there twice or moved, or with a character changed."""
+    """A text with a line left out, emptied, there twice or moved, or with a character or a field changed."""
     lines = data.decode("utf-8", "surrogateescape").split("\n")
     for _ in range(random.choice((1, 1, 2, 3))):
         number = random.randrange(len(lines) + 1)
         line = lines.pop(number) if number < len(lines) else ""
-        change = random.choice(("less", "empty", "more", "move", "character", "character", "character"))
+        change = random.choice(("less", "empty", "more", "move", "field", "field", "character", "character"))
         if change == "character" and line:
             place = random.randrange(len(line))
             line = line[:place] + random.choice(CHARACTERS) + line[place + random.choice((0, 1)) :]
-        if change in ("empty", "more", "character"):
+        if change == "field":
+            fields = line.split(",")
+            fields[random.randrange(len(fields))] = text_changed(random)
+            line = ",".join(fields)
+        if change not in ("less", "move"):
             lines.insert(number, "" if change == "empty" else line)
         if change in ("more", "move"):
             lines.insert(random.randrange(len(lines) + 1), line)
-    return "\n".join(lines).encode("utf-8", "surrogateescape")
+    return "\n".join(lines).encode("utf-8", "surrogatepass")
 
 
 def npy_changed(random: Random, data: bytes) -> bytes:

@@ -39,16 +39,16 @@ def test_every_seed_is_valid_and_changes(target):
 
 
 def test_nearly_valid_inputs(target):
-    """Hypothesis makes the choices of the mutations, and a failing input as plain as it can."""
 
     @settings(
-        max_examples=50 if target.name in SLOW else 200,
+        max_examples=60 if target.name in SLOW else 300,
         derandomize=True,
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(st.randoms(use_true_random=False))
+    # Choices that hypothesis makes one by one could be simplified, but reach half as many inputs.
+    @given(st.randoms(use_true_random=True))
     def run(random):
         data = target.draw(random)
         try:
