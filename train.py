@@ -126,6 +126,8 @@ class Run:
 
         config, engine, ended_by = self.config, self.engine, GO_ON
         self.profile = Profile(config, self.run_dir, engine.device, self.say, captured=engine.mode.captured)
+        # Before anything of an earlier run is touched: it raises for a batch that the data cannot fill.
+        batches = self.batches()
         self.say(describe(engine, self.train_set, self.test_set))
         with ExitStack() as stack:
             self.take_folder(stack)
@@ -138,7 +140,7 @@ class Run:
                 self.report.start(facts)
             stack.enter_context(self.interruption)
             try:
-                self.loop()
+                self.loop(batches)
             except Stopped as stopped:
                 ended_by = stopped.code
                 self.save_unless_saved()
@@ -162,11 +164,10 @@ class Run:
         self.say(summary(config, self.results, engine.step, self.run_dir / f"step_{engine.step}"))
         return ended_by
 
-    def loop(self) -> None:
+    def loop(self, batches: "Iterator[TrainBatch]") -> None:
         """Every step and evaluation that is left. Raises Stopped after the step that a request came in."""
         config, engine = self.config, self.engine
         is_whole = False
-        batches = self.batches()
         while True:
             if self.evaluation_due:
                 is_whole = self.judge()

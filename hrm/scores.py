@@ -186,6 +186,7 @@ def difficulty(dataset: PuzzleDataset, name: str, taken: np.ndarray) -> tuple[np
 
     if len(taken) > RATED:
         places = np.sort(np.random.default_rng(0).choice(len(taken), RATED, replace=False))
+    dataset.check_unchanged(name)
     tokens = dataset.sets[name].inputs[taken[places]]
     if tokens.min() < 1:
         return unknown
@@ -224,6 +225,7 @@ class Voting:
 
     def __call__(self, name: str, answers: Answers) -> None:
         part = self._dataset.sets[name]
+        self._dataset.check_unchanged(name)
         examples = self._taken[name][answers.places]
         identifiers = part.puzzle_identifiers[_puzzles(part, examples)]
         # The sigmoid, which does not overflow this way.

@@ -13,10 +13,9 @@ import numpy as np
 
 from hrm.data.arc_augment import Pair, grid_of, inverse, task_of
 from hrm.data.dataset import PuzzleDataset
-from hrm.data.layout import DatasetError
+from hrm.data.layout import MAX_NAMES_BYTES, DatasetError
 from hrm.files import read_json
 
-MAX_NAMES_BYTES = 1 << 27
 # By name, what ranks a grid of so many votes and so large a sum of their q_halt.
 RANKINGS = {
     "votes": lambda votes, q_halt: (votes, q_halt / votes),
@@ -147,7 +146,8 @@ def read_tests(dataset: PuzzleDataset, names: Sequence[str]) -> dict[str, list[P
             f"{dataset.metadata.num_puzzle_identifiers} as {where / 'dataset.json'} says; build both together"
         )
     tests: dict[str, list[Pair]] = {}
-    for part in dataset.sets.values():
+    for set_name, part in dataset.sets.items():
+        dataset.check_unchanged(set_name)
         for puzzle, identifier in enumerate(part.puzzle_identifiers.tolist()):
             name = names[identifier]
             if task_of(name) != name:

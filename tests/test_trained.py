@@ -344,5 +344,5 @@ def test_the_data_of_a_run_may_be_damaged(tmp_path):
     (tmp_path / "data" / "test").mkdir(parents=True)
     (tmp_path / "data" / "test" / "dataset.json").write_text("{}")
     make_run(tmp_path / "run", make_config(data_path=str(tmp_path / "data")))
-    with pytest.raises(DatasetError, match=r"dataset\.json: no pad_id"):
+    with pytest.raises(DatasetError, match=r"dataset\.json: pad_id is missing"):
         load_trained(tmp_path / "run", device="cpu")

@@ -44,7 +44,7 @@ def test_a_signal_ends_the_run_after_the_step_and_the_same_command_goes_on(
     step = newest(run)
     # Of the very step, at an evaluation or not, and with all that was logged.
     assert 3 <= step < 96 and step == last_step(run) and not saving(run)
-    assert f"{name}: stopped after step {step} of 96, all of it in {run}/step_{step}; the same command" in out
+    assert f"{name}: stopped after step {step} of 96, saved in {run}/step_{step}; the same command" in out
     ended, out, err = run_to_end(argv)
     assert ended == 0 and resumed_step(out) == step, err
     assert_same_run(whole, run)

@@ -187,7 +187,7 @@ def _change(random: Random, value: Any) -> Any:
         holder[key] = json.loads(json.dumps(random.choice(places)[0]))
     elif change == "empty" and old is not None:
         holder[key] = type(old)()
-    elif change == "near" and type(old) in (int, float):
+    elif change == "near" and type(old) in (int, float) and abs(old) < 2**63:
         holder[key] = random.choice((old + 1, old - 1, -old, float(old), str(old), [old], bool(old)))
     else:
         holder[key] = _value(random)

@@ -39,7 +39,6 @@ def test_every_seed_is_valid_and_changes(target):
 
 
 def test_nearly_valid_inputs(target):
-
     @settings(
         max_examples=60 if target.name in SLOW else 300,
         derandomize=True,
