@@ -24,7 +24,7 @@ bench: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest bench/ --benchmark-only $(ARGS)
 
 soak: $(VENV)/.dev
-	$(VENV)/bin/python -m tests.faults.soak $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.faults.soak $(ARGS)
 
 fuzz: $(VENV)/.dev
 	$(VENV)/bin/python -m tests.fuzz.campaign $(ARGS)

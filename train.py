@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from hrm.config import KEYS, data_folder, parse_args, resolve_device, to_yaml
 from hrm.errors import UserError, run_command
+from hrm.interruption import GO_ON, INTERRUPT, REASONS, SAVE, TIME_OVER, Interruption, Stopped
 from hrm.ranks import one_voice, place
 from hrm.schema import Config, stage_arch
 from hrm.story import Evaluations, describe, parameter_count, summary
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from hrm.data.dataset import Batch, TrainBatch
     from hrm.distributed import World
-    from hrm.interruption import Interruption
     from hrm.spikes import Spike
     from hrm.trackers import Report
 
@@ -48,7 +48,6 @@ def train(config: Config) -> int:
     """
     from hrm import distributed
     from hrm.determinism import deterministic
-    from hrm.interruption import REASONS, Interruption
     from hrm.software import versions
 
     is_main = place().rank == 0
@@ -68,7 +67,7 @@ class Run:
     """One rank's part of a run: what it trains on, how far it is, and what takes it on from there."""
 
     def __init__(
-        self, config: Config, world: "World", device: "torch.device", interruption: "Interruption"
+        self, config: Config, world: "World", device: "torch.device", interruption: Interruption
     ) -> None:
         from hrm.data.dataset import PuzzleDataset, check_same_task, digests, fingerprint, steps_in, subset
         from hrm.engine import Engine
@@ -121,15 +120,15 @@ class Run:
     def go(self) -> int:
         """Trains to the end; returns GO_ON, or the request of `REASONS` that has ended it before."""
         from hrm.data.layout import DatasetError
-        from hrm.interruption import GO_ON, REASONS, Stopped
         from hrm.profiling import Profile
 
         config, engine, ended_by = self.config, self.engine, GO_ON
-        self.profile = Profile(config, self.run_dir, engine.device, self.say, captured=engine.mode.captured)
-        # Before anything of an earlier run is touched: it raises for a batch that the data cannot fill.
-        batches = self.batches()
-        self.say(describe(engine, self.train_set, self.test_set))
-        with ExitStack() as stack:
+        with self.interruption, ExitStack() as stack:
+            captured = engine.mode.captured
+            self.profile = Profile(config, self.run_dir, engine.device, self.say, captured=captured)
+            # Before anything of an earlier run is touched: it raises for a batch that the data cannot fill.
+            batches = self.batches()
+            self.say(describe(engine, self.train_set, self.test_set))
             self.take_folder(stack)
             stack.enter_context(self.saver)
             stack.enter_context(self.profile)
@@ -138,7 +137,6 @@ class Run:
             if self.checkpoint is None:
                 facts = {"model/parameters": parameter_count(engine), "run/total_steps": self.total_steps}
                 self.report.start(facts)
-            stack.enter_context(self.interruption)
             try:
                 self.loop(batches)
             except Stopped as stopped:
@@ -264,6 +262,7 @@ class Run:
         self.enter_stage()
         # Or a run that is killed now would resume behind the spike.
         self.save()
+        self.saver.wait()
 
     def judge(self) -> bool:
         """The evaluation that is due, and its checkpoint; returns whether it has seen the whole split."""
@@ -288,7 +287,7 @@ class Run:
     def evaluate(self, examples: "dict[str, np.ndarray] | None" = None) -> Evaluations:
         """The test split's metrics by set as `eval`; with ema=true the averaged weights' as `eval_ema`.
 
-        examples: those of each set to look at; None for all. Raises Stopped when the run is asked to end.
+        examples: those of each set to look at; None for all. Raises Stopped after a signal.
         """
         from hrm.data.dataset import test_batches
 
@@ -302,7 +301,8 @@ class Run:
                 world_size=world.size,
                 examples=examples,
             ):
-                self.asked_to_save()
+                # A limit of time waits for its end: or one that is shorter would begin it for ever.
+                self.asked_to_save(INTERRUPT)
                 yield batch
 
         world.doing(f"evaluating after step {engine.step}")
@@ -312,13 +312,14 @@ class Run:
                 results["eval_ema"] = engine.evaluate(batches())
         return results
 
-    def asked_to_save(self) -> bool:
-        """Whether a checkpoint is due by time. Raises Stopped on all ranks where one is asked to end."""
-        from hrm.interruption import SAVE, Stopped
+    def asked_to_save(self, urgent: int = TIME_OVER) -> bool:
+        """Whether a checkpoint is due by time. Raises Stopped on all ranks where one is asked to end.
 
+        urgent: the least urgent of `REASONS` that is heeded.
+        """
         self.saver.check()
         code = self.world.highest(self.interruption.code)
-        if code > SAVE:
+        if code >= urgent:
             raise Stopped(code)
         return code == SAVE
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from hrm.files import read_json
-from hrm.storage import CheckpointError, brief, read_safetensors, read_training, sha256, to_json
+from hrm.storage import CheckpointError, read_safetensors, read_training, sha256, to_json
 
 __all__ = [
     "Checkpoint",
@@ -118,13 +118,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: not a complete checkpoint; use another one")
+    expected = "the manifest of a checkpoint; it is damaged, use an earlier checkpoint"
     try:
-        manifest = read_json(path, _MANIFEST_LIMIT, "a manifest", CheckpointError)
-        intact = manifest.pop("digest") == digest(manifest) and _well_formed(manifest)
-    # what damaged text makes of the parser, down to no object at all
-    except (CheckpointError, OSError, AttributeError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged ({brief(error)}); use an earlier checkpoint") from error
-    if not intact:
+        manifest = read_json(path, _MANIFEST_LIMIT, expected, CheckpointError)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; use another checkpoint") from error
+    if not isinstance(manifest, dict) or not _intact(manifest):
         raise CheckpointError(f"{path} is damaged (wrong digest or fields); use an earlier checkpoint")
     if manifest["format"] != FORMAT:
         raise CheckpointError(
@@ -225,6 +224,11 @@ def _verified(folder: Path) -> dict[str, Any]:
                 f"{path} cannot be read: {error.strerror}; use another checkpoint"
             ) from error
     return manifest
+
+
+def _intact(manifest: dict[str, Any]) -> bool:
+    """Whether a manifest has the digest that it is taken out of, and every field it needs."""
+    return manifest.pop("digest", None) == digest(manifest) and _well_formed(manifest)
 
 
 def _well_formed(manifest: dict[str, Any]) -> bool:

@@ -138,8 +138,12 @@ def new_file(path: Path) -> Iterator[Path]:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a text as UTF-8, whole or not at all."""
-    with new_file(path) as file:
-        file.write_text(text, encoding="utf-8")
+    try:
+        with new_file(path) as file:
+            file.write_text(text, encoding="utf-8")
+    # That of a full disk names no file.
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _inside(value: Any) -> Iterable[Any]:

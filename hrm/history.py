@@ -89,9 +89,10 @@ class History:
         for name in self.eval_sets:
             counts = dict(zip(*self.series(f"{prefix}/{name}/count"), strict=True))
             for step, value in zip(*self.series(f"{prefix}/{name}/{metric}"), strict=True):
-                weight = counts.get(step, 1.0)
+                # As Python's own, which overflow without a warning.
+                weight = float(counts.get(step, 1.0))
                 total, weights = totals.get(int(step), (0.0, 0.0))
-                totals[int(step)] = (total + weight * value, weights + weight)
+                totals[int(step)] = (total + weight * float(value), weights + weight)
         means = [total / weight if weight else float("nan") for total, weight in totals.values()]
         steps = np.array(list(totals), np.int64)
         order = np.argsort(steps)

@@ -56,12 +56,13 @@ class Tally:
             self._step_sums.zero_()
 
     def add(self, sums: dict[str, Tensor]) -> None:
-        """The metric sums of a part, the same names each time, and `loss` among them."""
+        """The metric sums of a part, `loss` among them, of the same names in every part."""
         vector = torch.stack([value.to(torch.float32) for value in sums.values()])
-        if self._step_sums is None:
+        if self._step_sums is None or self._names != list(sums):
+            # A stage may have other metrics than the one before; a reading lies between them.
+            restored = not self._names and self._sums is not None and self._sums.shape == vector.shape
             self._names, self._step_sums = list(sums), torch.zeros_like(vector)
-            if self._sums is None or self._sums.shape != vector.shape:
-                self._sums = torch.zeros_like(vector)
+            self._sums = self._sums if restored else torch.zeros_like(vector)
         self._step_sums.add_(vector)
 
     @property

@@ -295,7 +295,7 @@ def test_a_damaged_checkpoint_is_never_what_pruning_counts_on(tmp_path: Path) ->
 def test_absurd_manifests(tmp_path: Path, text: str | bytes) -> None:
     path = save(tmp_path, 1) / "manifest.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    refused(tmp_path / "step_1", str(path), "too large" if len(text) > 1 << 20 else "damaged")
+    refused(tmp_path / "step_1", str(path), "more than 1 MiB" if len(text) > 1 << 20 else "damaged")
 
 
 def test_forged_manifests(tmp_path: Path) -> None:
