@@ -77,7 +77,8 @@ def saving_rows(results: Path) -> list[tuple[str, str, str]]:
             info = benchmark["extra_info"]
             what = f"a checkpoint every {info['interval']} steps of `{info['model']}`, of the time of those"
             stall, foreground = (1000 * info[f"{name}_seconds"] for name in ("stall", "foreground"))
-            measured = f"{100 * info['share']:.1f} %; a stop of {stall:.0f} ms, {foreground:.0f} in the foreground"
+            share = f"{100 * info['share']:.1f} %"
+            measured = f"{share}; stops for {stall:.0f} ms, {foreground:.0f} ms in the foreground"
             rows.append((what, measured, file.name))
     return rows
 

@@ -32,8 +32,8 @@ _agreement: Agreement | None = None
 class World:
     """This process among those that share every global batch: its rank in 0..size-1.
 
-    Every method but `rows`, `is_main`, `doing` and `waited` is for all ranks to call together, in their main
-    threads; where one of them is gone, it raises UserError naming it.
+    Every method but `rows`, `is_main` and `doing` is for all ranks to call together, in their main threads;
+    where one of them is gone, it raises UserError naming it.
     """
 
     rank: int = 0
@@ -120,7 +120,7 @@ class World:
     def stragglers(self, seconds: float) -> str | None:
         """A line that names ranks which have been slow for some calls in a row, each once; else None.
 
-        seconds: this rank's own time for a step, without what it waited for others (see `waited`).
+        seconds: this rank's own time for a step, without what it waited for others.
         """
         if _agreement is None:
             return None
@@ -131,11 +131,6 @@ class World:
         """Notes what this rank is about to do ("step 120", "saving"), for the others to read if it lasts."""
         if _heartbeat is not None:
             _heartbeat.doing(what)
-
-    @property
-    def waited(self) -> float:
-        """Seconds that this rank's main thread has spent in collectives so far."""
-        return 0.0 if _heartbeat is None else _heartbeat.waited
 
 
 def _difference(values: list[str]) -> str:

@@ -171,8 +171,6 @@ class Heartbeat:
         self._connect, self._address, self._here = connect, address, here
         self._silence, self._joining, self._period = silence, joining, silence / SIGNS
         self._patience, self._warning, self._warned = patience, min(WARNING, patience / 10), 0
-        # Seconds that the main thread has spent in collectives.
-        self.waited = 0.0
         # Replaced whole by the main thread, looked at by the others.
         self._activity = Activity()
         self._sign = Sign(here.rank, here.node, socket.gethostname(), os.getpid())
@@ -197,11 +195,9 @@ class Heartbeat:
         """Around what the main thread cannot finish before the others come."""
         doing, begun_before, _ = self._activity
         self._activity = Activity(doing, begun_before + 1, True)
-        begun = time.perf_counter()
         try:
             yield
         finally:
-            self.waited += time.perf_counter() - begun
             self._activity = Activity(doing, begun_before + 1, False)
 
     def leave(self, error: str = "") -> None:

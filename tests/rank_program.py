@@ -107,10 +107,6 @@ def collectives(out: Path) -> None:
         codes = [(0, 0, 0), (0, 0, 0), (0, 1, 0), (0, 0, 0), (0, 0, 3), (2, 0, 0), (0, 0, 0)]
         results["highest"] = [world.highest(code[rank]) for code in codes]
         results["slow"] = [world.stragglers(0.25 if rank == 1 else 0.1) for _ in range(7)]
-        before = world.waited
-        time.sleep(0.5 if rank == 0 else 0)
-        world.barrier()
-        results["waited"] = world.waited - before
         torch.save(results, out / f"{rank}.pt")
         # One last code is on its way when the ranks part.
         world.highest(1)

@@ -53,7 +53,7 @@ def test_one_rank_needs_no_process_group():
     world.check_equal({"weights": "a"})
     world.doing("step 1")
     assert [world.highest(code) for code in (0, 2, 1)] == [0, 2, 1]
-    assert world.stragglers(9.0) is None and world.waited == 0
+    assert world.stragglers(9.0) is None
     with distributed.joined("cpu", 8) as joined:
         assert joined == (World(), torch.device("cpu"))
 
@@ -367,7 +367,6 @@ def test_a_rank_that_does_not_come_is_told_of_and_then_named_by_all(hearts, caps
         assert verdict.startswith(who)
         seconds = float(re.search(r": evaluating for (\d+) s; the same command", verdict)[1])
         assert 2 * SILENCE <= seconds < 3 * SILENCE
-    assert 2 * SILENCE < zero.waited < 6 * SILENCE
     assert zero._activity == ("starting", 1, False) and one._activity == ("evaluating", 0, False)
 
 

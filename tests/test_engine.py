@@ -138,7 +138,7 @@ def poison(engine: Engine, *steps: int, name: str = "lm_head.weight", value: flo
         if engine.step in steps:
             engine.parameters.views(engine.parameters.grad)[name].view(-1)[3] = value
 
-    engine._compute = poisoned
+    setattr(engine, "_compute", poisoned)  # noqa: B010
 
 
 CARRY = Carry._fields

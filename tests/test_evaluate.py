@@ -349,6 +349,8 @@ def test_too_large_a_batch(rated, monkeypatch, capsys):
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    # Found out while it judges, not before.
+    monkeypatch.setattr("hrm.memory.check_inference", lambda *_: None)
     monkeypatch.setattr(Inference, "run", full)
     status, _, err = run_evaluate(capsys, f"checkpoint={rated[1]}")
     assert status == 2 and "batch_size=16: so many sequences do not fit" in err

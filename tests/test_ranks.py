@@ -181,4 +181,3 @@ def test_collectives(tmp_path):
         assert got["highest"] == [0, 0, 0, 1, 0, 3, 2]
         assert [line is not None for line in got["slow"]] == [False] * 4 + [True] + [False] * 2
         assert got["slow"][4].startswith("rank 1 takes 250 ms a step, half of the ranks at most 100 ms")
-        assert (got["waited"] > 0.4) is (rank > 0)

@@ -19,7 +19,7 @@ def other_sudoku(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As tiny_sudoku, with other puzzles."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HRM_CACHE", str(tmp_path_factory.mktemp("other")))
-        return builtin_sudoku(4, 48, 20, 0, 0, seed=1)
+        return builtin_sudoku(4, 48, 20, 0, 1)
 
 
 @pytest.fixture
