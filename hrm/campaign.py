@@ -44,6 +44,7 @@ OWN = {
     "project_name": "give --output DIR, whose name it is",
     "run_name": "leave it out, a run is named after its candidate and seed",
     "resume": "leave it out, the same command again goes on with what is unfinished",
+    "max_seconds": "leave it out, a signal ends all runs and the same command goes on",
 }
 
 

@@ -11,6 +11,7 @@ import torch
 import train
 from hrm.checkpoint import load_checkpoint
 from hrm.data.sudoku import builtin_sudoku
+from hrm.spikes import LossWatch, Spike
 from tests.test_train import metrics_of, run_main, words
 
 
@@ -102,3 +103,37 @@ def test_another_interval_goes_on_after_the_epochs_that_are_done(half, tmp_path,
     evaluated = [line["step"] for line in lines if "eval/all/count" in line]
     assert evaluated == [12, 14, 20, 26, 32, 38, 44, 48]
     assert np.isfinite([line["train/loss"] for line in lines if "train/loss" in line]).all()
+
+
+def test_a_run_killed_right_after_a_rewind_goes_on_from_there(tiny_sudoku, tmp_path, capsys, monkeypatch):
+    """The state before the spike is the newest one, though later steps were saved before it."""
+
+    class Killed(Exception):
+        pass
+
+    def check(watch, steps, losses):
+        return Spike(23, 9.0, 1.0, 0.1) if 24 in steps else None
+
+    monkeypatch.setattr(LossWatch, "check", check)
+    argv = words(tiny_sudoku, tmp_path, "project_name=p", "run_name=r", "checkpoint_interval=5")
+    argv.append("spike_rewinds=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "go_back", killed_after(train.Run.go_back, Killed))
+        with pytest.raises(Killed):
+            train.main(argv)
+    checkpoint = load_checkpoint(tmp_path / "p" / "r")
+    assert checkpoint.step == 20 and checkpoint.training["position"] == [2, 0]
+    assert checkpoint.training["incidents"]["rewinds"] == 1
+    status, out, err = run_main(*argv, capsys=capsys)
+    assert status == 0 and "at step 20;" in out, err
+    # Once is enough: the next spike is told, and the run ends with the data.
+    steps = [line["step"] for line in metrics_of(tmp_path / "p" / "r") if "train/loss" in line]
+    assert steps[-1] == 44 and len(steps) == len(set(steps))
+
+
+def killed_after(method: Any, error: type[Exception]) -> Any:
+    def killed(*args: Any) -> None:
+        method(*args)
+        raise error
+
+    return killed
