@@ -83,6 +83,28 @@ def saving_rows(results: Path) -> list[tuple[str, str, str]]:
     return rows
 
 
+def fault_rows(results: Path) -> list[tuple[str, str, str]]:
+    """What kills and hostile input have done."""
+    rows = []
+    if (file := results / "soak.json").exists():
+        found = json.loads(file.read_text())
+        same = "the same bits" if found["identical"] else "OTHER BITS"
+        measured = (
+            f"{found['steps_lost_beyond_the_last_checkpoint']} steps lost beyond the last checkpoint; {same} after "
+            f"{found['steps']:,} steps"
+        )
+        what = (
+            f"`make soak`: a run killed {found['kills']} times, {found['kills_in_a_save']} of them in a save"
+        )
+        rows.append((what, measured, file.name))
+    if (file := results / "fuzz.json").exists():
+        found = json.loads(file.read_text())
+        places = sum(target["places"] for target in found["targets"].values())
+        what = f"`make fuzz`: {found['inputs']:,} hostile inputs to {len(found['targets'])} readers"
+        rows.append((what, f"{found['findings']} tracebacks; refused in {places} places", file.name))
+    return rows
+
+
 def step_files(results: Path) -> list[tuple[str, dict[str, Any]]]:
     """Files with rows of `bench.rows`, by name: those of GPUs first."""
     paths = [*sorted(results.glob("cuda_*.json")), results / "cpu.json"]
@@ -201,6 +223,7 @@ def table(results: Path = RESULTS) -> str:
     """All that stands between the README's markers: tables, and the plot once there are steps."""
     lines = ["| what | measured | file |", "|---|---|---|"]
     rows = [*quick_rows(results), *data_rows(results), *gate_rows(results), *saving_rows(results)]
+    rows += fault_rows(results)
     parts = ["\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])]
     files = step_files(results)
     if files:

@@ -32,9 +32,9 @@ from hrm.cli import show
 from hrm.errors import UserError
 from hrm.files import open_bounded, open_own
 
-# What describes tensors, apart from their numbers: a header, a pickle, an archive's table of contents. A
-# model of a thousand tensors takes a tenth.
-DESCRIPTION_LIMIT = 1 << 20
+# What describes tensors, apart from their numbers: a header, a pickle, an archive's table of contents. The
+# training state of a thousand layers at each level takes less.
+DESCRIPTION_LIMIT = 1 << 22
 # All that a pickle of plain tensors names. PyTorch's restricted unpickler calls more, some of which take
 # memory without end (bytearray) or make tensors larger than their numbers.
 _NAMED = re.compile(

@@ -233,3 +233,29 @@ def test_models_in_the_readme_can_be_chosen():
         for (_, model), rows in report.groups(file).items():
             assert all(f"[{model}-" in row["name"] for row in rows)
             assert re.fullmatch(r"[\w-]+", model)
+
+
+def test_what_faults_have_done_is_told(results):
+    soak = {"kills": 3, "kills_in_a_save": 2, "steps": 1234, "identical": True}
+    whole = {**soak, "steps_lost_beyond_the_last_checkpoint": 0}
+    (results / "soak.json").write_text(json.dumps(whole))
+    fuzz = {"inputs": 2000, "findings": 1, "targets": {"a": {"places": 3}, "b": {"places": 4}}}
+    (results / "fuzz.json").write_text(json.dumps(fuzz))
+    table = report.table(results)
+    assert (
+        "| `make soak`: a run killed 3 times, 2 of them in a save | 0 steps lost beyond the last checkpoint; "
+        "the same bits after 1,234 steps | soak.json |"
+    ) in table
+    assert (
+        "| `make fuzz`: 2,000 hostile inputs to 2 readers | 1 tracebacks; refused in 7 places | fuzz.json |"
+    ) in table
+
+
+def test_what_checkpoints_cost_is_told_as_a_share(results):
+    times = {"stall_seconds": 0.004, "foreground_seconds": 0.03}
+    info = {**CPU, **times, "model": "gated-B2", "interval": 100, "share": 0.0043}
+    kept(results, "saving_cpu.json", [{"extra_info": info, "stats": {"median": 1}}])
+    assert (
+        "| a checkpoint every 100 steps of `gated-B2`, of the time of those | 0.4 %; stops for 4 ms, 30 ms in the "
+        "foreground | saving_cpu.json |"
+    ) in report.table(results)

@@ -25,7 +25,7 @@ from hrm.files import numbered_lines, open_own, read_json, read_text, write_whol
 from hrm.history import MOST_METRICS, read_histories, read_history
 from hrm.report import differences, report
 from hrm.saving import save_checkpoint
-from hrm.storage import read_safetensors, read_torch, read_training, run_lock
+from hrm.storage import DESCRIPTION_LIMIT, read_safetensors, read_torch, read_training, run_lock
 from hrm.trackers import MetricsLog
 from hrm.voting import read_names
 from hrm.weights import read_weights
@@ -173,8 +173,8 @@ def test_a_name_in_a_pickle_is_spelt_out(tmp_path):
         ([("x/data.pkl", b"N."), ("y/data.pkl", b"N.")], "not as torch.save writes one"),
         ([("x/data.pkl", b"N."), ("y/other", b"N.")], "not as torch.save writes one"),
         ([("x/other", b"N.")], "not as torch.save writes one"),
-        ([("x/data.pkl", b"N" * (1 << 20) + b".")], "its pickle is too long"),
-        ([(f"x/{'n' * 1000}{i}", b"") for i in range(1100)], "too long a table of contents"),
+        ([("x/data.pkl", b"N" * DESCRIPTION_LIMIT + b".")], "its pickle is too long"),
+        ([(f"x/{'n' * 1000}{i}", b"") for i in range(4400)], "too long a table of contents"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Duplicate name")

@@ -49,14 +49,15 @@ def soak(data: Path, folder: Path, kills: int, seed: int) -> dict[str, Any]:
     status, _, err = run_to_end([*argv, "run_name=whole"])
     assert status == 0, err
     struck: list[dict[str, Any]] = []
-    saved = 0
+    saved = lost = 0
     for kind in islice(cycle(KINDS), kills):
         with Trainer([*argv, "run_name=killed"]) as trainer:
             strike(trainer, run, kind, rng)
             goes_on_from = resumed_step(trainer.out)
         # One that was killed while it started may not have come so far as to say it.
-        allowed = {saved, 0} if kind == "start" else {saved}
-        assert goes_on_from in allowed, f"went on from step {goes_on_from}, saved was step {saved}"
+        if goes_on_from or kind != "start":
+            lost += saved - goes_on_from
+            assert goes_on_from == saved, f"went on from step {goes_on_from}, saved was step {saved}"
         before, saved, reached = saved, newest(run), last_step(run)
         assert saved >= before, f"the checkpoint of step {before} is gone"
         # Of the two checkpoints before this step, the save of the later one may still have been going on.
@@ -67,6 +68,7 @@ def soak(data: Path, folder: Path, kills: int, seed: int) -> dict[str, Any]:
                 "in_a_save": bool(saving(run)),
                 "step": reached,
                 "newest_checkpoint": saved,
+                "resumed_from": goes_on_from,
                 # Killed while it started, it had made none.
                 "steps_done_again": 0 if kind == "start" else reached - saved,
             }
@@ -83,6 +85,7 @@ def soak(data: Path, folder: Path, kills: int, seed: int) -> dict[str, Any]:
         "kills_in_a_save": sum(kill["in_a_save"] for kill in struck),
         "steps_done_again": sum(kill["steps_done_again"] for kill in struck),
         "most_steps_done_again": max(kill["steps_done_again"] for kill in struck),
+        "steps_lost_beyond_the_last_checkpoint": lost,
         "identical": True,
         "each": struck,
     }
