@@ -89,13 +89,10 @@ def fault_rows(results: Path) -> list[tuple[str, str, str]]:
     if (file := results / "soak.json").exists():
         found = json.loads(file.read_text())
         same = "the same bits" if found["identical"] else "OTHER BITS"
-        measured = (
-            f"{found['steps_lost_beyond_the_last_checkpoint']} steps lost beyond the last checkpoint; {same} after "
-            f"{found['steps']:,} steps"
-        )
-        what = (
-            f"`make soak`: a run killed {found['kills']} times, {found['kills_in_a_save']} of them in a save"
-        )
+        lost = f"{found['steps_lost_beyond_the_last_checkpoint']} steps lost beyond the last checkpoint"
+        measured = f"{lost}; {same} after {found['steps']:,} steps"
+        kills = f"killed {found['kills']} times, {found['kills_in_a_save']} of them in a save"
+        what = f"`make soak`: a run {kills}, against one left alone"
         rows.append((what, measured, file.name))
     if (file := results / "fuzz.json").exists():
         found = json.loads(file.read_text())

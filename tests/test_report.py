@@ -243,8 +243,8 @@ def test_what_faults_have_done_is_told(results):
     (results / "fuzz.json").write_text(json.dumps(fuzz))
     table = report.table(results)
     assert (
-        "| `make soak`: a run killed 3 times, 2 of them in a save | 0 steps lost beyond the last checkpoint; "
-        "the same bits after 1,234 steps | soak.json |"
+        "| `make soak`: a run killed 3 times, 2 of them in a save, against one left alone | "
+        "0 steps lost beyond the last checkpoint; the same bits after 1,234 steps | soak.json |"
     ) in table
     assert (
         "| `make fuzz`: 2,000 hostile inputs to 2 readers | 1 tracebacks; refused in 7 places | fuzz.json |"
@@ -256,6 +256,6 @@ def test_what_checkpoints_cost_is_told_as_a_share(results):
     info = {**CPU, **times, "model": "gated-B2", "interval": 100, "share": 0.0043}
     kept(results, "saving_cpu.json", [{"extra_info": info, "stats": {"median": 1}}])
     assert (
-        "| a checkpoint every 100 steps of `gated-B2`, of the time of those | 0.4 %; stops for 4 ms, 30 ms in the "
-        "foreground | saving_cpu.json |"
+        "| a checkpoint every 100 steps of `gated-B2`, of the time of those | 0.4 %; "
+        "stops for 4 ms, 30 ms in the foreground | saving_cpu.json |"
     ) in report.table(results)
