@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from hrm.config import KEYS, data_folder, parse_args, resolve_device, to_yaml
 from hrm.errors import UserError, run_command
-from hrm.interruption import GO_ON, INTERRUPT, REASONS, SAVE, TIME_OVER, Interruption, Stopped
+from hrm.interruption import GO_ON, HANG_UP, REASONS, SAVE, TIME_OVER, Interruption, Stopped
 from hrm.ranks import one_voice, place
 from hrm.schema import Config, stage_arch
 from hrm.story import Evaluations, describe, parameter_count, summary
@@ -116,6 +116,8 @@ class Run:
         self.engine.agree()
         self.saver = Saver(self.run_dir, keep=config.keep_checkpoints, keep_best=config.keep_best)
         self.results: Evaluations = {}
+        # A checkpoint that the clock has asked for.
+        self.save_due = False
 
     def go(self) -> int:
         """Trains to the end; returns GO_ON, or the request of `REASONS` that has ended it before."""
@@ -183,7 +185,8 @@ class Run:
                 self.log()
             if not self.evaluation_due:
                 by_step = config.checkpoint_interval and engine.step % config.checkpoint_interval == 0
-                if self.asked_to_save() or by_step:
+                self.heed()
+                if self.save_due or by_step:
                     self.save()
 
         # The data may end a few steps before the estimate, at an evaluation.
@@ -302,7 +305,7 @@ class Run:
                 examples=examples,
             ):
                 # A limit of time waits for its end: or one that is shorter would begin it for ever.
-                self.asked_to_save(INTERRUPT)
+                self.heed(HANG_UP)
                 yield batch
 
         world.doing(f"evaluating after step {engine.step}")
@@ -312,16 +315,16 @@ class Run:
                 results["eval_ema"] = engine.evaluate(batches())
         return results
 
-    def asked_to_save(self, urgent: int = TIME_OVER) -> bool:
-        """Whether a checkpoint is due by time. Raises Stopped on all ranks where one is asked to end.
+    def heed(self, urgent: int = TIME_OVER) -> None:
+        """Notes that a checkpoint is due by time; raises Stopped on all ranks where one is asked to end.
 
-        urgent: the least urgent of `REASONS` that is heeded.
+        urgent: the least urgent of `REASONS` that counts.
         """
         self.saver.check()
-        code = self.world.highest(self.interruption.code)
+        code = self.world.highest(self.interruption.ask())
         if code >= urgent:
             raise Stopped(code)
-        return code == SAVE
+        self.save_due = self.save_due or code == SAVE
 
     def save(self, results: Evaluations | None = None, score: float | None = None) -> None:
         """Begins to save a checkpoint of the whole state; every rank takes part, the main one writes."""
@@ -353,6 +356,7 @@ class Run:
             )
         self.checkpoint = self.run_dir / f"step_{engine.step}"
         self.interruption.saved()
+        self.save_due = False
 
     def save_unless_saved(self) -> None:
         """Saves the present step, if it was not."""

@@ -7,15 +7,17 @@ import time
 from typing import Any
 
 # What a rank asks for after a step, by urgency: of different ones the highest counts.
-GO_ON, SAVE, TIME_OVER, INTERRUPT, TERMINATE = range(5)
+GO_ON, SAVE, TIME_OVER, HANG_UP, INTERRUPT, TERMINATE = range(6)
 # What each request to end is called, and the exit status that tells of it. 75 is EX_TEMPFAIL of sysexits.h:
 # try again later; the others are those of a process that the signal has killed.
 REASONS = {
     TIME_OVER: ("max_seconds", 75),
-    INTERRUPT: ("SIGINT", 128 + signal.SIGINT),
-    TERMINATE: ("SIGTERM", 128 + signal.SIGTERM),
+    HANG_UP: ("SIGHUP", 129),
+    INTERRUPT: ("SIGINT", 130),
+    TERMINATE: ("SIGTERM", 143),
 }
-_CODES: dict[int, int] = {signal.SIGINT: INTERRUPT, signal.SIGTERM: TERMINATE}
+# Windows has no SIGHUP.
+_CODES = {getattr(signal, name): code for code, (name, _) in REASONS.items() if hasattr(signal, name)}
 
 
 class Stopped(Exception):
@@ -29,8 +31,9 @@ class Stopped(Exception):
 class Interruption:
     """Whether the run is to end, or a checkpoint is due; a context in which signals only ask for it.
 
-    The first SIGINT or SIGTERM is noted; after it they do what they do to any process, so a second one ends
-    it at once. Outside the main thread, which alone receives signals, only the limit of time counts.
+    The first SIGINT, SIGTERM or SIGHUP is noted; after it they do what they do to any process, so a second
+    one ends it at once. One that the process was started to ignore, as nohup does, stays ignored. Outside the
+    main thread, which alone receives signals, only the limit of time counts.
     """
 
     def __init__(self, max_seconds: float | None, save_seconds: float | None, *, speaks: bool = True) -> None:
@@ -40,36 +43,44 @@ class Interruption:
         """
         self._start = self._saved = time.monotonic()
         self._max_seconds, self._save_seconds, self._speaks = max_seconds, save_seconds, speaks
-        self._signal = GO_ON
+        self._signal, self._asked = GO_ON, False
         self._before: dict[int, Any] = {}
+        self._terminals: list[int] = []
 
-    @property
-    def code(self) -> int:
-        """The most urgent request."""
+    def ask(self) -> int:
+        """The most urgent request; that for a checkpoint is made once, until `saved`."""
         now = time.monotonic()
         if self._signal:
             return self._signal
         if self._max_seconds is not None and now - self._start >= self._max_seconds:
             return TIME_OVER
         due = self._save_seconds is not None and now - self._saved >= self._save_seconds
-        return SAVE if due else GO_ON
+        asked_before, self._asked = self._asked, self._asked or due
+        return SAVE if due and not asked_before else GO_ON
 
     def saved(self) -> None:
         """A checkpoint has been made: the next one is due in `save_seconds`."""
-        self._saved = time.monotonic()
+        self._saved, self._asked = time.monotonic(), False
 
     def _note(self, number: int, _: object) -> None:
         self._signal = _CODES[number]
-        for other in _CODES:
+        for other in self._before:
             signal.signal(other, signal.SIG_DFL)
-        if self._speaks:
+        if self._signal == HANG_UP:
+            # The terminal is gone, and what is written to it would raise.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for descriptor in self._terminals:
+                os.dup2(nowhere, descriptor)
+        elif self._speaks:
             name = REASONS[self._signal][0]
             # Not print: the signal may have come in the middle of one.
             os.write(2, f"\n{name}: saves and ends after this step; a second signal ends at once\n".encode())
 
     def __enter__(self) -> "Interruption":
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _CODES}
+            heeded = [number for number in _CODES if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,6 +1,7 @@
 """Requests to end a run: what they are when, and what a signal does the second time."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hrm import interruption
-from hrm.interruption import GO_ON, INTERRUPT, REASONS, SAVE, TERMINATE, TIME_OVER, Interruption
+from hrm.interruption import GO_ON, HANG_UP, INTERRUPT, REASONS, SAVE, TERMINATE, TIME_OVER, Interruption
 
 ROOT = Path(interruption.__file__).parents[1]
 
@@ -26,32 +27,36 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_a_checkpoint_is_due_by_time_and_the_end_goes_before_it(clock):
     asked = Interruption(max_seconds=60, save_seconds=10)
-    assert asked.code == GO_ON
+    assert asked.ask() == GO_ON
     clock[0] += 9.9
-    assert asked.code == GO_ON
+    assert asked.ask() == GO_ON
     clock[0] += 0.1
-    assert asked.code == SAVE
+    assert asked.ask() == SAVE
+    # Once: by the time that all ranks have heard it another call has been made.
+    assert asked.ask() == GO_ON
     asked.saved()
-    assert asked.code == GO_ON
+    assert asked.ask() == GO_ON
     clock[0] = 159.9
-    assert asked.code == SAVE
+    assert asked.ask() == SAVE
     clock[0] = 160
-    assert asked.code == TIME_OVER
+    assert asked.ask() == TIME_OVER
     never = Interruption(None, None)
     clock[0] += 1e9
-    assert never.code == GO_ON
+    assert never.ask() == GO_ON
 
 
 def test_the_statuses_are_those_that_the_readme_tells():
     assert {code: status for code, (_, status) in REASONS.items()} == {
         TIME_OVER: 75,
+        HANG_UP: 129,
         INTERRUPT: 130,
         TERMINATE: 143,
     }
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for _, (name, status) in REASONS.items():
-        row = next(line for line in readme.splitlines() if line.startswith("|") and f"{status}" in line[:12])
-        assert name in row
+    rows = [line.split(" | ") for line in readme.splitlines() if re.match(r"\| \d[\d, ]* \|", line)]
+    for name, status in REASONS.values():
+        [(_, meaning, _)] = [row for row in rows if str(status) in row[0].strip("| ").split(", ")]
+        assert name in meaning
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, INTERRUPT), (signal.SIGTERM, TERMINATE)])
@@ -59,7 +64,7 @@ def test_a_signal_is_noted_and_goes_before_the_time(number, code, capfd):
     before = {other: signal.getsignal(other) for other in (signal.SIGINT, signal.SIGTERM)}
     with Interruption(max_seconds=1e-9, save_seconds=None) as asked:
         os.kill(os.getpid(), number)
-        assert asked.code == code
+        assert asked.ask() == code
         # From now on a signal is what it is to any process.
         assert {signal.getsignal(other) for other in before} == {signal.SIG_DFL}
     assert {other: signal.getsignal(other) for other in before} == before
@@ -71,7 +76,7 @@ def test_a_signal_is_noted_and_goes_before_the_time(number, code, capfd):
 def test_a_rank_that_does_not_speak_is_silent(capfd):
     with Interruption(None, None, speaks=False) as asked:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert asked.code == TERMINATE
+        assert asked.ask() == TERMINATE
     assert capfd.readouterr().err == ""
 
 
@@ -80,7 +85,7 @@ def test_in_another_thread_signals_are_left_alone():
 
     def run() -> None:
         with Interruption(1e-9, None) as asked:
-            seen.extend([signal.getsignal(signal.SIGTERM), asked.code])
+            seen.extend([signal.getsignal(signal.SIGTERM), asked.ask()])
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -109,3 +114,17 @@ def test_a_second_signal_ends_the_process_at_once(second):
         assert process.poll() is None
         process.send_signal(second)
         assert process.wait(5) == -second
+
+
+def test_an_ignored_signal_stays_ignored():
+    """As nohup leaves SIGHUP, and a shell script SIGINT for what it starts in the background."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption(None, None) as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert asked.ask() == GO_ON
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -1,6 +1,9 @@
 """Asked to end, by a signal or a limit of time: a step is finished, saved, and gone on from, bit for bit."""
 
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -8,7 +11,17 @@ import pytest
 
 import train
 from hrm.checkpoint import load_checkpoint
-from tests.faults.harness import Trainer, last_step, newest, resumed_step, run_to_end, saving, words
+from tests.faults.harness import (
+    PATIENCE,
+    ROOT,
+    Trainer,
+    last_step,
+    newest,
+    resumed_step,
+    run_to_end,
+    saving,
+    words,
+)
 from tests.test_train import assert_same_run, metrics_of
 
 # 96 steps, with an evaluation every 12.
@@ -110,4 +123,31 @@ def test_a_signal_after_which_nothing_is_left_to_do_ends_as_if_none_had_come(tin
     assert status in (0, 143)
     assert run_to_end(argv)[0] == 0
     assert load_checkpoint(run).step == 96
+    assert_same_run(whole, run)
+
+
+# The terminal on its standard input becomes its own, as a login's is.
+LOGIN = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_a_terminal_that_closes_ends_the_run_with_a_checkpoint(tiny_sudoku, tmp_path, whole):
+    run = folder(tiny_sudoku, tmp_path, "r")
+    argv = words(tiny_sudoku, tmp_path, *LONG, "run_name=r")
+    ours, its = os.openpty()
+    command = [sys.executable, "-c", LOGIN, sys.executable, "train.py", *argv]
+    streams = {"stdin": its, "stdout": its, "stderr": its}
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams) as process:
+        os.close(its)
+        deadline = time.monotonic() + PATIENCE
+        while last_step(run) < 3 and time.monotonic() < deadline:
+            os.read(ours, 1 << 16)
+        os.close(ours)
+        assert process.wait(PATIENCE) == 129
+    step = newest(run)
+    assert 3 <= step < 96 and step == last_step(run)
+    assert run_to_end(argv)[0] == 0
     assert_same_run(whole, run)
