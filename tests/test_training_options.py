@@ -14,7 +14,7 @@ from hrm.checkpoint import load_checkpoint
 from hrm.gating import gate_statistics
 from hrm.metrics import GATE_STATISTICS, GATES
 from tests.test_engine import B, all_state, batches, make_config, make_engine
-from tests.test_train import metrics_of, run_main, words
+from tests.test_train import assert_same_run, metrics_of, run_main, words
 
 
 def test_the_average_of_the_weights_is_kept_evaluated_and_saved():
@@ -254,3 +254,23 @@ def test_a_symptom_is_told_while_training(tiny_sudoku, tmp_path, capsys):
     assert status == 0
     lines = [line for line in error.splitlines() if line.startswith("warning: ")]
     assert sum("the puzzle embeddings stay as they are: puzzle_emb_lr=0" in line for line in lines) == 1
+
+
+def test_deterministic_runs_are_the_same_bit_for_bit_and_measure_no_mode(tiny_sudoku, tmp_path, capsys):
+    argv = words(tiny_sudoku, tmp_path, "deterministic=true", "mode=auto", "ema=true", "grad_clip=1")
+    for name in ("a", "b"):
+        status, out, err = run_main(*argv, f"run_name={name}", capsys=capsys)
+        assert status == 0, err
+        assert "mode eager (deterministic=true measures none)" in out
+        assert "deterministic: the same bits with as many threads" in out
+    # In two parts as well.
+    assert run_main(*argv, "run_name=c", "max_steps=12", capsys=capsys)[0] == 0
+    status, out, _ = run_main(*argv, "run_name=c", capsys=capsys)
+    assert status == 0 and "at step 12;" in out
+    runs = tmp_path / tiny_sudoku.name
+    assert_same_run(runs / "a", runs / "b")
+    # But for the length that it was first given.
+    assert metrics_of(runs / "c")[1:] == metrics_of(runs / "a")[1:]
+    whole, parts = (load_checkpoint(runs / name).weights for name in "ac")
+    assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+    assert not torch.are_deterministic_algorithms_enabled()
