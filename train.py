@@ -257,7 +257,7 @@ class Run:
             self.report.warn(f"no checkpoint before step {spike.step} to go back to")
             return
         restore(self.engine, checkpoint)
-        self.incidents.rewind(spike, checkpoint.step, checkpoint.training["incidents"])
+        self.incidents.rewind(spike, checkpoint.step, checkpoint.training.get("incidents"))
         self.report.warn(f"went back to step {checkpoint.step}, and goes on behind the batch of the spike")
         self.report.close()
         self.report = self.open_report(checkpoint.step)
@@ -403,12 +403,6 @@ def set_aside(run_dir: Path) -> Path:
         raise UserError(
             f"{run_dir}: cannot be moved aside ({error.strerror}); give another run_name"
         ) from None
-
-
-def write_config(run_dir: Path, config: Config) -> None:
-    """Saves the resolved configuration beside the run's checkpoints, for `--config` to read back."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hrm.cli import show
 from hrm.files import read_json
 from hrm.storage import CheckpointError, read_safetensors, read_training, sha256, to_json
 
@@ -144,16 +145,11 @@ def differences(manifest: Mapping[str, Any], run: Mapping[str, Any]) -> list[str
     """
     saved, now = _flat(manifest["run"]), _flat(json.loads(to_json(run)))
     return [
-        f"{name[:200]} was {_shown(saved.get(name, 'unset'))} and is now {_shown(now.get(name, 'unset'))}"
+        f"{show(name)} was {show(repr(saved.get(name, 'unset')))} "
+        f"and is now {show(repr(now.get(name, 'unset')))}"
         for name in sorted(saved.keys() | now.keys())
         if saved.get(name, "unset") != now.get(name, "unset")
     ]
-
-
-def _shown(value: Any) -> str:
-    """A value of a manifest, wherever it comes from, as it may stand in a message."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def choose(path: Path) -> tuple[Path, dict[str, Any], list[str]]:

@@ -21,8 +21,9 @@ INCIDENTS = "incidents.jsonl"
 class Incidents:
     """Looks through the steps of each line of the log, and writes down what it finds.
 
-    A line of the file is one incident: its step, `kind` (skipped, spike or rewind), loss and gradient norm,
-    and the batch that was fed then: iteration and number in it, set, and the examples' rows in the arrays.
+    A line of the file is one incident: its step, `kind`, and the batch that was fed then, which is iteration
+    and number in it, set, and the examples' rows in the arrays. What was skipped and a spike have loss and
+    gradient norm, a rewind the step that the run went back to.
     Lines are only ever added, so a step that a resumed run does again may be there twice.
     """
 
@@ -61,11 +62,12 @@ class Incidents:
             found.append(f"{spike}; {self._path} names its batch")
         return found, spike
 
-    def rewind(self, spike: Spike, step: int, state: Mapping[str, Any]) -> None:
-        """The run goes back to the checkpoint of `step`, and to the `state_dict` in it."""
+    def rewind(self, spike: Spike, step: int, state: Mapping[str, Any] | None) -> None:
+        """The run goes back to the checkpoint of `step`, and to the `state_dict` in it, if there is one."""
         rewinds = self.rewinds + 1
         self._write("rewind", spike.step, to_step=step)
-        self.load_state_dict(state)
+        if state is not None:
+            self.load_state_dict(state)
         self.rewinds = rewinds
 
     def state_dict(self) -> dict[str, Any]:

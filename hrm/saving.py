@@ -5,7 +5,6 @@ complete, and a process killed at any moment leaves the earlier checkpoints as t
 """
 
 import errno
-import importlib.metadata
 import json
 import platform
 import secrets
@@ -31,6 +30,7 @@ from hrm.checkpoint import (
     digest,
     folders,
 )
+from hrm.software import installed
 from hrm.storage import CheckpointError, compact, nbytes, os_error, plain, sha256, size_text, sync, to_json
 
 _TEMP = ".tmp_step_"
@@ -238,9 +238,6 @@ def _save_error(run_dir: Path, needed: int, cause: OSError) -> CheckpointError:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for name, package in (("project", "hrm-kernels"), ("triton", "triton"), ("numpy", "numpy")):
-        found[name] = "not installed"
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(package)
-    return found
+    packages = {"project": "hrm-kernels", "triton": "triton", "numpy": "numpy"}
+    found = {name: installed(package) for name, package in packages.items()}
+    return {"python": platform.python_version(), "torch": str(torch.__version__), **found}

@@ -32,7 +32,7 @@ def versions(device: torch.device | str = "cpu") -> dict[str, str]:
     The sources are one entry a file, so that the file which differs is the one that is named.
     """
     target = torch.device(device)
-    libraries = {name: _version(name) for name in ("numpy", "triton", "numba")}
+    libraries = {name: installed(name) for name in ("numpy", "triton", "numba")}
     return {
         "Python": platform.python_version(),
         "torch": f"{torch.__version__} {torch.version.git_version or ''}"[: len(torch.__version__) + 9],
@@ -67,7 +67,8 @@ def _sources() -> Iterator[tuple[str, str]]:
         yield path.relative_to(ROOT).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
-def _version(package: str) -> str:
+def installed(package: str) -> str:
+    """The version of a package, "none" where there is none."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -126,7 +126,9 @@ def read_safetensors(path: Path, device: str | torch.device = "cpu") -> dict[str
         return load_file(path, device=str(device))
     # an absurd header, dtype or device surfaces as one of many types
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors ({brief(error)})") from error
+        raise CheckpointError(
+            f"{path} cannot be read as safetensors ({brief(error)}); use another checkpoint"
+        ) from error
 
 
 def read_training(path: Path) -> dict[str, Any]:
@@ -137,7 +139,9 @@ def read_training(path: Path) -> dict[str, Any]:
             raise ValueError("not a dict")
         _check_plain(value, path.stat().st_size, set())
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not the training state of a checkpoint ({brief(error)})") from error
+        raise CheckpointError(
+            f"{path} is not the training state of a checkpoint ({brief(error)}); use another one"
+        ) from error
     return value
 
 
@@ -152,7 +156,7 @@ def read_torch(path: Path) -> Any:
     # damaged bytes reach the unpickler and the archive reader, which raise nearly every type there is
     except Exception as error:
         raise CheckpointError(
-            f"{path} is not a torch file of plain tensors and numbers ({brief(error)})"
+            f"{path} is not a torch file of plain tensors and numbers ({brief(error)}); use another one"
         ) from error
 
 

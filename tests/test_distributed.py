@@ -220,10 +220,11 @@ def hearts() -> Iterator:
         heart.freeze()
 
 
-def wait_for(condition, seconds: float) -> float:
+def wait_for(condition) -> float:
+    """Looks until a condition holds; returns the seconds that took, on a busy machine more than it should."""
     begun = time.monotonic()
     while not condition():
-        assert time.monotonic() - begun < seconds, "waited in vain"
+        assert time.monotonic() - begun < 60, "waited in vain"
         time.sleep(0.02)
     return time.monotonic() - begun
 
@@ -236,7 +237,7 @@ def test_a_silent_rank_is_named_and_a_busy_one_is_not(hearts):
         n += 1
     assert not one.verdicts + two.verdicts + three.verdicts
     two.freeze()
-    took = wait_for(lambda: one.verdicts and three.verdicts, 5 * SILENCE)
+    took = wait_for(lambda: one.verdicts and three.verdicts)
     assert took > 0.8 * SILENCE
     for verdict in one.verdicts[0], three.verdicts[0]:
         assert verdict.startswith("rank 1 (host ") and f"pid {os.getpid()}) has not been heard" in verdict
@@ -248,7 +249,7 @@ def test_a_rank_that_leaves_is_not_missed_and_one_that_fails_elsewhere_is_named(
     two.leave()
     # Its own node's torchrun ends the ranks there, after it has told its error.
     three.leave("ValueError: no")
-    wait_for(lambda: one.verdicts and four.verdicts, SILENCE)
+    wait_for(lambda: one.verdicts and four.verdicts)
     assert " failed: ValueError: no" in one.verdicts[0] and one.verdicts[0].startswith("rank 2 (")
     one.verdicts.clear()
     time.sleep(1.5 * SILENCE)
@@ -264,24 +265,24 @@ def test_an_error_is_left_to_the_torchrun_of_its_node(hearts):
 
 def test_a_store_that_is_gone_is_named_and_not_the_ranks(hearts):
     one, _two = hearts(2, "ab")
-    wait_for(lambda: one._signs(), SILENCE)
+    wait_for(lambda: one._signs())
     one.reachable = False
-    wait_for(lambda: one.verdicts, 5 * SILENCE)
+    wait_for(lambda: one.verdicts)
     assert one.verdicts[0].startswith("the rendezvous store at there:1, kept by the first node's torchrun")
     # And heard again when it is back.
     one.reachable = True
-    wait_for(lambda: one._missed[0] == 0, SILENCE)
+    wait_for(lambda: one._missed[0] == 0)
 
 
 def test_a_rank_that_never_joined_is_named_after_its_time(hearts):
     one, two = hearts(3, "ab", joining=1.0)
-    wait_for(lambda: one.verdicts and two.verdicts, 5 * SILENCE)
+    wait_for(lambda: one.verdicts and two.verdicts)
     assert one.verdicts[0].startswith("rank 2 of 3 did not join within 1 s")
 
 
 def test_a_broken_collective_is_explained(hearts, monkeypatch):
     one, two, three = hearts(3, "abc")
-    wait_for(lambda: len(one._signs()) == 2, SILENCE)
+    wait_for(lambda: len(one._signs()) == 2)
     # All are there: the cause lies elsewhere, and the error is as it was.
     assert one.why_broken() is None
     two.freeze()
@@ -306,14 +307,14 @@ def test_a_broken_collective_is_explained(hearts, monkeypatch):
 
 def test_a_collective_that_broke_with_the_first_node_is_explained(hearts):
     one, _two = hearts(2, "ab")
-    wait_for(lambda: one._signs(), SILENCE)
+    wait_for(lambda: one._signs())
     one.reachable = False
     assert "rendezvous store at there:1" in one.why_broken()
 
 
 def test_an_error_told_on_this_node_is_given_time(hearts):
     one, two = hearts(2, "aa")
-    wait_for(lambda: one._signs(), SILENCE)
+    wait_for(lambda: one._signs())
     two.leave("ValueError: no")
     begun = time.monotonic()
     assert "rank 1 (" in (why := one.why_broken()) and "failed: ValueError: no" in why
@@ -357,9 +358,9 @@ def test_a_rank_that_does_not_come_is_told_of_and_then_named_by_all(hearts, caps
     zero, one, two = hearts(3, "aab", patience=2 * SILENCE)
     one.doing("evaluating")
     with zero.waiting(), two.waiting():
-        wait_for(lambda: zero._sign.turns * zero._period >= zero._warning, SILENCE)
-        wait_for(lambda: "waiting for" in capsys.readouterr().err, SILENCE)
-        wait_for(lambda: zero.verdicts and one.verdicts and two.verdicts, 4 * SILENCE)
+        wait_for(lambda: zero._sign.turns * zero._period >= zero._warning)
+        wait_for(lambda: "waiting for" in capsys.readouterr().err)
+        wait_for(lambda: zero.verdicts and one.verdicts and two.verdicts)
     # Said once, by one of those that wait.
     assert not capsys.readouterr().err
     for verdict in zero.verdicts[0], one.verdicts[0], two.verdicts[0]:
@@ -374,7 +375,7 @@ def test_the_first_rank_that_waits_tells_whom_it_waits_for(hearts, capsys):
     zero, one, two = hearts(3, "abc", patience=2 * SILENCE)
     zero.doing("step 3")
     with one.waiting(), two.waiting():
-        wait_for(lambda: one._warned and two._warned and zero._warned, 2 * SILENCE)
+        wait_for(lambda: one._warned and two._warned and zero._warned)
     told = capsys.readouterr().err
     assert re.fullmatch(r"waiting for rank 0 \(host \S+, pid \d+\): step 3 for \d+ s\n", told)
     assert not zero.verdicts + one.verdicts + two.verdicts
@@ -397,16 +398,16 @@ def test_a_rank_that_left_while_others_wait_for_it_is_named(hearts):
     zero, one = hearts(2, "ab", patience=SILENCE / 2)
     one.leave()
     with zero.waiting():
-        wait_for(lambda: zero.verdicts, 4 * SILENCE)
+        wait_for(lambda: zero.verdicts)
     assert re.search(r"waited in vain for rank 1 \(.*\): ended; the same command", zero.verdicts[0])
 
 
 def test_a_silent_rank_is_not_judged_by_what_it_last_said(hearts):
     zero, one = hearts(2, "ab", patience=SILENCE / 2)
     with zero.waiting(), one.waiting():
-        wait_for(lambda: zero._signs() and zero._signs()[0].waits, SILENCE)
+        wait_for(lambda: zero._signs() and zero._signs()[0].waits)
         one.freeze()
-        wait_for(lambda: zero.verdicts, 5 * SILENCE)
+        wait_for(lambda: zero.verdicts)
     assert "has not been heard of" in zero.verdicts[0]
 
 
@@ -415,7 +416,7 @@ def test_ranks_that_all_wait_blame_what_lies_between_them(hearts):
     zero.doing("step 7")
     one.doing("step 7")
     with zero.waiting(), one.waiting():
-        wait_for(lambda: zero.verdicts and one.verdicts, 4 * SILENCE)
+        wait_for(lambda: zero.verdicts and one.verdicts)
     assert "all ranks wait for one another at step 7, so the network between them" in one.verdicts[0]
 
 

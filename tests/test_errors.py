@@ -17,9 +17,9 @@ def raiser(error: BaseException):
     [
         (UserError("lr=x: give a number"), 2, "error: lr=x: give a number"),
         (
-            PermissionError(13, "Permission denied", "/root/data"),
+            PermissionError(13, "Permission denied", "/srv/data"),
             2,
-            "error: /root/data: Permission denied; check the path and its permissions",
+            "error: /srv/data: Permission denied; check the path and its permissions",
         ),
         (KeyboardInterrupt(), 130, "interrupted: nothing was written"),
     ],

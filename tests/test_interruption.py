@@ -108,12 +108,17 @@ def test_a_second_signal_ends_the_process_at_once(second):
     with subprocess.Popen(
         [sys.executable, "-c", TWICE], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
-        assert process.poll() is None
-        process.send_signal(second)
-        assert process.wait(5) == -second
+        assert process.stdout is not None and process.stderr is not None
+        try:
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGTERM)
+            while "a second signal" not in (line := process.stderr.readline()):
+                assert line, "ended without a word"
+            assert process.poll() is None
+            process.send_signal(second)
+            assert process.wait(30) == -second
+        finally:
+            process.kill()
 
 
 def test_an_ignored_signal_stays_ignored():

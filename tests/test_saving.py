@@ -46,8 +46,8 @@ def test_what_is_saved_is_the_state_at_the_call(tmp_path, gate):
 def test_one_is_written_at_a_time_and_in_order(tmp_path, gate):
     with Saver(tmp_path, keep=2) as saver:
         begin(saver, 1, torch.ones(2), torch.ones(2))
-        threading.Timer(0.2, gate.set).start()
         assert not (tmp_path / "step_1").exists()
+        threading.Timer(0.2, gate.set).start()
         begin(saver, 2, torch.ones(2), torch.ones(2))
         # The second had to wait for the first.
         assert (tmp_path / "step_1").exists()

@@ -13,7 +13,17 @@ import numpy as np
 
 from hrm.data.dataset import PuzzleDataset, fingerprint
 from hrm.data.integrity import CHECKSUMS, write_checksums
-from hrm.data.layout import ARRAYS, DIFFICULTY, DatasetError, Metadata, PuzzleSet, array_path
+from hrm.data.layout import (
+    ARRAYS,
+    DIFFICULTY,
+    MAX_DESCRIPTION_BYTES,
+    DatasetError,
+    Metadata,
+    PuzzleSet,
+    array_path,
+)
+from hrm.errors import UserError
+from hrm.files import read_json
 
 # In a cached data set, the fingerprints it was written with.
 STAMP = "fingerprints.json"
@@ -222,11 +232,11 @@ def _cache_root() -> list[Path]:
 
 def _is_intact(folder: Path) -> bool:
     try:
-        stamp = json.loads((folder / STAMP).read_text(encoding="utf-8"))
+        stamp = read_json(folder / STAMP, MAX_DESCRIPTION_BYTES, "fingerprints of splits")
         return bool(stamp) and all(
             fingerprint(PuzzleDataset(folder, split)) == value for split, value in stamp.items()
         )
-    except (OSError, ValueError, AttributeError, DatasetError):
+    except (OSError, AttributeError, UserError):
         return False
 
 

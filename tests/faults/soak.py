@@ -52,7 +52,7 @@ def soak(data: Path, folder: Path, kills: int, seed: int) -> dict[str, Any]:
     saved = lost = 0
     for kind in islice(cycle(KINDS), kills):
         with Trainer([*argv, "run_name=killed"]) as trainer:
-            strike(trainer, run, kind, rng)
+            in_a_save = strike(trainer, run, kind, rng)
             goes_on_from = resumed_step(trainer.out)
         # One that was killed while it started may not have come so far as to say it.
         if goes_on_from or kind != "start":
@@ -65,7 +65,7 @@ def soak(data: Path, folder: Path, kills: int, seed: int) -> dict[str, Any]:
         struck.append(
             {
                 "kind": kind,
-                "in_a_save": bool(saving(run)),
+                "in_a_save": in_a_save,
                 "step": reached,
                 "newest_checkpoint": saved,
                 "resumed_from": goes_on_from,
@@ -91,18 +91,31 @@ def soak(data: Path, folder: Path, kills: int, seed: int) -> dict[str, Any]:
     }
 
 
-def strike(trainer: Trainer, run: Path, kind: str, rng: np.random.Generator) -> None:
-    """Waits for the moment that `kind` names, one drawn by chance, and kills the trainer."""
+def strike(trainer: Trainer, run: Path, kind: str, rng: np.random.Generator) -> bool:
+    """Waits for the moment that `kind` names, one drawn by chance, and kills the trainer.
+
+    Returns whether it died in a save of its own.
+    """
+    metrics, left = run / "metrics.jsonl", set(saving(run))
+    before = metrics.stat().st_mtime_ns if metrics.exists() else 0
     if kind == "start":
         time.sleep(rng.uniform(0.0, 2.5))
     else:
-        start, stretch = newest(run), int(rng.integers(1, STRETCH + 1))
-        trainer.wait_for(lambda: "steps of" in trainer.out)
+        stretch = int(rng.integers(1, STRETCH + 1))
+        # Not by the lines of the process before: this one cuts off the last of them first.
+        trainer.wait_for(lambda: metrics.exists() and metrics.stat().st_mtime_ns != before)
+        start = last_step(run)
         trainer.wait_for(lambda: last_step(run) >= start + stretch)
-    if kind == "save":
-        trainer.wait_for(lambda: saving(run))
+    while kind == "save":
+        trainer.wait_for(lambda: set(saving(run)) - left)
+        trainer.process.send_signal(signal.SIGSTOP)
+        if set(saving(run)) - left:
+            break
+        # It ended just before: the next one, then.
+        trainer.process.send_signal(signal.SIGCONT)
     status = trainer.signal(signal.SIGKILL)
     assert status == -signal.SIGKILL, trainer.err
+    return bool(set(saving(run)) - left)
 
 
 def main() -> None:

