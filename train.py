@@ -103,10 +103,15 @@ class Run:
         )
         start = find_start(config, self.engine, self.run_dir, identity, self.dataset, self.say)
         self.position, self.checkpoint, self.identity = start.position, start.checkpoint, start.identity
+        # Whether the run is further than its last checkpoint, which may be another folder's.
+        self.unsaved = start.checkpoint is None or start.checkpoint.parent.resolve() != self.run_dir.resolve()
         self.best = Best(config.early_stop_min_delta)
         self.incidents = Incidents(config, self.train_set, self.run_dir, mute=not world.is_main)
         # Whether the last step ended an interval whose evaluation is still to come.
         self.evaluation_due = start.loop.get("evaluation_due", False)
+        # Evaluations of this step in the log, and whether the last one saw the whole split.
+        self.evaluations: int | None = start.loop.get("evaluations")
+        self.is_whole = start.loop.get("is_whole", start.checkpoint is not None)
         if "best" in start.loop:
             self.best.load_state_dict(start.loop["best"])
         if "incidents" in start.loop:
@@ -115,7 +120,9 @@ class Run:
         world.check_equal({"checkpoint": f"{self.checkpoint}, step {self.engine.step}"})
         self.engine.agree()
         self.saver = Saver(self.run_dir, keep=config.keep_checkpoints, keep_best=config.keep_best)
+        # Of an evaluation of this step, and how good it is.
         self.results: Evaluations = {}
+        self.score: float | None = start.loop.get("score")
         # A checkpoint that the clock has asked for.
         self.save_due = False
 
@@ -134,8 +141,9 @@ class Run:
             self.take_folder(stack)
             stack.enter_context(self.saver)
             stack.enter_context(self.profile)
-            resume_step = None if self.checkpoint is None else engine.step
-            self.report = stack.enter_context(self.open_report(resume_step))
+            self.report = self.open_report(None if self.checkpoint is None else engine.step)
+            # By name: a rewind opens another.
+            stack.callback(lambda: self.report.close())
             if self.checkpoint is None:
                 facts = {"model/parameters": parameter_count(engine), "run/total_steps": self.total_steps}
                 self.report.start(facts)
@@ -167,10 +175,9 @@ class Run:
     def loop(self, batches: "Iterator[TrainBatch]") -> None:
         """Every step and evaluation that is left. Raises Stopped after the step that a request came in."""
         config, engine = self.config, self.engine
-        is_whole = False
         while True:
             if self.evaluation_due:
-                is_whole = self.judge()
+                self.judge()
             if engine.step >= self.total_steps or self.stale or (batch := next(batches, None)) is None:
                 break
             self.world.doing(f"step {engine.step + 1}")
@@ -178,23 +185,22 @@ class Run:
             engine.train_step(batch)
             self.profile.after_step()
             self.incidents.fed(engine.step, batch.index)
-            self.position = batch.position
+            self.position, self.unsaved = batch.position, True
+            self.evaluations, self.is_whole, self.results, self.score = 0, False, {}, None
             at_end = engine.step == self.total_steps
             self.evaluation_due = batch.position[1] == 0 or at_end
             if engine.step % config.log_interval == 0 or self.evaluation_due:
                 self.log()
             if not self.evaluation_due:
-                by_step = config.checkpoint_interval and engine.step % config.checkpoint_interval == 0
                 self.heed()
-                if self.save_due or by_step:
-                    self.save()
+                if self.checkpoint_due:
+                    self.save_unless_saved()
 
-        # The data may end a few steps before the estimate, at an evaluation.
-        if not is_whole:
-            only_sampled = bool(self.results)
+        # The data may end a few steps before the estimate, at an evaluation of a part.
+        if not (self.is_whole and self.results):
             self.results = self.evaluate()
-            if only_sampled:
-                self.report.evaluation(engine.step, self.results)
+        if not self.is_whole:
+            self.report_evaluation(is_whole=True)
         self.save_unless_saved()
 
     def batches(self) -> "Iterator[TrainBatch]":
@@ -218,9 +224,15 @@ class Run:
         """Whether early stopping ends the run."""
         return self.best.should_stop(self.config.early_stop_patience)
 
+    @property
+    def checkpoint_due(self) -> bool:
+        """Whether the clock or the step asks for a checkpoint."""
+        interval = self.config.checkpoint_interval
+        return self.save_due or (interval is not None and self.engine.step % interval == 0)
+
     def enter_stage(self) -> None:
-        """Takes the architecture of the present stage; an evaluation that is due is of the one before."""
-        interval = self.position[0] - self.evaluation_due
+        """Takes the architecture of the present stage, of which the evaluation that ends it is a part."""
+        interval = self.position[0] - (self.evaluation_due and self.position[1] == 0)
         self.engine.enter(stage_arch(self.config, interval * self.epochs_per_iter))
 
     def log(self) -> None:
@@ -236,10 +248,12 @@ class Run:
         if interval.skipped_in_a_row >= self.config.max_skipped_steps:
             self.save()
             self.saver.wait()
+            # Or the others' end would be taken for a failure, and end the one that still writes.
+            self.world.barrier()
             raise UserError(
                 f"{interval.skipped_in_a_row} updates in a row were skipped up to step {engine.step}: "
                 f"{engine.diagnosis()}; what was learnt before is in {self.checkpoint}; lower "
-                f"lr={self.config.lr:g}, or set grad_clip=1 or dtype=float32, and the same command goes on"
+                f"lr={self.config.lr:g}, or set grad_clip or dtype=float32, and the same command goes on"
             )
         if spike is not None and self.incidents.rewinds < self.config.spike_rewinds:
             self.go_back(spike)
@@ -251,7 +265,7 @@ class Run:
 
         self.saver.wait()
         self.world.barrier()
-        checkpoint = checkpoint_before(self.run_dir, spike.step)
+        checkpoint = checkpoint_before(self.run_dir, spike.step, self.identity)
         self.world.check_equal({"checkpoint": str(checkpoint and checkpoint.path)})
         if checkpoint is None:
             self.report.warn(f"no checkpoint before step {spike.step} to go back to")
@@ -259,33 +273,42 @@ class Run:
         restore(self.engine, checkpoint)
         self.incidents.rewind(spike, checkpoint.step, checkpoint.training.get("incidents"))
         self.report.warn(f"went back to step {checkpoint.step}, and goes on behind the batch of the spike")
+        self.best.load_state_dict(checkpoint.training["best"])
+        self.evaluations = checkpoint.training.get("evaluations")
+        self.evaluation_due = self.is_whole = False
         self.report.close()
         self.report = self.open_report(checkpoint.step)
-        self.evaluation_due = False
         self.enter_stage()
+        self.results, self.score = checkpoint.manifest["metrics"], checkpoint.manifest["score"]
         # Or a run that is killed now would resume behind the spike.
         self.save()
         self.saver.wait()
 
-    def judge(self) -> bool:
-        """The evaluation that is due, and its checkpoint; returns whether it has seen the whole split."""
+    def judge(self) -> None:
+        """The evaluation that is due, and the checkpoint that it calls for."""
         from hrm.stopping import score
 
         config, engine = self.config, self.engine
         at_end = engine.step == self.total_steps
         self.results = self.evaluate(self.sample)
         # Ranked by the same examples at every evaluation; the last one tells of all.
-        rank = score(self.results["eval_ema" if config.ema else "eval"], config.best_metric)
+        self.score = score(self.results["eval_ema" if config.ema else "eval"], config.best_metric)
         if at_end and self.sample is not None:
             self.results = self.evaluate()
-        is_better = self.best.update(engine.step, rank)
-        self.report.evaluation(engine.step, self.results)
+        is_better = self.best.update(engine.step, self.score)
+        self.report_evaluation(is_whole=self.sample is None or at_end)
         self.evaluation_due = False
-        if config.checkpoint_every_eval or at_end or (is_better and config.keep_best):
-            self.save(self.results, rank)
+        asked = config.checkpoint_every_eval or at_end or (is_better and config.keep_best)
+        if asked or self.checkpoint_due:
+            self.save()
         self.enter_stage()
         self.report.resume_clock()
-        return self.sample is None or at_end
+
+    def report_evaluation(self, *, is_whole: bool) -> None:
+        """Puts the last results into the log. is_whole: they are of the whole split."""
+        self.report.evaluation(self.engine.step, self.results)
+        self.evaluations = 1 + (self.evaluations or 0)
+        self.is_whole, self.unsaved = is_whole, True
 
     def evaluate(self, examples: "dict[str, np.ndarray] | None" = None) -> Evaluations:
         """The test split's metrics by set as `eval`; with ema=true the averaged weights' as `eval_ema`.
@@ -326,7 +349,7 @@ class Run:
             raise Stopped(code)
         self.save_due = self.save_due or code == SAVE
 
-    def save(self, results: Evaluations | None = None, score: float | None = None) -> None:
+    def save(self) -> None:
         """Begins to save a checkpoint of the whole state; every rank takes part, the main one writes."""
         from hrm.checkpoint import AVERAGE
 
@@ -336,6 +359,9 @@ class Run:
             **engine.training_state(),
             "position": list(self.position),
             "evaluation_due": self.evaluation_due,
+            "evaluations": self.evaluations,
+            "is_whole": self.is_whole,
+            "score": None if self.score is None else float(self.score),
             "best": self.best.state_dict(),
             "incidents": self.incidents.state_dict(),
         }
@@ -346,29 +372,31 @@ class Run:
                 training=training,
                 run=self.identity,
                 facts={
-                    "metrics": results or {},
+                    "metrics": self.results,
                     "config": asdict(self.config),
                     "data": asdict(engine.metadata),
                     "dataset": self.dataset,
                 },
                 extra={} if engine.average is None else {AVERAGE: engine.average.state_dict()},
-                score=score,
+                score=self.score,
             )
         self.checkpoint = self.run_dir / f"step_{engine.step}"
         self.interruption.saved()
-        self.save_due = False
+        self.save_due = self.unsaved = False
 
     def save_unless_saved(self) -> None:
-        """Saves the present step, if it was not."""
-        if self.checkpoint != self.run_dir / f"step_{self.engine.step}":
-            self.save(self.results)
+        """Saves the present state, if it was not."""
+        if self.unsaved:
+            self.save()
 
     def open_report(self, resume_step: int | None) -> "Report":
         """All the places that metrics go to, from a step on; None for a new run."""
         from hrm.trackers import Report
 
         mute = not self.world.is_main
-        return Report(self.config, self.run_dir, self.total_steps, resume_step, mute=mute)
+        return Report(
+            self.config, self.run_dir, self.total_steps, resume_step, evaluations=self.evaluations, mute=mute
+        )
 
     def take_folder(self, stack: ExitStack) -> None:
         """Makes the run's folder this process's alone, with no earlier run in it but the one that goes on."""

@@ -96,10 +96,10 @@ def latest_checkpoint(run_dir: str | Path) -> tuple[Path | None, list[str]]:
     return folder, notes
 
 
-def checkpoint_before(run_dir: str | Path, step: int) -> Checkpoint | None:
-    """The run's newest undamaged checkpoint of an earlier step; None without one."""
+def checkpoint_before(run_dir: str | Path, step: int, run: Mapping[str, Any]) -> Checkpoint | None:
+    """The newest undamaged checkpoint of an earlier step that is of `run` as it is now; None without one."""
     for folder, manifest in folders(Path(run_dir)):
-        if manifest and manifest["step"] < step:
+        if manifest and manifest["step"] < step and not differences(manifest, run):
             with suppress(CheckpointError):
                 return load_checkpoint(folder)
     return None

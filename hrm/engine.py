@@ -284,7 +284,9 @@ class Engine:
                 norm = norm + 0 * self._all_row_grads.sum()
             skip = ~torch.isfinite(norm)
             if self.config.grad_clip is not None:
-                self.parameters.grad.mul_(self.config.grad_clip / norm.clamp(min=self.config.grad_clip))
+                scale = self.config.grad_clip / norm.clamp(min=self.config.grad_clip)
+                # Or one value that is not finite would be in all, and nobody could tell where it was.
+                self.parameters.grad.mul_(torch.where(skip, 1, scale))
             self.optimizer.step(self._feed.lr, skip)
             if self.average is not None:
                 self.average.update(skip)

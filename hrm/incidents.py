@@ -66,6 +66,7 @@ class Incidents:
         """The run goes back to the checkpoint of `step`, and to the `state_dict` in it, if there is one."""
         rewinds = self.rewinds + 1
         self._write("rewind", spike.step, to_step=step)
+        self._batches.clear()
         if state is not None:
             self.load_state_dict(state)
         self.rewinds = rewinds

@@ -16,6 +16,8 @@ REASONS = {
     INTERRUPT: ("SIGINT", 130),
     TERMINATE: ("SIGTERM", 143),
 }
+# Seconds in which another signal is taken for an echo of the first.
+ECHO = 1.0
 # Windows has no SIGHUP.
 _CODES = {getattr(signal, name): code for code, (name, _) in REASONS.items() if hasattr(signal, name)}
 
@@ -31,9 +33,9 @@ class Stopped(Exception):
 class Interruption:
     """Whether the run is to end, or a checkpoint is due; a context in which signals only ask for it.
 
-    The first SIGINT, SIGTERM or SIGHUP is noted; after it they do what they do to any process, so a second
-    one ends it at once. One that the process was started to ignore, as nohup does, stays ignored. Outside the
-    main thread, which alone receives signals, only the limit of time counts.
+    The first SIGINT, SIGTERM or SIGHUP is noted; a second after it they do what they do to any process, so
+    another one ends it at once. One that the process was started to ignore, as by nohup, stays ignored.
+    Outside the main thread, which alone receives signals, only the limit of time counts.
     """
 
     def __init__(self, max_seconds: float | None, save_seconds: float | None, *, speaks: bool = True) -> None:
@@ -65,7 +67,7 @@ class Interruption:
     def _note(self, number: int, _: object) -> None:
         self._signal = _CODES[number]
         for other in self._before:
-            signal.signal(other, signal.SIG_DFL)
+            signal.signal(other, signal.SIG_IGN)
         if self._signal == HANG_UP:
             # The terminal is gone, and what is written to it would raise.
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -75,6 +77,10 @@ class Interruption:
             name = REASONS[self._signal][0]
             # Not print: the signal may have come in the middle of one.
             os.write(2, f"\n{name}: saves and ends after this step; a second signal ends at once\n".encode())
+        # A scheduler and a launcher may both pass on the same request.
+        time.sleep(ECHO)
+        for other in self._before:
+            signal.signal(other, signal.SIG_DFL)
 
     def __enter__(self) -> "Interruption":
         self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]

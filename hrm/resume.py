@@ -16,11 +16,11 @@ from hrm.weights import load_weights
 
 # What the order of the batches depends on, and what makes evaluations comparable.
 ORDER = ("data_fingerprint", "seed", "global_batch_size", "eval_interval", "epochs")
-RANKING = ("data_fingerprint", "best_metric", "eval_samples")
+RANKING = ("data_fingerprint", "best_metric", "eval_samples", "seed")
 
 
 class Start(NamedTuple):
-    """Where a run starts: place in the data, checkpoint resumed, identity, and the loop's own state in it."""
+    """Where a run starts: place in the data, checkpoint resumed, identity, and what it says of the loop."""
 
     position: tuple[int, int]
     checkpoint: Path | None
@@ -131,8 +131,8 @@ def _resumed(
         position = (_epochs_done(saved, iteration) // (config.eval_interval or config.epochs), 0)
         say(f"resume_force=true: batches in another order, from the start of interval {position[0]} on")
     outdated = ["best"] * differs(*RANKING) + ["incidents", "evaluation_due"] * differs(*ORDER)
-    kept = checkpoint.training.keys() & {"best", "incidents", "evaluation_due"} - set(outdated)
-    return Start(position, checkpoint.path, identity, {name: checkpoint.training[name] for name in kept})
+    loop = {name: value for name, value in checkpoint.training.items() if name not in outdated}
+    return Start(position, checkpoint.path, identity, loop)
 
 
 def _other_data(

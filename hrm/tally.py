@@ -44,6 +44,7 @@ class Tally:
         self._step_sums: Tensor | None = None
         # This rank's; the norm is that of the whole gradient, on every rank the same.
         self._sums: Tensor | None = None
+        self._loaded = False
         self._norm_sum = torch.zeros(1, dtype=torch.float32, device=device)
         # Of the step with the number n since the last reading, at n modulo the length.
         self._losses, self._norms = torch.zeros(2, self._length, dtype=torch.float32, device=device)
@@ -60,9 +61,9 @@ class Tally:
         vector = torch.stack([value.to(torch.float32) for value in sums.values()])
         if self._step_sums is None or self._names != list(sums):
             # A stage may have other metrics than the one before; a reading lies between them.
-            restored = not self._names and self._sums is not None and self._sums.shape == vector.shape
+            fits = self._loaded and self._sums is not None and self._sums.shape == vector.shape
             self._names, self._step_sums = list(sums), torch.zeros_like(vector)
-            self._sums = self._sums if restored else torch.zeros_like(vector)
+            self._sums = self._sums if fits else torch.zeros_like(vector)
         self._step_sums.add_(vector)
 
     @property
@@ -124,7 +125,12 @@ class Tally:
 
         for counter, count in zip((self._count, self._skipped, self._in_a_row), state["counts"], strict=True):
             counter.fill_(count)
-        self._sums = None if state["sums"] is None else mine(state["sums"]).to(self._count.device).clone()
+        gathered, self._loaded = state["sums"], True
+        if self._sums is not None and (gathered is None or gathered.shape[1:] == self._sums.shape):
+            # In place: a captured step goes on adding where it did.
+            self._sums.copy_(torch.zeros_like(self._sums) if gathered is None else mine(gathered))
+        elif gathered is not None:
+            self._sums = mine(gathered).to(self._count.device, copy=True)
         self._norm_sum.copy_(state["norm_sum"])
         places = self._places()
         for target, kept in ((self._losses, mine(state["losses"])), (self._norms, state["norms"])):

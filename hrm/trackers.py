@@ -29,16 +29,19 @@ class MetricsLog:
 
     run_dir: made where missing. resume_step: None starts the file afresh; n keeps the lines up to step n and
     cuts later and half-written ones, so that a resumed run's file becomes the uninterrupted run's.
+    evaluations: so many of step n's evaluations had been logged; None keeps all.
     A value that is not finite is written as null: every line is strict JSON, every value a number or null.
     Raises UserError where the file cannot be written.
     """
 
-    def __init__(self, run_dir: str | Path, resume_step: int | None = None) -> None:
+    def __init__(
+        self, run_dir: str | Path, resume_step: int | None = None, evaluations: int | None = None
+    ) -> None:
         self.path = Path(run_dir) / METRICS
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if resume_step is not None and self.path.exists():
-                self._cut(resume_step)
+                self._cut(resume_step, evaluations)
             self._file = open_own(self.path, "w" if resume_step is None else "a")
         except OSError as error:
             raise self._failure(error) from error
@@ -57,11 +60,16 @@ class MetricsLog:
         with suppress(OSError):
             self._file.close()
 
-    def _cut(self, last_step: int) -> None:
+    def _cut(self, last_step: int, evaluations: int | None) -> None:
+        judged = 0
         with new_file(self.path) as cut, open_bounded(self.path) as old, open(cut, "wb") as new:
             # A longer line than any of a run is dropped in pieces.
             while line := old.readline(LONGEST_LINE):
-                if _step_of(line) <= last_step:
+                step = _step_of(line)
+                is_judged = step == last_step and b'"eval' in line
+                judged += is_judged
+                is_later = is_judged and evaluations is not None and judged > evaluations
+                if step <= last_step and not is_later:
                     new.write(line)
             new.flush()
             os.fsync(new.fileno())
@@ -285,9 +293,16 @@ class Report:
     """All the places a run's metrics go, as one; a context that closes them. Mute, it goes nowhere."""
 
     def __init__(
-        self, config: Config, run_dir: Path, total_steps: int, resume_step: int | None, *, mute: bool = False
+        self,
+        config: Config,
+        run_dir: Path,
+        total_steps: int,
+        resume_step: int | None,
+        *,
+        evaluations: int | None = None,
+        mute: bool = False,
     ) -> None:
-        """resume_step: None for a new run, else the step it goes on from."""
+        """resume_step: None for a new run, else the step it goes on from; evaluations: see `MetricsLog`."""
         self.batch_size = config.global_batch_size
         self.places: list[Tracker] = []
         self.progress: Progress | None = None
@@ -295,7 +310,7 @@ class Report:
         self.step, self.time = resume_step or 0, time.perf_counter()
         if mute:
             return
-        self.places.append(MetricsLog(run_dir, resume_step))
+        self.places.append(MetricsLog(run_dir, resume_step, evaluations))
         self.places.append(
             make_tracker(
                 config.tracker,

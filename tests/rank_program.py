@@ -43,8 +43,9 @@ def strike(fault: str, once: Path, step: int) -> None:
         time.sleep(300)
     if kind == "agent":
         os.kill(os.getppid(), signal.SIGTERM)
-        # Until it has come back: every rank is sent it once.
-        signal.pause()
+        # Until it has come back: every rank is sent it once, and then does as the system does.
+        while signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            time.sleep(0.05)
         return
     os.kill(os.getpid(), getattr(signal, f"SIG{kind}"))
 

@@ -114,6 +114,9 @@ def test_a_second_signal_ends_the_process_at_once(second):
             process.send_signal(signal.SIGTERM)
             while "a second signal" not in (line := process.stderr.readline()):
                 assert line, "ended without a word"
+            # An echo of it, as of a launcher, changes nothing.
+            process.send_signal(signal.SIGTERM)
+            time.sleep(interruption.ECHO + 0.5)
             assert process.poll() is None
             process.send_signal(second)
             assert process.wait(30) == -second
