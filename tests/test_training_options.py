@@ -219,7 +219,7 @@ def test_evaluations_look_at_a_sample_and_the_last_at_all(tiny_sudoku, tmp_path,
         assert manifest["score"] == -losses.pop() and manifest["data"]["seq_len"] == 16
         last = load_checkpoint(run).manifest
         assert last["score"] == manifest["score"] and last["step"] == max(counts)
-        assert last["metrics"]["eval"]["all"]["count"] == counts[max(counts)][0]
+        assert last["metrics"]["eval"]["all"]["count"] == counts[max(counts)][-1]
     argv = ["eval_samples=8" if word == "eval_samples=7" else word for word in argv]
     status, _, error = run_main(*argv, capsys=capsys)
     assert status == 2 and "eval_samples was 7 and is now 8" in error
