@@ -204,8 +204,9 @@ def test_a_loss_that_is_not_finite_is_skipped_and_explained():
     assert interval.skipped_in_a_row == 0 and math.isfinite(interval.metrics["loss"])
 
 
-def test_what_is_not_finite_is_named():
-    engine, source = make_engine(), batches()
+@pytest.mark.parametrize("grad_clip", [None, 1.0])
+def test_what_is_not_finite_is_named(grad_clip):
+    engine, source = make_engine(make_config(grad_clip=grad_clip)), batches()
     poison(engine, 1, name="H_level.layers.0.self_attn.qkv_proj.weight", value=math.inf)
     engine.train_step(next(source))
     found = engine.diagnosis()

@@ -1,5 +1,6 @@
 """The sums of a run's log on the device: skipped steps are in none of them, and a restored one goes on."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -92,3 +93,36 @@ def test_other_ranks_share_what_all_had_gathered():
         one = Tally(CPU, 10)
         one.load_state_dict(both, replace(ALONE, rank=rank, size=2))
         assert one.state_dict(ALONE)["sums"].tolist() == [[10.0 * (rank + 1), 1.0 + rank]]
+
+
+def test_loading_keeps_the_buffers_that_a_captured_step_adds_to():
+    found = Tally(CPU, 10)
+    empty = copy.deepcopy(found.state_dict(ALONE))
+    step(found, 1.0, 2.0)
+    state = copy.deepcopy(found.state_dict(ALONE))
+    step(found, 3.0, 4.0)
+    kept = [tensor.data_ptr() for tensor in vars(found).values() if torch.is_tensor(tensor)]
+    assert len(kept) == 9
+    for saved, losses in ((state, [1, 5]), (empty, [5])):
+        found.load_state_dict(saved, ALONE)
+        step(found, 5.0, 6.0)
+        assert [tensor.data_ptr() for tensor in vars(found).values() if torch.is_tensor(tensor)] == kept
+        reading = found.read(ALONE)
+        assert reading.losses == losses and reading.sums["loss"] == sum(losses)
+
+
+def test_another_stages_metrics_are_loaded_over_those_of_this_one():
+    def stage(found: Tally, *names: str) -> None:
+        found.begin()
+        found.add({name: torch.tensor(2.0) for name in (*names, "loss")})
+        found.end(torch.tensor(1.0), torch.tensor(False))
+
+    found = Tally(CPU, 10)
+    stage(found, "first")
+    state = copy.deepcopy(found.state_dict(ALONE))
+    found.read(ALONE)
+    stage(found, "first", "second")
+    # The run goes back; its next step is again one of the first stage.
+    found.load_state_dict(state, ALONE)
+    stage(found, "first")
+    assert found.read(ALONE).sums == {"first": 4.0, "loss": 4.0, "grad_norm": 2.0}
