@@ -401,7 +401,7 @@ class Run:
     def take_folder(self, stack: ExitStack) -> None:
         """Makes the run's folder this process's alone, with no earlier run in it but the one that goes on."""
         from hrm.files import write_whole
-        from hrm.storage import run_lock
+        from hrm.storage import run_lock, set_aside
 
         if self.world.is_main:
             stack.enter_context(run_lock(self.run_dir))
@@ -418,19 +418,6 @@ class Run:
 def shared_keys(config: Config) -> dict[str, str]:
     """The configuration as the ranks must share it, by key: data may lie elsewhere on each node."""
     return {key: str(attrgetter(key)(config)) for key in KEYS if key != "data_path"}
-
-
-def set_aside(run_dir: Path) -> Path:
-    """Moves a run's folder to the first free name beside it, so that a new run loses nothing of it."""
-    number = 1
-    while (kept := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
-        number += 1
-    try:
-        return run_dir.rename(kept)
-    except OSError as error:
-        raise UserError(
-            f"{run_dir}: cannot be moved aside ({error.strerror}); give another run_name"
-        ) from None
 
 
 if __name__ == "__main__":

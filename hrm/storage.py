@@ -262,3 +262,16 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         except OSError:
             raise UserError(f"{run_dir}: another process trains this run; give another run_name") from None
         yield
+
+
+def set_aside(run_dir: Path) -> Path:
+    """Moves a run's folder to the first free name beside it, so that a new run loses nothing of it."""
+    number = 1
+    while (kept := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
+        number += 1
+    try:
+        return run_dir.rename(kept)
+    except OSError as error:
+        raise UserError(
+            f"{run_dir}: cannot be moved aside ({error.strerror}); give another run_name"
+        ) from None
