@@ -273,6 +273,17 @@ def versions() -> dict[str, str]:
     return found
 
 
+def machine() -> dict[str, Any]:
+    """Where the rows run: device, processor, threads and versions."""
+    return {
+        "gpu": torch.cuda.get_device_name() if CUDA else None,
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
 def clock() -> float:
     """Seconds, once the device has done all that it was given."""
     if CUDA:
@@ -332,10 +343,7 @@ def _time_row(benchmark: Any, program: Program, name: str, model: Model, code: C
             "cells": data.seq_len,
             "halt_max_steps": config.arch.halt_max_steps,
             "error": error,
-            "gpu": torch.cuda.get_device_name() if CUDA else None,
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
+            **machine(),
             "versions": found,
         }
         if code.implementation == "official":

@@ -3,14 +3,13 @@
 `pytest bench/test_gates.py --benchmark-only --benchmark-json=bench/results/gates_cpu.json`
 """
 
-import os
 import statistics
 
 import pytest
 import torch
 
-from bench.implementations import Ours, processor
-from bench.rows import CUDA, Code, clock, published, quick, setting, small, versions
+from bench.implementations import Ours
+from bench.rows import CUDA, Code, clock, machine, published, quick, setting, small
 from hrm.metrics import GATE_STATISTICS, GATES
 
 MODELS = (
@@ -59,10 +58,6 @@ def test_statistics_of_the_gates(benchmark, name, model):
         "step_seconds": step_seconds,
         "line_seconds": line_seconds,
         "share": share,
-        "gpu": torch.cuda.get_device_name() if CUDA else None,
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
+        **machine(),
     }
     assert share < LIMIT

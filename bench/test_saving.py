@@ -3,14 +3,13 @@
 `pytest bench/test_saving.py --benchmark-only --benchmark-json=bench/results/saving_cpu.json`
 """
 
-import os
 import statistics
 
 import pytest
 import torch
 
-from bench.implementations import Ours, processor
-from bench.rows import CUDA, Code, clock, published, quick, setting, small, versions
+from bench.implementations import Ours
+from bench.rows import CUDA, Code, clock, machine, published, quick, setting, small
 from hrm.checkpoint import load_checkpoint
 from hrm.saving import Saver, save_checkpoint
 
@@ -79,10 +78,6 @@ def test_saving_in_the_background(benchmark, name, model, interval, tmp_path):
         "foreground_seconds": foreground,
         "bytes": sum(entry["size"] for entry in here.manifest["files"].values()),
         "share": share,
-        "gpu": torch.cuda.get_device_name() if CUDA else None,
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
+        **machine(),
     }
     assert share < LIMIT
