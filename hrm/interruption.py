@@ -1,9 +1,11 @@
 """Requests to end a run before its time, met after a step with a checkpoint: signals, and a limit of time."""
 
 import os
+import select
 import signal
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 # What a rank asks for after a step, by urgency: of different ones the highest counts.
@@ -47,7 +49,6 @@ class Interruption:
         self._max_seconds, self._save_seconds, self._speaks = max_seconds, save_seconds, speaks
         self._signal, self._asked = GO_ON, False
         self._before: dict[int, Any] = {}
-        self._terminals: list[int] = []
 
     def ask(self) -> int:
         """The most urgent request; that for a checkpoint is made once, until `saved`."""
@@ -68,22 +69,22 @@ class Interruption:
         self._signal = _CODES[number]
         for other in self._before:
             signal.signal(other, signal.SIG_IGN)
-        if self._signal == HANG_UP:
-            # The terminal is gone, and what is written to it would raise.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for descriptor in self._terminals:
-                os.dup2(nowhere, descriptor)
-        elif self._speaks:
+        if self._speaks:
             name = REASONS[self._signal][0]
             # Not print: the signal may have come in the middle of one.
-            os.write(2, f"\n{name}: saves and ends after this step; a second signal ends at once\n".encode())
+            with suppress(OSError):
+                os.write(
+                    2, f"\n{name}: saves and ends after this step; a second signal ends at once\n".encode()
+                )
         # A scheduler and a launcher may both pass on the same request.
         time.sleep(ECHO)
+        # A terminal that closed, or what Ctrl-C has ended as well: to write there would end this run.
+        for descriptor in filter(_is_unread, (1, 2)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         for other in self._before:
             signal.signal(other, signal.SIG_DFL)
 
     def __enter__(self) -> "Interruption":
-        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         if threading.current_thread() is threading.main_thread():
             heeded = [number for number in _CODES if signal.getsignal(number) != signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._note) for number in heeded}
@@ -92,3 +93,12 @@ class Interruption:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def _is_unread(descriptor: int) -> bool:
+    """Whether what is written to a descriptor can reach nobody; Windows does not tell."""
+    if not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    poll.register(descriptor, select.POLLERR)
+    return bool(poll.poll(0))

@@ -155,3 +155,26 @@ def test_a_terminal_that_closes_ends_the_run_with_a_checkpoint(tiny_sudoku, tmp_
     assert 3 <= step < 96 and step == last_step(run)
     assert run_to_end(argv)[0] == 0
     assert_same_run(whole, run)
+
+
+def test_a_pipe_that_nobody_reads_any_more_does_not_cost_the_checkpoint(tiny_sudoku, tmp_path, whole):
+    """As in `train.py 2>&1 | tee log`, where Ctrl-C ends tee as well."""
+    run = folder(tiny_sudoku, tmp_path, "r")
+    argv = words(tiny_sudoku, tmp_path, *LONG, "run_name=r")
+    reader, writer = os.pipe()
+    command = [sys.executable, "train.py", *argv]
+    with subprocess.Popen(command, cwd=ROOT, stdout=writer, stderr=writer) as process:
+        os.close(writer)
+        try:
+            deadline = time.monotonic() + PATIENCE
+            while last_step(run) < 3 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            os.close(reader)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE) == 143
+        finally:
+            process.kill()
+    step = newest(run)
+    assert 3 <= step < 96 and step == last_step(run)
+    assert run_to_end(argv)[0] == 0
+    assert_same_run(whole, run)
