@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     name="hrm-kernels",
@@ -10,9 +10,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # Named one by one: `kernels` is also a package of others, so nothing may be picked up by chance.
-    packages=["kernels", "hrm", "hrm.data"],
-    package_data={"hrm": ["thinking.html", "thinking.css", "thinking.js"]},
+    # `kernels` is also a package of others: name it, and search for nothing but hrm's own.
+    packages=["kernels", *find_packages(include=["hrm", "hrm.*"])],
+    package_data={"hrm.solving": ["player.html", "player.css", "player.js"]},
     py_modules=["train"],
     install_requires=[
         # Before 2.10 a crafted checkpoint could corrupt memory (CVE-2026-24747).

@@ -12,12 +12,12 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hrm.config import KEYS, data_folder, parse_args, resolve_device, to_yaml
-from hrm.errors import UserError, run_command
-from hrm.interruption import GO_ON, HANG_UP, REASONS, SAVE, TIME_OVER, Interruption, Stopped
+from hrm.common.errors import UserError, run_command
+from hrm.config.load import KEYS, data_folder, parse_args, resolve_device, to_yaml
+from hrm.config.schema import Config, stage_arch
 from hrm.ranks import one_voice, place
-from hrm.schema import Config, stage_arch
-from hrm.story import Evaluations, describe, parameter_count, summary
+from hrm.training.messages import Evaluations, describe, parameter_count, summary
+from hrm.training.signals import GO_ON, HANG_UP, REASONS, SAVE, TIME_OVER, Interruption, Stopped
 
 # PyTorch takes seconds to import: --help and a mistyped key are answered without it.
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from hrm.data.dataset import Batch, TrainBatch
     from hrm.distributed import World
-    from hrm.spikes import Spike
-    from hrm.trackers import Report
+    from hrm.training.logging import Report
+    from hrm.training.spikes import Spike
 
 Say = Callable[[str], None]
 
@@ -47,8 +47,8 @@ def train(config: Config) -> int:
     Raises UserError for what the user can mend.
     """
     from hrm import distributed
-    from hrm.determinism import deterministic
     from hrm.software import versions
+    from hrm.training.determinism import deterministic
 
     is_main = place().rank == 0
     save_seconds = config.checkpoint_seconds if is_main else None
@@ -69,12 +69,12 @@ class Run:
     def __init__(
         self, config: Config, world: "World", device: "torch.device", interruption: Interruption
     ) -> None:
+        from hrm.checkpoint.save import Saver
         from hrm.data.dataset import PuzzleDataset, check_same_task, digests, fingerprint, steps_in, subset
-        from hrm.engine import Engine
-        from hrm.incidents import Incidents
-        from hrm.resume import find_start, run_identity
-        from hrm.saving import Saver
-        from hrm.stopping import Best
+        from hrm.engine.engine import Engine
+        from hrm.training.early_stopping import Best
+        from hrm.training.incidents import Incidents
+        from hrm.training.resume import find_start, run_identity
 
         self.config, self.world, self.interruption = config, world, interruption
         self.run_dir = Path(config.output_dir) / config.project_name / config.run_name
@@ -128,8 +128,8 @@ class Run:
 
     def go(self) -> int:
         """Trains to the end; returns GO_ON, or the request of `REASONS` that has ended it before."""
-        from hrm.data.layout import DatasetError
-        from hrm.profiling import Profile
+        from hrm.data.format import DatasetError
+        from hrm.engine.profiling import Profile
 
         config, engine, ended_by = self.config, self.engine, GO_ON
         with self.interruption, ExitStack() as stack:
@@ -260,8 +260,8 @@ class Run:
 
     def go_back(self, spike: "Spike") -> None:
         """Goes on from the last checkpoint before a loss spike, but with the batches that come now."""
-        from hrm.checkpoint import checkpoint_before
-        from hrm.resume import restore
+        from hrm.checkpoint.read import checkpoint_before
+        from hrm.training.resume import restore
 
         self.saver.wait()
         self.world.barrier()
@@ -286,7 +286,7 @@ class Run:
 
     def judge(self) -> None:
         """The evaluation that is due, and the checkpoint that it calls for."""
-        from hrm.stopping import score
+        from hrm.training.early_stopping import score
 
         config, engine = self.config, self.engine
         at_end = engine.step == self.total_steps
@@ -351,7 +351,7 @@ class Run:
 
     def save(self) -> None:
         """Begins to save a checkpoint of the whole state; every rank takes part, the main one writes."""
-        from hrm.checkpoint import AVERAGE
+        from hrm.checkpoint.read import AVERAGE
 
         engine = self.engine
         self.world.doing(f"saving step {engine.step}")
@@ -391,7 +391,7 @@ class Run:
 
     def open_report(self, resume_step: int | None) -> "Report":
         """All the places that metrics go to, from a step on; None for a new run."""
-        from hrm.trackers import Report
+        from hrm.training.logging import Report
 
         mute = not self.world.is_main
         return Report(
@@ -400,8 +400,8 @@ class Run:
 
     def take_folder(self, stack: ExitStack) -> None:
         """Makes the run's folder this process's alone, with no earlier run in it but the one that goes on."""
-        from hrm.files import write_whole
-        from hrm.storage import run_lock, set_aside
+        from hrm.checkpoint.safe_io import run_lock, set_aside
+        from hrm.common.files import write_whole
 
         if self.world.is_main:
             stack.enter_context(run_lock(self.run_dir))

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import kernels
-from hrm.layers import swiglu_width
+from hrm.model.layers import swiglu_width
 
 
 @dataclass(frozen=True)

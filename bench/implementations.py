@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 import kernels
-from hrm.config import Config
+from hrm.config.load import Config
 from hrm.data.dataset import Batch
-from hrm.data.layout import Metadata
-from hrm.engine import Engine
-from hrm.model import HRM
+from hrm.data.format import Metadata
+from hrm.engine.engine import Engine
+from hrm.model.hrm import HRM
 from tests import official, straight_line
 
 TOTAL_STEPS = 10_000

@@ -23,8 +23,8 @@ from torch.utils.flop_counter import flop_registry
 from bench.counts import Traffic, Work, stored, tensors_in
 from bench.implementations import metadata
 from bench.roofline import MACHINES, Ceilings, roofline_time
-from hrm.config import parse_args
-from hrm.rehearsal import Observer, Rehearsal
+from hrm.config.load import parse_args
+from hrm.engine.dry_run import Observer, Rehearsal
 from kernels.__main__ import positive
 from kernels.backend import Launch
 

@@ -31,10 +31,10 @@ from bench.implementations import (
     traced,
 )
 from bench.roofline import MACHINES, Row, measure, step, totals
-from hrm.config import Config, parse_args
-from hrm.data.layout import Metadata
-from hrm.errors import UserError
-from hrm.modes import compiler_fault
+from hrm.common.errors import UserError
+from hrm.config.load import Config, parse_args
+from hrm.data.format import Metadata
+from hrm.engine.modes import compiler_fault
 from tests import official
 
 CUDA = torch.cuda.is_available()

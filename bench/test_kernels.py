@@ -34,7 +34,7 @@ from bench.counts import OPERATIONS, Shape, Work
 from bench.implementations import peak_memory, processor
 from bench.operations import CUDA, DTYPE, OPS, Call, Inputs, library_attention, liger
 from bench.roofline import measure, roofline_time
-from hrm.modes import compiler_fault
+from hrm.engine.modes import compiler_fault
 from kernels.attention import FLASH2, FLASH3
 from tests.kernels.compare import DEVICE, Outputs, allowed_error, distance, randn, run
 

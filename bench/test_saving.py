@@ -10,8 +10,8 @@ import torch
 
 from bench.implementations import Ours
 from bench.rows import CUDA, Code, clock, machine, published, quick, setting, small
-from hrm.checkpoint import load_checkpoint
-from hrm.saving import Saver, save_checkpoint
+from hrm.checkpoint.read import load_checkpoint
+from hrm.checkpoint.save import Saver, save_checkpoint
 
 # Models, and the steps from one checkpoint to the next: seconds, where a run's default is ten minutes.
 MODELS = (

@@ -1,7 +1,7 @@
 """Compares architectures: `python -m hrm.compare v1 gated feudal [key=value ...] --seeds 3`.
 
-Each candidate is trained with the same seeds on the same data, in the same order; `hrm.campaign` does the
-runs and `hrm.verdict` says what they show. `hrm.sweep` is the same for a grid of values.
+Each candidate is trained with the same seeds on the same data, in the same order; `hrm.study.runs` does the
+runs and `hrm.study.results` says what they show. `hrm.sweep` is the same for a grid of values.
 """
 
 import argparse
@@ -12,15 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hrm.campaign import OWN, Campaign, Run, planned_steps, settings, slots, surroundings
-from hrm.cli import mapping_items, read_yaml, show, show_value
-from hrm.config import KEYS
-from hrm.errors import UserError, run_command
-from hrm.files import write_whole
-from hrm.plots import require
-from hrm.presets import ARCHITECTURE_ALIASES, ARCHITECTURES, folder_name
+from hrm.common.errors import UserError, run_command
+from hrm.common.files import write_whole
+from hrm.config.cli import mapping_items, read_yaml, show, show_value
+from hrm.config.load import KEYS
+from hrm.config.presets import ARCHITECTURE_ALIASES, ARCHITECTURES, folder_name
 from hrm.report import Table, write_report
-from hrm.verdict import cautions, judge, tables
+from hrm.study.plots import require
+from hrm.study.results import cautions, judge, tables
+from hrm.study.runs import OWN, Campaign, Run, planned_steps, settings, slots, surroundings
 
 RESULTS = "results.json"
 INTERRUPTED = "the same command goes on from here; with --report-only it tells of the runs that are finished"
@@ -205,7 +205,7 @@ def describe(campaign: Campaign, at_once: int) -> None:
 
 def conclude(campaign: Campaign, baseline: str, title: str, command: str) -> None:
     """Prints the results and keeps them as results.json, report.html and report.png in the folder."""
-    from hrm.storage import to_json
+    from hrm.checkpoint.safe_io import to_json
 
     histories = campaign.histories()
     if not any(histories.values()):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hrm.agreement import Agreement
-from hrm.errors import UserError
+from hrm.common.errors import UserError
 from hrm.heartbeat import JOINING, PATIENCE, SILENCE, Heartbeat, meet
 from hrm.ranks import place
 

@@ -8,18 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hrm.cli import ConfigError, help_lines, key, keys_of, split_arguments
-from hrm.config import data_folder, resolve_device
-from hrm.errors import UserError, run_command
-from hrm.files import check_file
+from hrm.common.errors import UserError, run_command
+from hrm.common.files import check_file
+from hrm.config.cli import ConfigError, help_lines, key, keys_of, split_arguments
+from hrm.config.load import data_folder, resolve_device
+from hrm.config.schema import Config
 from hrm.ranks import place
-from hrm.schema import Config
 
 # PyTorch takes seconds to import: --help and a mistyped key are answered without it.
 if TYPE_CHECKING:
+    from hrm.checkpoint.load_model import Trained
     from hrm.data.dataset import PuzzleDataset
-    from hrm.page import Table
-    from hrm.trained import Trained
+    from hrm.study.html import Table
 
 JSON_FLAG = "--json"
 
@@ -105,14 +105,14 @@ def command(config: EvaluateConfig, as_json: bool) -> None:
         raise UserError("evaluation is one process: start it without torchrun, by python -m hrm.evaluate")
     device = resolve_device(config.device)
 
+    from hrm.checkpoint.load_model import find_trained, load_trained
+    from hrm.checkpoint.safe_io import to_json
     from hrm.data.dataset import PuzzleDataset, subset
-    from hrm.data.kinds import kind_of
-    from hrm.data.layout import DatasetError
-    from hrm.memory import check_inference
-    from hrm.modes import EAGER, resolve_mode
-    from hrm.scores import Listener, Voting, evaluate, predictions_file, taken_of
-    from hrm.storage import to_json
-    from hrm.trained import find_trained, load_trained
+    from hrm.data.format import DatasetError
+    from hrm.data.puzzle_kinds import kind_of
+    from hrm.engine.memory_estimate import check_inference
+    from hrm.engine.modes import EAGER, resolve_mode
+    from hrm.evaluation.metrics import Listener, Voting, evaluate, predictions_file, taken_of
 
     found = find_trained(str(config.checkpoint))
     folder = Path(config.data_path) if config.data_path is not None else data_folder(found.config)
@@ -189,8 +189,8 @@ def describe(trained: "Trained", mode: str, dataset: "PuzzleDataset") -> str:
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> "Table":
-    """The metrics of `hrm.scores.evaluate` for people: a row for each set, for each part and way of it."""
-    from hrm.page import Table
+    """The metrics of `evaluation.metrics.evaluate` as a table: one row for each set, part and method."""
+    from hrm.study.html import Table
 
     rows, notes = [], []
     for name, metrics in results.items():

@@ -22,7 +22,7 @@ from uuid import uuid4
 from torch.distributed import PrefixStore, Store
 
 from hrm import guard
-from hrm.errors import UserError
+from hrm.common.errors import UserError
 from hrm.ranks import Place
 
 # Seconds without a sign after which a rank counts as lost.

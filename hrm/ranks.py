@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hrm.errors import UserError
+from hrm.common.errors import UserError
 
 # Seconds that a process whose command has failed may take to end, on a busy machine.
 ENDING = 5.0

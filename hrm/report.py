@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from hrm import plots
-from hrm.errors import printable, run_command
-from hrm.files import new_file
-from hrm.history import History, read_histories
-from hrm.page import Table, page
-from hrm.panels import duration, sections, value_text
+from hrm.common.errors import printable, run_command
+from hrm.common.files import new_file
+from hrm.study import plots
+from hrm.study.history import History, read_histories
+from hrm.study.html import Table, page
+from hrm.study.panels import duration, sections, value_text
 
 HTML, PNG = "report.html", "report.png"
 
@@ -103,9 +103,9 @@ def symptoms(run: History) -> list[str]:
     if run.config is None:
         return []
     # They read the configuration by the trainer's own rules, which takes a moment to import.
-    from hrm.cli import ConfigError
-    from hrm.config import load_config
-    from hrm.symptoms import Symptoms
+    from hrm.config.cli import ConfigError
+    from hrm.config.load import load_config
+    from hrm.training.health import Symptoms
 
     try:
         config = load_config(run.folder / "config.yaml")

@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from hrm.data.arc_augment import Pair, canvas, grid_of
-from hrm.data.kinds import Kind, kind_of
-from hrm.data.layout import Metadata
-from hrm.errors import UserError, run_command
-from hrm.files import check_file, write_whole
-from hrm.puzzles import Puzzle, Puzzles, read_puzzles, shortened
-from hrm.voting import read_names
+from hrm.common.errors import UserError, run_command
+from hrm.common.files import check_file, write_whole
+from hrm.data.arc.augment import Pair, canvas, grid_of
+from hrm.data.format import Metadata
+from hrm.data.puzzle_kinds import Kind, kind_of
+from hrm.evaluation.arc_voting import read_names
+from hrm.solving.read_puzzles import Puzzle, Puzzles, read_puzzles, shortened
 
 # PyTorch takes seconds to import: --help and a puzzle that has no answer are told without it.
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hrm.trace import Step, Trace
-    from hrm.trained import Trained
+    from hrm.checkpoint.load_model import Trained
+    from hrm.solving.trace import Step, Trace
 
 MAX_STEPS = 100_000
 
@@ -81,8 +81,8 @@ def solve(args: argparse.Namespace) -> list[str]:
     trained = _load(args, given.kind, screen)
     embedding, losses = _embedding(args, given, trained, screen)
 
-    from hrm.thinking import page
-    from hrm.tracing import trace
+    from hrm.solving.player import page
+    from hrm.solving.tracing import trace
 
     name = f"{trained.path}, {sum(p.numel() for p in trained.model.parameters()):,} parameters"
     results: list[dict[str, Any]] = []
@@ -159,9 +159,9 @@ def _load(args: argparse.Namespace, kind: Kind, screen: _Screen) -> "Trained":
     """The model, after a check that it is for puzzles of this kind and size."""
     if not Path(args.checkpoint).exists():
         raise UserError(f"{args.checkpoint}: no such folder or file; expected a run or a checkpoint of one")
-    from hrm.config import resolve_device
-    from hrm.trained import find_trained, load_trained
-    from hrm.weights import PUZZLE_TABLE
+    from hrm.checkpoint.load_model import find_trained, load_trained
+    from hrm.checkpoint.weights import PUZZLE_TABLE
+    from hrm.config.load import resolve_device
 
     device = resolve_device(args.device)
     found, metadata = find_trained(args.checkpoint), None
@@ -227,8 +227,8 @@ def _adapted(
     """The embedding that the demonstrations teach, and the loss of each update."""
     import torch
 
-    from hrm.adapt import learn_embedding
     from hrm.data.dataset import IGNORE_LABEL
+    from hrm.solving.adapt import learn_embedding
 
     config, ignored = trained.config, trained.metadata.ignore_label_id
     # Demonstrations have both grids.

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
-from hrm.campaign import Campaign, Run
-from hrm.cli import show
+from hrm.common.errors import UserError, run_command
 from hrm.compare import INTERRUPTED, add_options, candidate_words, conduct, parse, refuse_own, seeds
-from hrm.errors import UserError, run_command
-from hrm.presets import folder_name
+from hrm.config.cli import show
+from hrm.config.presets import folder_name
+from hrm.study.runs import Campaign, Run
 
 MOST_POINTS = 1000
 

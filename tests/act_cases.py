@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hrm.act import Carry, Sequences, act_step, replace_halted
-from hrm.config import ArchConfig, LossConfig
-from hrm.losses import act_loss
-from hrm.model import HRM
+from hrm.config.load import ArchConfig, LossConfig
+from hrm.model.act import Carry, Sequences, act_step, replace_halted
+from hrm.model.hrm import HRM
+from hrm.model.losses import act_loss
 from tests import straight_line as plain
 
 B, S, V, PUZZLES, D = 12, 9, 5, 8, 32

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hrm.data.arc_augment import canvas
+from hrm.data.arc.augment import canvas
 from hrm.data.dataset import PuzzleDataset
 
 Grid = list[list[int]]

@@ -61,7 +61,7 @@ def _chromium() -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Takes a picture of a page of hrm.thinking.")
+    parser = argparse.ArgumentParser(description="Takes a picture of a page of hrm.solving.player.")
     parser.add_argument("page", type=Path)
     parser.add_argument("image", type=Path)
     parser.add_argument("--step", type=int, help="the step to show (default: the last)")

@@ -28,7 +28,7 @@ def small_heap():
 @pytest.fixture(scope="session")
 def tiny_sudoku(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with 48 training and 20 test puzzles of 4x4 cells."""
-    from hrm.data.sudoku import builtin_sudoku
+    from hrm.data.sudoku.build import builtin_sudoku
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HRM_CACHE", str(tmp_path_factory.mktemp("cache")))

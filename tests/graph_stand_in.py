@@ -55,7 +55,7 @@ class Recorder(TorchDispatchMode):
 
 
 def capture(body: Body, device: torch.device) -> Body:
-    """In place of `hrm.program.capture`; what it returns does nothing at its first call.
+    """In place of `hrm.engine.cuda_graph.capture`; what it returns does nothing at its first call.
 
     For recording here runs the body, and a capture does not: the first replay is the run that it was.
     """

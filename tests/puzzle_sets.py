@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from hrm.data.dataset import PuzzleDataset
-from hrm.data.layout import PuzzleSet
+from hrm.data.format import PuzzleSet
 from hrm.data.writer import Shape, new_dataset
 
 CELLS = 5

@@ -23,7 +23,7 @@ if os.environ.get("SOURCES", "").startswith(f"{RANK}:"):
 import torch  # noqa: E402
 
 from hrm import distributed  # noqa: E402
-from hrm.errors import UserError, run_command  # noqa: E402
+from hrm.common.errors import UserError, run_command  # noqa: E402
 from hrm.ranks import one_voice  # noqa: E402
 
 
@@ -52,7 +52,7 @@ def strike(fault: str, once: Path, step: int) -> None:
 
 def train_with_fault(fault: str, once: Path, silence: float, words: Sequence[str]) -> int:
     import train
-    from hrm.engine import Engine
+    from hrm.engine.engine import Engine
 
     distributed.joined = functools.partial(distributed.joined, silence=silence)
     train_step, batches = Engine.train_step, []

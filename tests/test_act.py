@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from hrm.act import Sequences, act_step, draw_min_halt_steps, initial_carry, replace_halted
-from hrm.config import ArchConfig
-from hrm.model import HRM
+from hrm.config.load import ArchConfig
+from hrm.model.act import Sequences, act_step, draw_min_halt_steps, initial_carry, replace_halted
+from hrm.model.hrm import HRM
 
 B, S = 4, 5
 

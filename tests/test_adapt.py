@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from hrm.act import Sequences, act_step, initial_carry, replace_halted
-from hrm.adapt import learn_embedding
-from hrm.config import ArchConfig, Config, LossConfig
+from hrm.common.errors import UserError
+from hrm.config.load import ArchConfig, Config, LossConfig
 from hrm.data.dataset import Batch
-from hrm.data.layout import Metadata
-from hrm.engine import Engine
-from hrm.errors import UserError
-from hrm.losses import act_loss
-from hrm.model import HRM
+from hrm.data.format import Metadata
+from hrm.engine.engine import Engine
+from hrm.model.act import Sequences, act_step, initial_carry, replace_halted
+from hrm.model.hrm import HRM
+from hrm.model.losses import act_loss
+from hrm.solving.adapt import learn_embedding
 
 S, V, D, HELD_OUT, PUZZLE_LR = 8, 5, 32, 2, 1e-2
 # A task renames the four digits in its own way, which the cells of a question do not tell.

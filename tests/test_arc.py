@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hrm.data import arc
-from hrm.data.arc_augment import (
+from hrm.common.errors import run_command
+from hrm.data.arc import build as arc
+from hrm.data.arc.augment import (
     INVERSE_TURNS,
     TURNS,
     Augmentations,
@@ -25,10 +26,9 @@ from hrm.data.arc_augment import (
     task_of,
     token_arrays,
 )
-from hrm.data.arc_files import read_source
+from hrm.data.arc.files import read_source
 from hrm.data.dataset import PuzzleDataset
-from hrm.data.layout import DatasetError, read_difficulty
-from hrm.errors import run_command
+from hrm.data.format import DatasetError, read_difficulty
 from tests.arc_tasks import held_pairs, key, random_task, write_kaggle, write_tasks
 
 

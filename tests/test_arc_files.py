@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from hrm.data import arc_files
-from hrm.data.arc_files import Task, read_source
-from hrm.data.layout import DatasetError
+from hrm.data.arc import files as arc_files
+from hrm.data.arc.files import Task, read_source
+from hrm.data.format import DatasetError
 from tests.arc_tasks import key, random_task, write_kaggle, write_tasks
 
 

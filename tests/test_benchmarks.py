@@ -33,7 +33,7 @@ from bench.rows import (
     setting,
     time_row,
 )
-from hrm.errors import UserError
+from hrm.common.errors import UserError
 from tests import official
 
 ROOT = Path(__file__).parents[1]

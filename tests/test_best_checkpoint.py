@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from hrm.checkpoint import (
+from hrm.checkpoint.read import (
     CheckpointError,
     best_checkpoint,
     latest_checkpoint,
     load_checkpoint,
     read_manifest,
 )
-from hrm.saving import save_checkpoint
+from hrm.checkpoint.save import save_checkpoint
 from tests.test_checkpoint import ROOT, names, refused, reseal, save, write_manifest
 
 EMA = "ema.safetensors"
@@ -205,8 +205,8 @@ KILLED_EVERYWHERE = """
 import json, os, shutil, sys
 from pathlib import Path
 import torch
-from hrm.checkpoint import best_checkpoint, load_checkpoint
-from hrm.saving import save_checkpoint
+from hrm.checkpoint.read import best_checkpoint, load_checkpoint
+from hrm.checkpoint.save import save_checkpoint
 
 def save(run, step, value, score):
     save_checkpoint(
@@ -286,7 +286,7 @@ def test_a_save_that_fails_prunes_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hrm.saving.save_file", full)
+    monkeypatch.setattr("hrm.checkpoint.save.save_file", full)
     with pytest.raises(CheckpointError, match="No space left"):
         save_checkpoint(tmp_path, 3, weights={}, training={}, run={}, score=1.0, keep=1, keep_best=True)
     assert names(tmp_path) == ["step_1", "step_2"] and best_checkpoint(tmp_path) == tmp_path / "step_1"

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hrm.data.canonical import canonical_forms, leaks
-from hrm.data.solver import BOXES, random_grid, random_puzzle, solutions
-from hrm.data.sudoku import _transform
-from hrm.data.sudoku_files import Puzzles
+from hrm.data.sudoku.build import _transform
+from hrm.data.sudoku.files import Puzzles
+from hrm.data.sudoku.solver import BOXES, random_grid, random_puzzle, solutions
+from hrm.data.sudoku.symmetry import canonical_forms, leaks
 
 
 def lines(size: int, inside: int) -> np.ndarray:

@@ -16,16 +16,16 @@ import numpy as np
 import pytest
 import torch
 
-from hrm.checkpoint import (
+from hrm.checkpoint.read import (
     CheckpointError,
     differences,
     latest_checkpoint,
     load_checkpoint,
     read_manifest,
 )
-from hrm.errors import UserError
-from hrm.saving import save_checkpoint
-from hrm.weights import load_weights
+from hrm.checkpoint.save import save_checkpoint
+from hrm.checkpoint.weights import load_weights
+from hrm.common.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -460,8 +460,8 @@ FULL_DISK = """
 import json, os, resource, sys
 from pathlib import Path
 import torch
-from hrm.checkpoint import CheckpointError, load_checkpoint
-from hrm.saving import save_checkpoint
+from hrm.checkpoint.read import CheckpointError, load_checkpoint
+from hrm.checkpoint.save import save_checkpoint
 
 if sys.argv[2] == "limit":
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
@@ -515,8 +515,8 @@ KILLED_EVERYWHERE = """
 import json, os, shutil, sys
 from pathlib import Path
 import torch
-from hrm.checkpoint import CheckpointError, load_checkpoint
-from hrm.saving import save_checkpoint
+from hrm.checkpoint.read import CheckpointError, load_checkpoint
+from hrm.checkpoint.save import save_checkpoint
 
 def save(run, step, value):
     save_checkpoint(run, step, weights={"w": torch.full((4,), value)}, training={"v": value}, run={}, keep=2)
@@ -586,8 +586,8 @@ KILLED_AT_RANDOM = """
 import json, os, random, sys, time
 from pathlib import Path
 import torch
-from hrm.checkpoint import load_checkpoint
-from hrm.saving import save_checkpoint
+from hrm.checkpoint.read import load_checkpoint
+from hrm.checkpoint.save import save_checkpoint
 
 torch.set_num_threads(1)
 run = Path(sys.argv[1])

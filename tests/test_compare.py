@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hrm import campaign as campaigns
 from hrm import compare
-from hrm.campaign import Campaign, slots
-from hrm.history import History, read_history
-from hrm.storage import run_lock
-from hrm.verdict import cautions, first_reaching, judge, score_at, tables
+from hrm.checkpoint.safe_io import run_lock
+from hrm.study import runs as campaigns
+from hrm.study.history import History, read_history
+from hrm.study.results import cautions, first_reaching, judge, score_at, tables
+from hrm.study.runs import Campaign, slots
 from tests.test_train import SMALL
 
 ROOT = Path(compare.__file__).parents[1]

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hrm import config as config_module
-from hrm.config import (
+from hrm.common.errors import UserError
+from hrm.config import load as config_module
+from hrm.config.load import (
     KEYS,
     ArchConfig,
     Config,
@@ -22,8 +23,7 @@ from hrm.config import (
     to_yaml,
     validate,
 )
-from hrm.errors import UserError
-from hrm.presets import ARCHITECTURE_ALIASES, ARCHITECTURES, FULL_SUDOKU, QUICK
+from hrm.config.presets import ARCHITECTURE_ALIASES, ARCHITECTURES, FULL_SUDOKU, QUICK
 
 
 @pytest.fixture(autouse=True)
@@ -522,7 +522,8 @@ def test_help_lists_everything(capsys):
 
 def test_help_does_not_wait_for_torch():
     code = (
-        "import sys\nfrom hrm.config import parse_args\ntry: parse_args(['--help'])\nexcept SystemExit: pass"
+        "import sys\nfrom hrm.config.load import parse_args\n"
+        "try: parse_args(['--help'])\nexcept SystemExit: pass"
     )
     code += "\nassert 'torch' not in sys.modules"
     root = str(config_module.__file__).rsplit("/hrm/", 1)[0]

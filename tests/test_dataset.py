@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hrm.data import dataset, layout
+from hrm.common.errors import UserError
+from hrm.data import dataset
+from hrm.data import format as layout
+from hrm.data.checksums import read_contents
 from hrm.data.dataset import PuzzleDataset, batch_members, fingerprint, steps_in, train_batches
-from hrm.data.integrity import read_contents
-from hrm.data.layout import ARRAYS, DatasetError
-from hrm.errors import UserError
+from hrm.data.format import ARRAYS, DatasetError
 from tests.puzzle_sets import CELLS, MIXED, VOCAB, written
 
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from bench.implementations import metadata
-from hrm.config import Config, parse_args
+from hrm.common.errors import UserError
+from hrm.config.load import Config, parse_args
 from hrm.data.dataset import Batch
-from hrm.determinism import WORKSPACE, deterministic
-from hrm.engine import Engine
-from hrm.errors import UserError
-from hrm.rehearsal import Observer, Rehearsal
+from hrm.engine.dry_run import Observer, Rehearsal
+from hrm.engine.engine import Engine
+from hrm.training.determinism import WORKSPACE, deterministic
 from kernels import backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

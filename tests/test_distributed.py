@@ -18,8 +18,8 @@ from torch.distributed import HashStore, PrefixStore, Store
 
 from hrm import distributed, guard, heartbeat, ranks, software
 from hrm.agreement import CALLS, newly_slow
+from hrm.common.errors import UserError
 from hrm.distributed import World, digest
-from hrm.errors import UserError
 from hrm.heartbeat import Heartbeat, Sign, late, meet
 from hrm.ranks import Place, one_voice, place
 from hrm.software import versions
@@ -482,7 +482,7 @@ def test_differences_are_short():
 def test_software_is_named_file_by_file(tmp_path, monkeypatch):
     """A copy with a comment changed is other software, in that file alone."""
     before = versions()
-    assert {"train.py", "hrm/act.py", "kernels/rope.py", "torch", "numpy", "triton"} <= before.keys()
+    assert {"train.py", "hrm/model/act.py", "kernels/rope.py", "torch", "numpy", "triton"} <= before.keys()
     for package in ("hrm", "kernels"):
         shutil.copytree(software.ROOT / package, tmp_path / package)
     shutil.copy(software.ROOT / "train.py", tmp_path)

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from hrm import engine as engine_module
-from hrm.act import Carry
-from hrm.config import ArchConfig, AttentionConfig, Config
+from hrm.common.errors import UserError
+from hrm.config.load import ArchConfig, AttentionConfig, Config
 from hrm.data.dataset import Batch
-from hrm.data.layout import Metadata
-from hrm.engine import Engine
-from hrm.errors import UserError
-from hrm.modes import COMPILE, EAGER
+from hrm.data.format import Metadata
+from hrm.engine import engine as engine_module
+from hrm.engine.engine import Engine
+from hrm.engine.modes import COMPILE, EAGER
+from hrm.model.act import Carry
 from kernels import backend
 
 B, S, V, PUZZLES = 8, 9, 6, 5

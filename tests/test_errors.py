@@ -2,7 +2,7 @@
 
 import pytest
 
-from hrm.errors import UserError, run_command
+from hrm.common.errors import UserError, run_command
 
 
 def raiser(error: BaseException):

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from hrm import program
-from hrm.act import Sequences, act_step, initial_carry, replace_halted
+from hrm.config.schema import LossConfig, SubgoalConfig
 from hrm.data.dataset import IGNORE_LABEL, Batch
-from hrm.inference import Answers, EarlyExit, Inference
-from hrm.model import HRM
-from hrm.modes import COMPILE, EAGER, Mode
-from hrm.schema import LossConfig, SubgoalConfig
+from hrm.engine import cuda_graph as program
+from hrm.engine.inference import Answers, EarlyExit, Inference
+from hrm.engine.modes import COMPILE, EAGER, Mode
+from hrm.model.act import Sequences, act_step, initial_carry, replace_halted
+from hrm.model.hrm import HRM
 from tests import graph_stand_in
 from tests.act_cases import PUZZLES, D, S, V, make_arch, make_weights
 

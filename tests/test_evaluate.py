@@ -12,19 +12,19 @@ import torch
 
 import train
 from hrm import evaluate
-from hrm.data.arc import write_arc
-from hrm.data.arc_files import read_source
+from hrm.checkpoint.load_model import load_trained
+from hrm.common.errors import UserError
+from hrm.common.files import new_file
+from hrm.config.schema import ArchConfig
+from hrm.data.arc.build import write_arc
+from hrm.data.arc.files import read_source
 from hrm.data.dataset import IGNORE_LABEL, PuzzleDataset
-from hrm.data.layout import Metadata, PuzzleSet
-from hrm.data.solver import solutions
+from hrm.data.format import Metadata, PuzzleSet
+from hrm.data.sudoku.solver import solutions
 from hrm.data.writer import Shape, new_dataset
-from hrm.errors import UserError
-from hrm.files import new_file
-from hrm.inference import Answers, EarlyExit, Inference
-from hrm.modes import EAGER
-from hrm.schema import ArchConfig
-from hrm.scores import Scores, Voting, degrees, difficulty, taken_of
-from hrm.trained import load_trained
+from hrm.engine.inference import Answers, EarlyExit, Inference
+from hrm.engine.modes import EAGER
+from hrm.evaluation.metrics import Scores, Voting, degrees, difficulty, taken_of
 from tests.arc_tasks import random_task, write_tasks
 from tests.test_train import words
 from tests.test_trained import make_config, make_run
@@ -146,12 +146,12 @@ def test_degrees_hold_about_as_many_each():
 
 def test_the_solver_rates_sudoku_that_nobody_rated(tiny_sudoku, monkeypatch):
     dataset = PuzzleDataset(tiny_sudoku, "test")
-    monkeypatch.setattr("hrm.scores.read_difficulty", lambda *_: None)
+    monkeypatch.setattr("hrm.evaluation.metrics.read_difficulty", lambda *_: None)
     taken = np.array([1, 4, 6, 19])
     values, places = difficulty(dataset, "all", taken)
     grids = dataset.sets["all"].inputs[taken] - 1
     assert values.tolist() == [solutions(grid)[1] for grid in grids] and places.tolist() == [0, 1, 2, 3]
-    monkeypatch.setattr("hrm.scores.RATED", 3)
+    monkeypatch.setattr("hrm.evaluation.metrics.RATED", 3)
     values, places = difficulty(dataset, "all", taken)
     assert len(places) == 3 and values.tolist() == [solutions(grids[place])[1] for place in places]
 
@@ -350,7 +350,7 @@ def test_too_large_a_batch(rated, monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     # Found out while it judges, not before.
-    monkeypatch.setattr("hrm.memory.check_inference", lambda *_: None)
+    monkeypatch.setattr("hrm.engine.memory_estimate.check_inference", lambda *_: None)
     monkeypatch.setattr(Inference, "run", full)
     status, _, err = run_evaluate(capsys, f"checkpoint={rated[1]}")
     assert status == 2 and "batch_size=16: so many sequences do not fit" in err

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hrm.feudal import SubgoalHead, feudal_loss, refreshes
-from hrm.schema import ArchConfig, SubgoalConfig
+from hrm.config.schema import ArchConfig, SubgoalConfig
+from hrm.model.subgoal import SubgoalHead, feudal_loss, refreshes
 
 B, T, D = 6, 5, 16
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from hrm.gating import (
+from hrm.config.schema import ArchConfig
+from hrm.model.gating import (
     GATING_TYPES,
     GatingNetwork,
     entropy_loss,
@@ -23,7 +24,6 @@ from hrm.gating import (
     sources_of,
     stability_loss,
 )
-from hrm.schema import ArchConfig
 from kernels import gate_mix
 from tests.straight_gating import gated_sum, gates_of
 

@@ -19,11 +19,11 @@ import pytest
 import torch
 
 import train
-from hrm.checkpoint import load_checkpoint
+from hrm.checkpoint.read import load_checkpoint
 from hrm.compare import main as compare
-from hrm.config import KEYS, Config, load_config, parse_args
+from hrm.config.load import KEYS, Config, load_config, parse_args
 from hrm.data.__main__ import main as build
-from hrm.model import HRM
+from hrm.model.hrm import HRM
 from hrm.sweep import main as sweep
 from tests.test_ranks import torchrun
 from tests.test_trackers import FakeWandb

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hrm import history
-from hrm.errors import UserError
-from hrm.history import History, read_histories, read_history
+from hrm.common.errors import UserError
+from hrm.study import history
+from hrm.study.history import History, read_histories, read_history
 
 
 def write(folder: Path, *lines: dict[str, Any], tail: str = "") -> Path:
@@ -27,13 +27,13 @@ def points(found: History, key: str) -> list[tuple[int, float]]:
 
 
 def test_the_file_is_the_one_that_the_trainer_writes():
-    from hrm import trackers
+    from hrm.training import logging as trackers
 
     assert history.METRICS == trackers.METRICS
 
 
 def test_what_the_trainer_logs_is_read_back(tmp_path):
-    from hrm.trackers import MetricsLog
+    from hrm.training.logging import MetricsLog
 
     log = MetricsLog(tmp_path / "run")
     log.log({"model/parameters": 1234, "run/total_steps": 400}, 0)

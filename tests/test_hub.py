@@ -11,7 +11,7 @@ import pytest
 from hrm.data import hub
 from hrm.data.__main__ import main
 from hrm.data.dataset import PuzzleDataset
-from hrm.data.layout import DatasetError
+from hrm.data.format import DatasetError
 
 NAMES = (
     "EntryNotFoundError",

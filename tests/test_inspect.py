@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hrm.data import inspect
-from hrm.data.arc_augment import canvas
-from hrm.data.layout import ARRAYS, PuzzleSet
-from hrm.data.maze import Request, generate, write_mazes
+from hrm.common.errors import run_command
+from hrm.data.arc.augment import canvas
+from hrm.data.format import ARRAYS, PuzzleSet
+from hrm.data.inspect import command as inspect
+from hrm.data.maze.build import Request, generate, write_mazes
 from hrm.data.writer import Shape, new_dataset
-from hrm.errors import run_command
 
 
 def command(*words: object) -> int:
@@ -437,7 +437,7 @@ def test_arrays_are_walked_in_chunks(
         " row 100",
         " row 119",
     ]
-    monkeypatch.setattr("hrm.data.checks.CHUNK_BYTES", 49 * 7)
+    monkeypatch.setattr("hrm.data.inspect.invariants.CHUNK_BYTES", 49 * 7)
     assert violations(data, capsys) == whole
 
 

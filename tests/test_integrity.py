@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hrm.data import dataset, integrity
+from hrm.data import checksums as integrity
+from hrm.data import dataset
+from hrm.data.checksums import changed_files
 from hrm.data.dataset import PuzzleDataset, digests, fingerprint, train_batches
-from hrm.data.integrity import changed_files
-from hrm.data.layout import ARRAYS, DatasetError, open_array, read_difficulty
+from hrm.data.format import ARRAYS, DatasetError, open_array, read_difficulty
 from hrm.data.writer import Shape, new_dataset
 from tests.puzzle_sets import CELLS, MIXED, VOCAB, a_set, written
 

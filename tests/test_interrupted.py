@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 import train
-from hrm.checkpoint import load_checkpoint, read_manifest
-from hrm.interruption import TERMINATE, Stopped
-from hrm.spikes import LossWatch, Spike
+from hrm.checkpoint.read import load_checkpoint, read_manifest
+from hrm.training.signals import TERMINATE, Stopped
+from hrm.training.spikes import LossWatch, Spike
 from tests.test_train import assert_same_run, metrics_of, words
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hrm import interruption
-from hrm.interruption import GO_ON, HANG_UP, INTERRUPT, REASONS, SAVE, TERMINATE, TIME_OVER, Interruption
+from hrm.training import signals as interruption
+from hrm.training.signals import GO_ON, HANG_UP, INTERRUPT, REASONS, SAVE, TERMINATE, TIME_OVER, Interruption
 
 ROOT = Path(interruption.__file__).parents[1]
 
@@ -95,7 +95,7 @@ def test_in_another_thread_signals_are_left_alone():
 
 TWICE = """
 import time
-from hrm.interruption import Interruption
+from hrm.training.signals import Interruption
 with Interruption(None, None):
     print("ready", flush=True)
     while True:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from hrm.intervals import paired_difference, summarise, t_quantile
+from hrm.study.statistics import paired_difference, summarise, t_quantile
 
 # Two-sided 95 % and 99 %, as tables of Student's distribution print them.
 TABLE = {

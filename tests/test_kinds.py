@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hrm.data import render
-from hrm.data.arc_augment import canvas
-from hrm.data.judge import broken
-from hrm.data.kinds import Kind, arc_grid, kind_for, kind_of
-from hrm.data.labyrinth import solved
-from hrm.data.layout import Metadata
-from hrm.data.solver import BOXES, random_grid, random_puzzle
-from hrm.errors import UserError
+from hrm.common.errors import UserError
+from hrm.data.arc.augment import canvas
+from hrm.data.format import Metadata
+from hrm.data.inspect import render
+from hrm.data.inspect.rules import broken
+from hrm.data.maze.search import solved
+from hrm.data.puzzle_kinds import Kind, arc_grid, kind_for, kind_of
+from hrm.data.sudoku.solver import BOXES, random_grid, random_puzzle
 
 # It comes with PyTorch, and without types.
 networkx: Any = importlib.import_module("networkx")

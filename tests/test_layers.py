@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hrm.layers import (
+from hrm.model.layers import (
     ONE_HOT_ROWS,
     Embedding,
     Linear,

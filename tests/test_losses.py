@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from hrm.act import Carry, Outputs
-from hrm.config import LossConfig
-from hrm.losses import act_loss
+from hrm.config.load import LossConfig
+from hrm.model.act import Carry, Outputs
+from hrm.model.losses import act_loss
 
 HEAD = torch.eye(3, dtype=torch.float64)
 

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hrm.data import maze
-from hrm.data.bars import histogram
+from hrm.common.errors import run_command
 from hrm.data.dataset import PuzzleDataset
-from hrm.data.kinds import Kind
-from hrm.data.labyrinth import SYMMETRIES, distances, random_mazes, solve, solved, symmetric
-from hrm.data.layout import read_difficulty
-from hrm.data.maze import Request, augment, generate
-from hrm.data.maze_files import MazeError, Mazes, keys, read_mazes
-from hrm.errors import run_command
+from hrm.data.format import read_difficulty
+from hrm.data.inspect.histogram import histogram
+from hrm.data.maze import build as maze
+from hrm.data.maze.build import Request, augment, generate
+from hrm.data.maze.files import MazeError, Mazes, keys, read_mazes
+from hrm.data.maze.search import SYMMETRIES, distances, random_mazes, solve, solved, symmetric
+from hrm.data.puzzle_kinds import Kind
 
 # It comes with PyTorch, and without types.
 networkx: Any = importlib.import_module("networkx")
@@ -309,7 +309,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.Mo
     mazes = some(25)
     for header in ("source,question,answer,rating", "source,question"):
         path = write_csv(tmp_path / "mazes.csv", mazes, header=header)
-        monkeypatch.setattr("hrm.data.maze_files.CHUNK_ROWS", 10)
+        monkeypatch.setattr("hrm.data.maze.files.CHUNK_ROWS", 10)
         parts = list(read_mazes(path))
         assert [len(part.lengths) for part in parts] == [10, 10, 5]
         for name in ("questions", "answers", "lengths"):
@@ -426,7 +426,7 @@ def joined(*parts: Mazes) -> Mazes:
 def test_two_files_become_a_data_set_without_repetitions(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hrm.data.maze_files.CHUNK_ROWS", 8)
+    monkeypatch.setattr("hrm.data.maze.files.CHUNK_ROWS", 8)
     every = some(40)
     train, test = every.take(np.arange(25)), every.take(np.arange(25, 40))
     (tmp_path / "in").mkdir()

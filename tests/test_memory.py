@@ -12,11 +12,11 @@ import torch
 
 import kernels
 from bench.implementations import metadata, peak_memory, random_batches
-from hrm.config import Config, parse_args
-from hrm.data.layout import Metadata
-from hrm.engine import Engine
-from hrm.errors import UserError
-from hrm.memory import (
+from hrm.common.errors import UserError
+from hrm.config.load import Config, parse_args
+from hrm.data.format import Metadata
+from hrm.engine.engine import Engine
+from hrm.engine.memory_estimate import (
     RESERVE,
     StepMemory,
     _Storages,
@@ -229,7 +229,7 @@ def test_a_step_that_runs_out_of_memory_says_what_would_fit(monkeypatch):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(engine, "_compute", out_of_memory)
-    monkeypatch.setattr("hrm.memory.available_bytes", lambda device: 20 * 2**20)
+    monkeypatch.setattr("hrm.engine.memory_estimate.available_bytes", lambda device: 20 * 2**20)
     with pytest.raises(
         UserError, match=r"^global_batch_size=8 needs about [\d.]+ MiB .* cpu has 20 MiB: .*fit$"
     ):
@@ -242,9 +242,9 @@ def test_memory_that_really_ran_out_is_answered_with_what_would_fit():
 import resource, sys
 import torch
 from bench.implementations import metadata
-from hrm.config import parse_args
-from hrm.engine import Engine
-from hrm.errors import UserError
+from hrm.config.load import parse_args
+from hrm.engine.engine import Engine
+from hrm.common.errors import UserError
 torch.set_num_threads(1)
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 words = ["--arch", "v1", "preset=full", "device=cpu", "mode=eager", "global_batch_size=65536"]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hrm.config import ArchConfig
-from hrm.model import HRM
+from hrm.config.load import ArchConfig
+from hrm.model.hrm import HRM
 
 SMALL = {"hidden_size": 32, "num_heads": 4, "H_layers": 2, "L_layers": 3, "expansion": 2.0}
 

@@ -5,9 +5,18 @@ import time
 import pytest
 import torch
 
-from hrm import modes
-from hrm.errors import UserError
-from hrm.modes import COMPILE, EAGER, Mode, compiled, compiler_fault, faster_mode, resolve_dtype, resolve_mode
+from hrm.common.errors import UserError
+from hrm.engine import modes
+from hrm.engine.modes import (
+    COMPILE,
+    EAGER,
+    Mode,
+    compiled,
+    compiler_fault,
+    faster_mode,
+    resolve_dtype,
+    resolve_mode,
+)
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 

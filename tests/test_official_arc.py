@@ -22,12 +22,12 @@ import pytest
 import torch
 
 from hrm.data import dataset
-from hrm.data.arc import write_arc
-from hrm.data.arc_augment import canvas, inverse, task_of
-from hrm.data.arc_files import read_source
+from hrm.data.arc.augment import canvas, inverse, task_of
+from hrm.data.arc.build import write_arc
+from hrm.data.arc.files import read_source
 from hrm.data.dataset import PuzzleDataset
-from hrm.data.layout import read_metadata
-from hrm.voting import Votes, read_names, read_tests, submission
+from hrm.data.format import read_metadata
+from hrm.evaluation.arc_voting import Votes, read_names, read_tests, submission
 from tests.arc_tasks import held_pairs, key, random_grid, random_task, write_kaggle, write_tasks
 
 HRM, TRM = os.environ.get("HRM_REPO", ""), os.environ.get("TRM_REPO", "")

@@ -17,8 +17,8 @@ import pytest
 
 from hrm.data import dataset
 from hrm.data.dataset import PuzzleDataset, train_batches
-from hrm.data.layout import PuzzleSet
-from hrm.data.sudoku import generate, write_sudoku
+from hrm.data.format import PuzzleSet
+from hrm.data.sudoku.build import generate, write_sudoku
 from hrm.data.writer import Shape, new_dataset
 
 REPO = os.environ.get("HRM_REPO", "")

@@ -18,9 +18,9 @@ import torch
 import yaml  # type: ignore[import-untyped]
 
 # Before the stand-ins of the official code's packages are there to be found.
-import hrm.scores  # noqa: F401
+import hrm.evaluation.metrics  # noqa: F401
 from hrm import evaluate
-from hrm.data.layout import PuzzleSet
+from hrm.data.format import PuzzleSet
 from hrm.data.writer import Shape, new_dataset
 from tests import official
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hrm.act import Sequences, act_step, initial_carry, replace_halted
-from hrm.config import ArchConfig, LossConfig
-from hrm.losses import act_loss
+from hrm.config.load import ArchConfig, LossConfig
+from hrm.model.act import Sequences, act_step, initial_carry, replace_halted
+from hrm.model.losses import act_loss
 from kernels import sign_sgd
 from tests import official
 from tests import straight_line as plain

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hrm.optim import ALIGNMENT, AdamATan2, FlatParameters, MovingAverage, learning_rate
+from hrm.engine.optim import ALIGNMENT, AdamATan2, FlatParameters, MovingAverage, learning_rate
 from kernels import sign_sgd
 
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hrm.errors import UserError
-from hrm.profiling import Profile, opened_by, region
+from hrm.common.errors import UserError
+from hrm.engine.profiling import Profile, opened_by, region
 from tests.test_engine import batches, make_config, make_engine
 
 PARTS = {"step", "data", "forward", "backward", "optimiser"}

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from hrm import engine as engine_module
-from hrm import program as program_module
-from hrm.engine import Engine
-from hrm.feed import Feed
-from hrm.modes import COMPILE, EAGER, Mode
-from hrm.program import WARM_UP, Program
-from hrm.schema import LossConfig, SubgoalConfig
+from hrm.config.schema import LossConfig, SubgoalConfig
+from hrm.engine import cuda_graph as program_module
+from hrm.engine import engine as engine_module
+from hrm.engine.cuda_graph import WARM_UP, Program
+from hrm.engine.engine import Engine
+from hrm.engine.modes import COMPILE, EAGER, Mode
+from hrm.engine.step_inputs import Feed
 from tests import graph_stand_in
 from tests.test_engine import METADATA, B, S, all_state, batches, make_config
 

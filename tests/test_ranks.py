@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import train
-from hrm.checkpoint import load_checkpoint
-from hrm.engine import Engine
+from hrm.checkpoint.read import load_checkpoint
+from hrm.engine.engine import Engine
 from tests.test_train import metrics_of, words
 from tests.torchrun import PROGRAM, torchrun
 
@@ -143,7 +143,7 @@ def test_a_run_goes_on_by_any_number_of_ranks(recorded):
 
 
 def test_ranks_with_different_data_are_refused(tiny_sudoku, out, tmp_path, monkeypatch):
-    from hrm.data.sudoku import builtin_sudoku
+    from hrm.data.sudoku.build import builtin_sudoku
 
     monkeypatch.setenv("HRM_CACHE", str(tmp_path))
     other = builtin_sudoku(4, 48, 20, 0, 1)

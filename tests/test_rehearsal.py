@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.implementations import metadata
-from hrm import profiling
-from hrm.config import Config, parse_args
-from hrm.rehearsal import Observer, Rehearsal, _LibraryAttention
+from hrm.config.load import Config, parse_args
+from hrm.engine import profiling
+from hrm.engine.dry_run import Observer, Rehearsal, _LibraryAttention
 from kernels import backend, rms_norm
 from kernels.backend import Launch, explained
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench import report
-from hrm.verdict import judge
+from hrm.study.results import judge
 from tests.test_compare import history
 
 CPU = {"gpu": None, "processor": "Chip & Co", "threads": 2, "cores": 4, "versions": {"torch": "2.13.0"}}

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import train
-from hrm.checkpoint import load_checkpoint
-from hrm.data.sudoku import builtin_sudoku
-from hrm.spikes import LossWatch, Spike
+from hrm.checkpoint.read import load_checkpoint
+from hrm.data.sudoku.build import builtin_sudoku
+from hrm.training.spikes import LossWatch, Spike
 from tests.test_train import metrics_of, run_main, words
 
 

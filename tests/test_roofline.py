@@ -8,8 +8,8 @@ import torch
 from bench import roofline
 from bench.counts import OPERATIONS, Shape, Work, eager, product, traced
 from bench.roofline import MACHINES, VARIANTS, Ceilings, main, predictions, roofline_time, step, totals
-from hrm.config import parse_args
-from hrm.model import HRM
+from hrm.config.load import parse_args
+from hrm.model.hrm import HRM
 
 H200 = MACHINES["H200"]
 # The published Sudoku run on one GPU: 768 sequences of 81 cells and a puzzle token.

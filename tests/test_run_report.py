@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hrm import page, panels, plots, report
-from hrm.errors import UserError
-from hrm.history import History, read_history
-from hrm.panels import Curve, Panel, description, mean_and_range, sections, thinned, value_text
+from hrm import report
+from hrm.common.errors import UserError
 from hrm.report import Table, differences, main, summary, symptoms, write_report
+from hrm.study import html as page
+from hrm.study import panels, plots
+from hrm.study.history import History, read_history
+from hrm.study.panels import Curve, Panel, description, mean_and_range, sections, thinned, value_text
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GATES = {f"train/gates/H/{source}/mean": 0.1 for source in ("primary", "secondary")} | {
@@ -488,7 +490,7 @@ def test_symptoms_are_fed_every_line_in_order(tmp_path, monkeypatch, config, log
         {"step": 10, "eval/all/count": 3},
         {"step": 20, "train/late": 0.5},
     ]
-    monkeypatch.setitem(sys.modules, "hrm.symptoms", SimpleNamespace(Symptoms=Symptoms))
+    monkeypatch.setitem(sys.modules, "hrm.training.health", SimpleNamespace(Symptoms=Symptoms))
     found = run(tmp_path / "a", *reversed(lines), config=f"{{seed: 7, {config.strip('{}')}}}")
     assert symptoms(found) == ["seen 20"]
     assert fed == [(10, {"train/loss": 1.0, "eval/all/count": 3, **logged}), (20, {"train/late": 0.5})]

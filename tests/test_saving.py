@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hrm import saving
-from hrm.checkpoint import load_checkpoint
-from hrm.saving import Saver
-from hrm.storage import CheckpointError
+from hrm.checkpoint import save as saving
+from hrm.checkpoint.read import load_checkpoint
+from hrm.checkpoint.safe_io import CheckpointError
+from hrm.checkpoint.save import Saver
 
 
 @pytest.fixture

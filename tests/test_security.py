@@ -16,19 +16,19 @@ import numpy as np
 import pytest
 import torch
 
-from hrm.campaign import Run, _read_plan
-from hrm.data.arc_files import read_source, read_task
-from hrm.data.maze_files import read_mazes
-from hrm.data.sudoku_files import read_puzzles
-from hrm.errors import UserError
-from hrm.files import numbered_lines, open_own, read_json, read_text, write_whole
-from hrm.history import MOST_METRICS, read_histories, read_history
+from hrm.checkpoint.safe_io import DESCRIPTION_LIMIT, read_safetensors, read_torch, read_training, run_lock
+from hrm.checkpoint.save import save_checkpoint
+from hrm.checkpoint.weights import read_weights
+from hrm.common.errors import UserError
+from hrm.common.files import numbered_lines, open_own, read_json, read_text, write_whole
+from hrm.data.arc.files import read_source, read_task
+from hrm.data.maze.files import read_mazes
+from hrm.data.sudoku.files import read_puzzles
+from hrm.evaluation.arc_voting import read_names
 from hrm.report import differences, report
-from hrm.saving import save_checkpoint
-from hrm.storage import DESCRIPTION_LIMIT, read_safetensors, read_torch, read_training, run_lock
-from hrm.trackers import MetricsLog
-from hrm.voting import read_names
-from hrm.weights import read_weights
+from hrm.study.history import MOST_METRICS, read_histories, read_history
+from hrm.study.runs import Run, _read_plan
+from hrm.training.logging import MetricsLog
 from tests.browser import chromium
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -208,21 +208,23 @@ def test_plain_checkpoints_are_still_read(tmp_path):
 
 
 READERS: dict[str, str] = {
-    "a.json": "from hrm.data.arc_files import read_task as read",
-    "identifiers.json": "from hrm.voting import read_names; read = lambda path: read_names(path.parent)",
-    "a.csv": "from hrm.data.sudoku_files import read_puzzles; read = lambda path: read_puzzles(path, 9)",
-    "a.txt": "from hrm.data.sudoku_files import read_puzzles; read = lambda path: read_puzzles(path, 9)",
-    "maze.csv": "from hrm.data.maze_files import read_mazes; read = lambda path: list(read_mazes(path))",
-    "metrics.jsonl": "from hrm.history import read_history; read = lambda path: read_history(path.parent)",
-    "plan.json": "from hrm.campaign import _read_plan as read",
-    "step_1": "from hrm.weights import read_weights as read",
-    "a.safetensors": "from hrm.weights import read_weights as read",
-    "config.yaml": "from hrm.history import _config as read",
+    "a.json": "from hrm.data.arc.files import read_task as read",
+    "identifiers.json": "from hrm.evaluation.arc_voting import read_names; "
+    "read = lambda path: read_names(path.parent)",
+    "a.csv": "from hrm.data.sudoku.files import read_puzzles; read = lambda path: read_puzzles(path, 9)",
+    "a.txt": "from hrm.data.sudoku.files import read_puzzles; read = lambda path: read_puzzles(path, 9)",
+    "maze.csv": "from hrm.data.maze.files import read_mazes; read = lambda path: list(read_mazes(path))",
+    "metrics.jsonl": "from hrm.study.history import read_history; "
+    "read = lambda path: read_history(path.parent)",
+    "plan.json": "from hrm.study.runs import _read_plan as read",
+    "step_1": "from hrm.checkpoint.weights import read_weights as read",
+    "a.safetensors": "from hrm.checkpoint.weights import read_weights as read",
+    "config.yaml": "from hrm.study.history import _config as read",
 }
 _SCRIPT = """
 import sys, time, resource
 from pathlib import Path
-from hrm.errors import UserError
+from hrm.common.errors import UserError
 for line in sys.stdin:
     name, imports = line.rstrip().split("\\t")
     exec(imports)
@@ -395,9 +397,9 @@ def test_the_record_of_a_finished_run_that_is_none(tmp_path, text):
 
 
 def test_more_sequences_than_memory_holds_are_refused_beforehand(monkeypatch):
-    from hrm import memory
-    from hrm.config import parse_args
-    from hrm.data.layout import Metadata
+    from hrm.config.load import parse_args
+    from hrm.data.format import Metadata
+    from hrm.engine import memory_estimate as memory
 
     config, cpu = parse_args(["preset=quick", "device=cpu"]), torch.device("cpu")
     metadata = Metadata(0, 0, 0, 6, 16, 1, 3, 1.0, ["all"])
@@ -414,8 +416,8 @@ def test_more_sequences_than_memory_holds_are_refused_beforehand(monkeypatch):
 
 
 def test_a_model_is_not_built_where_its_weights_are_smaller(tmp_path):
-    from hrm.config import load_config, to_yaml
-    from hrm.trained import Found, load_trained
+    from hrm.checkpoint.load_model import Found, load_trained
+    from hrm.config.load import load_config, to_yaml
 
     (tmp_path / "config.yaml").write_text(
         "arch: {hidden_size: 65536, num_heads: 1024, H_layers: 1024}\npreset: quick\ndevice: cpu\n"

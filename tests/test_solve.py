@@ -13,17 +13,17 @@ import pytest
 import torch
 
 import train
-from hrm import thinking
-from hrm.checkpoint import load_checkpoint
-from hrm.data.arc_augment import canvas
-from hrm.data.kinds import Kind
-from hrm.data.layout import PuzzleSet
-from hrm.data.sudoku import builtin_sudoku
+from hrm.checkpoint.read import load_checkpoint
+from hrm.checkpoint.save import save_checkpoint
+from hrm.data.arc.augment import canvas
+from hrm.data.format import PuzzleSet
+from hrm.data.puzzle_kinds import Kind
+from hrm.data.sudoku.build import builtin_sudoku
 from hrm.data.writer import Shape, new_dataset
-from hrm.puzzles import Puzzle, read_puzzles
-from hrm.saving import save_checkpoint
 from hrm.solve import _result, main
-from hrm.trace import Step, Trace
+from hrm.solving import player as thinking
+from hrm.solving.read_puzzles import Puzzle, read_puzzles
+from hrm.solving.trace import Step, Trace
 
 ROOT = Path(train.__file__).parent
 TINY = ["arch.hidden_size=16", "arch.num_heads=2", "arch.H_layers=1", "arch.L_layers=1", "arch.expansion=1"]

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from hrm.spikes import CALM, LEAST, WINDOW, LossWatch, Spike
-from hrm.storage import plain
+from hrm.checkpoint.safe_io import plain
+from hrm.training.spikes import CALM, LEAST, WINDOW, LossWatch, Spike
 
 THRESHOLD = 10.0
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hrm.stopping import Best, score
+from hrm.training.early_stopping import Best, score
 
 TWO_SETS = {
     "easy": {"count": 300.0, "accuracy": 0.9, "exact_accuracy": 0.5, "lm_loss": 0.2},

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from hrm.act import Sequences, act_step, draw_min_halt_steps, initial_carry, replace_halted
-from hrm.config import Config, LossConfig
+from hrm.config.load import Config, LossConfig
 from hrm.data.dataset import Batch
-from hrm.data.layout import Metadata
-from hrm.engine import Engine
-from hrm.losses import act_loss
+from hrm.data.format import Metadata
+from hrm.engine.engine import Engine
+from hrm.model.act import Sequences, act_step, draw_min_halt_steps, initial_carry, replace_halted
+from hrm.model.losses import act_loss
 from tests import straight_line as plain
 from tests.act_cases import (
     PUZZLES,
@@ -116,7 +116,7 @@ def make_engine(
     monkeypatch: pytest.MonkeyPatch, config: Config, weights: plain.Weights, total_steps: int
 ) -> Engine:
     """The package's engine in float64, with these weights."""
-    monkeypatch.setattr("hrm.engine.resolve_dtype", lambda name, device: torch.float64)
+    monkeypatch.setattr("hrm.engine.engine.resolve_dtype", lambda name, device: torch.float64)
     metadata = Metadata(
         pad_id=0,
         ignore_label_id=0,

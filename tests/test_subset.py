@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hrm.data.dataset import IGNORE_LABEL, PuzzleDataset, subset, test_batches
-from hrm.data.layout import DatasetError, PuzzleSet
+from hrm.data.format import DatasetError, PuzzleSet
 from hrm.data.writer import Shape, new_dataset
 
 # pytest takes the name for a test's.

@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hrm.data import sudoku, sudoku_files
 from hrm.data.__main__ import main
-from hrm.data.bars import shares
 from hrm.data.dataset import PuzzleDataset
-from hrm.data.layout import read_difficulty
-from hrm.data.solver import BOXES, SudokuError, random_grid, random_puzzle, solutions
-from hrm.data.sudoku import builtin_sudoku, generate, write_sudoku
-from hrm.data.sudoku_files import Puzzles, hold_out, read_puzzles
+from hrm.data.format import read_difficulty
+from hrm.data.inspect.histogram import shares
+from hrm.data.sudoku import build as sudoku
+from hrm.data.sudoku import files as sudoku_files
+from hrm.data.sudoku.build import builtin_sudoku, generate, write_sudoku
+from hrm.data.sudoku.files import Puzzles, hold_out, read_puzzles
+from hrm.data.sudoku.solver import BOXES, SudokuError, random_grid, random_puzzle, solutions
 from hrm.data.workers import SHARE, cores, over_rows
 
 ROOT = Path(__file__).parents[1]

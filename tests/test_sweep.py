@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from hrm import campaign as campaigns
 from hrm import compare, sweep
-from hrm.errors import UserError
+from hrm.common.errors import UserError
+from hrm.study import runs as campaigns
 from tests.test_compare import STAND_IN, TINY, started
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import pytest
 
-from hrm.config import parse_args
-from hrm.schema import Config
-from hrm.symptoms import LINES, Symptoms
+from hrm.config.load import parse_args
+from hrm.config.schema import Config
+from hrm.training.health import LINES, Symptoms
 
 TOTAL, LOG = 3750, 50
 GATES = ("L/primary", "L/secondary", "L/input", "H/primary", "H/secondary")

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hrm import tally
 from hrm.distributed import World
-from hrm.tally import Tally
+from hrm.engine import tally
+from hrm.engine.tally import Tally
 
 CPU, ALONE = torch.device("cpu"), World()
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from hrm.data.arc_augment import canvas
-from hrm.data.kinds import Kind
-from hrm.data.solver import random_grid, random_puzzle
-from hrm.thinking import page
-from hrm.trace import Gate, Step, Trace
+from hrm.data.arc.augment import canvas
+from hrm.data.puzzle_kinds import Kind
+from hrm.data.sudoku.solver import random_grid, random_puzzle
+from hrm.solving.player import page
+from hrm.solving.trace import Gate, Step, Trace
 from tests.browser import chromium
 
 if TYPE_CHECKING:

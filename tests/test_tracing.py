@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from hrm.act import Sequences, act_step, initial_carry, replace_halted
-from hrm.config import ArchConfig, LossConfig
-from hrm.data.kinds import kind_of
-from hrm.data.layout import Metadata
-from hrm.errors import UserError
-from hrm.inference import Inference
-from hrm.model import HRM
-from hrm.modes import EAGER
-from hrm.tracing import puzzle_row, trace
+from hrm.common.errors import UserError
+from hrm.config.load import ArchConfig, LossConfig
+from hrm.data.format import Metadata
+from hrm.data.puzzle_kinds import kind_of
+from hrm.engine.inference import Inference
+from hrm.engine.modes import EAGER
+from hrm.model.act import Sequences, act_step, initial_carry, replace_halted
+from hrm.model.hrm import HRM
+from hrm.solving.tracing import puzzle_row, trace
 
 S, V, PUZZLES, STEPS = 16, 6, 3, 4
 METADATA = Metadata(0, 0, 0, V, S, PUZZLES, 1, 1.0, ["all"])

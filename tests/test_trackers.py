@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from hrm import trackers
-from hrm.errors import UserError
-from hrm.trackers import MetricsLog, Progress, make_tracker
+from hrm.common.errors import UserError
+from hrm.training import logging as trackers
+from hrm.training.logging import MetricsLog, Progress, make_tracker
 
 ROOT = Path(__file__).parents[1]
 
@@ -95,7 +95,7 @@ def test_a_run_resumed_without_its_metrics_starts_them(tmp_path: Path) -> None:
 
 def test_a_killed_process_loses_no_logged_line(tmp_path: Path) -> None:
     script = (
-        "import os, sys; from hrm.trackers import MetricsLog; log = MetricsLog(sys.argv[1])\n"
+        "import os, sys; from hrm.training.logging import MetricsLog; log = MetricsLog(sys.argv[1])\n"
         "for step in range(5): log.log({'a': step}, step)\n"
         "os.kill(os.getpid(), 9)"
     )

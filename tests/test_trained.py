@@ -12,19 +12,19 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from safetensors.torch import load_file, save_file
 
-from hrm.checkpoint import CheckpointError
-from hrm.cli import ConfigError
-from hrm.config import to_yaml
+from hrm.checkpoint.load_model import find_trained, load_trained
+from hrm.checkpoint.read import CheckpointError
+from hrm.checkpoint.save import save_checkpoint
+from hrm.common.errors import UserError
+from hrm.config.cli import ConfigError
+from hrm.config.load import to_yaml
+from hrm.config.schema import ArchConfig, Config, LossConfig, StageConfig
 from hrm.data.dataset import Batch
-from hrm.data.layout import DatasetError, Metadata
-from hrm.engine import Engine
-from hrm.errors import UserError
-from hrm.inference import Inference
-from hrm.model import HRM
-from hrm.modes import EAGER
-from hrm.saving import save_checkpoint
-from hrm.schema import ArchConfig, Config, LossConfig, StageConfig
-from hrm.trained import find_trained, load_trained
+from hrm.data.format import DatasetError, Metadata
+from hrm.engine.engine import Engine
+from hrm.engine.inference import Inference
+from hrm.engine.modes import EAGER
+from hrm.model.hrm import HRM
 from tests.test_checkpoint import reseal, write_manifest
 
 S, V, PUZZLES = 9, 6, 5

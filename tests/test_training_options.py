@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from hrm import resume
-from hrm.act import act_step, replace_halted
-from hrm.checkpoint import load_checkpoint
-from hrm.gating import gate_statistics
-from hrm.metrics import GATE_STATISTICS, GATES
+from hrm.checkpoint.read import load_checkpoint
+from hrm.engine.metrics import GATE_STATISTICS, GATES
+from hrm.model.act import act_step, replace_halted
+from hrm.model.gating import gate_statistics
+from hrm.training import resume
 from tests.test_engine import B, all_state, batches, make_config, make_engine
 from tests.test_train import assert_same_run, metrics_of, run_main, words
 

@@ -16,12 +16,12 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
-from hrm.act import Sequences, act_step, draw_min_halt_steps, initial_carry, replace_halted
-from hrm.checkpoint import load_checkpoint
-from hrm.config import ArchConfig, Config, LossConfig, load_config, parse_args
-from hrm.losses import act_loss
-from hrm.model import HRM
-from hrm.weights import load_weights
+from hrm.checkpoint.read import load_checkpoint
+from hrm.checkpoint.weights import load_weights
+from hrm.config.load import ArchConfig, Config, LossConfig, load_config, parse_args
+from hrm.model.act import Sequences, act_step, draw_min_halt_steps, initial_carry, replace_halted
+from hrm.model.hrm import HRM
+from hrm.model.losses import act_loss
 from tests import official_trm, straight_trm
 from tests import straight_line as plain
 from tests.act_cases import (

@@ -2,10 +2,10 @@
 
 import pytest
 
-from hrm import config as config_module
-from hrm.cli import ConfigError
-from hrm.config import load_config, parse_args, to_yaml
-from hrm.schema import stage_arch, stage_ends
+from hrm.config import load as config_module
+from hrm.config.cli import ConfigError
+from hrm.config.load import load_config, parse_args, to_yaml
+from hrm.config.schema import stage_arch, stage_ends
 
 
 @pytest.fixture(autouse=True)

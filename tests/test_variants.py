@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from hrm.act import Sequences, act_step, initial_carry, replace_halted
-from hrm.gating import GatingNetwork
-from hrm.losses import act_loss
-from hrm.model import HRM
-from hrm.schema import LossConfig, SubgoalConfig
+from hrm.config.schema import LossConfig, SubgoalConfig
+from hrm.model.act import Sequences, act_step, initial_carry, replace_halted
+from hrm.model.gating import GatingNetwork
+from hrm.model.hrm import HRM
+from hrm.model.losses import act_loss
 from tests import straight_line as plain
 from tests import straight_variants as variants
 from tests.act_cases import PUZZLES, STABLEMAX, B, D, S, V, draw_often, make_arch, random_batch

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hrm.checkpoint import (
+from hrm.checkpoint.read import (
     CheckpointError,
 )
-from hrm.saving import save_checkpoint
-from hrm.weights import load_weights
+from hrm.checkpoint.save import save_checkpoint
+from hrm.checkpoint.weights import load_weights
 from tests.test_checkpoint import save
 
 

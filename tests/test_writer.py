@@ -16,7 +16,7 @@ import pytest
 
 from hrm.data import writer
 from hrm.data.dataset import PuzzleDataset
-from hrm.data.layout import ARRAYS, DatasetError, Metadata, PuzzleSet, read_difficulty
+from hrm.data.format import ARRAYS, DatasetError, Metadata, PuzzleSet, read_difficulty
 from hrm.data.writer import Shape, new_dataset
 
 CELLS = 5
@@ -260,7 +260,7 @@ def test_a_failed_write_leaves_the_old_data_set(tmp_path: Path, monkeypatch: pyt
 BUILD = """
 import sys, time
 import numpy as np
-from hrm.data.layout import PuzzleSet
+from hrm.data.format import PuzzleSet
 from hrm.data.writer import Shape, cached, new_dataset
 
 def build(folder):

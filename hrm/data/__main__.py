@@ -4,8 +4,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hrm.data import arc, inspect, maze, sudoku
-from hrm.errors import run_command
+from hrm.common.errors import run_command
+from hrm.data.arc import build as arc
+from hrm.data.inspect import command as inspect
+from hrm.data.maze import build as maze
+from hrm.data.sudoku import build as sudoku
 
 # Each command is a module with add_arguments(parser), which sets `run` as the function to call.
 COMMANDS = {

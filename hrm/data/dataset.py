@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hrm.data.integrity import CHECKSUMS, Contents, Snapshot, checksum_faults, read_contents
-from hrm.data.layout import (
+from hrm.data.checksums import CHECKSUMS, Contents, Snapshot, checksum_faults, read_contents
+from hrm.data.format import (
     ARRAYS,
     DIFFICULTY,
     MAPPED,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hrm.data.layout import DatasetError
+from hrm.data.format import DatasetError
 
 PREFIX = "hub:"
 

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from hrm.common.errors import UserError
+from hrm.common.files import read_json
+from hrm.data.checksums import CHECKSUMS, write_checksums
 from hrm.data.dataset import PuzzleDataset, fingerprint
-from hrm.data.integrity import CHECKSUMS, write_checksums
-from hrm.data.layout import (
+from hrm.data.format import (
     ARRAYS,
     DIFFICULTY,
     MAX_DESCRIPTION_BYTES,
@@ -22,8 +24,6 @@ from hrm.data.layout import (
     PuzzleSet,
     array_path,
 )
-from hrm.errors import UserError
-from hrm.files import read_json
 
 # In a cached data set, the fingerprints it was written with.
 STAMP = "fingerprints.json"

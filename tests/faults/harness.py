@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TypeVar
 
 import train
-from hrm.checkpoint import latest_checkpoint
+from hrm.checkpoint.read import latest_checkpoint
 from tests.test_train import words
 
 ROOT = Path(train.__file__).parent

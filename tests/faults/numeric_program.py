@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 import train
-from hrm import engine as engine_module
 from hrm.data.dataset import Batch
-from hrm.engine import Engine
+from hrm.engine import engine as engine_module
+from hrm.engine.engine import Engine
 
 kind, first, last, *ranks = sys.argv[1].split(":")
 is_here = not ranks or ranks[0] == os.environ.get("RANK", "0")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import train
-from hrm.checkpoint import load_checkpoint
+from hrm.checkpoint.read import load_checkpoint
 from tests.faults.harness import Trainer, last_step, newest, words
 
 

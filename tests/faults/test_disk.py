@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import train
-from hrm.checkpoint import load_checkpoint
+from hrm.checkpoint.read import load_checkpoint
 from tests.faults.harness import ROOT, Trainer, last_step, newest, resumed_step, run_to_end, saving, words
 from tests.test_train import assert_same_run
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from hrm.checkpoint import load_checkpoint
+from hrm.checkpoint.read import load_checkpoint
 from tests.faults.harness import newest, run_to_end, words
 from tests.test_train import metrics_of, tensors
 from tests.torchrun import torchrun

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import train
-from hrm.checkpoint import load_checkpoint
+from hrm.checkpoint.read import load_checkpoint
 from tests.test_train import assert_same_run, words
 from tests.torchrun import PROGRAM, ROOT, Ended, torchrun
 
@@ -129,7 +129,7 @@ def test_ranks_with_other_code_or_configuration_are_refused(tiny_sudoku, out, tm
     for package in ("hrm", "kernels"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(train.__file__, tmp_path)
-    with (tmp_path / "hrm/act.py").open("a") as copied:
+    with (tmp_path / "hrm/model/act.py").open("a") as copied:
         copied.write("# another version\n")
     argv = words(tiny_sudoku, out, *RUN, "run_name=differ", "global_batch_size=6")
     argv = [word for word in argv if not word.startswith("lr=")]
@@ -140,7 +140,7 @@ def test_ranks_with_other_code_or_configuration_are_refused(tiny_sudoku, out, tm
     [line] = ended.lines("error: ")
     assert "the ranks differ in arch.H_cycles (rank 1 has 3, the others have 2), lr (rank 2 has 0.5, " in line
     assert re.search(
-        r"others have 0\.1\), hrm/act\.py \(rank 2 has \w{12}, the others have \w{12}\): start", line
+        r"others have 0\.1\), hrm/model/act\.py \(rank 2 has \w{12}, the others have \w{12}\): start", line
     )
     assert "same code, configuration, data" in line
     assert not (out / tiny_sudoku.name / "differ").exists()

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import train
-from hrm.checkpoint import load_checkpoint
-from hrm.interruption import ECHO
+from hrm.checkpoint.read import load_checkpoint
+from hrm.training.signals import ECHO
 from tests.faults.harness import (
     PATIENCE,
     ROOT,

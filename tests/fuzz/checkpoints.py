@@ -60,7 +60,13 @@ def _entry(data: bytes) -> dict[str, Any]:
 
 def _checkpoint(name: str, data: bytes, resign: bool) -> None:
     """Loads a checkpoint of which one file is another; resign: by somebody who knows how hashes are made."""
-    from hrm.checkpoint import best_checkpoint, differences, latest_checkpoint, load_checkpoint, read_manifest
+    from hrm.checkpoint.read import (
+        best_checkpoint,
+        differences,
+        latest_checkpoint,
+        load_checkpoint,
+        read_manifest,
+    )
 
     files = files_of("run", checkpoint_files)
     run = put(f"run/step_3/{name}", data).parents[1]
@@ -109,7 +115,7 @@ def read_training_file(data: bytes) -> None:
 
 
 def _official(name: str, data: bytes) -> None:
-    from hrm.trained import find_trained
+    from hrm.checkpoint.load_model import find_trained
 
     files = files_of("downloaded", checkpoint_files)
     folder = put(f"downloaded/official/{name}", data).parent
@@ -141,7 +147,7 @@ LINE = {
 
 
 def read_metrics(data: bytes) -> None:
-    from hrm.history import read_history
+    from hrm.study.history import read_history
 
     history = read_history(put("history/metrics.jsonl", data).parent)
     history.evaluation()
@@ -149,7 +155,7 @@ def read_metrics(data: bytes) -> None:
 
 
 def read_run_config(data: bytes) -> None:
-    from hrm.history import read_history
+    from hrm.study.history import read_history
 
     put("history2/metrics.jsonl", json.dumps(LINE).encode() + b"\n")
     read_history(put("history2/config.yaml", data).parent)
@@ -157,7 +163,7 @@ def read_run_config(data: bytes) -> None:
 
 @cache
 def campaign() -> Any:
-    from hrm.campaign import Campaign
+    from hrm.study.runs import Campaign
 
     return Campaign(put("campaign/plan.json", b"").parent, {"v1": ["preset=quick", "device=cpu"]}, [0])
 
@@ -171,7 +177,7 @@ def read_plan(data: bytes) -> None:
 
 @cache
 def plan_seeds() -> tuple[bytes, ...]:
-    from hrm.campaign import settings
+    from hrm.study.runs import settings
 
     values = {candidate.name: settings(candidate.config) for candidate in campaign().candidates}
     return (json.dumps({"seeds": [0], "candidates": values}).encode(),)

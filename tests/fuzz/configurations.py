@@ -18,13 +18,13 @@ WORDS = (
 
 
 def read_words(data: bytes) -> None:
-    from hrm.config import parse_args
+    from hrm.config.load import parse_args
 
     parse_args([text(word) for word in data.split(b"\0")])
 
 
 def words_changed(random: Random, data: bytes) -> bytes:
-    from hrm.config import KEYS
+    from hrm.config.load import KEYS
 
     words = data.split(b"\0")
     for _ in range(random.choice((1, 1, 2, 3))):
@@ -45,7 +45,7 @@ def _config_value(random: Random, key: Any) -> str:
 
 @cache
 def yaml_seeds() -> tuple[bytes, ...]:
-    from hrm.config import parse_args, to_yaml
+    from hrm.config.load import parse_args, to_yaml
 
     saved = [to_yaml(parse_args([text(word) for word in words.split(b"\0")[:3]])) for words in WORDS[:3]]
     short = (
@@ -57,7 +57,7 @@ def yaml_seeds() -> tuple[bytes, ...]:
 
 def read_config(data: bytes) -> None:
     """What is taken must be what is saved again."""
-    from hrm.config import load_config, to_yaml
+    from hrm.config.load import load_config, to_yaml
 
     config = load_config(put("run.yaml", data))
     saved = put("saved.yaml", to_yaml(config).encode())
@@ -85,7 +85,7 @@ def yaml_changed(random: Random, data: bytes) -> bytes:
 
 
 def read_architecture(data: bytes) -> None:
-    from hrm.config import parse_args
+    from hrm.config.load import parse_args
 
     parse_args([f"--arch={put('mine.yaml', data)}", "device=cpu"])
 

@@ -8,7 +8,7 @@ from random import Random
 
 import numpy as np
 
-from hrm.errors import UserError
+from hrm.common.errors import UserError
 from tests.fuzz.judge import Target, files_of, given, put
 from tests.fuzz.mutations import json_changed, npy_changed
 from tests.fuzz.puzzles import SUDOKUS
@@ -55,7 +55,7 @@ ARRAYS = ("inputs", "labels", "puzzle_identifiers", "puzzle_indices", "group_ind
 def _dataset(name: str, data: bytes) -> None:
     """Looks at a data set and opens it, where one file of its training split is another."""
     from hrm.data.dataset import PuzzleDataset, test_batches, train_batches
-    from hrm.data.inspect import run
+    from hrm.data.inspect.command import run
 
     files = files_of("dataset", dataset_files)
     root = put(f"dataset/{name}", data).parents[name.count("/")]

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
-from hrm.errors import UserError
+from hrm.common.errors import UserError
 from tests.fuzz.mutations import LONGEST, bytes_changed
 
 # What one input may take: seconds of this process's own time, bytes of memory, characters of a message.

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hrm.errors import UserError
+from hrm.common.errors import UserError
 from tests.fuzz.judge import Target, given, put, text
 from tests.fuzz.mutations import json_changed, lines_changed
 
@@ -22,7 +22,7 @@ TASK = {
 
 def read_puzzle(data: bytes) -> None:
     """As an argument, and as a file."""
-    from hrm.puzzles import read_puzzles
+    from hrm.solving.read_puzzles import read_puzzles
 
     refused = None
     try:
@@ -45,7 +45,7 @@ PUZZLES = (
 
 @cache
 def kinds() -> tuple[Any, ...]:
-    from hrm.data.kinds import Kind
+    from hrm.data.puzzle_kinds import Kind
 
     return (
         *(Kind("sudoku", side, side, side + 2) for side in (4, 6, 9)),
@@ -107,8 +107,8 @@ TOKENS = (
 
 def read_task(data: bytes) -> None:
     """As a task to solve, and as a folder of tasks."""
-    from hrm.data.arc_files import read_source
-    from hrm.puzzles import read_puzzles
+    from hrm.data.arc.files import read_source
+    from hrm.solving.read_puzzles import read_puzzles
 
     path = put("tasks/evaluation/task.json", data)
     found = read_puzzles(str(path))
@@ -119,7 +119,7 @@ def read_task(data: bytes) -> None:
 
 def read_kaggle(data: bytes) -> None:
     """Challenges and, behind a NUL, their solutions."""
-    from hrm.data.arc_files import read_source
+    from hrm.data.arc.files import read_source
 
     challenges, _, solutions = data.partition(b"\0")
     put("kaggle/arc_training_solutions.json", solutions)
@@ -134,13 +134,13 @@ def kaggle_changed(random: Random, data: bytes) -> bytes:
 
 def read_sudokus(data: bytes) -> None:
     """As CSV, or as a puzzle a line."""
-    from hrm.data.sudoku_files import read_puzzles
+    from hrm.data.sudoku.files import read_puzzles
 
     read_puzzles(put("puzzles.csv" if b"," in data else "puzzles.txt", data), 4)
 
 
 def read_mazes(data: bytes) -> None:
-    from hrm.data.maze_files import read_mazes
+    from hrm.data.maze.files import read_mazes
 
     list(read_mazes(put("mazes.csv", data)))
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hrm.config import load_config
-from hrm.errors import UserError
-from hrm.puzzles import read_puzzles
+from hrm.common.errors import UserError
+from hrm.config.load import load_config
+from hrm.solving.read_puzzles import read_puzzles
 from tests.fuzz import campaign
 from tests.fuzz.judge import MEMORY, Finding, Target, judge, warm
 from tests.fuzz.targets import TARGETS
@@ -136,7 +136,7 @@ def test_a_process_that_dies_is_a_finding_and_the_others_go_on(monkeypatch):
 
 def test_a_reader_that_lost_a_check_is_found(monkeypatch):
     """JSON that cannot be read is no longer answered."""
-    monkeypatch.setattr("hrm.data.arc_files.read_json", lambda path, *_: json.loads(Path(path).read_bytes()))
+    monkeypatch.setattr("hrm.data.arc.files.read_json", lambda path, *_: json.loads(Path(path).read_bytes()))
     findings = campaign.explore("task", 0, 0, 200).findings
     assert any("JSONDecodeError" in found["why"] for found in findings)
 

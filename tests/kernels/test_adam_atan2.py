@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hrm.optim import ALIGNMENT
+from hrm.engine.optim import ALIGNMENT
 from kernels import adam_atan2, backend
 from kernels.adam_atan2 import launch_choice
 from tests.kernels.compare import ABSOLUTE, DEVICE, distance, randn

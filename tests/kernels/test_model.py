@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import kernels
-from hrm.config import ArchConfig
+from hrm.config.load import ArchConfig
 from hrm.data.dataset import Batch
-from hrm.engine import Engine
-from hrm.layers import Block, Linear
+from hrm.engine.engine import Engine
+from hrm.model.layers import Block, Linear
 from kernels.rope import rope_tables
 from tests.kernels.compare import DEVICE, randn
 from tests.test_engine import METADATA, batches, make_config

@@ -1,0 +1,277 @@
+"""The files a checkpoint is made of: written durably, read with no trust in what they hold.
+
+Reading builds tensors, numbers, strings and plain containers, and nothing else: no pickled object is ever
+constructed, and no file makes memory grow much beyond its own size.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import math
+import os
+import pickletools
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hrm.common.errors import UserError
+from hrm.common.files import open_bounded, open_own
+from hrm.config.cli import show
+
+# What describes tensors, apart from their numbers: a header, a pickle, an archive's table of contents. The
+# training state of a thousand layers at each level takes less.
+DESCRIPTION_LIMIT = 1 << 22
+# All that a pickle of plain tensors names. PyTorch's restricted unpickler calls more, some of which take
+# memory without end (bytearray) or make tensors larger than their numbers.
+_NAMED = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|"
+    r"torch (Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage"
+)
+_MAKES_OBJECTS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, read or used: names the file or field, and the remedy."""
+
+
+def to_json(value: Any) -> str:
+    """One line of strict JSON; a float that is not finite, which JSON cannot hold, becomes null."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    # float() also takes the scalars of numpy and torch
+    return number if math.isfinite(number := float(value)) else None
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """A contiguous copy on the CPU with a storage of its own, of any tensor, such as a view of a flat buffer.
+
+    safetensors refuses tensors that share a storage, and torch.save would write that storage out whole.
+    """
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def plain(value: Any, where: str) -> Any:
+    """A copy of nested dicts, lists and tuples of tensors, numbers, strings and None, each tensor compact.
+
+    Raises TypeError naming the place of anything else: the restricted unpickler would refuse it on reading.
+    """
+    if isinstance(value, Tensor):
+        return compact(value)
+    if isinstance(value, Mapping):
+        for key in value:
+            if type(key) not in (str, int):
+                raise TypeError(f"{where}: key {key!r} is a {type(key).__name__}; a str or int is needed")
+        return {key: plain(item, f"{where}.{key}") for key, item in value.items()}
+    # exact types from here on: a np.float64 is a float too, but is pickled as an object
+    if type(value) in (list, tuple):
+        return type(value)(plain(item, f"{where}[{i}]") for i, item in enumerate(value))
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise TypeError(f"{where} is a {type(value).__name__}; only tensors, numbers and strings can be saved")
+
+
+def _check_plain(value: Any, limit: int, seen: set[int]) -> None:
+    """Raise ValueError unless value is what `plain` makes: a tree, with no tensor over `limit` bytes."""
+    if type(value) is Tensor:
+        usual = value.layout == torch.strided and value.device.type == "cpu" and value.is_contiguous()
+        if not usual or value.nbytes > limit:
+            raise ValueError("a tensor of an unusual kind or size")
+    elif type(value) in (dict, list, tuple):
+        # shared containers could unfold exponentially, cyclic ones for ever; a save writes neither
+        if value and id(value) in seen:
+            raise ValueError("a container that occurs twice")
+        seen.add(id(value))
+        for item in (*value, *value.values()) if type(value) is dict else value:
+            _check_plain(item, limit, seen)
+    elif value is not None and type(value) not in (bool, int, float, str):
+        raise ValueError(f"a {type(value).__name__}")
+
+
+def nbytes(value: Any) -> int:
+    """Bytes of the tensors in what `plain` made, and a few for each number."""
+    if isinstance(value, dict):
+        return sum(map(nbytes, value.values()))
+    return sum(map(nbytes, value)) if isinstance(value, list | tuple) else getattr(value, "nbytes", 8)
+
+
+def read_safetensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """Tensors of a .safetensors file; raises CheckpointError for a damaged one."""
+    try:
+        with open_bounded(path) as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > DESCRIPTION_LIMIT:
+            raise ValueError("its header is too long")
+        return load_file(path, device=str(device))
+    # an absurd header, dtype or device surfaces as one of many types
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} cannot be read as safetensors ({brief(error)}); use another checkpoint"
+        ) from error
+
+
+def read_training(path: Path) -> dict[str, Any]:
+    """The dict that torch.save wrote from `plain`; raises CheckpointError for anything else."""
+    value = read_torch(path)
+    try:
+        if type(value) is not dict:
+            raise ValueError("not a dict")
+        _check_plain(value, path.stat().st_size, set())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is not the training state of a checkpoint ({brief(error)}); use another one"
+        ) from error
+    return value
+
+
+def read_torch(path: Path) -> Any:
+    """What torch.save wrote, on the CPU, tensors mapped from the file.
+
+    Raises CheckpointError for anything but tensors and plain containers, having run none of it.
+    """
+    try:
+        _check_archive(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # damaged bytes reach the unpickler and the archive reader, which raise nearly every type there is
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is not a torch file of plain tensors and numbers ({brief(error)}); use another one"
+        ) from error
+
+
+class _SmallReads(io.FileIO):
+    """A file whose table of contents, and whatever else is read at once, is refused where it is long."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        content = super().read(DESCRIPTION_LIMIT + 1 if size is None or size < 0 else size)
+        if len(content) > DESCRIPTION_LIMIT:
+            raise ValueError("its archive has too long a table of contents")
+        return content
+
+
+def _check_archive(path: Path) -> None:
+    """Raise ValueError unless an archive is as torch.save writes it, and its pickle names tensors alone."""
+    open_bounded(path).close()
+    with _SmallReads(path) as file, zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        names = [member.filename for member in members]
+        pickles = [member for member in members if member.filename.endswith("/data.pkl")]
+        # torch stores its members uncompressed; a compressed one could unfold to any size in memory
+        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        if not stored or sum(member.file_size for member in members) > path.stat().st_size:
+            raise ValueError("its archive is compressed or overlaps itself")
+        # any other reader of the archive must find the same pickle
+        if len(pickles) != 1 or len(set(names)) < len(names) or len({n.partition("/")[0] for n in names}) > 1:
+            raise ValueError("its archive is not as torch.save writes one")
+        if pickles[0].file_size > DESCRIPTION_LIMIT:
+            raise ValueError("its pickle is too long")
+        for operation, argument, _ in pickletools.genops(archive.read(pickles[0])):
+            named = operation.name == "GLOBAL" and _NAMED.fullmatch(str(argument)) is None
+            if named or operation.name in _MAKES_OBJECTS:
+                what = str(argument or "objects").replace(" ", ".")[:100]
+                raise ValueError(f"it asks for {what}, which was not run")
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    # Windows cannot open a folder
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # some network file systems cannot sync a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def os_error(error: BaseException | None) -> OSError | None:
+    """The system's error beneath what safetensors (in its text) or torch (as its context) made of it."""
+    while error is not None and not isinstance(error, OSError):
+        number = re.search(r"(?:os error|code:) (\d+)", str(error))
+        if isinstance(error, SafetensorError) and number:
+            return OSError(int(number[1]), os.strerror(int(number[1])))
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def size_text(count: float) -> str:
+    """A number of bytes for people: 2048 is 2 KiB."""
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while count >= 1024 and len(units) > 1:
+        count /= 1024
+        units.pop(0)
+    return f"{count:.4g} {units[0]}"
+
+
+def brief(error: BaseException) -> str:
+    """An exception in one short line."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {show(lines[0][:120])}" if lines else type(error).__name__
+
+
+@contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Holds a run's folder for this process alone, until the context or the process ends.
+
+    The lock lies beside the folder, which may be moved meanwhile. Raises UserError where it is held.
+    """
+    path = run_dir.with_name(f".{run_dir.name}.lock")
+    try:
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        file = open_own(path, "a")
+    except OSError as error:
+        raise UserError(f"output folder {run_dir}: {error.strerror}; give another output_dir=PATH") from None
+    with file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{run_dir}: another process trains this run; give another run_name") from None
+        yield
+
+
+def set_aside(run_dir: Path) -> Path:
+    """Moves a run's folder to the first free name beside it, so that a new run loses nothing of it."""
+    number = 1
+    while (kept := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
+        number += 1
+    try:
+        return run_dir.rename(kept)
+    except OSError as error:
+        raise UserError(
+            f"{run_dir}: cannot be moved aside ({error.strerror}); give another run_name"
+        ) from None

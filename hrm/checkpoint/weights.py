@@ -1,0 +1,104 @@
+"""Weights to start a model from: another run's, or those of the official code and its gated fork."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hrm.checkpoint.read import MANIFEST, STEP_NAME, WEIGHTS, choose
+from hrm.checkpoint.safe_io import CheckpointError, read_safetensors, read_torch
+
+PUZZLE_TABLE = "puzzle_emb.weights"
+# What variants add to v1, by a part of the names of its tensors; fresh where a checkpoint has none of it.
+ADDED = {"gate networks": ".gating_network.", "subgoal head": "subgoal_head."}
+
+
+def load_weights(
+    path: str | Path, expected: Mapping[str, torch.Size], reset_puzzle_emb: bool = False
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights to start a model from, fitted to its names and shapes, and a line for each thing left out.
+
+    path: a `step_<N>` folder, a run's folder, a .safetensors file, or a `step_<N>` file of the official code
+    (github.com/sapientinc/HRM; a state dict under `_orig_mod.model.inner.`) or the folder that holds it.
+    expected: the shape of every parameter and persistent buffer. A checkpoint without any gate network fits a
+    gated model, one without a subgoal head a feudal model, and with reset_puzzle_emb one with a puzzle table
+    of another length: those names are missing from the result, so that the model keeps its own values.
+    Tensors are on the CPU in the file's dtype.
+    Raises CheckpointError for a damaged file, or one of another architecture, naming the first differences.
+    """
+    path, weights, notes = read_weights(Path(path))
+    shapes = dict(expected)
+    if reset_puzzle_emb and PUZZLE_TABLE in shapes.keys() & weights.keys():
+        rows, *width = weights[PUZZLE_TABLE].shape
+        if width == list(shapes[PUZZLE_TABLE][1:]):
+            notes.append(f"{path}: its puzzle embeddings ({rows} rows) are left out; the table starts fresh")
+            del shapes[PUZZLE_TABLE], weights[PUZZLE_TABLE]
+    for what, mark in ADDED.items():
+        added = [name for name in shapes if mark in name]
+        if added and not any(mark in name for name in weights):
+            notes.append(f"{path}: it has no {what}; all {len(added)} tensors of it keep their fresh values")
+            shapes = {name: shape for name, shape in shapes.items() if name not in added}
+
+    reshaped = [name for name in shapes if name in weights and weights[name].shape != shapes[name]]
+    differing = [
+        f"{name} is {tuple(weights[name].shape)} there, {tuple(shapes[name])} here" for name in reshaped
+    ]
+    differing += [f"{name} is missing there" for name in shapes if name not in weights]
+    differing += [f"{name} is unknown here" for name in weights if name not in shapes]
+    if not differing:
+        return weights, notes
+    if len(differing) == 1 and reshaped == [PUZZLE_TABLE]:
+        there, here = weights[PUZZLE_TABLE].shape, shapes[PUZZLE_TABLE]
+        if there[1:] == here[1:]:
+            raise CheckpointError(
+                f"{path} has a puzzle table of {there[0]} rows, but {here[0]} are needed here; use the data "
+                "it was trained on, or reset_puzzle_emb=true for a fresh table"
+            )
+    more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+    raise CheckpointError(
+        f"{path} is a checkpoint of another architecture: {'; '.join(differing[:3])}{more}; "
+        "give the arch and arch.* options it was trained with"
+    )
+
+
+def read_weights(path: Path) -> tuple[Path, dict[str, Tensor], list[str]]:
+    """The file of the weights that a path names, the weights in it by our names, and a line for each note.
+
+    path: as `load_weights` takes it. Raises CheckpointError.
+    """
+    notes: list[str] = []
+    if path.is_dir():
+        # a folder of the official code holds state dicts where ours would hold folders
+        steps = {int(match[1]): file for file in path.iterdir() if (match := STEP_NAME.fullmatch(file.name))}
+        if steps and not (path / MANIFEST).exists() and all(file.is_file() for file in steps.values()):
+            path = steps[max(steps)]
+        else:
+            path, _, notes = choose(path)
+            path = path / WEIGHTS
+    elif not path.exists():
+        raise CheckpointError(f"{path} does not exist; expected a checkpoint's file or folder")
+    state = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+
+    weights: dict[str, Tensor] = {}
+    if not isinstance(state, dict) or not all(_is_weight(*item) for item in state.items()):
+        raise CheckpointError(f"{path} is not a state dict; expected names with tensors of floats only")
+    for name, tensor in state.items():
+        for prefix in ("_orig_mod.", "model.inner."):
+            name = name.removeprefix(prefix)
+        if name in weights:
+            raise CheckpointError(f"{path} holds {name} twice, under two prefixes; save it again with one")
+        weights[name] = tensor
+    return path, weights, notes
+
+
+def _is_weight(name: Any, tensor: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and isinstance(tensor, Tensor)
+        and tensor.is_floating_point()
+        and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
+        # One number may stand for any count of them; a table's length is what a model is made with.
+        and tensor.nbytes <= tensor.untyped_storage().nbytes()
+    )

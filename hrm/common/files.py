@@ -1,0 +1,154 @@
+"""Files that a command reads, however hostile, and those that it writes for its user, whole or not at all."""
+
+import errno
+import io
+import json
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import IO, Any, BinaryIO
+
+from hrm.common.errors import UserError
+
+# Levels of lists and objects in JSON: of what is read here an ARC task has the most, six.
+_DEEPEST = 32
+
+
+def open_bounded(path: str | os.PathLike[str], error: type[UserError] = UserError) -> BinaryIO:
+    """A regular file to read bytes from. Raises `error` for pipes, devices and folders, OSError as `open`."""
+    # A pipe that nobody writes to would be waited for.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise error(f"{path}: a folder, pipe or device; expected a file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_limited(
+    path: str | os.PathLike[str], limit: int, expected: str, error: type[UserError] = UserError
+) -> bytes:
+    """The bytes of a file that has at most `limit` of them, a larger one being refused unread.
+
+    expected: what it should be, in words. Raises `error`, and OSError as `open` does.
+    """
+    with open_bounded(path, error) as file:
+        # One that grows meanwhile is held to the limit as well.
+        large = os.fstat(file.fileno()).st_size > limit
+        content = b"" if large else file.read(limit + 1)
+    if large or len(content) > limit:
+        raise error(f"{path}: more than {_size(limit)}, expected {expected}")
+    return content
+
+
+def read_text(
+    path: str | os.PathLike[str], limit: int, expected: str, error: type[UserError] = UserError
+) -> str:
+    """The text of a UTF-8 file of at most `limit` bytes; see `read_limited`."""
+    try:
+        return read_limited(path, limit, expected, error).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise error(f"{path}: not text in UTF-8, expected {expected}") from None
+
+
+def read_json(
+    path: str | os.PathLike[str], limit: int, expected: str, error: type[UserError] = UserError
+) -> Any:
+    """What a JSON file of at most `limit` bytes holds: strict JSON, no key twice; see `read_limited`."""
+
+    def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(items)
+        if len(value) < len(items):
+            name = Counter(name for name, _ in items).most_common(1)[0][0]
+            raise error(f"{path}: {name[:60]!r} is there twice in one object; leave one of them out")
+        return value
+
+    def refused(name: str) -> None:
+        raise ValueError(f"{name} is no number of JSON")
+
+    text = read_limited(path, limit, expected, error)
+    try:
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=refused)
+        # Whoever goes through it may do so by functions that call themselves.
+        level = [value]
+        for _ in range(_DEEPEST):
+            level = [inner for each in level for inner in _inside(each) if isinstance(inner, dict | list)]
+        if level:
+            raise ValueError(f"nested deeper than {_DEEPEST} levels")
+        return value
+    except (ValueError, RecursionError) as fault:
+        reason = " ".join(str(fault).split())
+        raise error(f"{path}: not readable as JSON ({reason}), expected {expected}") from None
+
+
+def numbered_lines(
+    path: str | os.PathLike[str], longest: int, expected: str, error: type[UserError] = UserError
+) -> Iterator[tuple[int, str]]:
+    """The lines of a text file with their ends, from number 1; foreign bytes become U+FFFD.
+
+    A line of more than `longest` characters is refused before it is held: raises `error`, and OSError.
+    """
+    with io.TextIOWrapper(open_bounded(path, error), "utf-8-sig", "replace", newline="") as file:
+        number = 0
+        while line := file.readline(longest + 1):
+            number += 1
+            if len(line) > longest:
+                raise error(f"{path}: line {number}: longer than {longest} characters, expected {expected}")
+            yield number, line
+
+
+def open_own(path: str | os.PathLike[str], mode: str) -> IO[Any]:
+    """Opens a file of a run's own folder to write or append, in UTF-8 where it is text.
+
+    Raises UserError for a link: in a folder from elsewhere it may lead to any file of the user's.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+    try:
+        return open(path, mode, encoding=None if "b" in mode else "utf-8", opener=opener)
+    except OSError as fault:
+        if fault.errno != errno.ELOOP:
+            raise
+        raise UserError(f"{path}: a link, which nothing is written through; remove it") from None
+
+
+def check_file(path: Path) -> None:
+    """Raise UserError when `new_file` could not write there: to know before hours of work."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"{path}: cannot be written; give a file in a folder that exists")
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file to write, alone in a folder beside `path`; it takes that name when the block ends well.
+
+    A link of that name is replaced, not followed.
+    """
+    check_file(path)
+    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        file = Path(folder) / "whole"
+        yield file
+        file.replace(path)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text as UTF-8, whole or not at all."""
+    try:
+        with new_file(path) as file:
+            file.write_text(text, encoding="utf-8")
+    # That of a full disk names no file.
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _size(limit: int) -> str:
+    return f"{limit >> 20} MiB" if limit >= 1 << 20 else f"{limit} bytes"

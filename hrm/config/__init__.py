@@ -1,0 +1,1 @@
+"""The configuration: keys, defaults, ranges, presets and the command line."""

@@ -1,0 +1,273 @@
+"""The keys of a run's configuration: each with its default, its meaning and the values it takes."""
+
+import os
+from bisect import bisect_right
+from dataclasses import MISSING, asdict, dataclass, field, replace
+from itertools import accumulate
+from typing import Any, Literal
+
+from hrm.config.cli import key
+from hrm.config.presets import folder_name
+
+_UNPRINTABLE = r"\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"
+_PATH: dict[str, Any] = {"pattern": rf"(?=.*\S)[^{_UNPRINTABLE}]{{1,4000}}", "form": "a path"}
+_RESUME = {**_PATH, "form": "auto, none or a path"}
+_NAME: dict[str, Any] = {
+    "pattern": rf"(?=.*\S)(?!\.{{1,2}}$)[^/\\{_UNPRINTABLE}]{{1,80}}",
+    "form": "a folder name of at most 80 characters without / or \\, other than . and ..",
+}
+
+
+@dataclass
+class SubgoalConfig:
+    """The subgoal head of feudal HRM."""
+
+    enabled: bool = key(False, "let the high-level state set goals for what comes next")
+    manager_period: int = key(4, "ACT steps between two goals of a sequence", ge=1, le=4096)
+    # None only until ArchConfig's __post_init__.
+    goal_dim: int = key(None, "width of a goal", ge=1, le=65536, shown="arch.hidden_size")
+    goal_scale: float = key(1.0, "length of a goal", gt=0, le=1000)
+    gating: bool = key(True, "learn how far to commit to a goal; false commits fully")
+    temperature: float = key(1.0, "divides the logit of that gate", gt=0, le=1000)
+
+
+@dataclass
+class ArchConfig:
+    """The model: its size, its recurrence, its halting and its variant. Defaults: HRM v1."""
+
+    hidden_size: int = key(512, "width D of every state", ge=1, le=65536)
+    num_heads: int = key(8, "attention heads; must divide hidden_size", ge=1, le=4096)
+    expansion: float = key(4.0, "SwiGLU inner width over D, before the factor 2/3", gt=0, le=64)
+    H_layers: int = key(4, "blocks of the high-level module", ge=1, le=1024)
+    L_layers: int = key(4, "blocks of the low-level module", ge=1, le=1024)
+    H_cycles: int = key(2, "high-level updates in one step", ge=1, le=1024)
+    L_cycles: int = key(2, "low-level updates for each high-level one", ge=1, le=1024)
+    halt_max_steps: int = key(16, "most ACT steps spent on one sequence", ge=1, le=4096)
+    halt_exploration_prob: float = key(0.1, "how often a random minimum of steps is drawn", ge=0, le=1)
+    q_continue: bool = key(True, "learn q_continue from a second forward pass; false saves that pass")
+    gradient: Literal["one_step", "last_cycle"] = key(
+        "one_step", "what the gradient goes through: the last update of each level, or the whole last H-cycle"
+    )
+    share_levels: bool = key(False, "one stack of L_layers blocks for both levels; H_layers is not used")
+    mlp_t: bool = key(False, "mix the tokens by a SwiGLU over them in place of attention")
+    pos_encodings: Literal["rope", "learned", "none"] = key("rope", "how positions are told apart")
+    rope_theta: float = key(10000.0, "base of the rotary frequencies", gt=0, le=1e9)
+    rms_norm_eps: float = key(1e-5, "added to the mean square in the norms", gt=0, le=1)
+    # None only until __post_init__.
+    puzzle_emb_ndim: int = key(
+        None, "width of a puzzle's embedding; 0 for none", ge=0, le=2**20, shown="arch.hidden_size"
+    )
+    puzzle_emb_len: int = key(
+        0, "tokens that a puzzle's embedding takes, zeros after it; 0: as many as it fills", ge=0, le=4096
+    )
+    use_gating: bool = key(False, "mix the sources of each module through learnt gates")
+    gating_type: Literal["standard", "attention", "hierarchical"] = key(
+        "standard", "gates by an MLP, by attention over the sources, or by a fast and a slow MLP"
+    )
+    gate_hidden_ratio: float = key(0.25, "width of the gate network over D", gt=0, le=16)
+    gate_init_bias: float = key(-2.2, "first bias of the gates; -2.2 opens them about 0.1", ge=-100, le=100)
+    gate_init_strategy: Literal["balanced", "input_focused", "hierarchy_focused"] | None = key(
+        None, "first bias of each source's gates, in place of gate_init_bias"
+    )
+    subgoal_head: SubgoalConfig = field(default_factory=SubgoalConfig)
+
+    def __post_init__(self) -> None:
+        if self.puzzle_emb_ndim is None:
+            self.puzzle_emb_ndim = self.hidden_size
+        if self.subgoal_head.goal_dim is None:
+            self.subgoal_head.goal_dim = self.hidden_size
+
+
+@dataclass
+class LossConfig:
+    """The loss."""
+
+    loss_type: Literal["stablemax_cross_entropy", "softmax_cross_entropy"] = key(
+        "stablemax_cross_entropy", "cross-entropy of the token predictions"
+    )
+    feudal_loss_weight: float = key(
+        0.0, "weight of following the subgoal; needs arch.subgoal_head.enabled", ge=0, le=1000
+    )
+    gate_saturation_weight: float = key(0.0, "weight of keeping gates off 0 and 1", ge=0, le=1000)
+    gate_entropy_weight: float = key(0.0, "weight of using all sources alike", ge=0, le=1000)
+    gate_stability_weight: float = key(0.0, "weight of gates that change little in a step", ge=0, le=1000)
+    gate_loss_warmup_steps: int = key(1000, "steps before the gate losses count", ge=0, le=10**9)
+    gate_loss_ramp_steps: int = key(1000, "steps in which they grow to their weight", ge=0, le=10**9)
+
+    @property
+    def uses_gates(self) -> bool:
+        """Whether a gate loss is on."""
+        return max(self.gate_saturation_weight, self.gate_entropy_weight, self.gate_stability_weight) > 0
+
+
+@dataclass
+class StageConfig:
+    """One stage of a progressive run; what is left out is as in arch."""
+
+    epochs: int = key(MISSING, "epochs of this stage", ge=1, le=10**9)
+    halt_max_steps: int | None = key(None, "most ACT steps in this stage", ge=1, le=4096)
+    H_cycles: int | None = key(None, "high-level updates in this stage", ge=1, le=1024)
+    L_cycles: int | None = key(None, "low-level updates in this stage", ge=1, le=1024)
+
+
+@dataclass
+class AttentionConfig:
+    """How attention is computed; the model stays the same."""
+
+    backend: Literal["auto", "triton", "flash", "sdpa"] = key(
+        "auto", "auto takes what suits the sequence's length; a named one is taken or refused"
+    )
+
+
+@dataclass
+class SudokuConfig:
+    """The built-in Sudoku data, made when data_path is not given."""
+
+    size: Literal[4, 6, 9] = key(9, "cells along a side")
+    num_train: int = key(1000, "training puzzles before augmentation", ge=1, le=10**7)
+    num_test: int = key(1000, "test puzzles", ge=1, le=10**7)
+    num_aug: int = key(1000, "augmented copies of each training puzzle", ge=0, le=10**6)
+    clues: int = key(0, "clues left in a puzzle; 0 takes away every one that is not needed", ge=0, le=81)
+    min_difficulty: int = key(0, "fewest guesses a solver must need", ge=0, le=10**6)
+    seed: int = key(0, "seed of the puzzles, apart from the run's", ge=0, le=2**32 - 1)
+
+
+@dataclass
+class Config:
+    """The run: data, optimiser, length, machine, files."""
+
+    arch: ArchConfig = field(default_factory=ArchConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    sudoku: SudokuConfig = field(default_factory=SudokuConfig)
+    preset: Literal["auto", "quick", "full"] = key("auto", "set of defaults, see Presets")
+    data_path: str | None = key(None, "folder of a puzzle data set; null makes Sudoku", **_PATH)
+    global_batch_size: int = key(768, "sequences in a step, over all devices", ge=1, le=2**20)
+    epochs: int = key(100_000, "epochs, each drawing one puzzle of every group", ge=1, le=10**9)
+    eval_interval: int | None = key(
+        10_000, "epochs between evaluations; null for one at the end", ge=1, le=10**9
+    )
+    eval_samples: int | None = key(
+        None, "test examples, drawn once, that evaluations look at; null and the end take all", ge=1, le=10**9
+    )
+    max_steps: int | None = key(None, "stop after this many training steps", ge=1, le=10**9)
+    max_seconds: float | None = key(
+        None, "save and end this process after so long; the same command goes on", gt=0, le=1e9
+    )
+    lr: float = key(1e-4, "learning rate", ge=0, le=10)
+    lr_warmup_steps: int = key(2000, "steps of linear warm-up", ge=0, le=10**9)
+    lr_min_ratio: float = key(1.0, "where the cosine ends, as a share of lr; 1 is constant", ge=0, le=1)
+    weight_decay: float = key(0.1, "decoupled weight decay", ge=0, le=1000)
+    beta1: float = key(0.9, "decay of the first moment", ge=0, lt=1)
+    beta2: float = key(0.95, "decay of the second moment", ge=0, lt=1)
+    grad_clip: float | None = key(
+        None, "scale a longer gradient down to this norm; null leaves it", gt=0, le=1e9
+    )
+    max_skipped_steps: int = key(
+        10,
+        "updates skipped in a row, for a loss or gradient that is not finite, that end the run",
+        ge=1,
+        le=10**9,
+    )
+    spike_threshold: float | None = key(
+        10.0, "how far above its usual spread a loss counts as a spike; null for not looking", ge=1, le=1e6
+    )
+    spike_rewinds: int = key(
+        0, "how often to go back to the checkpoint before a spike and on behind its batch", ge=0, le=10**6
+    )
+    ema: bool = key(False, "keep a moving average of the weights and evaluate it beside them")
+    ema_rate: float = key(0.999, "share of the average that stays at a step", ge=0, lt=1)
+    stages: list[StageConfig] | None = key(  # noqa: RUF009
+        None,
+        "train by stages, such as '[{halt_max_steps: 4, epochs: 20}, {halt_max_steps: 8, epochs: 40}]'",
+        items=StageConfig,
+    )
+    puzzle_emb_lr: float = key(1e-2, "learning rate of the puzzle embeddings", ge=0, le=10)
+    puzzle_emb_weight_decay: float = key(0.1, "weight decay of the puzzle embeddings", ge=0, le=1000)
+    seed: int = key(0, "seed of the weights, the batches and the exploration", ge=0, le=2**32 - 1)
+    device: str = key(
+        "auto",
+        "where to run; auto is cuda where there is one, else cpu",
+        pattern=r"auto|cpu|mps|cuda(:[0-9]{1,3})?",
+        form="auto, cpu, cuda, cuda:N or mps",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = key(
+        "auto", "precision of the forward pass; auto is bfloat16 on cuda, else float32"
+    )
+    mode: Literal["auto", "eager", "compile", "graph"] = key(
+        "auto", "how the step is run; auto is graph on cuda, and what measures faster on a CPU"
+    )
+    deterministic: bool = key(
+        False, "same bits in every run on the same machine; refuses what cannot be, and measures no mode"
+    )
+    rank_timeout: float = key(
+        1800.0, "seconds that ranks wait for one of them before the job ends and names it", ge=1, le=1e6
+    )
+    gradient_accumulation: int = key(
+        1,
+        "parts that each device's sequences are computed in, one after another, to save memory",
+        ge=1,
+        le=2**20,
+    )
+    project_name: str = key(None, "folder of related runs", shown="(from the data)", **_NAME)
+    run_name: str = key(None, "folder of this run", shown="(the architecture)", **_NAME)
+    output_dir: str = key("checkpoints", "a run's files go to output_dir/project_name/run_name", **_PATH)
+    checkpoint_path: str | None = key(None, "start from the weights of this run or checkpoint", **_PATH)
+    reset_puzzle_emb: bool = key(False, "with checkpoint_path: start a fresh puzzle embedding table")
+    resume: str = key("auto", "continue a run: auto the one in this run's folder, a path another", **_RESUME)
+    resume_force: bool = key(False, "continue it with other data or options than it was trained with")
+    checkpoint_every_eval: bool = key(True, "save at every evaluation, not only at the end")
+    checkpoint_interval: int | None = key(
+        None, "steps between checkpoints, besides those at evaluations; null for none", ge=1, le=10**9
+    )
+    checkpoint_seconds: float | None = key(
+        600.0, "seconds between checkpoints, besides those at evaluations; null for none", gt=0, le=1e9
+    )
+    keep_checkpoints: int | None = key(3, "newest checkpoints that stay; null keeps all", ge=1, le=10**9)
+    best_metric: Literal["exact_accuracy", "accuracy", "lm_loss"] = key(
+        "exact_accuracy",
+        "test metric by which evaluations are ranked, of the average with ema=true",
+    )
+    keep_best: bool = key(True, "never remove the checkpoint of the best evaluation")
+    early_stop_patience: int | None = key(
+        None, "stop after this many evaluations in a row without a better one", ge=1, le=10**6
+    )
+    early_stop_min_delta: float = key(0.0, "how much better an evaluation must be to count", ge=0, le=1000)
+    tracker: Literal["none", "tensorboard", "wandb"] = key("none", "where metrics go besides the files")
+    log_interval: int = key(50, "steps between logged metrics", ge=1, le=10**9)
+    profile: Literal["none", "torch", "nsys", "ncu"] = key(
+        "none", "torch writes a trace and a table; nsys and ncu mark the steps for NVIDIA's profilers"
+    )
+    profile_steps: int = key(5, "steps in the profile", ge=1, le=1000)
+    profile_after: int = key(20, "steps of this process before the profile", ge=0, le=10**9)
+    # What was chosen for the user, one line each, for the caller to show; neither a key nor saved.
+    notes: list[str] = field(
+        default_factory=list, compare=False, repr=False, metadata={"omegaconf_ignore": True}
+    )
+
+    def __post_init__(self) -> None:
+        if self.project_name is None:
+            self.project_name = project_name(self.data_path, self.sudoku.size)
+        if self.run_name is None:
+            self.run_name = "gated" if self.arch.use_gating else "v1"
+
+
+def stage_ends(config: Config) -> list[int]:
+    """The epoch at which each stage ends; the run is one stage where none are given."""
+    return list(accumulate(stage.epochs for stage in config.stages)) if config.stages else [config.epochs]
+
+
+def stage_arch(config: Config, epoch: int) -> ArchConfig:
+    """The architecture of the stage that trains the epoch `epoch`, counted from 0."""
+    if not config.stages:
+        return config.arch
+    stage = config.stages[min(bisect_right(stage_ends(config), epoch), len(config.stages) - 1)]
+    given = {name: value for name, value in asdict(stage).items() if name != "epochs" and value is not None}
+    return replace(config.arch, **given)
+
+
+def project_name(data_path: str | None, size: int) -> str:
+    """The folder of runs on a data set, or on the built-in Sudoku of `size` cells along a side."""
+    if data_path is None:
+        return f"sudoku-{size}x{size}"
+    return folder_name(os.path.basename(os.path.abspath(data_path)))

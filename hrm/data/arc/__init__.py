@@ -1,0 +1,1 @@
+"""ARC tasks: sources, augmentation and the builder."""

@@ -1,0 +1,197 @@
+"""ARC grids on their canvas, and the symmetries that make new puzzles of a task: eight turns, nine colours.
+
+A canvas is 30 x 30 tokens, row by row: 0 is padding, colour c is c + 2, and 1 ends the grid: below its last
+row and right of its last column, as far as they lie on the canvas. An augmentation turns or mirrors every
+grid of a task in the same way (`t0` to `t7`) and renames colours 1 to 9; black stays. It is named
+`<task>_t<k>_<perm>`, where digit c of perm is the new colour of colour c.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hrm.data.format import DatasetError
+
+SIDE = 30
+VOCAB_SIZE = 12
+END, FIRST_COLOUR = 1, 2
+COLOURS = 10
+# Draws for each augmentation that is asked for, before a task counts as having no more.
+TRIALS = 5
+
+# Of the turns 0 to 7; the last two mirror at the diagonals.
+TURNS: tuple[Callable[[np.ndarray], np.ndarray], ...] = (
+    lambda grid: grid,
+    lambda grid: np.rot90(grid, 1),
+    lambda grid: np.rot90(grid, 2),
+    lambda grid: np.rot90(grid, 3),
+    lambda grid: grid[:, ::-1],
+    lambda grid: grid[::-1],
+    lambda grid: grid.T,
+    lambda grid: grid[::-1, ::-1].T,
+)
+INVERSE_TURNS = (0, 3, 2, 1, 4, 5, 6, 7)
+
+# Names with ||| between their parts are those of TRM's data sets.
+_AUGMENTED = re.compile(
+    r"(?P<task>.+)(?P<rule>_|\|\|\|)t(?P<turn>[0-7])(?P=rule)(?P<colours>0[1-9]{9})", re.S
+)
+
+# What tells pairs apart: random weights of the cells of both grids, and of colours. Always the same, so that
+# a task always has the same augmentations.
+_weights = np.random.default_rng(0)
+_CELLS = _weights.integers(1 << 63, size=(2, SIDE, SIDE), dtype=np.uint64)
+_COLOURS = _weights.integers(1 << 63, size=COLOURS, dtype=np.uint64) | np.uint64(1)
+_MIX = _weights.integers(1 << 63, size=2, dtype=np.uint64) | np.uint64(1)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A grid and what becomes of it, each (rows, columns) uint8 of colours 0 to 9; output None: not known."""
+
+    input: np.ndarray
+    output: np.ndarray | None
+
+    @property
+    def grids(self) -> tuple[np.ndarray, ...]:
+        return (self.input,) if self.output is None else (self.input, self.output)
+
+
+def canvas(grid: np.ndarray, row: int = 0, col: int = 0) -> np.ndarray:
+    """Tokens (900,) uint8 of a grid (rows, columns) of colours, its upper left cell at (row, col)."""
+    return _placed(grid, row, col, SIDE).ravel()
+
+
+def grid_of(tokens: np.ndarray) -> np.ndarray | None:
+    """The grid that a canvas (900,) shows, (rows, columns) uint8 of colours; None when it shows none.
+
+    It is the largest rectangle of colours from the upper left corner on, the flattest of several, as the
+    official evaluation has it: end lines need not be whole, and a grid placed elsewhere is not found.
+    """
+    board = np.asarray(tokens).reshape(SIDE, SIDE)
+    coloured = (board >= FIRST_COLOUR) & (board < VOCAB_SIZE)
+    # How far all rows down to each are coloured.
+    widths = np.minimum.accumulate(np.cumprod(coloured, axis=1).sum(axis=1))
+    rows = int((widths * np.arange(1, SIDE + 1)).argmax()) + 1
+    columns = int(widths[rows - 1])
+    return (board[:rows, :columns] - FIRST_COLOUR).astype(np.uint8) if columns else None
+
+
+def task_of(name: str) -> str:
+    """The task that a puzzle is made of; its own name for one that is not augmented."""
+    found = _AUGMENTED.fullmatch(name)
+    return found["task"] if found else name
+
+
+def inverse(name: str) -> Callable[[np.ndarray], np.ndarray]:
+    """The function that maps a grid (rows, columns) of a puzzle of this name back to its task's.
+
+    Names are this project's, the official code's or TRM's (`<task>|||t<k>|||<perm>`). Raises DatasetError for
+    a name whose last part is no permutation.
+    """
+    found = _AUGMENTED.fullmatch(name)
+    if found is None:
+        return lambda grid: grid
+    colours = np.array([int(digit) for digit in found["colours"]], np.uint8)
+    if len(set(colours.tolist())) < COLOURS:
+        raise DatasetError(
+            f"puzzle {name!r}: {found['colours']} holds a colour twice, expected every digit once; build the "
+            "data set again"
+        )
+    back, turn = np.argsort(colours).astype(np.uint8), TURNS[INVERSE_TURNS[int(found["turn"])]]
+    return lambda grid: back[turn(grid)]
+
+
+@dataclass(frozen=True)
+class Augmentations:
+    """Symmetries of a task, the first one none: turns (N,) 0 to 7; colours (N, 10) uint8, the new colours."""
+
+    turns: np.ndarray
+    colours: np.ndarray
+
+    def names(self, task: str) -> list[str]:
+        """The names of the task's N puzzles, the first its own."""
+        digits = (self.colours + ord("0")).tobytes().decode("ascii")
+        codes = (digits[first : first + COLOURS] for first in range(COLOURS, len(digits), COLOURS))
+        turns = self.turns[1:].tolist()
+        return [task, *(f"{task}_t{turn}_{code}" for turn, code in zip(turns, codes, strict=True))]
+
+
+def draw(pairs: Sequence[Pair], num_aug: int, rng: np.random.Generator) -> Augmentations:
+    """Up to num_aug random symmetries of a task that make another puzzle each, after the one that is none.
+
+    Puzzles are the same when they have the same pairs, in any order; they are told apart by a 64-bit hash.
+    TRIALS * num_aug are drawn, so that a task with few different puzzles gets fewer.
+    """
+    count = TRIALS * num_aug
+    turns = np.concatenate([[0], rng.integers(len(TURNS), size=count)])
+    colours = np.tile(np.arange(COLOURS, dtype=np.uint8), (count + 1, 1))
+    colours[1:, 1:] = rng.random((count, COLOURS - 1)).argsort(axis=1) + 1
+    first = np.unique(_hashes(pairs, turns, colours), return_index=True)[1]
+    kept = np.sort(first)[: num_aug + 1]
+    return Augmentations(turns[kept], colours[kept])
+
+
+def token_arrays(
+    pairs: Sequence[Pair], made: Augmentations, rng: np.random.Generator | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and labels (N * E, 900) uint8 of a task's E pairs under N symmetries, puzzle by puzzle.
+
+    rng: places both grids of a pair at random, the same place for both, where they fit; of every puzzle one
+    pair, chosen at random, stays in the upper left corner. None: all stay there. The labels of a pair without
+    an output are padding.
+    """
+    count, slots = len(made.turns), len(pairs)
+    places = np.zeros((count, slots, 2), np.int64)
+    if rng is not None:
+        sizes = np.array([np.max([grid.shape for grid in pair.grids], axis=0) for pair in pairs])
+        # By turn: all but half turns and plain mirrors exchange rows and columns.
+        turned = np.stack([sizes[:, ::-1] if _swaps(turn) else sizes for turn in range(len(TURNS))])
+        places = rng.integers(SIDE - turned[made.turns] + 1)
+        places[np.arange(count), rng.integers(slots, size=count)] = 0
+    table = np.zeros((count, VOCAB_SIZE), np.uint8)
+    table[:, END], table[:, FIRST_COLOUR:] = END, made.colours + FIRST_COLOUR
+    columns = np.arange(count)[:, None]
+    both = np.zeros((2, count, slots, SIDE * SIDE), np.uint8)
+    for slot, pair in enumerate(pairs):
+        for result, grid in zip(both, pair.grids, strict=False):
+            # With room around every turn of the grid: moving a window on it moves the grid.
+            wide = np.stack([_placed(turn(grid), SIDE - 1, SIDE - 1, 2 * SIDE - 1) for turn in TURNS])
+            windows = np.lib.stride_tricks.sliding_window_view(wide, (SIDE, SIDE), axis=(1, 2))
+            rows, cols = (SIDE - 1 - places[:, slot]).T
+            boards = windows[made.turns, rows, cols].reshape(count, -1)
+            result[:, slot] = table[columns, boards]
+    inputs, labels = both.reshape(2, count * slots, SIDE * SIDE)
+    return inputs, labels
+
+
+def _placed(grid: np.ndarray, row: int, col: int, side: int) -> np.ndarray:
+    # A line more takes the end lines that fall off the canvas.
+    board = np.zeros((side + 1, side + 1), np.uint8)
+    bottom, right = row + grid.shape[0], col + grid.shape[1]
+    board[row:bottom, col:right] = grid + FIRST_COLOUR
+    board[bottom, col:right] = END
+    board[row:bottom, right] = END
+    return board[:side, :side]
+
+
+def _swaps(turn: int) -> bool:
+    return TURNS[turn](np.zeros((1, 2))).shape == (2, 1)
+
+
+def _hashes(pairs: Sequence[Pair], turns: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """A number for every augmented task (N,) uint64, equal for equal ones, whatever the order of pairs."""
+    # For every turn and pair, the weight of the cells of each colour, black ones too: so shapes count.
+    weights = np.zeros((len(TURNS), len(pairs), COLOURS), np.uint64)
+    for number, turn in enumerate(TURNS):
+        for slot, pair in enumerate(pairs):
+            for side, grid in enumerate(map(turn, pair.grids)):
+                rows, cols = grid.shape
+                np.add.at(weights[number, slot], grid, _CELLS[side, :rows, :cols])
+    keys = np.einsum("nec,nc->ne", weights[turns], _COLOURS[colours])
+    # Sums of sums would not tell which cell belongs to which pair.
+    for factor in _MIX:
+        keys = (keys ^ (keys >> np.uint64(31))) * factor
+    return (keys ^ (keys >> np.uint64(31))).sum(axis=1)

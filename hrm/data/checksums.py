@@ -1,0 +1,135 @@
+"""That the files of a split are those that were written, and stay those that were opened.
+
+Builders leave a `checksums.json` beside the arrays, `{file name: {"size": bytes, "sha256": hex}}`, by which a
+flipped byte is found and its file named; the official data sets have none. What a run has opened it looks at
+again before every batch: to read the mapping of a file behind where it was cut would end the process.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hrm.data.format import DatasetError, short
+
+CHECKSUMS = "checksums.json"
+# Small enough to be in the cache still for the second digest.
+_PIECE_BYTES = 1 << 18
+
+# Of each file by name: {"size": bytes, "sha256": hex}.
+Sums = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What files hold: the fingerprint of them together, and the size and digest of each."""
+
+    fingerprint: str
+    sums: Sums
+
+
+def read_contents(paths: Sequence[Path], further: Sequence[Path] = ()) -> Contents:
+    """Digests of files of different names, each read once.
+
+    paths: those of the fingerprint, SHA-256 (hex) over their sizes and bytes in that order. further: those
+    that have a digest of their own only.
+    """
+    together = hashlib.sha256()
+    sums: Sums = {}
+    buffer = memoryview(bytearray(_PIECE_BYTES))
+    for path in (*paths, *further):
+        own = hashlib.sha256()
+        digests = [own] if path in further else [own, together]
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if path not in further:
+                # The size in front keeps bytes from moving between neighbouring files unseen.
+                together.update(size.to_bytes(8, "little"))
+            while count := file.readinto(buffer):
+                for digest in digests:
+                    digest.update(buffer[:count])
+        sums[path.name] = {"size": size, "sha256": own.hexdigest()}
+    return Contents(together.hexdigest(), sums)
+
+
+def write_checksums(folder: Path, paths: Sequence[Path]) -> None:
+    """Writes the checksums.json of finished files of a folder."""
+    text = json.dumps(read_contents((), paths).sums, indent=1) + "\n"
+    (folder / CHECKSUMS).write_text(text, encoding="utf-8")
+
+
+def checksum_faults(listed: Any, found: Sums) -> Iterator[tuple[str, str]]:
+    """Where files and their checksums.json differ: the name of the file at fault, and what is wrong with it.
+
+    listed: what the checksums.json holds, whatever it is. found: the sums of the files that are there.
+    """
+    if not isinstance(listed, dict):
+        yield CHECKSUMS, f"holds {type(listed).__name__}, expected a JSON object"
+        return
+    for name in sorted(listed.keys() | found.keys()):
+        if name not in found:
+            yield CHECKSUMS, f"lists {short(name)}, which is no file of the split"
+        elif name not in listed:
+            yield CHECKSUMS, f"does not list {name}"
+        elif listed[name] != found[name]:
+            yield name, f"its bytes are not those that {CHECKSUMS} lists"
+
+
+def changed_files(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """The files that differ between two splits' `digests`, as it can be told: ["x.npy changed", ...]."""
+    both = [f"{name} changed" for name in old if name in new and new[name] != old[name]]
+    gone = [f"{name} is gone" for name in old if name not in new]
+    return [*both, *gone, *(f"{name} is new" for name in new if name not in old)]
+
+
+class _State(NamedTuple):
+    """What the system says of a file, without reading it."""
+
+    device: int
+    inode: int
+    size: int
+    written: int
+
+
+class Snapshot:
+    """Files as they lay on the disk before they were opened."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, _State | None] = {}
+
+    def add(self, *paths: Path) -> None:
+        """Remembers files, which may be missing, from now on."""
+        self._states |= {str(path): _state(str(path)) for path in paths}
+
+    def check(self, paths: Sequence[str] | None = None) -> None:
+        """Raises DatasetError naming the first of the files, or of all, that is not what it was."""
+        for path in self._states if paths is None else paths:
+            before, now = self._states[path], _state(path)
+            if now != before:
+                raise DatasetError(
+                    f"{path}: {_change(before, now)} after it was opened; put back the file as it was, "
+                    "and the same command goes on from the last checkpoint"
+                )
+
+
+def _state(path: str) -> _State | None:
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return _State(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _change(before: _State | None, now: _State | None) -> str:
+    if now is None:
+        return "was removed"
+    if before is None:
+        return "was made"
+    if now.size != before.size:
+        return f"{'was cut' if now.size < before.size else 'grew'} from {before.size:,} to {now.size:,} bytes"
+    if now.inode != before.inode or now.device != before.device:
+        return "was replaced by another file"
+    return "was written to"

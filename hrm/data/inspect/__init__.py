@@ -1,0 +1,1 @@
+"""A data set looked at: invariants, rules, pictures."""

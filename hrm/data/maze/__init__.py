@@ -1,0 +1,1 @@
+"""Mazes: sources, search and the builder."""

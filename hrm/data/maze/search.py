@@ -1,0 +1,258 @@
+"""Mazes on square grids: shortest paths, symmetries, and random ones.
+
+A maze is a uint8 array of tokens, row by row: WALL, OPEN, START, GOAL, PATH; 0 is padding. Steps go to one of
+the four neighbours of a cell.
+"""
+
+import math
+
+import numpy as np
+
+from hrm.data.sudoku.solver import compiled
+
+WALL, OPEN, START, GOAL, PATH = 1, 2, 3, 4, 5
+# Symmetries of the square; see `symmetric`.
+SYMMETRIES = 8
+
+
+def distances(passable: np.ndarray, columns: int, start: int) -> np.ndarray:
+    """Steps from `start` to every cell, (S,) int32, -1 where no way leads; a breadth-first search.
+
+    passable: (S,) bool, rows of `columns` cells.
+    """
+    steps = np.full(len(passable), -1, np.int32)
+    _flood(passable, columns, start, steps)
+    return steps
+
+
+def solve(question: np.ndarray, columns: int) -> tuple[np.ndarray, int]:
+    """The maze with a shortest path from START to GOAL marked, (S,) uint8, and its steps; 0 where none leads.
+
+    Of several shortest paths it takes the one that, followed back from the goal, goes to the first of
+    the cells nearer to the start: above, left, right, below. The maze must have a start and a goal.
+    """
+    answer = question.copy()
+    start, goal = int((question == START).argmax()), int((question == GOAL).argmax())
+    return answer, int(_solve(answer, columns, start, goal))
+
+
+def solved(questions: np.ndarray, answers: np.ndarray, columns: int) -> np.ndarray:
+    """Which answers keep every rule that `kinds` tells of, (N,) bool; questions and answers: (N, S) uint8."""
+    right = np.zeros(len(questions), np.bool_)
+    _judge(questions, answers, columns, right)
+    return right
+
+
+def random_mazes(
+    braided: bool,
+    min_length: int,
+    attempts: int,
+    states: np.ndarray,
+    questions: np.ndarray,
+    answers: np.ndarray,
+    lengths: np.ndarray,
+) -> None:
+    """Fills questions and answers, (N, S) uint8, with random mazes, and lengths (N,) with their paths' steps.
+
+    Corridors one cell wide in a frame of walls, carved by a random depth-first walk: exactly one way leads
+    from any cell to any other. braided: every dead end is opened into another corridor, so there are loops.
+    Start and goal are at random, at least min_length steps apart; where none of `attempts` mazes has such
+    cells, its length and all that follow are 0. S: the square of 5 or more. states: (N,) uint64, not 0; each
+    maze is drawn from its own, which moves on: the same arrays again give further mazes.
+    """
+    side = math.isqrt(questions.shape[1])
+    _fill(side, braided, min_length, attempts, states, questions, answers, lengths)
+
+
+def symmetric(grids: np.ndarray, symmetry: int) -> np.ndarray:
+    """Grids (..., n, n) under one of the SYMMETRIES: 0 to 3 quarter turns to the left, then mirrored left to
+    right, top to bottom, and at either diagonal."""
+    if symmetry < 4:
+        return np.rot90(grids, symmetry, axes=(-2, -1))
+    if symmetry < 6:
+        return np.flip(grids, axis=-1 if symmetry == 4 else -2)
+    transposed = grids.swapaxes(-2, -1)
+    return transposed if symmetry == 6 else transposed[..., ::-1, ::-1]
+
+
+@compiled
+def _neighbour(cell, way, columns, cells):
+    """The cell above, to the left, to the right or below; -1 outside of the grid."""
+    if way == 0:
+        return cell - columns
+    if way == 1:
+        return cell - 1 if cell % columns else -1
+    if way == 2:
+        return cell + 1 if (cell + 1) % columns else -1
+    return cell + columns if cell + columns < cells else -1
+
+
+@compiled
+def _flood(passable, columns, start, steps):
+    queue = np.empty(len(passable), np.int32)
+    steps[start] = 0
+    queue[0] = start
+    head, tail = 0, 1
+    while head < tail:
+        cell = queue[head]
+        head += 1
+        for way in range(4):
+            near = _neighbour(cell, way, columns, len(passable))
+            if near >= 0 and passable[near] and steps[near] < 0:
+                steps[near] = steps[cell] + 1
+                queue[tail] = near
+                tail += 1
+
+
+@compiled
+def _solve(maze, columns, start, goal):
+    """Marks the path in place; returns its steps, 0 where there is none."""
+    steps = np.full(len(maze), -1, np.int32)
+    _flood(maze != WALL, columns, start, steps)
+    cell = goal
+    while steps[cell] > 1:
+        for way in range(4):
+            near = _neighbour(cell, way, columns, len(maze))
+            if near >= 0 and steps[near] == steps[cell] - 1:
+                cell = near
+                break
+        maze[cell] = PATH
+    return max(steps[goal], 0)
+
+
+@compiled
+def _judge(questions, answers, columns, right):
+    steps = np.empty(questions.shape[1], np.int32)
+    for row in range(len(questions)):
+        question, answer = questions[row], answers[row]
+        start = goal = -1
+        marked = starts = goals = 0
+        kept = True
+        for cell in range(len(question)):
+            if question[cell] == START:
+                start = cell
+                starts += 1
+            elif question[cell] == GOAL:
+                goal = cell
+                goals += 1
+            kept &= WALL <= question[cell] <= GOAL
+            if question[cell] == OPEN and answer[cell] == PATH:
+                marked += 1
+            else:
+                kept &= question[cell] == answer[cell]
+        if not kept or starts != 1 or goals != 1:
+            continue
+        steps[:] = -1
+        _flood(question != WALL, columns, start, steps)
+        shortest = steps[goal]
+        steps[:] = -1
+        _flood((answer == PATH) | (answer == START) | (answer == GOAL), columns, start, steps)
+        # As many marks as the shortest path has cells: connected, they are such a path.
+        right[row] = shortest > 0 and steps[goal] == shortest and marked == shortest - 1
+
+
+@compiled
+def _below(limit, random):
+    """A random number from 0 to limit - 1, by a xorshift generator whose state is random[0]."""
+    random[0] ^= random[0] << np.uint64(13)
+    random[0] ^= random[0] >> np.uint64(7)
+    random[0] ^= random[0] << np.uint64(17)
+    return np.int64(random[0] % np.uint64(limit))
+
+
+@compiled
+def _fill(side, braided, min_length, attempts, states, questions, answers, lengths):
+    lengths[:] = 0
+    for row in range(len(questions)):
+        random = states[row : row + 1]
+        for _ in range(attempts):
+            start, goal = _carve(side, braided, min_length, random, questions[row])
+            if goal >= 0:
+                answers[row] = questions[row]
+                lengths[row] = _solve(answers[row], side, start, goal)
+                break
+        # Where one is out of reach, the next one would be looked for as long and in vain.
+        if not lengths[row]:
+            return
+
+
+@compiled
+def _carve(side, braided, min_length, random, maze):
+    """Fills `maze`; returns its start and goal, -1 where no two cells lie min_length apart.
+
+    Rooms lie at odd rows and columns of a square of odd side. An even side repeats one inner row and column
+    of walls and passages, which lengthens the passages that cross them and changes nothing else.
+    """
+    rooms = (side - 1) // 2
+    odd = 2 * rooms + 1
+    grid = np.full(odd * odd, WALL, np.uint8)
+    stack = np.empty(rooms * rooms, np.int32)
+    ways = np.empty(4, np.int32)
+    stack[0] = (2 * _below(rooms, random) + 1) * odd + 2 * _below(rooms, random) + 1
+    grid[stack[0]] = OPEN
+    depth = 1
+    while depth:
+        room = stack[depth - 1]
+        count = 0
+        for way in range(4):
+            room_there = _room(room, way, odd)
+            if room_there >= 0 and grid[room_there] == WALL:
+                ways[count] = way
+                count += 1
+        if not count:
+            depth -= 1
+            continue
+        way = ways[_below(count, random)]
+        grid[_neighbour(room, way, odd, odd * odd)] = OPEN
+        stack[depth] = _room(room, way, odd)
+        grid[stack[depth]] = OPEN
+        depth += 1
+    if braided:
+        for number in range(rooms * rooms):
+            room = (2 * (number // rooms) + 1) * odd + 2 * (number % rooms) + 1
+            count = doors = 0
+            for way in range(4):
+                if grid[_neighbour(room, way, odd, odd * odd)] == OPEN:
+                    doors += 1
+                elif _room(room, way, odd) >= 0:
+                    ways[count] = way
+                    count += 1
+            if doors == 1:
+                grid[_neighbour(room, ways[_below(count, random)], odd, odd * odd)] = OPEN
+    row_cut = column_cut = side
+    if odd < side:
+        row_cut = 2 * _below(rooms - 1, random) + 2
+        column_cut = 2 * _below(rooms - 1, random) + 2
+    for row in range(side):
+        for column in range(side):
+            maze[row * side + column] = grid[(row - (row > row_cut)) * odd + column - (column > column_cut)]
+    return _ends(side, min_length, random, maze)
+
+
+@compiled
+def _room(room, way, odd):
+    """The next room in a direction, -1 beyond the frame."""
+    row, column = room // odd, room % odd
+    if (way == 0 and row < 2) or (way == 1 and column < 2):
+        return -1
+    if (way == 2 and column >= odd - 2) or (way == 3 and row >= odd - 2):
+        return -1
+    return room + (-2 * odd, -2, 2, 2 * odd)[way]
+
+
+@compiled
+def _ends(side, min_length, random, maze):
+    cells = np.nonzero(maze == OPEN)[0]
+    steps = np.empty(len(maze), np.int32)
+    # Most starts have a goal far enough away, unless hardly any has.
+    for _ in range(16):
+        start = cells[_below(len(cells), random)]
+        steps[:] = -1
+        _flood(maze == OPEN, side, start, steps)
+        far = np.nonzero(steps >= max(1, min_length))[0]
+        if len(far):
+            goal = far[_below(len(far), random)]
+            maze[start] = START
+            maze[goal] = GOAL
+            return start, goal
+    return -1, -1

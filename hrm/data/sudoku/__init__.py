@@ -1,0 +1,1 @@
+"""Sudoku: sources, solver, symmetries and the builder."""

@@ -1,0 +1,172 @@
+"""Canonical forms: which Sudoku grids and puzzles are the same one up to relabelling and rearranging.
+
+Two solved grids are equivalent when one becomes the other by renaming the digits, permuting bands, stacks,
+the rows in a band and the columns in a stack, and where boxes are square by transposing. The canonical form
+of a grid is the least, read row by row, of all grids equivalent to it; that of a puzzle is, among the
+rearrangements that take its solution there, the one that leaves the least question. Equal forms mean
+equivalent, and nothing else does.
+
+The search: the first row of a form is 1 to n, so a choice of transposition, of first row and of an order of
+the columns names the digits; what is below then has one least order, by the first column. Of a 9x9 grid that
+leaves 2 * 9 * 1296 forms to compare, most of which the beginning of their second row rules out while the
+columns of the last stack are still open.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import permutations, product
+
+import numpy as np
+
+from hrm.data.sudoku.files import Puzzles, row_keys
+from hrm.data.sudoku.solver import BOXES, compiled
+from hrm.data.workers import over_rows
+
+
+def canonical_forms(grids: np.ndarray, questions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Canonical forms of solved grids and of puzzles that they solve, both (N, n*n) uint8.
+
+    grids, questions: (N, n*n) uint8, questions with 0 for a blank cell and else the digit of the grid.
+    """
+    size = int(grids.shape[1] ** 0.5)
+    height, width = BOXES[size]
+    forms = np.empty((len(grids), 2, size, size), np.uint8)
+    _forms(grids, questions, _column_orders(size), height, 2 if height == width else 1, forms)
+    flat = forms.reshape(len(grids), 2, -1)
+    return flat[:, 0], flat[:, 0] * flat[:, 1]
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """What training and test puzzles share up to symmetry; (N,) and (M,) bool."""
+
+    train_grids: np.ndarray
+    test_grids: np.ndarray
+    test_puzzles: np.ndarray
+
+
+def leaks(train: Puzzles, test: Puzzles, workers: int) -> Leaks:
+    """Which solutions are equivalent to one of the other split, and which test puzzles are so themselves."""
+
+    def keys(puzzles: Puzzles, name: str) -> np.ndarray:
+        # Of the forms only what tells them apart: 16 bytes a puzzle, however many there are.
+        found = np.empty((2, len(puzzles.questions)), np.uint64)
+
+        def work(part: slice) -> None:
+            forms = canonical_forms(puzzles.answers[part], puzzles.questions[part])
+            found[:, part] = [row_keys(form) for form in forms]
+
+        over_rows(work, len(puzzles.questions), workers, f"symmetries of {name}")
+        return found
+
+    ours, theirs = keys(train, "train"), keys(test, "test")
+    return Leaks(
+        train_grids=np.isin(ours[0], theirs[0]),
+        test_grids=np.isin(theirs[0], ours[0]),
+        test_puzzles=np.isin(theirs[1], ours[1]),
+    )
+
+
+@lru_cache
+def _column_orders(size: int) -> np.ndarray:
+    """All orders of the columns that keep stacks together, those of the last stack varying fastest."""
+    width = BOXES[size][1]
+    stacks = [range(first, first + width) for first in range(0, size, width)]
+    return np.array(
+        [
+            [column for stack in inside for column in stack]
+            for outer in permutations(stacks)
+            for inside in product(*map(permutations, outer))
+        ],
+        np.int64,
+    )
+
+
+@compiled
+def _forms(grids, questions, orders, height, turns, forms):
+    size = orders.shape[1]
+    square = np.empty((2, size, size), np.uint8)
+    for number in range(len(grids)):
+        forms[number] = 255
+        for turn in range(turns):
+            for row in range(size):
+                for column in range(size):
+                    cell = column * size + row if turn else row * size + column
+                    square[0, row, column] = grids[number, cell]
+                    square[1, row, column] = questions[number, cell] > 0
+            _lower(square, orders, height, forms[number])
+
+
+@compiled
+def _lower(square, orders, height, best):
+    """Lowers `best` to the least form of a grid; layer 0 of both holds digits, layer 1 tells the clues."""
+    size = orders.shape[1]
+    width = size // height
+    known = size - width
+    # Orders in a row that differ in the last stack alone.
+    block = 1
+    for factor in range(2, width + 1):
+        block *= factor
+    label = np.empty(size + 1, np.uint8)
+    rows = np.empty(size, np.int64)
+    for first in range(size):
+        band = first - first % height
+        for second in range(band, band + height):
+            if second == first:
+                continue
+            for begin in range(0, len(orders), block):
+                for column in range(size):
+                    # What the last stack will name is not known yet, but not less than this.
+                    label[square[0, first, orders[begin, column]]] = min(column, known) + 1
+                above = False
+                for column in range(known):
+                    digit = label[square[0, second, orders[begin, column]]]
+                    if digit != best[0, 1, column]:
+                        above = digit > best[0, 1, column]
+                        break
+                if above:
+                    continue
+                for order in orders[begin : begin + block]:
+                    for column in range(known, size):
+                        label[square[0, first, order[column]]] = column + 1
+                    _least_rows(square, order, label, height, rows)
+                    if rows[1] == second and _is_less(square, order, label, rows, best):
+                        for row in range(size):
+                            for column in range(size):
+                                best[0, row, column] = label[square[0, rows[row], order[column]]]
+                                best[1, row, column] = square[1, rows[row], order[column]]
+
+
+@compiled
+def _least_rows(square, order, label, height, rows):
+    """The least order of the rows: by their first digit, bands staying together."""
+    size = len(order)
+    row_of = np.empty(size + 1, np.int64)
+    for row in range(size):
+        row_of[label[square[0, row, order[0]]]] = row
+    place = 0
+    placed = 0
+    for digit in range(1, size + 1):
+        band = row_of[digit] // height
+        if placed >> band & 1:
+            continue
+        placed |= 1 << band
+        for following in range(digit, size + 1):
+            if row_of[following] // height == band:
+                rows[place] = row_of[following]
+                place += 1
+
+
+@compiled
+def _is_less(square, order, label, rows, best):
+    for row in range(len(rows)):
+        for column in range(len(order)):
+            digit = label[square[0, rows[row], order[column]]]
+            if digit != best[0, row, column]:
+                return digit < best[0, row, column]
+    for row in range(len(rows)):
+        for column in range(len(order)):
+            clue = square[1, rows[row], order[column]]
+            if clue != best[1, row, column]:
+                return clue < best[1, row, column]
+    return False

@@ -1,0 +1,1 @@
+"""The training step and inference: compiled, captured in a CUDA graph, measured."""

@@ -1,0 +1,175 @@
+"""Solving batches of fixed size: every sequence for halt_max_steps ACT steps, or each until it halts."""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hrm.config.schema import LossConfig
+from hrm.data.dataset import IGNORE_LABEL, Batch
+from hrm.engine.cuda_graph import Program
+from hrm.engine.modes import Mode, compiled
+from hrm.engine.step_inputs import Feed
+from hrm.model.act import Carry, Outputs, act_step, initial_carry, replace_halted
+from hrm.model.hrm import HRM
+from hrm.model.losses import act_loss
+
+
+class Answers(NamedTuple):
+    """What n sequences came to.
+
+    places: (n,) int64, their places in the order they were given in. labels, predictions: (n, S) int32.
+    q_halt: (n,) float32. steps: (n,) int32, ACT steps taken.
+    """
+
+    places: np.ndarray
+    labels: np.ndarray
+    predictions: np.ndarray
+    q_halt: np.ndarray
+    steps: np.ndarray
+
+
+class Inference:
+    """The model at one batch size, without gradient: eager, compiled or captured as a mode says.
+
+    After `run` or `solve`, until the next: predictions (B, S) int32, q_halt (B,), and sums, the metric sums
+    of `act_loss` in float32 in the order of `names`. Weights are read where they are, so what
+    training does to them counts at the next call.
+    """
+
+    def __init__(self, model: HRM, batch_size: int, seq_len: int, *, mode: Mode, loss: LossConfig) -> None:
+        device = model.H_init.device
+        self.model, self.loss = model, loss
+        self._feed = Feed(batch_size, seq_len, device)
+        # All halted, which the first step replaces.
+        self._blank = initial_carry(model, batch_size, seq_len, device)
+        self.predictions = torch.zeros(batch_size, seq_len, dtype=torch.int32, device=device)
+        self.q_halt = torch.zeros(batch_size, dtype=torch.float32, device=device)
+        self.names: list[str] = []
+        self.sums = torch.zeros(0, device=device)
+        self._step = compiled(self._act_step) if mode.compiled else self._act_step
+        self._program = Program(self._solve, device, captured=mode.captured)
+
+    def _act_step(self, carry: Carry, puzzle_rows: Tensor | None) -> tuple[Carry, Outputs]:
+        return act_step(self.model, carry, puzzle_rows, None)
+
+    def _solve(self) -> None:
+        model = self.model
+        carry = replace_halted(model, self._blank, self._feed.fresh)
+        puzzle_rows = None
+        if model.puzzle_emb is not None:
+            puzzle_rows = model.puzzle_emb(carry.puzzle_identifiers)
+        for _ in range(model.arch.halt_max_steps):
+            carry, outputs = self._step(carry, puzzle_rows)
+        self.predictions.copy_(model.lm_head(outputs.answer).argmax(-1))
+        self.q_halt.copy_(outputs.q_halt_logits)
+        _, sums = act_loss(self.loss, model.lm_head.weight, carry, outputs)
+        vector = torch.stack([value.to(torch.float32) for value in sums.values()])
+        if not self.names:
+            self.names, self.sums = list(sums), torch.zeros_like(vector)
+        self.sums.copy_(vector)
+
+    @torch.no_grad()
+    def run(self, batch: Batch) -> None:
+        """Solves a batch's sequences and counts their metrics; does not wait for the device."""
+        self._feed.push(batch)
+        self._program()
+
+    def solve(self, inputs: np.ndarray, puzzle_identifiers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The answers to inputs (B, S) of puzzles (B,), int32: predictions (B, S) int32, q_halt (B,) float32.
+
+        Waits for the device. Raises ValueError for arrays of other shapes.
+        """
+        inputs, puzzle_identifiers = np.asarray(inputs), np.asarray(puzzle_identifiers)
+        # They would be repeated to fill the batch.
+        B, S = self.predictions.shape
+        if inputs.shape != (B, S) or puzzle_identifiers.shape != (B,):
+            raise ValueError(
+                f"solve: inputs must be {(B, S)} and puzzle_identifiers {(B,)}, "
+                f"got {inputs.shape} and {puzzle_identifiers.shape}"
+            )
+        self.run(Batch(inputs, np.full_like(inputs, IGNORE_LABEL), puzzle_identifiers))
+        return self.predictions.cpu().numpy().copy(), self.q_halt.cpu().numpy().copy()
+
+    def answers(self, batches: Iterable[tuple[Batch, int]]) -> Iterator[Answers]:
+        """The answers to the first rows of each batch, as many as the number beside it, batch by batch."""
+        first = 0
+        for batch, count in batches:
+            self.run(batch)
+            places = np.arange(first, first + count)
+            steps = np.full(count, self.model.arch.halt_max_steps, np.int32)
+            predictions, q_halt = (of[:count].cpu().numpy().copy() for of in (self.predictions, self.q_halt))
+            yield Answers(places, batch.labels[:count], predictions, q_halt, steps)
+            first += count
+
+
+class EarlyExit:
+    """The model at one batch size, without gradient, each sequence until it halts.
+
+    A sequence halts as in training without exploration: when q_halt is above q_continue (above 0 without
+    one), at the latest after halt_max_steps. Its row then goes on with the next sequence, so the shapes stay,
+    and a step costs what it does in `Inference`; the rows that are left over at the end are counted nowhere.
+    The host looks at who has halted after every step.
+    """
+
+    def __init__(self, model: HRM, batch_size: int, seq_len: int, *, mode: Mode) -> None:
+        device = model.H_init.device
+        self.model = model
+        self._feed = Feed(batch_size, seq_len, device)
+        self._carry = initial_carry(model, batch_size, seq_len, device)
+        self._predictions = torch.zeros(batch_size, seq_len, dtype=torch.int32, device=device)
+        self._q_halt = torch.zeros(batch_size, dtype=torch.float32, device=device)
+        self._step = compiled(self._act_step) if mode.compiled else self._act_step
+        self._program = Program(self._turn, device, captured=mode.captured)
+
+    def _act_step(self, carry: Carry, puzzle_rows: Tensor | None, least: Tensor) -> tuple[Carry, Outputs]:
+        return act_step(self.model, carry, puzzle_rows, least, with_target=False)
+
+    def _turn(self) -> None:
+        model = self.model
+        carry = replace_halted(model, self._carry, self._feed.fresh)
+        puzzle_rows = None
+        if model.puzzle_emb is not None:
+            puzzle_rows = model.puzzle_emb(carry.puzzle_identifiers)
+        # The fewest steps are pushed as 0.
+        carry, outputs = self._step(carry, puzzle_rows, self._feed.min_halt_steps)
+        self._predictions.copy_(model.lm_head(outputs.answer).argmax(-1))
+        self._q_halt.copy_(outputs.q_halt_logits)
+        for old, new in zip(self._carry, carry, strict=True):
+            old.copy_(new)
+
+    @torch.no_grad()
+    def answers(self, batches: Iterable[tuple[Batch, int]]) -> Iterator[Answers]:
+        """The answers to what `Inference.answers` takes, in the order in which the sequences halt."""
+        B, S = self._predictions.shape
+        held = Batch(
+            np.zeros((B, S), np.int32), np.full((B, S), IGNORE_LABEL, np.int32), np.zeros(B, np.int32)
+        )
+        fields = [(getattr(held, name), name) for name in vars(held)]
+        waiting = ((batch, row) for batch, count in batches for row in range(count))
+        # The place of the sequence in each row, -1 for none.
+        places, given = np.full(B, -1), 0
+        halted = np.ones(B, bool)
+        self._carry.halted.fill_(True)
+        while True:
+            places[halted] = -1
+            for slot in np.flatnonzero(halted):
+                following = next(waiting, None)
+                if following is None:
+                    break
+                for array, name in fields:
+                    array[slot] = getattr(following[0], name)[following[1]]
+                places[slot], given = given, given + 1
+            if (places < 0).all():
+                return
+            self._feed.push(held)
+            self._program()
+            halted = self._carry.halted.cpu().numpy().copy()
+            done = np.flatnonzero(halted & (places >= 0))
+            if len(done):
+                predictions, q_halt, steps = (
+                    of.cpu().numpy()[done] for of in (self._predictions, self._q_halt, self._carry.steps)
+                )
+                yield Answers(places[done], held.labels[done], predictions, q_halt, steps)

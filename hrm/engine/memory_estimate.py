@@ -1,0 +1,187 @@
+"""The memory that a training step takes on a device, known without running it there.
+
+A rehearsal follows every tensor from its allocation to its release, the workspaces of this project's kernels
+included. Not counted: what libraries take for themselves, the CUDA context, what the allocator rounds up or
+cannot reuse, evaluation. The step is that of mode=eager; compiled, fewer tensors come to be.
+"""
+
+import math
+import os
+import resource
+import weakref
+from bisect import bisect_left
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from hrm.checkpoint.safe_io import size_text
+from hrm.common.errors import UserError
+from hrm.config.load import Config
+from hrm.data.dataset import Batch
+from hrm.data.format import Metadata
+from hrm.engine.dry_run import Observer, Rehearsal, rehearsed
+from hrm.engine.inference import Inference
+from hrm.engine.modes import EAGER, resolve_dtype
+from hrm.model.hrm import HRM
+
+# Of a device's memory, left for what is not counted.
+RESERVE = 0.05
+# Sequences, far above where small tensors and tiles of kernels bend the line.
+_FAR = 512
+
+
+class StepMemory(NamedTuple):
+    """Bytes of one device. fixed: what lives between steps. step: what a step takes on top, at its peak."""
+
+    fixed: int
+    step: int
+
+    @property
+    def peak(self) -> int:
+        return self.fixed + self.step
+
+
+class _Storages(Observer):
+    """Bytes of the storages that are alive, and the most they ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                self._follow(tensor.untyped_storage())
+        self.peak = max(self.peak, self.live)
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        # Views and outputs written in place come with a storage that is followed already.
+        if storage._cdata not in self._sizes:
+            self._sizes[storage._cdata] = storage.nbytes()
+            self.live += storage.nbytes()
+            weakref.finalize(storage, self._released, storage._cdata)
+
+    def _released(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+
+def step_memory(config: Config, metadata: Metadata, rows: int, device: torch.device) -> StepMemory:
+    """The memory of a training step of `rows` sequences on `device`, which need not be here.
+
+    config: gives the model, the forward's dtype, the optimiser and gradient_accumulation, which must divide
+    rows. Takes about a second, whatever the sizes.
+    """
+    storages = _Storages()
+    rehearsal = Rehearsal(replace(config, global_batch_size=rows), metadata, device, storages)
+    storages.peak = fixed = storages.live
+    rehearsal.step()
+    return StepMemory(fixed, storages.peak - fixed)
+
+
+def largest_batch(
+    config: Config, metadata: Metadata, budget_bytes: int, device: torch.device, *, multiple: int = 1
+) -> int:
+    """The most sequences whose training step fits into a device's `budget_bytes`, 0 if none does.
+
+    A multiple of `multiple` and of gradient_accumulation. The peak is the highest of several sums that grow
+    linearly: a line through one sequence and many lies above it between them, and goes on with it.
+    """
+    unit = math.lcm(multiple, config.gradient_accumulation)
+    least, far = (step_memory(config, metadata, rows, device).peak for rows in (unit, _FAR * unit))
+    if least > budget_bytes:
+        return 0
+    return unit * (1 + (budget_bytes - least) * (_FAR - 1) // (far - least))
+
+
+def check_inference(config: Config, metadata: Metadata, rows: int, device: torch.device) -> None:
+    """Raise UserError where solving `rows` sequences at a time would take more memory than there is.
+
+    Told beforehand, as a system that has promised more memory than it has ends whoever takes it.
+    """
+    least, far = (_inference_peak(config, metadata, count, device) for count in (1, _FAR))
+    each, available = (far - least) / (_FAR - 1), available_bytes(device)
+    if (needed := least + (rows - 1) * each) > available:
+        # Half of it: what an allocator keeps in pieces is not counted.
+        fitting = max(0, int((available / 2 - least) // each) + 1)
+        remedy = f"batch_size={fitting} would fit" if fitting else "not even one sequence fits"
+        raise UserError(
+            f"batch_size={rows} needs about {size_text(needed)} and {device} has {size_text(available)}: "
+            + remedy
+        )
+
+
+def _inference_peak(config: Config, metadata: Metadata, rows: int, device: torch.device) -> int:
+    storages = _Storages()
+    cells = np.zeros((rows, metadata.seq_len), np.int32)
+    with rehearsed(device, storages):
+        with torch.device("meta"):
+            model = HRM(
+                # The second step finds what the first one left, and so does every later one.
+                replace(config.arch, halt_max_steps=min(2, config.arch.halt_max_steps)),
+                vocab_size=metadata.vocab_size,
+                seq_len=metadata.seq_len,
+                num_puzzle_identifiers=metadata.num_puzzle_identifiers,
+                dtype=resolve_dtype(config.dtype, device),
+            )
+            inference = Inference(model, rows, metadata.seq_len, mode=EAGER, loss=config.loss)
+        inference.run(Batch(cells, cells, np.zeros(rows, np.int32)))
+    return storages.peak
+
+
+def fewest_parts(
+    config: Config, metadata: Metadata, rows: int, budget_bytes: int, device: torch.device
+) -> int | None:
+    """The least gradient_accumulation whose step of `rows` sequences fits, None if none does."""
+    fixed = step_memory(replace(config, gradient_accumulation=1), metadata, rows, device).fixed
+
+    def fits(parts: int) -> bool:
+        # The second part finds what the first one left, and so does every later one.
+        some = min(parts, 2)
+        part = replace(config, gradient_accumulation=some)
+        return fixed + step_memory(part, metadata, some * rows // parts, device).step <= budget_bytes
+
+    choices = [parts for parts in range(1, rows + 1) if rows % parts == 0]
+    found = bisect_left(choices, True, key=fits)
+    return choices[found] if found < len(choices) else None
+
+
+def available_bytes(device: torch.device) -> int:
+    """The memory that this process can have: on CUDA what is free or its own already, else the machine's,
+    or what the process is limited to."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return machine if limit == resource.RLIM_INFINITY else min(machine, limit)
+
+
+def does_not_fit(
+    config: Config, metadata: Metadata, device: torch.device, available: int, *, ranks: int = 1
+) -> str:
+    """The error of a training step that ran out of memory: what it needs, what there is, what would fit.
+
+    available: bytes that each of the `ranks` devices has for its process. What is said to fit leaves RESERVE
+    of them.
+    """
+    rows, budget = config.global_batch_size // ranks, int(available * (1 - RESERVE))
+    needed = step_memory(config, metadata, rows, device).peak
+    text = (
+        f"global_batch_size={config.global_batch_size} needs about {size_text(needed)} on each device "
+        f"and {device} has {size_text(available)}: "
+    )
+    if needed <= budget:
+        return text + "end what else uses it, or lower global_batch_size or raise gradient_accumulation"
+    fitting = {
+        "global_batch_size": ranks * largest_batch(config, metadata, budget, device),
+        "gradient_accumulation": fewest_parts(config, metadata, rows, budget, device),
+    }
+    remedies = [f"{key}={value}" for key, value in fitting.items() if value]
+    if not remedies:
+        return text + "lower arch.hidden_size or the layers, not even one sequence fits"
+    return text + " or ".join(remedies) + " would fit"

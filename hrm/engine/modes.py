@@ -1,0 +1,151 @@
+"""How a step is run: launch by launch, compiled, or captured in a CUDA graph; and in which precision."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from hrm.common.errors import UserError
+
+# What compiling a small model took on two cores, in seconds, and the share of an eager step that it saved:
+# where a run's steps do not promise as much, it is not tried. Measured, see bench/NOTES.md.
+COMPILE_SECONDS = 40.0
+COMPILE_SAVES = 0.3
+# Of measuring a step: a large model's takes minutes on a CPU.
+ENOUGH_SECONDS = 5.0
+
+
+class Mode(NamedTuple):
+    """A resolved `mode`.
+
+    name: eager, compile or graph. compiled: forward and backward go through torch.compile. captured: the
+    step is replayed from a CUDA graph. note: what a user should know of the choice, empty if nothing.
+    """
+
+    name: str
+    compiled: bool
+    captured: bool
+    note: str = ""
+
+
+EAGER = Mode("eager", compiled=False, captured=False)
+COMPILE = Mode("compile", compiled=True, captured=False)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The forward dtype that `dtype=name` stands for: auto is bfloat16 on CUDA and float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def resolve_mode(name: str, device: torch.device) -> Mode | None:
+    """The mode that `mode=name` stands for on a device; None where auto has to be measured, on a CPU.
+
+    Raises UserError for what cannot run there.
+    """
+    cuda = device.type == "cuda"
+    if name == "eager" or (name == "auto" and device.type not in ("cpu", "cuda")):
+        return EAGER
+    if name == "auto" and not cuda:
+        return None
+    fault = compiler_fault(device)
+    if name == "compile":
+        if fault is not None:
+            raise UserError(
+                f"mode=compile: {fault}; use mode=eager, or install a C++ compiler and Python's headers"
+            )
+        return COMPILE
+    notes = [] if cuda else ["nothing to capture on a CPU, the same program runs directly"]
+    if fault is not None:
+        notes.append(f"not compiled: {fault}")
+    return Mode("graph", compiled=fault is None, captured=cuda, note="; ".join(notes))
+
+
+def compiler_fault(device: torch.device) -> str | None:
+    """Why torch.compile does not work here, found by trying it on one operation; None when it does."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    # A missing compiler, header or library shows in as many ways as there are of each.
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        return f"torch.compile fails here ({reason.splitlines()[0][:120]})"
+    return None
+
+
+def faster_mode(
+    function: Callable[..., Any],
+    whole: Callable[..., Any],
+    run: Callable[[Callable[..., Any]], None],
+    steps: int,
+    device: torch.device,
+) -> Mode:
+    """Eager or compiled, whichever takes less time for that many steps, compiling included.
+
+    run: makes one step with the function it is given: `function`, or `whole`, which is that `compiled`. Both
+    are timed; compiling is not tried where it is not likely to pay.
+    """
+    eager = _seconds(run, function)
+    if steps * eager * COMPILE_SAVES < COMPILE_SECONDS:
+        return EAGER
+    fault = compiler_fault(device)
+    if fault is not None:
+        return EAGER._replace(note=f"slower: {fault}")
+    start = time.perf_counter()
+    run(whole)
+    spent, fused = time.perf_counter() - start, _seconds(run, whole)
+    measured = f"{fused:.3f} s a step against {eager:.3f}"
+    if fused >= eager:
+        return EAGER._replace(note=f"compiled it would be {measured}")
+    return COMPILE._replace(note=f"{measured} eager; compiling took {spent:.0f} s")
+
+
+def _seconds(run: Callable[[Callable[..., Any]], None], function: Callable[..., Any]) -> float:
+    """The seconds of a step: the least of four, or of fewer where they take long."""
+    times: list[float] = []
+    while len(times) < 4 and sum(times) < ENOUGH_SECONDS:
+        start = time.perf_counter()
+        run(function)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function compiled whole, for one set of shapes.
+
+    What cannot be traced is an error at the first call, and from the second on so is whatever would have it
+    compiled again: either would make steps slow without a word. Both are UserErrors that name their cause.
+    """
+    # None of the compiler is imported before the first call.
+    whole: Callable[..., Any] | None = None
+
+    def call(*args: Any) -> Any:
+        nonlocal whole
+        if whole is not None:
+            try:
+                with torch.compiler.set_stance("fail_on_recompile"):
+                    return whole(*args)
+            except RuntimeError as error:
+                if "recompile" not in str(error):
+                    raise
+                raise UserError(
+                    f"a compiled step would have to be compiled again ({_cause(error)}); mode=eager runs it"
+                ) from error
+        first = torch.compile(function, fullgraph=True, dynamic=False)
+        try:
+            out = first(*args)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise UserError(
+                f"the step cannot be compiled whole ({_cause(error)}); mode=eager runs it"
+            ) from error
+        whole = first
+        return out
+
+    return call
+
+
+def _cause(error: Exception) -> str:
+    """The compiler's reason on one line, without where it looked first and what it advises after."""
+    reason = str(error).split("guard failure(s):")[-1].split("Hint:")[0]
+    return " ".join(reason.split()).removeprefix("- ")[:300]

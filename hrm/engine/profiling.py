@@ -1,0 +1,158 @@
+"""Named ranges in a step, and profiles of a few warm steps: `profile=torch|nsys|ncu`.
+
+A range costs one comparison while nothing is being profiled. Inside code that torch.compile has traced there
+are none: there the compiler's own kernels are what there is to see.
+"""
+
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hrm.common.errors import UserError
+from hrm.config.load import Config
+
+Say = Callable[[str], None]
+
+# Opens a range by its name, while a profile is being taken.
+_open: Callable[[str], AbstractContextManager[Any]] | None = None
+
+
+def region(name: str) -> AbstractContextManager[Any]:
+    """A range around a part of the step, shown by Nsight Systems and by torch.profiler."""
+    # In this order: code that is being compiled must not come to depend on whether a profile is taken.
+    if torch.compiler.is_compiling() or _open is None:
+        return nullcontext()
+    return _open(name)
+
+
+@contextmanager
+def opened_by(opener: Callable[[str], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Meanwhile every range is opened by `opener`."""
+    global _open
+    before, _open = _open, opener
+    try:
+        yield
+    finally:
+        _open = before
+
+
+class Stopwatch:
+    """The seconds that a part of a step takes, by a CUDA device's own clock or by the host's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events: list[torch.cuda.Event] = []
+        if device.type == "cuda":
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self._start = self._seconds = 0.0
+
+    def __enter__(self) -> None:
+        if self._events:
+            self._events[0].record()
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds = time.perf_counter() - self._start
+        if self._events:
+            self._events[1].record()
+
+    def seconds(self) -> float:
+        """Of the last time; waits for the device to have reached its end."""
+        if not self._events:
+            return self._seconds
+        self._events[1].synchronize()
+        return self._events[0].elapsed_time(self._events[1]) / 1000
+
+
+class Profile:
+    """Takes a profile of `config.profile_steps` steps once `config.profile_after` have warmed the run up.
+
+    nsys and ncu: cudaProfilerStart and cudaProfilerStop around those steps and NVTX ranges within, for a run
+    under `nsys profile --capture-range=cudaProfilerApi` or `ncu --profile-from-start off`. torch: a trace for
+    chrome://tracing or Perfetto and a table of the operations that took longest, in `run_dir`/profile.
+    captured: steps are replayed from a CUDA graph, of which only the kernels are to be seen; that is said.
+    Raises UserError for what cannot be profiled here.
+    """
+
+    def __init__(
+        self, config: Config, run_dir: Path, device: torch.device, say: Say, captured: bool = False
+    ) -> None:
+        self.kind, self.folder, self.say = config.profile, run_dir / "profile", say
+        self.first, self.last = config.profile_after + 1, config.profile_after + config.profile_steps
+        self.steps = 0
+        self.device = device
+        self._profiler: torch.profiler.profile | None = None
+        if self.kind != "none" and captured:
+            say(
+                "profile: mode=graph replays a step as one launch, so its kernels show but not its parts "
+                "(cycles, target pass, backward, optimiser); mode=compile or mode=eager shows them"
+            )
+        if self.kind in ("nsys", "ncu"):
+            if device.type != "cuda":
+                raise UserError(
+                    f"profile={self.kind} looks at a CUDA device, and this run is on {device.type}: "
+                    "use profile=torch"
+                )
+            try:
+                self._annotate = importlib.import_module("nvtx").annotate
+            except ImportError:
+                raise UserError(
+                    f"profile={self.kind} needs the package nvtx: pip install 'hrm-kernels[profile]'"
+                ) from None
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if _open is not None:
+            self._stop()
+
+    def before_step(self) -> None:
+        """Starts the profile when its first step is next."""
+        self.steps += 1
+        if self.kind != "none" and self.steps == self.first:
+            self._start()
+
+    def after_step(self) -> None:
+        """Ends the profile when its last step is done."""
+        if self.kind != "none" and self.steps == self.last:
+            self._stop()
+
+    def _start(self) -> None:
+        global _open
+        self._synchronize()
+        if self.kind == "torch":
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if self.device.type == "cuda":
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            self._profiler = torch.profiler.profile(activities=activities)
+            self._profiler.start()
+            _open = torch.profiler.record_function
+        else:
+            torch.cuda.profiler.start()
+            _open = self._annotate
+
+    def _stop(self) -> None:
+        global _open
+        _open = None
+        self._synchronize()
+        if self._profiler is None:
+            torch.cuda.profiler.stop()
+            return
+        self._profiler.stop()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        trace, table = self.folder / "trace.json.gz", self.folder / "table.txt"
+        self._profiler.export_chrome_trace(str(trace))
+        by = "self_cuda_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+        averages = self._profiler.key_averages()
+        table.write_text(averages.table(sort_by=by, row_limit=50, max_name_column_width=80) + "\n")
+        self._profiler = None
+        self.say(f"profile of steps {self.first} to {min(self.steps, self.last)}: {trace}, {table}")
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

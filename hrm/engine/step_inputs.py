@@ -1,0 +1,100 @@
+"""What a step reads from the host, at addresses that stay: one buffer, filled by one copy a step."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hrm.data.dataset import Batch
+from hrm.model.act import Sequences
+
+# Numbers in front of the data, and the int32 words that hold them in float32 or float64.
+_NUMBERS = 3
+_WORDS = 2 * _NUMBERS
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A batch on its way to a CUDA device: pinned on the host, then staged beside the buffer."""
+
+    host: Tensor
+    staged: Tensor
+    arrived: torch.cuda.Event
+    taken: torch.cuda.Event
+
+
+class Feed:
+    """Fresh sequences, fewest steps and learning rates, where a program that is replayed looks for them.
+
+    fresh: inputs, labels (B, S) and puzzle_identifiers (B,); min_halt_steps: (B,); all int32. lr,
+    puzzle_emb_lr, gate_loss_scale: () in rate_dtype. On CUDA a batch comes pinned and asynchronously on a
+    stream of its own, so that it travels while the step before runs; the host waits only when it is two
+    batches ahead.
+    """
+
+    def __init__(
+        self, rows: int, seq_len: int, device: torch.device, rate_dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.rows, self.seq_len = rows, seq_len
+        self._buffer = torch.zeros(_WORDS + 2 * rows * (seq_len + 1), dtype=torch.int32, device=device)
+        numbers = self._buffer[:_WORDS].view(rate_dtype)[:_NUMBERS]
+        self.lr, self.puzzle_emb_lr, self.gate_loss_scale = numbers
+        inputs, labels, identifiers, self.min_halt_steps = self._split(self._buffer)
+        self.fresh = Sequences(inputs, labels, identifiers)
+        self._rate_dtype = rate_dtype
+        self._slots: list[_Slot] = []
+        self._turn = 0
+        if device.type == "cuda":
+            self._side = torch.cuda.Stream(device)
+            for _ in range(2):
+                staged = torch.empty_like(self._buffer)
+                host = torch.zeros(self._buffer.shape, dtype=torch.int32, pin_memory=True)
+                self._slots.append(_Slot(host, staged, torch.cuda.Event(), torch.cuda.Event()))
+        # On a CPU the buffer itself, written in place.
+        self._host = self._buffer if device.type == "cpu" else torch.zeros_like(self._buffer, device="cpu")
+
+    def push(
+        self,
+        batch: Batch,
+        min_halt_steps: np.ndarray | int = 0,
+        lr: float = 0.0,
+        puzzle_emb_lr: float = 0.0,
+        gate_loss_scale: float = 0.0,
+    ) -> None:
+        """Puts the next step's values in place: behind all that this stream was given, before what follows.
+
+        batch: B rows of S cells. min_halt_steps: (B,), or one number for all.
+        """
+        numbers = lr, puzzle_emb_lr, gate_loss_scale
+        if not self._slots:
+            self._write(self._host, batch, min_halt_steps, numbers)
+            if self._host is not self._buffer:
+                self._buffer.copy_(self._host)
+            return
+        slot = self._slots[self._turn]
+        self._turn = 1 - self._turn
+        slot.arrived.synchronize()
+        self._write(slot.host, batch, min_halt_steps, numbers)
+        with torch.cuda.stream(self._side):
+            self._side.wait_event(slot.taken)
+            slot.staged.copy_(slot.host, non_blocking=True)
+            slot.arrived.record()
+        current = torch.cuda.current_stream(self._buffer.device)
+        current.wait_event(slot.arrived)
+        self._buffer.copy_(slot.staged)
+        slot.taken.record(current)
+
+    def _write(
+        self, host: Tensor, batch: Batch, min_halt_steps: np.ndarray | int, numbers: tuple[float, ...]
+    ) -> None:
+        host[:_WORDS].view(self._rate_dtype)[:_NUMBERS].numpy()[:] = numbers
+        values = (batch.inputs, batch.labels, batch.puzzle_identifiers, min_halt_steps)
+        for target, value in zip(self._split(host), values, strict=True):
+            np.copyto(target.numpy(), value)
+
+    def _split(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Inputs, labels, puzzle identifiers and fewest steps in a buffer."""
+        cells, rows = self.rows * self.seq_len, self.rows
+        inputs, labels, identifiers, steps = buffer[_WORDS:].split([cells, cells, rows, rows])
+        return inputs.view(rows, -1), labels.view(rows, -1), identifiers, steps

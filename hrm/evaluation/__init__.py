@@ -1,0 +1,1 @@
+"""Metrics of a trained model and the voting over ARC augmentations."""

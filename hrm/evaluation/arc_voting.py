@@ -1,0 +1,171 @@
+"""Answers by vote: what a model predicts for the augmentations of an ARC task, mapped back and counted.
+
+Every augmentation of a test votes for one grid. The official evaluations, of HRM and of TRM, rank grids by
+votes and those of equal votes by their mean q_halt; a prediction that shows no grid votes for the empty one.
+A test is solved at k when its answer is among the first k.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hrm.common.files import read_json
+from hrm.data.arc.augment import Pair, grid_of, inverse, task_of
+from hrm.data.dataset import PuzzleDataset
+from hrm.data.format import MAX_NAMES_BYTES, DatasetError
+
+# By name, what ranks a grid of so many votes and so large a sum of their q_halt.
+RANKINGS = {
+    "votes": lambda votes, q_halt: (votes, q_halt / votes),
+    "q_halt": lambda votes, q_halt: (q_halt, votes),
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A grid (rows, columns) uint8, its votes, and the mean of their q_halt."""
+
+    grid: np.ndarray
+    votes: int
+    q_halt: float
+
+
+class Votes:
+    """The votes of the tests of every task; memory grows with the different grids voted for.
+
+    tests: by task, its test pairs, as `read_tests` has them; tests with the same input share their votes.
+    ranking: "votes", the official one, or "q_halt", where every vote counts as much as its q_halt. Grids of
+    the same rank stand in the order of their shapes and cells, whatever the order of the votes.
+    """
+
+    def __init__(self, tests: Mapping[str, Sequence[Pair]], ranking: str = "votes") -> None:
+        self.tests = tests
+        self._rank = RANKINGS[ranking]
+        # By task and input, by grid: votes and the sum of q_halt. A grid lies here once, as its key.
+        self._votes: dict[str, dict[bytes, dict[bytes, tuple[int, float]]]] = {
+            task: {_key(pair.input): {} for pair in pairs} for task, pairs in tests.items()
+        }
+
+    def add(self, name: str, inputs: np.ndarray, prediction: np.ndarray, q_halt: float) -> None:
+        """Counts the vote of one example.
+
+        name: of its puzzle, in identifiers.json; inputs and prediction: tokens (900,); q_halt: the
+        probability, 0 to 1. Raises DatasetError when no test is meant, ValueError for another q_halt.
+        """
+        if not 0 <= q_halt <= 1:
+            raise ValueError(f"q_halt is {q_halt}, expected a probability")
+        task, back = task_of(name), inverse(name)
+        asked = grid_of(inputs)
+        of_task = self._votes.get(task)
+        counts = None if asked is None or of_task is None else of_task.get(_key(back(asked)))
+        if counts is None:
+            raise DatasetError(
+                f"puzzle {name!r}: its input is no test of task {task!r}; take the identifiers and the "
+                "examples of one data set"
+            )
+        grid = grid_of(prediction)
+        key = _key(np.zeros((0, 0), np.uint8) if grid is None else back(grid))
+        votes, total = counts.get(key, (0, 0.0))
+        counts[key] = votes + 1, total + float(q_halt)
+
+    def ranked(self, task: str, test: int) -> list[Answer]:
+        """The answers to a task's test (counted from 0), best first; none when nothing voted."""
+        # Sorted by grid before, and stable: so ties do not depend on who voted first.
+        counts = sorted(self._votes[task][_key(self.tests[task][test].input)].items())
+        counts.sort(key=lambda item: self._rank(*item[1]), reverse=True)
+        return [Answer(_grid(key), votes, total / votes) for key, (votes, total) in counts]
+
+    def pass_at(self, ks: Sequence[int], whole_tasks: bool = False) -> dict[int, float]:
+        """By k, the part of the tasks solved with k answers to each test; empty when no answer is known.
+
+        A task counts with the part of its tests that is solved, as for ARC Prize and in TRM's evaluation;
+        whole_tasks: with all of them or not at all, as in HRM's. Tests without a known answer do not count,
+        tests without a vote are not solved.
+        """
+        solved: dict[int, list[float]] = {k: [] for k in ks}
+        for task, pairs in self.tests.items():
+            known = [number for number, pair in enumerate(pairs) if pair.output is not None]
+            places = [self._place(task, number) for number in known]
+            for k in ks if known else ():
+                hits = [place is not None and place < k for place in places]
+                solved[k].append(float(all(hits)) if whole_tasks else sum(hits) / len(hits))
+        return {k: sum(parts) / len(parts) for k, parts in solved.items() if parts}
+
+    def _place(self, task: str, test: int) -> int | None:
+        """How many answers stand before the right one."""
+        output = self.tests[task][test].output
+        assert output is not None
+        found = (
+            place
+            for place, answer in enumerate(self.ranked(task, test))
+            if np.array_equal(answer.grid, output)
+        )
+        return next(found, None)
+
+
+def submission(votes: Votes) -> dict[str, list[dict[str, list[list[int]]]]]:
+    """The two best answers to every test, as Kaggle's competitions of ARC Prize want them in submission.json.
+
+    The best stands twice where there is no second one, a black cell where there is none; empty grids are
+    passed over.
+    """
+    result: dict[str, list[dict[str, list[list[int]]]]] = {}
+    for task, pairs in votes.tests.items():
+        result[task] = []
+        for number in range(len(pairs)):
+            grids = [answer.grid.tolist() for answer in votes.ranked(task, number) if answer.grid.size]
+            first, second = [*grids, *(grids[:1] or [[[0]]]) * 2][:2]
+            result[task].append({"attempt_1": first, "attempt_2": second})
+    return result
+
+
+def read_names(folder: str | Path) -> list[str]:
+    """The name of every puzzle identifier of a data set, from its identifiers.json. Raises DatasetError."""
+    path = Path(folder) / "identifiers.json"
+    expected = "the list of names that the builder of the data set wrote; build or copy it again"
+    try:
+        names = read_json(path, MAX_NAMES_BYTES, expected, DatasetError)
+    except FileNotFoundError:
+        raise DatasetError(f"{path}: no such file, expected {expected}") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DatasetError(f"{path}: no list of names, expected {expected}")
+    return names
+
+
+def read_tests(dataset: PuzzleDataset, names: Sequence[str]) -> dict[str, list[Pair]]:
+    """The tests of every task of an ARC test split, in its order: its puzzles that are not augmented.
+
+    names: see `read_names`. Works on data sets of this project, of HRM and of TRM. Raises DatasetError.
+    """
+    where = dataset.folder
+    if len(names) != dataset.metadata.num_puzzle_identifiers:
+        raise DatasetError(
+            f"{where.parent / 'identifiers.json'}: {len(names)} names, expected "
+            f"{dataset.metadata.num_puzzle_identifiers} as {where / 'dataset.json'} says; build both together"
+        )
+    tests: dict[str, list[Pair]] = {}
+    for set_name, part in dataset.sets.items():
+        dataset.check_unchanged(set_name)
+        for puzzle, identifier in enumerate(part.puzzle_identifiers.tolist()):
+            name = names[identifier]
+            if task_of(name) != name:
+                continue
+            first, last = part.puzzle_indices[puzzle : puzzle + 2].tolist()
+            for example in range(first, last):
+                asked = grid_of(part.inputs[example])
+                if asked is None:
+                    raise DatasetError(
+                        f"{where}: example {example} of {name!r} shows no grid, expected ARC tasks"
+                    )
+                tests.setdefault(name, []).append(Pair(asked, grid_of(part.labels[example])))
+    return tests
+
+
+def _key(grid: np.ndarray) -> bytes:
+    return bytes(grid.shape) + np.ascontiguousarray(grid).tobytes()
+
+
+def _grid(key: bytes) -> np.ndarray:
+    return np.frombuffer(key[2:], np.uint8).reshape(key[0], key[1])

@@ -1,0 +1,291 @@
+"""What a model makes of a data set: metrics by set and difficulty, halting by choice, votes, its answers."""
+
+import json
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from hrm.checkpoint.load_model import Trained
+from hrm.common.errors import UserError
+from hrm.common.files import new_file, write_whole
+from hrm.data.dataset import IGNORE_LABEL, Batch, PuzzleDataset, test_batches
+from hrm.data.format import PuzzleSet, read_difficulty
+from hrm.data.puzzle_kinds import kind_of
+from hrm.engine.inference import Answers, EarlyExit, Inference
+from hrm.engine.metrics import PER_HALTED, means
+from hrm.engine.modes import Mode
+from hrm.evaluation.arc_voting import Votes, read_names, read_tests, submission
+
+# By how many degrees of difficulty the examples of a set are told apart, about as many in each.
+BUCKETS = 5
+# Of how many examples a solver finds out the difficulty, where the data set does not tell it.
+RATED = 10_000
+# How many answers to an ARC test may be given, the official evaluations' numbers.
+ATTEMPTS = (1, 2, 5, 10, 100, 1000)
+
+# Metrics by name; under "difficulty" and "eval_act" those of a part and of another way.
+Metrics = dict[str, Any]
+# What is told the answers of a set, batch by batch.
+Listener = Callable[[str, Answers], None]
+
+
+class Scores:
+    """What each of `count` sequences came to, by its place: the few bytes of it that metrics are made of."""
+
+    def __init__(self, count: int) -> None:
+        self.exact, self.q_right, self.counted = (np.zeros(count, bool) for _ in range(3))
+        self.accuracy, self.steps = np.zeros(count, np.float32), np.zeros(count, np.int16)
+
+    def add(self, answers: Answers) -> None:
+        """Takes up some sequences."""
+        places, valid = answers.places, answers.labels != IGNORE_LABEL
+        right = ((answers.predictions == answers.labels) & valid).sum(axis=1)
+        cells = valid.sum(axis=1)
+        self.exact[places] = right == cells
+        self.q_right[places] = (answers.q_halt >= 0) == (right == cells)
+        self.accuracy[places] = right / np.maximum(cells, 1)
+        self.steps[places] = answers.steps
+        self.counted[places] = cells > 0
+
+    def metrics(self, chosen: np.ndarray | None = None) -> Metrics:
+        """The means over the sequences at the places `chosen`, or over all; those without labels left out."""
+        places = np.flatnonzero(self.counted)
+        if chosen is not None:
+            places = chosen[self.counted[chosen]]
+        of_each: tuple[np.ndarray, ...] = (self.accuracy, self.exact, self.q_right, self.steps)
+        sums = {
+            name: float(values[places].sum(dtype=np.float64))
+            for name, values in zip(PER_HALTED, of_each, strict=True)
+        }
+        return means({"count": len(places), **sums}, len(places))
+
+    def histogram(self, halt_max_steps: int) -> list[int]:
+        """How many sequences took 1, 2, ... halt_max_steps steps."""
+        counts: list[int] = np.bincount(self.steps[self.counted], minlength=halt_max_steps + 1).tolist()
+        return counts[1:]
+
+
+def evaluate(
+    trained: Trained,
+    dataset: PuzzleDataset,
+    *,
+    batch_size: int,
+    mode: Mode,
+    examples: Mapping[str, np.ndarray] | None = None,
+    eval_act: bool = False,
+    listeners: Sequence[Listener] = (),
+) -> dict[str, Metrics]:
+    """The metrics of every set, each sequence run for halt_max_steps steps, as training computes them.
+
+    examples: those to judge of each set, None for all. With eval_act each set has under "eval_act" what
+    comes out when a sequence stops as it halts: the same metrics, steps_histogram (sequences by steps, from
+    1), steps_saved (share). Under "difficulty", where it is known, the metrics by degrees of it. seconds: of
+    each way, with compiling. listeners: are told the answers of the full steps; places count the set's
+    examples. Memory grows by some ten bytes an example. Raises UserError when a batch does not fit.
+    """
+    model, seq_len = trained.model, dataset.metadata.seq_len
+    results: dict[str, Metrics] = {}
+    with _enough_memory(batch_size):
+        full = Inference(model, batch_size, seq_len, mode=mode, loss=trained.config.loss)
+        early = EarlyExit(model, batch_size, seq_len, mode=mode) if eval_act else None
+        for name, taken in taken_of(dataset, examples).items():
+            sums = np.zeros(0)
+            scores = Scores(len(taken))
+            start = time.perf_counter()
+            for answers in _shown(full.answers(_batches(dataset, name, taken, batch_size)), name, len(taken)):
+                scores.add(answers)
+                # In float64: the sums of a large set outgrow float32's integers.
+                batch_sums = full.sums.cpu().numpy().astype(np.float64)
+                sums = batch_sums if not len(sums) else sums + batch_sums
+                for listener in listeners:
+                    listener(name, answers)
+            named = dict(zip(full.names, sums.tolist(), strict=True))
+            metrics: Metrics = means(named, named["count"])
+            metrics |= {"count": int(metrics["count"]), "seconds": time.perf_counter() - start}
+            values, places = difficulty(dataset, name, taken)
+            if parts := dict(degrees(values)):
+                metrics["difficulty"] = {
+                    label: scores.metrics(places[chosen]) for label, chosen in parts.items()
+                }
+            if early is not None:
+                scores, start = Scores(len(taken)), time.perf_counter()
+                batches = _batches(dataset, name, taken, batch_size)
+                for answers in _shown(early.answers(batches), f"{name}, eval_act", len(taken)):
+                    scores.add(answers)
+                most, own = model.arch.halt_max_steps, scores.metrics()
+                own |= {"seconds": time.perf_counter() - start, "steps_histogram": scores.histogram(most)}
+                own["steps_saved"] = 1 - own.get("steps", most) / most
+                metrics["eval_act"] = own
+            results[name] = metrics
+    return results
+
+
+def taken_of(
+    dataset: PuzzleDataset, examples: Mapping[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """The numbers of the examples that are judged of each set, increasing; sets without any are left out."""
+    if examples is None:
+        return {name: np.arange(len(part.inputs)) for name, part in dataset.sets.items()}
+    return {name: examples[name] for name in dataset.sets if len(examples[name])}
+
+
+def _batches(
+    dataset: PuzzleDataset, name: str, taken: np.ndarray, batch_size: int
+) -> Iterator[tuple[Batch, int]]:
+    none = np.zeros(0, np.int64)
+    only = {**dict.fromkeys(dataset.sets, none), name: taken}
+    for _, batch, count in test_batches(dataset, global_batch_size=batch_size, examples=only):
+        yield batch, count
+
+
+def _shown(answers: Iterable[Answers], name: str, total: int) -> Iterator[Answers]:
+    """Passes answers on, with a bar on a terminal."""
+    with tqdm(total=total, desc=name, unit=" puzzles", leave=False, disable=None) as bar:
+        for each in answers:
+            yield each
+            bar.update(len(each.places))
+
+
+@contextmanager
+def _enough_memory(batch_size: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        # A CPU's allocator has no class of error for it.
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise UserError(
+            f"batch_size={batch_size}: so many sequences do not fit into the device's memory; lower it"
+        ) from None
+
+
+# --- difficulty
+
+
+def difficulty(dataset: PuzzleDataset, name: str, taken: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How hard examples of a set are, (n,) integers, and their places (n,) in `taken`; nothing if unknown.
+
+    As the data set tells, else for Sudoku the guesses of the solver, of a random part where there are many.
+    """
+    known = read_difficulty(dataset.folder, name, len(dataset.sets[name].inputs))
+    places = np.arange(len(taken))
+    if known is not None:
+        return known[taken], places
+    unknown = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    if kind_of(dataset.metadata).name != "sudoku":
+        return unknown
+    # Compiled code, which takes its time to load.
+    from hrm.data.sudoku.solver import solutions
+
+    if len(taken) > RATED:
+        places = np.sort(np.random.default_rng(0).choice(len(taken), RATED, replace=False))
+    dataset.check_unchanged(name)
+    tokens = dataset.sets[name].inputs[taken[places]]
+    if tokens.min() < 1:
+        return unknown
+    return np.array([solutions(grid)[1] for grid in (tokens - 1).astype(np.uint8)]), places
+
+
+def degrees(values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """The degrees of difficulty that values (n,) fall into, from easy to hard: range and indices of each.
+
+    About as many values in each, equal ones together; nothing where there is one degree alone.
+    """
+    # Of all values, how many are easier.
+    easier = np.searchsorted(np.sort(values), values)
+    degree = BUCKETS * easier // max(1, len(values))
+    numbers = np.unique(degree)
+    for number in numbers if len(numbers) > 1 else ():
+        chosen = np.flatnonzero(degree == number)
+        low, high = values[chosen].min(), values[chosen].max()
+        yield (f"{low}" if low == high else f"{low} to {high}"), chosen
+
+
+# --- answers
+
+
+class Voting:
+    """A listener that lets the augmentations of ARC tasks vote for answers; see `hrm.evaluation.arc_voting`.
+
+    taken: the examples that are judged of each set. Raises DatasetError for a data set without the names of
+    its puzzles.
+    """
+
+    def __init__(self, dataset: PuzzleDataset, taken: Mapping[str, np.ndarray]) -> None:
+        self._dataset, self._taken = dataset, taken
+        self._names = read_names(dataset.folder.parent)
+        self._votes = Votes(read_tests(dataset, self._names))
+
+    def __call__(self, name: str, answers: Answers) -> None:
+        part = self._dataset.sets[name]
+        self._dataset.check_unchanged(name)
+        examples = self._taken[name][answers.places]
+        identifiers = part.puzzle_identifiers[_puzzles(part, examples)]
+        # The sigmoid, which does not overflow this way.
+        q_halt = 0.5 * (1 + np.tanh(0.5 * answers.q_halt.astype(np.float64)))
+        for identifier, example, prediction, q in zip(
+            identifiers, examples, answers.predictions, q_halt, strict=True
+        ):
+            self._votes.add(self._names[identifier], part.inputs[example], prediction, float(q))
+
+    def metrics(self) -> Metrics:
+        """The part of the tests, by task, that is solved with so many answers to each; and of whole tasks."""
+        ways = {"pass_at": False, "pass_at_whole_tasks": True}
+        solved = {name: self._votes.pass_at(ATTEMPTS, whole) for name, whole in ways.items()}
+        return {name: {str(k): part for k, part in parts.items()} for name, parts in solved.items()}
+
+    def write_submission(self, path: Path) -> None:
+        """Writes the two best answers to every test in Kaggle's form."""
+        write_whole(path, json.dumps(submission(self._votes)) + "\n")
+
+
+@contextmanager
+def predictions_file(
+    path: Path, dataset: PuzzleDataset, taken: Mapping[str, np.ndarray]
+) -> Iterator[Listener]:
+    """A listener whose answers become the .npz file `path` when the block ends well.
+
+    It holds for every set, named as the set's own files are: predictions (n, S), q_halt (n,), steps (n,),
+    puzzle_identifiers (n,), examples (n,), the numbers of the examples in the set. On the disk, not in
+    memory, all the while. Raises UserError where it cannot be written.
+    """
+    kind = np.min_scalar_type(dataset.metadata.vocab_size - 1)
+    with new_file(path) as whole:
+        arrays: dict[str, dict[str, np.memmap]] = {}
+
+        def array(name: str, of: str, dtype: Any, *shape: int) -> np.memmap:
+            file = whole.with_name(f"{name}__{of}.npy")
+            return np.lib.format.open_memmap(file, "w+", dtype=dtype, shape=(len(taken[name]), *shape))
+
+        def listen(name: str, answers: Answers) -> None:
+            if name not in arrays:
+                part = dataset.sets[name]
+                array(name, "examples", np.int64)[:] = taken[name]
+                of_examples = part.puzzle_identifiers[_puzzles(part, taken[name])]
+                array(name, "puzzle_identifiers", np.int32)[:] = of_examples
+                arrays[name] = {
+                    "predictions": array(name, "predictions", kind, dataset.metadata.seq_len),
+                    "q_halt": array(name, "q_halt", np.float32),
+                    "steps": array(name, "steps", np.int32),
+                }
+            for of, values in arrays[name].items():
+                values[answers.places] = getattr(answers, of)
+
+        yield listen
+        for held in arrays.values():
+            for values in held.values():
+                values.flush()
+        with zipfile.ZipFile(whole, "w") as archive:
+            for file in sorted(whole.parent.glob("*.npy")):
+                archive.write(file, file.name)
+
+
+def _puzzles(part: PuzzleSet, examples: np.ndarray) -> np.ndarray:
+    return np.searchsorted(part.puzzle_indices, examples, side="right") - 1

@@ -1,0 +1,1 @@
+"""The mathematics: architectures, ACT step, losses."""

@@ -1,0 +1,196 @@
+"""Adaptive computation time: the carry between steps, halting, exploration, the target of q_continue.
+
+Source: Wang et al. 2025 (arXiv 2506.21734), after Graves 2016 (arXiv 1603.08983).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hrm.config.schema import ArchConfig
+from hrm.engine.profiling import region
+from hrm.model.gating import pack
+from hrm.model.hrm import HRM, Gated
+from hrm.model.subgoal import refreshes
+
+
+class Carry(NamedTuple):
+    """What a batch of sequences takes from one ACT step to the next.
+
+    z_H, z_L: (B, T, D) in the model's dtype. steps: (B,) int32, ACT steps taken. halted: (B,) bool, to be
+    replaced at the next step. inputs, labels: (B, S) int32, the data being worked on, labels -100 where
+    they do not count. puzzle_identifiers: (B,) int32.
+    """
+
+    z_H: Tensor
+    z_L: Tensor
+    steps: Tensor
+    halted: Tensor
+    inputs: Tensor
+    labels: Tensor
+    puzzle_identifiers: Tensor
+    goal: Tensor
+    goal_gate: Tensor
+    gates: Tensor
+
+
+class Sequences(NamedTuple):
+    """Fresh sequences to work on. inputs, labels: (B, S) int32. puzzle_identifiers: (B,) int32."""
+
+    inputs: Tensor
+    labels: Tensor
+    puzzle_identifiers: Tensor
+
+
+class Subgoal(NamedTuple):
+    """What the feudal loss looks at, with gradient.
+
+    z_L: (B, T, D). goal: (B, G), gate: (B,), those of this step, computed from its z_H where `renewed` (B,)
+    and the carried ones elsewhere.
+    """
+
+    z_L: Tensor
+    goal: Tensor
+    gate: Tensor
+    renewed: Tensor
+
+
+class Outputs(NamedTuple):
+    """What one ACT step computes.
+
+    answer: (B, S, D), the states of z_H that the head reads; their logits are the loss's business, which
+    does not keep them. q_*: (B,), the target None when not asked for. subgoal: None without a subgoal head.
+    gated: the modules' gates, L first, when asked for.
+    """
+
+    answer: Tensor
+    q_halt_logits: Tensor
+    q_continue_logits: Tensor
+    target_q_continue: Tensor | None
+    subgoal: Subgoal | None = None
+    gated: tuple[Gated, ...] | None = None
+
+
+def initial_carry(
+    model: HRM, batch_size: int, seq_len: int, device: torch.device, *, keeps_gates: bool = False
+) -> Carry:
+    """A carry whose sequences have all halted, so that the first step replaces every one of them.
+
+    keeps_gates: with room for the gates of a step, for the stability loss.
+    """
+    arch = model.arch
+    state = torch.zeros(batch_size, model.length, arch.hidden_size, dtype=model.dtype, device=device)
+    cells = torch.zeros(batch_size, seq_len, dtype=torch.int32, device=device)
+    per_sequence = torch.zeros(batch_size, dtype=torch.int32, device=device)
+    halted = torch.ones(batch_size, dtype=torch.bool, device=device)
+    wide = torch.promote_types(model.dtype, torch.float32)
+    goal_dim = arch.subgoal_head.goal_dim if model.subgoal_head is not None else 0
+    gates = state.new_zeros(batch_size, 0)
+    if keeps_gates:
+        # Three sources of L and two of H, gated by channel or by token.
+        width = 1 if arch.gating_type == "attention" else arch.hidden_size
+        gates = state.new_zeros(batch_size, model.length, 5, width)
+    return Carry(
+        z_H=state,
+        z_L=state.clone(),
+        steps=per_sequence,
+        halted=halted,
+        inputs=cells,
+        labels=cells.clone(),
+        puzzle_identifiers=per_sequence.clone(),
+        goal=torch.zeros(batch_size, goal_dim, dtype=wide, device=device),
+        goal_gate=torch.zeros(batch_size, dtype=wide, device=device),
+        gates=gates,
+    )
+
+
+def replace_halted(model: HRM, carry: Carry, fresh: Sequences) -> Carry:
+    """Puts fresh sequences where the carry's have halted, with initial states, steps 0 and no subgoal."""
+    halted = carry.halted
+    per_cell, per_state = halted[:, None], halted[:, None, None]
+    return carry._replace(
+        z_H=torch.where(per_state, model.H_init.to(carry.z_H.dtype), carry.z_H),
+        z_L=torch.where(per_state, model.L_init.to(carry.z_L.dtype), carry.z_L),
+        steps=torch.where(halted, 0, carry.steps),
+        halted=torch.zeros_like(halted),
+        inputs=torch.where(per_cell, fresh.inputs, carry.inputs),
+        labels=torch.where(per_cell, fresh.labels, carry.labels),
+        puzzle_identifiers=torch.where(halted, fresh.puzzle_identifiers, carry.puzzle_identifiers),
+        goal=torch.where(per_cell, 0, carry.goal),
+        goal_gate=torch.where(halted, 0, carry.goal_gate),
+    )
+
+
+def draw_min_halt_steps(arch: ArchConfig, seed: int, step: int, batch_size: int) -> np.ndarray:
+    """Exploration: the fewest steps each sequence must take before it may halt by choice, (B,) int32.
+
+    Uniform in [2, halt_max_steps] with probability halt_exploration_prob, otherwise 0. Drawn for the whole
+    global batch from (seed, step) alone, so it is the same however many ranks share the batch and needs no
+    state to resume.
+    """
+    if arch.halt_max_steps < 2:
+        return np.zeros(batch_size, dtype=np.int32)
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, step])))
+    explores = rng.random(batch_size) < arch.halt_exploration_prob
+    return np.where(explores, rng.integers(2, arch.halt_max_steps + 1, batch_size), 0).astype(np.int32)
+
+
+def act_step(
+    model: HRM,
+    carry: Carry,
+    puzzle_rows: Tensor | None,
+    min_halt_steps: Tensor | None,
+    *,
+    sees_gates: bool = False,
+    with_target: bool = True,
+) -> tuple[Carry, Outputs]:
+    """One ACT step on a carry without halted sequences.
+
+    puzzle_rows: (B, puzzle_emb_ndim), the rows of carry.puzzle_identifiers, or None without a puzzle table.
+    min_halt_steps: (B,) while training; None evaluates, where sequences halt at halt_max_steps only and no
+    target is computed. sees_gates: to have the gates in the outputs. with_target: False where sequences halt
+    by choice but nothing is learnt, which saves the target's pass. The new carry is detached.
+    """
+    arch, head = model.arch, model.subgoal_head
+    steps = carry.steps + 1
+    e = model.embed(carry.inputs, puzzle_rows)
+    seen: list[Gated] | None = [] if sees_gates else None
+    bias = None if head is None else head.bias(carry.goal, carry.goal_gate, model.dtype)
+    z_H, z_L = model.recur(carry.z_H, carry.z_L, e, bias=bias, seen=seen)
+    answer = z_H[:, model.puzzle_emb_len :]
+    with region("Q head"):
+        q_halt, q_continue = model.q_values(z_H)
+    goal, goal_gate, subgoal = carry.goal, carry.goal_gate, None
+    if head is not None:
+        with region("subgoal head"):
+            new_goal, new_gate = head(z_H)
+        renewed = refreshes(steps, arch.subgoal_head.manager_period)
+        goal = torch.where(renewed[:, None], new_goal, goal)
+        goal_gate = torch.where(renewed, new_gate, goal_gate)
+        subgoal = Subgoal(z_L, goal, goal_gate, renewed)
+    target = None
+    with torch.no_grad():
+        z_H, z_L = z_H.detach(), z_L.detach()
+        goal, goal_gate = goal.detach(), goal_gate.detach()
+        is_last = steps >= arch.halt_max_steps
+        halted = is_last
+        if min_halt_steps is not None and arch.halt_max_steps > 1:
+            # Without a continue head in use, stopping is worth it when it is likelier right than wrong.
+            wants_to_halt = q_halt > (q_continue if arch.q_continue else 0)
+            halted = is_last | (wants_to_halt & (steps >= min_halt_steps))
+            if arch.q_continue and with_target:
+                with region("target pass"):
+                    bias = None if head is None else head.bias(goal, goal_gate, model.dtype)
+                    next_z_H, _ = model.recur(z_H, z_L, e.detach(), queries=1, bias=bias)
+                    next_halt, next_continue = model.q_values(next_z_H)
+                best = torch.where(is_last, next_halt, torch.maximum(next_halt, next_continue))
+                target = torch.sigmoid(best)
+        gates = carry.gates
+        if seen and gates.shape[1:].numel():
+            gates = pack([gated.gates for gated in seen])
+    carry = carry._replace(
+        z_H=z_H, z_L=z_L, steps=steps, halted=halted, goal=goal, goal_gate=goal_gate, gates=gates
+    )
+    return carry, Outputs(answer, q_halt, q_continue, target, subgoal, None if seen is None else tuple(seen))

@@ -1,0 +1,227 @@
+"""The model of one ACT step: embeddings, the H/L recurrence with its one-step gradient, the heads.
+
+Shapes: B batch, S cells of the puzzle, P puzzle-embedding tokens, T = P + S, D hidden size, V vocabulary.
+Source: Wang et al. 2025, Hierarchical Reasoning Model (arXiv 2506.21734) and its official code.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hrm.config.schema import ArchConfig
+from hrm.engine.profiling import region
+from hrm.model.gating import Gates, GatingNetwork, make_gating, mix, sources_of
+from hrm.model.layers import Block, Embedding, Linear, PuzzleEmbedding, truncated_normal_
+from hrm.model.subgoal import SubgoalHead
+from kernels.matmul import use_fused
+from kernels.rope import rope_tables
+
+
+class Gated(NamedTuple):
+    """A module's gates, one (B, T, D) or (B, T, 1) for each source, and the sources, each (B, T, D)."""
+
+    gates: Gates
+    sources: tuple[Tensor, ...]
+
+
+class ReasoningModule(nn.Module):
+    """A stack of blocks over its combined sources: the sum, or the gated sum where the gate network is."""
+
+    def __init__(self, arch: ArchConfig, num_layers: int, length: int, attention_backend: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(arch, length, attention_backend) for _ in range(num_layers))
+        self.gating_network = make_gating(arch) if arch.use_gating else None
+        self.mixes_tokens = arch.mlp_t
+
+    def hold(self, z: Tensor, o: Tensor, x: Tensor | None) -> Tensor | None:
+        """What the module's gates keep from the start of an H-cycle, None for all but hierarchical gates."""
+        return None if self.gating_network is None else self.gating_network.hold(z, o, x)
+
+    def combine(
+        self, z: Tensor, o: Tensor, x: Tensor | None, held: Tensor | None, seen: list[Gated] | None
+    ) -> Tensor:
+        """The blocks' input from primary state, secondary state and, for L, the input embedding."""
+        if self.gating_network is None:
+            return z + (o if x is None else o + x)
+        if seen is None:
+            return self.gating_network(z, o, x, held)
+        gated = Gated(self.gating_network.gates(z, o, x, held), sources_of(z, o, x))
+        seen.append(gated)
+        return mix(*gated)
+
+    def forward(
+        self,
+        z: Tensor,
+        o: Tensor,
+        x: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        queries: int | None = None,
+        *,
+        bias: Tensor | None = None,
+        held: Tensor | None = None,
+        seen: list[Gated] | None = None,
+    ) -> Tensor:
+        """z, o, x: (B, T, D). Returns the new primary state (B, T, D).
+
+        With `queries` the last block computes its first positions only: exact, since nothing after it
+        looks at the others. bias: (B, 1, D), added to the combined sources. held: what `hold` returned.
+        seen: a list that gets the gates and what they gated.
+        """
+        h, rstd = self.combine(z, o, x, held, seen), None
+        if bias is not None:
+            h = h + bias
+        last = len(self.layers) - 1
+        defers = not self.mixes_tokens and use_fused("linear_rms", h)
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, Block)
+            asked = queries if index == last else None
+            if defers:
+                h, rstd = layer.deferred(h, rstd, cos, sin, asked)
+            else:
+                h = layer(h, cos, sin, asked)
+        return h if rstd is None else (h * rstd[..., None]).to(h.dtype)
+
+
+class HRM(nn.Module):
+    """HRM v1 and what `arch` makes of it, in parameters of float32 and states of `dtype`.
+
+    A parameter not in `wide` may be replaced by a copy in `dtype`, as which it is used.
+
+    Every parameter is drawn from `seed` on the CPU, the same on every device; what a variant adds is drawn
+    last, so v1 and a gated or feudal model of one seed share all other weights.
+    """
+
+    H_init: Tensor
+    L_init: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+
+    def __init__(
+        self,
+        arch: ArchConfig,
+        *,
+        vocab_size: int,
+        seq_len: int,
+        num_puzzle_identifiers: int,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        attention_backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        D, ndim = arch.hidden_size, arch.puzzle_emb_ndim
+        self.arch, self.dtype = arch, dtype
+        self.embed_scale = math.sqrt(D)
+        self.puzzle_emb_len = (arch.puzzle_emb_len or -(-ndim // D)) if ndim else 0
+        self.length = self.puzzle_emb_len + seq_len
+
+        self.embed_tokens = Embedding(vocab_size, D)
+        self.puzzle_emb = PuzzleEmbedding(num_puzzle_identifiers, ndim) if ndim else None
+        self.embed_pos = Embedding(self.length, D) if arch.pos_encodings == "learned" else None
+        self.lm_head = Linear(D, vocab_size)
+        self.q_head = Linear(D, 2, bias=True)
+        self.H_level: ReasoningModule | None = None
+        if not arch.share_levels:
+            self.H_level = ReasoningModule(arch, arch.H_layers, self.length, attention_backend)
+        self.L_level = ReasoningModule(arch, arch.L_layers, self.length, attention_backend)
+        self.subgoal_head = SubgoalHead(arch) if arch.subgoal_head.enabled else None
+        self.register_buffer("H_init", torch.empty(D))
+        self.register_buffer("L_init", torch.empty(D))
+        cos, sin = None, None
+        if arch.pos_encodings == "rope" and not arch.mlp_t:
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            cos, sin = rope_tables(self.length, D // arch.num_heads, arch.rope_theta, wide)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        # The parameters that compute in float32 whatever the dtype of the states.
+        self.wide = ["q_head.weight", "q_head.bias"]
+        if self.subgoal_head is not None:
+            self.wide += [f"subgoal_head.{name}" for name in self.subgoal_head.wide]
+        self.reset_parameters(seed)
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int) -> None:
+        """Draws every weight afresh; the Q head starts at 0 with bias -5. The puzzle table stays."""
+        generator = torch.Generator().manual_seed(seed)
+        truncated_normal_(self.H_init, 1.0, generator)
+        truncated_normal_(self.L_init, 1.0, generator)
+        added = [m for m in self.modules() if isinstance(m, GatingNetwork | SubgoalHead)]
+        theirs = {layer for module in added for layer in module.modules()}
+        for module in self.modules():
+            if isinstance(module, Linear | Embedding) and module not in theirs:
+                module.reset_parameters(generator)
+        for module in added:
+            module.reset_parameters(generator)
+        nn.init.zeros_(self.q_head.weight)
+        assert self.q_head.bias is not None
+        nn.init.constant_(self.q_head.bias, -5.0)
+
+    def embed(self, inputs: Tensor, puzzle_rows: Tensor | None) -> Tensor:
+        """The scaled input embedding e.
+
+        inputs: (B, S) integer tokens. puzzle_rows: (B, puzzle_emb_ndim), the batch's rows of the puzzle
+        table, None without one. Returns (B, T, D) in the model's dtype.
+        """
+        e = self.embed_tokens(inputs, self.dtype)
+        if puzzle_rows is not None:
+            padding = self.puzzle_emb_len * e.shape[-1] - puzzle_rows.shape[-1]
+            rows = F.pad(puzzle_rows.to(self.dtype), (0, padding))
+            e = torch.cat((rows.view(-1, self.puzzle_emb_len, e.shape[-1]), e), dim=1)
+        if self.embed_pos is not None:
+            e = math.sqrt(0.5) * (e + self.embed_pos.embedding_weight.to(self.dtype))
+        return self.embed_scale * e
+
+    def recur(
+        self,
+        z_H: Tensor,
+        z_L: Tensor,
+        e: Tensor,
+        queries: int | None = None,
+        *,
+        bias: Tensor | None = None,
+        seen: list[Gated] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One ACT step of the recurrence: H_cycles of L_cycles L-updates and one H-update.
+
+        z_H, z_L, e: (B, T, D). Returns the new (z_H, z_L). Gradient flows through the last L-update and the
+        last H-update alone, or with arch.gradient=last_cycle through all updates of the last H-cycle. With
+        `queries` the new z_H holds its first positions only. bias: (B, 1, D), of the subgoal, added to
+        both levels' input. seen: a list that gets the gates of the last L-update and the last H-update.
+        """
+        arch, rope = self.arch, (self.cos, self.sin)
+        L_level, H_level = self.L_level, self.H_level or self.L_level
+        taught = torch.is_grad_enabled()
+        for i in range(arch.H_cycles):
+            last = i == arch.H_cycles - 1
+            with torch.set_grad_enabled(taught and last):
+                held_L, held_H = L_level.hold(z_L, z_H, e), H_level.hold(z_H, z_L, None)
+            for j in range(arch.L_cycles):
+                ends = last and j == arch.L_cycles - 1
+                teaches = ends or (last and arch.gradient == "last_cycle")
+                with region(f"H cycle {i}, L cycle {j}"), torch.set_grad_enabled(taught and teaches):
+                    z_L = L_level(z_L, z_H, e, *rope, bias=bias, held=held_L, seen=seen if ends else None)
+            with region(f"H cycle {i}"), torch.set_grad_enabled(taught and last):
+                z_H = H_level(
+                    z_H,
+                    z_L,
+                    None,
+                    *rope,
+                    queries if last else None,
+                    bias=bias,
+                    held=held_H,
+                    seen=seen if last else None,
+                )
+        return z_H, z_L
+
+    def logits(self, z_H: Tensor) -> Tensor:
+        """The answer's logits (B, S, V) from z_H (B, T, D), in the model's dtype."""
+        return self.lm_head(z_H)[:, self.puzzle_emb_len :]
+
+    def q_values(self, z_H: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (q_halt, q_continue), each (B,), of z_H's first position, computed in float32 (float64)."""
+        first = z_H[:, 0]
+        q = self.q_head(first if first.dtype == torch.float64 else first.float())
+        return q[:, 0], q[:, 1]

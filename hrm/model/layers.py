@@ -1,0 +1,189 @@
+"""The layers of a hierarchical reasoning model: linear, embedding, attention, SwiGLU, block.
+
+Parameters are kept in float32 and cast to their input's dtype at use. Names of parameters and buffers are
+those of the official checkpoints.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hrm.config.schema import ArchConfig
+from kernels import attention, linear, linear_rms, linear_scaled, linear_swiglu, rms_norm
+
+# The standard deviation that is left of a unit normal cut off at two standard deviations.
+TRUNCATED_STD = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
+
+
+def truncated_normal_(tensor: Tensor, std: float, generator: torch.Generator) -> None:
+    """Fills with a normal truncated at two (underlying) deviations whose own deviation is exactly std."""
+    wide = std / TRUNCATED_STD
+    nn.init.trunc_normal_(tensor, std=wide, a=-2 * wide, b=2 * wide, generator=generator)
+
+
+class Linear(nn.Module):
+    """A linear map computed in its input's dtype. weight: (out, in); bias: (out,) or None."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Truncated LeCun normal weights, zero biases."""
+        truncated_normal_(self.weight, 1 / math.sqrt(self.weight.shape[1]), generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+# Up to this many rows a table's gradient is a product; beyond, the rows are rarely the same.
+ONE_HOT_ROWS = 256
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of a small table, whose gradient is the product of the one-hot index and the rows' gradients.
+
+    Adding them row by row would have thousands of cells of a batch wait for the same few rows, on a GPU by
+    atomic additions in no fixed order and in the narrow dtype.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, index: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = table.shape[0]
+        return F.embedding(index, table)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        (index,), (dy,) = ctx.saved_tensors, grads
+        rows = torch.arange(ctx.rows, device=index.device, dtype=index.dtype)
+        one_hot = (rows[:, None] == index.flatten()).to(dy.dtype)
+        return None, one_hot @ dy.flatten(0, -2)
+
+
+class Embedding(nn.Module):
+    """A dense table of vectors. embedding_weight: (rows, D), deviation 1/sqrt(D) at the start."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.embedding_weight = nn.Parameter(torch.empty(rows, width))
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        truncated_normal_(self.embedding_weight, 1 / math.sqrt(self.embedding_weight.shape[1]), generator)
+
+    def forward(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        table = self.embedding_weight.to(dtype)
+        return _Lookup.apply(index, table) if len(table) <= ONE_HOT_ROWS else F.embedding(index, table)
+
+
+class PuzzleEmbedding(nn.Module):
+    """One vector per puzzle identifier, zero at the start.
+
+    weights: (num_puzzle_identifiers, puzzle_emb_ndim), a buffer: autograd sees only the gathered rows of a
+    batch, so the memory of a million rows is the table's own and its optimiser needs no state.
+    """
+
+    weights: Tensor
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("weights", torch.zeros(rows, width))
+
+    def forward(self, puzzle_identifiers: Tensor) -> Tensor:
+        return self.weights[puzzle_identifiers]
+
+
+class Attention(nn.Module):
+    """Self-attention with a packed projection and no biases."""
+
+    def __init__(self, hidden_size: int, num_heads: int, backend: str) -> None:
+        super().__init__()
+        self.num_heads, self.backend = num_heads, backend
+        self.qkv_proj = Linear(hidden_size, 3 * hidden_size)
+        self.o_proj = Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, queries: int | None) -> Tensor:
+        return self.o_proj(self.attend(self.qkv_proj(x), cos, sin, queries))
+
+    def attend(self, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, queries: int | None) -> Tensor:
+        """Between the projections. qkv: (B, T, 3D). Returns (B, T or queries, D)."""
+        return attention(qkv, self.num_heads, cos, sin, queries, self.backend)
+
+
+def swiglu_width(hidden_size: int, expansion: float) -> int:
+    """The inner width of SwiGLU: two thirds of the expansion, rounded up to a multiple of 256."""
+    return -(-round(expansion * hidden_size * 2 / 3) // 256) * 256
+
+
+class SwiGLU(nn.Module):
+    """The feed-forward half of a block: down(silu(gate) * up), gate and up in one projection."""
+
+    def __init__(self, hidden_size: int, expansion: float) -> None:
+        super().__init__()
+        width = swiglu_width(hidden_size, expansion)
+        self.gate_up_proj = Linear(hidden_size, 2 * width)
+        self.down_proj = Linear(width, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(linear_swiglu(x, self.gate_up_proj.weight.to(x.dtype)))
+
+
+class Block(nn.Module):
+    """A post-norm transformer block without norm weights; with mlp_t a SwiGLU over the tokens mixes them."""
+
+    def __init__(self, arch: ArchConfig, length: int, attention_backend: str) -> None:
+        """length: tokens T of its input."""
+        super().__init__()
+        self.eps = arch.rms_norm_eps
+        self.self_attn: Attention | None = None
+        self.mlp_t: SwiGLU | None = None
+        if arch.mlp_t:
+            self.mlp_t = SwiGLU(length, arch.expansion)
+        else:
+            self.self_attn = Attention(arch.hidden_size, arch.num_heads, attention_backend)
+        self.mlp = SwiGLU(arch.hidden_size, arch.expansion)
+
+    def forward(
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, queries: int | None = None
+    ) -> Tensor:
+        """x: (B, T, D). Returns (B, T, D), or (B, queries, D) when only the first positions are wanted."""
+        if self.self_attn is not None:
+            attended = self.self_attn(x, cos, sin, queries)
+            x = rms_norm(x[:, :queries], attended, self.eps)
+        else:
+            assert self.mlp_t is not None
+            # Here the norm, too, is over the tokens.
+            columns = x.transpose(1, 2).contiguous()
+            columns = rms_norm(columns, self.mlp_t(columns), self.eps)
+            x = columns.transpose(1, 2)[:, :queries].contiguous()
+        return rms_norm(x, self.mlp(x), self.eps)
+
+    def deferred(
+        self,
+        h: Tensor,
+        rstd: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        queries: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` of x = rstd * h in four products that leave each norm's factor to their reader.
+
+        h: (B, T, D). rstd: (B, T), None for 1. Returns both for the next block. The norms have no weight, so
+        their factor commutes with a product, and no pass over memory is left for them. For blocks without
+        gradient, see `kernels.linear_rms`.
+        """
+        attn, mlp, dtype = self.self_attn, self.mlp, h.dtype
+        assert attn is not None, "mixing tokens by a product does not commute with a factor of each token"
+        qkv_weight = attn.qkv_proj.weight.to(dtype)
+        qkv = linear(h, qkv_weight) if rstd is None else linear_scaled(h, qkv_weight, rstd)
+        attended = attn.attend(qkv, cos, sin, queries)
+        h, rstd = h[:, :queries], None if rstd is None else rstd[:, :queries]
+        h, rstd = linear_rms(attended, attn.o_proj.weight.to(dtype), h, rstd, self.eps)
+        inner = linear_swiglu(h, mlp.gate_up_proj.weight.to(dtype), rstd)
+        return linear_rms(inner, mlp.down_proj.weight.to(dtype), h, rstd, self.eps)

@@ -1,0 +1,1 @@
+"""One puzzle solved and shown step by step."""

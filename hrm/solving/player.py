@@ -1,0 +1,334 @@
+"""A page that plays what a model thought about one puzzle, its style, its script and its data inside.
+
+What is shown is worked out here; the script (player.js) puts a step of it on the page. Without the script
+the page shows the puzzle, the last board and the verdict.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape
+from importlib.resources import files
+from string import Template
+
+import numpy as np
+
+from hrm.data.arc.augment import canvas, grid_of
+from hrm.data.sudoku.solver import BOXES
+from hrm.solving.trace import Step, Trace
+
+# How a token is shown: the class of its cell in player.css, the text there, and in words.
+Symbol = tuple[str, str, str]
+
+_COLOURS = ("black", "blue", "red", "green", "yellow", "grey", "pink", "orange", "light blue", "maroon")
+_PAD, _FIRST_GIVEN = 0, 2
+# A kind that is missing here, and a token beyond these, is shown as its number.
+_SYMBOLS: Mapping[str, Sequence[Symbol]] = {
+    "sudoku": [
+        ("pad", "pad", "padding"),
+        ("blank", "", "blank"),
+        *(("digit", str(digit), str(digit)) for digit in range(1, 10)),
+    ],
+    "maze": [
+        ("pad", "", "padding"),
+        ("wall", "", "wall"),
+        ("open", "", "open"),
+        ("start", "S", "start"),
+        ("goal", "G", "goal"),
+        ("path", "•", "path"),
+    ],
+    "arc": [
+        ("pad", "", "no cell"),
+        ("end", "", "end of the grid"),
+        *((f"c{number}", str(number), name) for number, name in enumerate(_COLOURS)),
+    ],
+}
+# Their answers fill in the question, and their rules tell a right one: no problems, no mistake.
+_RULED = ("sudoku", "maze")
+# What the sources of a level's gates are.
+_SOURCES = {"primary": "its own state", "secondary": "the other level", "input": "the puzzle"}
+
+
+def page(trace: Trace) -> str:
+    """The trace as one HTML page that needs no other file and no network; every text of it is escaped.
+
+    Cells of the answer that are padding (0 or less) count neither as right nor as wrong; of an ARC canvas
+    counts the grid, cropped as the evaluation does. Raises ValueError for a trace without steps, or with a
+    board of another size than rows * cols.
+    """
+    cells = trace.rows * trace.cols
+    boards = [
+        trace.question,
+        *(step.board for step in trace.steps),
+        *([trace.answer] if trace.answer else []),
+    ]
+    if not trace.steps or any(len(board) != cells for board in boards):
+        raise ValueError(f"expected at least one step, and boards of {trace.rows} x {trace.cols} cells")
+    view = _View(trace)
+    outcome, headline, findings = _verdict(view)
+    figures = [
+        ("Puzzle", view.question, "puzzle"),
+        (f"After step {len(view.boards)}", view.boards[-1], "last"),
+    ]
+    if view.answer is not None:
+        figures.append(("Known answer", view.answer, "answer"))
+    style, script = _part("player.css"), _part("player.js")
+    live = _window(view, [*view.boards, *([] if view.answer is None else [view.answer])])
+    style += _size("live", live)
+    shown = []
+    for title, board, name in figures:
+        window = _window(view, [board])
+        style += _size(name, window)
+        table = _board(view, board, window, name, title)
+        shown.append(f'<figure class="{name}"><figcaption>{title}</figcaption>{table}</figure>')
+    return Template(_part("player.html")).substitute(
+        title=_text(trace.title),
+        model=_text(trace.model),
+        outcome=outcome,
+        headline=headline,
+        findings="".join(f"<li>{finding}</li>" for finding in findings),
+        count=len(trace.steps),
+        live=_board(view, view.boards[-1], live, "live", "Board"),
+        boards="\n".join(shown),
+        data=_data(view, live),
+        style=style,
+        script=script,
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+    )
+
+
+@dataclass(frozen=True)
+class _View:
+    """A trace, its boards as they are shown: arrays (S,), of an ARC canvas the grid alone."""
+
+    trace: Trace
+
+    @cached_property
+    def question(self) -> np.ndarray:
+        return self._shown(self.trace.question)
+
+    @cached_property
+    def answer(self) -> np.ndarray | None:
+        return None if self.trace.answer is None else self._shown(self.trace.answer)
+
+    @cached_property
+    def boards(self) -> list[np.ndarray]:
+        return [self._shown(step.board) for step in self.trace.steps]
+
+    @property
+    def ruled(self) -> bool:
+        return self.trace.kind in _RULED
+
+    @property
+    def compared(self) -> int:
+        """How many cells are compared with the answer's."""
+        return 0 if self.answer is None else int((self.answer > _PAD).sum())
+
+    def wrong(self, index: int) -> int | None:
+        """How many cells of a step's board differ from the answer's; None where it is not known."""
+        if self.answer is None:
+            return None
+        differ = self.boards[index] != self.answer
+        # What lies beyond an ARC grid is gone from both; elsewhere nothing is asked of padding.
+        return int((differ if self.trace.kind == "arc" else differ & (self.answer > _PAD)).sum())
+
+    def before(self, index: int) -> np.ndarray | None:
+        """What a step's board is held against: the one before it; for the first, a question it fills in."""
+        return self.boards[index - 1] if index else self.question if self.ruled else None
+
+    def changed(self, index: int) -> np.ndarray | None:
+        """Which cells of a step's board are new, (S,) bool."""
+        before = self.before(index)
+        return None if before is None else self.boards[index] != before
+
+    def _shown(self, board: Sequence[int]) -> np.ndarray:
+        tokens = np.asarray(board, np.int64)
+        if self.trace.kind != "arc":
+            return tokens
+        grid = grid_of(tokens)
+        return np.zeros_like(tokens) if grid is None else np.where(canvas(grid) >= _FIRST_GIVEN, tokens, _PAD)
+
+
+def _verdict(view: _View) -> tuple[str, str, list[str]]:
+    """How it went: the class of the verdict, its headline, and what it rests on."""
+    steps, last = view.trace.steps, len(view.trace.steps) - 1
+    wrong, problems = view.wrong(last), steps[last].problems
+    if wrong == 0 or (view.ruled and not problems):
+        outcome, headline = "good", "Solved"
+    elif wrong is None and not problems:
+        outcome, headline = "open", "Answered"
+    else:
+        outcome, headline = "bad", "Not solved"
+    findings = []
+    if wrong is None:
+        findings += [] if view.ruled else ["no answer is known to compare with"]
+    else:
+        differ = f"{wrong} of {view.compared} cells wrong"
+        findings.append(differ if wrong else "every cell right")
+    if view.ruled or problems:
+        findings.append(f"{_count(len(problems), 'rule')} broken" if problems else "no rule broken")
+    findings.append(f"{_percent(steps[last].q_halt)} sure")
+    halts = next((number for number, step in enumerate(steps, 1) if step.halts), None)
+    findings.append(
+        f"would stop after step {halts} of {len(steps)}"
+        if halts
+        else f"would not stop by itself in {_count(len(steps), 'step')}"
+    )
+    moved = [index for index in range(1, len(steps)) if (view.boards[index] != view.boards[index - 1]).any()]
+    settled = moved[-1] + 1 if moved else 1
+    if settled < len(steps):
+        findings.append(f"unchanged since step {settled}")
+    return outcome, headline, findings
+
+
+def _window(view: _View, boards: Sequence[np.ndarray]) -> np.ndarray:
+    """The cells (rows, cols) that show all of these boards: of an ARC canvas the corner with their grids."""
+    trace = view.trace
+    cells = np.arange(trace.rows * trace.cols).reshape(trace.rows, trace.cols)
+    used = np.any([board >= _FIRST_GIVEN for board in boards], axis=0).reshape(cells.shape)
+    if trace.kind != "arc" or not used.any():
+        return cells
+    rows, cols = (np.nonzero(used.any(axis=axis))[0] for axis in (1, 0))
+    return cells[: rows[-1] + 1, : cols[-1] + 1]
+
+
+def _size(name: str, window: np.ndarray) -> str:
+    rows, cols = window.shape
+    return f"#{name} {{ --rows: {rows}; --cols: {cols} }}\n"
+
+
+def _board(view: _View, board: np.ndarray, window: np.ndarray, name: str, title: str) -> str:
+    """A board as a table: `given` for what the puzzle holds, x and y where a box begins."""
+    kind = view.trace.kind
+    box = BOXES[view.trace.rows] if kind == "sudoku" else None
+    marked = _told(view.trace.steps[-1], view.trace) if name == "last" else set()
+    lines = []
+    for row in window.tolist():
+        line = []
+        for cell in row:
+            style, text, words = _symbol(kind, int(board[cell]))
+            names = [style]
+            if kind == "sudoku" and view.question[cell] >= _FIRST_GIVEN:
+                names.append("given")
+            if box and cell % view.trace.cols and cell % view.trace.cols % box[1] == 0:
+                names.append("x")
+            if box and cell // view.trace.cols and cell // view.trace.cols % box[0] == 0:
+                names.append("y")
+            if cell in marked:
+                names.append("bad")
+            line.append(f'<td class="{" ".join(names)}" title="{words}">{text}</td>')
+        lines.append(f"<tr>{''.join(line)}</tr>\n")
+    known = kind if kind in _SYMBOLS else "other"
+    return (
+        f'<div class="board {known}" id="{name}"><table aria-label="{title}">\n<tbody>'
+        f"{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _symbol(kind: str, token: int) -> Symbol:
+    known = _SYMBOLS.get(kind, ())
+    if 0 <= token < len(known):
+        return known[token]
+    return ("alien" if known else "token", str(token), f"token {token}")
+
+
+def _told(step: Step, trace: Trace) -> set[int]:
+    """The cells that a step's problems name, counted from 1 as in `hrm.data.puzzle_kinds`."""
+    pairs = re.findall(r"\brow (\d{1,4}), column (\d{1,4})\b", "\n".join(step.problems))
+    places = [(int(row) - 1, int(column) - 1) for row, column in pairs]
+    return {
+        row * trace.cols + column
+        for row, column in places
+        if 0 <= row < trace.rows and 0 <= column < trace.cols
+    }
+
+
+def _data(view: _View, window: np.ndarray) -> str:
+    """What the script shows, as JSON that cannot end its element. Cells are places in the window."""
+    trace = view.trace
+    cells = window.ravel()
+    place = {cell: index for index, cell in enumerate(cells.tolist())}
+    steps = []
+    for index, step in enumerate(trace.steps):
+        changed = view.changed(index)
+        steps.append(
+            {
+                "board": view.boards[index][cells].tolist(),
+                "q_halt": _number(step.q_halt),
+                "q_continue": None if step.q_continue is None else _number(step.q_continue),
+                "sure": _percent(step.q_halt),
+                "halts": bool(step.halts),
+                "problems": step.problems,
+                "marked": sorted(place[cell] for cell in _told(step, trace) if cell in place),
+                "changed": None if changed is None else np.nonzero(changed[cells])[0].tolist(),
+                "wrong": view.wrong(index),
+            }
+        )
+    shown = {token for board in [view.question, *view.boards] for token in board.tolist()}
+    data = {
+        "symbols": {token: _symbol(trace.kind, token) for token in sorted(shown)},
+        "places": [[cell // trace.cols + 1, cell % trace.cols + 1] for cell in cells.tolist()],
+        "start": view.question[cells].tolist(),
+        "steps": steps,
+        "gates": list(_gates(trace, cells)),
+        "ruled": view.ruled,
+        "answered": view.answer is not None,
+    }
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    # All but ASCII is escaped by now; "<" would let a text close the element or open a comment.
+    return text.replace("<", "\\u003c")
+
+
+def _gates(trace: Trace, cells: np.ndarray) -> Iterator[dict[str, object]]:
+    """Each gate over the steps; least and most: the range that its heat map spans."""
+    for module, sources in trace.steps[0].gates.items():
+        for source in sources:
+            gates = [step.gates[module][source] for step in trace.steps]
+            values = [[_number(gate.cells[cell]) for cell in cells] for gate in gates]
+            finite = [value for step in values for value in step if value is not None]
+            yield {
+                "name": f"{module} · {source}",
+                "words": _SOURCES.get(source, ""),
+                "means": [_number(gate.mean) for gate in gates],
+                "cells": values,
+                "least": min(finite, default=None),
+                "most": max(finite, default=None),
+            }
+
+
+def _number(value: float) -> float | None:
+    """A number that JSON can hold; None for one that is not finite."""
+    return round(float(value), 4) if math.isfinite(value) else None
+
+
+def _percent(probability: float) -> str:
+    if not math.isfinite(probability):
+        return "not a number"
+    # Rounding would claim certainty.
+    if 0 < probability < 0.001 or 0.999 < probability < 1:
+        return "below 0.1 %" if probability < 0.5 else "over 99.9 %"
+    return f"{100 * probability:.1f} %"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _text(text: str) -> str:
+    # A file's name may hold halves of characters, which no page can.
+    return escape(text.encode("utf-8", "replace").decode("utf-8"))
+
+
+def _part(name: str) -> str:
+    return files("hrm.solving").joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    """What the content security policy knows an inline element by."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

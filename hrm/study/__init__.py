@@ -1,0 +1,1 @@
+"""Many runs compared: campaigns, statistics, plots and pages."""

@@ -1,0 +1,256 @@
+"""Panels drawn by matplotlib: each as SVG that takes its colours from the page, all of them as one PNG."""
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hrm.common.errors import UserError
+from hrm.study.panels import Panel, Section, mean_and_range, single_values, thinned, value_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# On light and on dark ground: 3:1 or better against it, and told apart with any colour blindness.
+COLOURS = (
+    ("#115193", "#cfe3fd"),
+    ("#d97502", "#c83404"),
+    ("#0ca167", "#62fea8"),
+    ("#2e0f28", "#ca45cb"),
+    ("#6d4701", "#fbcb23"),
+    ("#9584a4", "#6d6a6a"),
+)
+# With six colours these make thirty groups look different.
+MARKERS = "os^Dv"
+INK, GRID = "#24292f", "#d8dee4"
+# Inches.
+PANEL_SIZE = (4.2, 2.7)
+COLUMNS = 3
+LONGEST_LABEL = 22
+# Ticks lie at multiples of these.
+ROUND = (1, 2, 2.5, 5, 10)
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a group looks in every panel. colour: its place in COLOURS."""
+
+    colour: int
+    marker: str
+
+    @property
+    def ink(self) -> str:
+        return COLOURS[self.colour][0]
+
+
+def styles(groups: Sequence[str]) -> dict[str, Style]:
+    """Each group's colour and marker, by its place."""
+    pairs = zip(cycle(range(len(COLOURS))), cycle(MARKERS), strict=False)
+    return {group: Style(*pair) for group, pair in zip(groups, pairs, strict=False)}
+
+
+def svg(panel: Panel, look: Mapping[str, Style], prefix: str) -> str:
+    """A panel as an `<svg>` element of a page, hidden from screen readers: say it in words beside it.
+
+    prefix: begins its identifiers, which must differ within a page. Text is `currentColor`; the page gives
+    `--grid` and the groups' `--c0`, `--c1`, ... Raises UserError where matplotlib is missing.
+    """
+    with _matplotlib(svg_salt=prefix) as figure:
+        canvas = figure(figsize=PANEL_SIZE, layout="constrained")
+        _draw(canvas.subplots(), panel, look)
+        file = io.StringIO()
+        canvas.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    # What stands around the element and inside it for readers of files: a page has its own.
+    text = file.getvalue()
+    text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
+    text = re.sub(r'\b(?:d|x|y)="[^"]*"', lambda m: re.sub(r"(\.\d\d)\d+", r"\1", m.group()), text)
+    names = {INK: "currentColor", GRID: "var(--grid)"}
+    names |= {light: f"var(--c{i})" for i, (light, _) in enumerate(COLOURS)}
+    text = re.sub(r"(fill|stroke): (#[0-9a-f]{6})", lambda m: f"{m[1]}: {names.get(m[2], m[2])}", text)
+    return text.replace("<svg", '<svg aria-hidden="true"', 1).strip()
+
+
+def png(title: str, sections: Sequence[Section], look: Mapping[str, Style]) -> bytes:
+    """The sections as one PNG on white, under the title and the groups' legend. Raises UserError as `svg`."""
+    with _matplotlib() as figure:
+        rows = [-(-len(section.panels) // COLUMNS) for section in sections]
+        # Inches of the head, with its legend's lines, and of a section's heading.
+        legend_rows = -(-len(look) // (2 * COLUMNS))
+        heights = [0.5 + 0.25 * legend_rows, *(0.35 + PANEL_SIZE[1] * count for count in rows)]
+        canvas = figure(figsize=(COLUMNS * PANEL_SIZE[0], sum(heights)), layout="constrained", dpi=110)
+        parts = canvas.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+        parts[0].suptitle(title, fontsize=14, fontweight="bold")
+        if look:
+            handles = [_handle(style) for style in look.values()]
+            labels = [_short(name) for name in look]
+            parts[0].legend(handles, labels, loc="lower center", ncols=2 * COLUMNS, frameon=False)
+        for part, section, count in zip(parts[1:], sections, rows, strict=True):
+            part.suptitle(section.title, fontsize=12, fontweight="bold", x=0.01, ha="left")
+            axes = part.subplots(count, COLUMNS, squeeze=False).flat
+            for panel in section.panels:
+                _draw(next(axes), panel, look)
+            for empty in axes:
+                empty.remove()
+        file = io.BytesIO()
+        canvas.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
+def require() -> None:
+    """Raises UserError where matplotlib is missing, before hours are spent on what is to be drawn."""
+    with _matplotlib():
+        pass
+
+
+@contextmanager
+def _matplotlib(svg_salt: str | None = None) -> Iterator[Any]:
+    """matplotlib's Figure, without pyplot and its global state, under this module's settings."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError(
+            "drawing needs matplotlib, which is missing: pip install -e '.[plots]' here"
+        ) from None
+    settings: dict[Any, Any] = {
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans"],
+        "font.size": 9.5,
+        "axes.titlesize": 10.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.linewidth": 0.6,
+        "grid.color": GRID,
+        "legend.frameon": False,
+        # A run may be called a$b$.
+        "text.parse_math": False,
+        "svg.fonttype": "none",
+        "svg.hashsalt": svg_salt,
+        **{f"{part}.color": INK for part in ("text", "xtick", "ytick")},
+        **{f"axes.{part}color": INK for part in ("edge", "label")},
+    }
+    # The user's own style would change what the page's colours are looked up by.
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(settings)
+        yield Figure
+
+
+def _draw(ax: "Axes", panel: Panel, look: Mapping[str, Style]) -> None:
+    ax.set_title(panel.title, loc="left")
+    if panel.x is None:
+        _bars(ax, panel, look)
+    else:
+        _lines(ax, panel, look)
+
+
+def _lines(ax: "Axes", panel: Panel, look: Mapping[str, Style]) -> None:
+    """Each group's mean over its runs, thick, with the range in which they lie, and the runs, thin."""
+    for curve in panel.curves:
+        style = look[curve.group]
+        line = "--" if curve.dashed else "-"
+        if len(curve.runs) > 1:
+            for run in curve.runs:
+                ax.plot(*thinned(run), line, color=style.ink, linewidth=0.7, alpha=0.5)
+        x, mean, least, most = mean_and_range([thinned(run) for run in curve.runs])
+        if len(curve.runs) > 1:
+            ax.fill_between(x, least, most, color=style.ink, alpha=0.15, linewidth=0)
+        every = max(1, len(x) // 6)
+        ax.plot(
+            x, mean, line, color=style.ink, linewidth=1.8, marker=style.marker, markersize=4, markevery=every
+        )
+    values = [y for curve in panel.curves for _, y in curve.runs]
+    _vertical_scale(ax, panel, min(y.min() for y in values), max(y.max() for y in values))
+    _horizontal_scale(ax, panel, max(x[-1] for curve in panel.curves for x, _ in curve.runs))
+    if panel.kinds:
+        from matplotlib.lines import Line2D
+
+        handles = [Line2D([], [], color=INK, linestyle=line) for line in ("-", "--")]
+        ax.legend(handles, panel.kinds, loc="best", fontsize=8.5)
+
+
+def _vertical_scale(ax: "Axes", panel: Panel, least: float, most: float) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    if panel.unit in ("share", "fraction"):
+        top = 1.05 * most or 0.01
+        ax.set_ylim(min(1.05 * least, -0.02 * top), top)
+    if panel.unit == "share":
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+    elif panel.unit == "log" and least > 0 and most > 10 * least:
+        ax.set_yscale("log")
+        # Plain numbers: the usual ones are formulas, which are not parsed here.
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _horizontal_scale(ax: "Axes", panel: Panel, most: float) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    unit, divisor = "step", 1.0
+    if panel.x == "seconds":
+        steps = (("seconds", 1.0), ("minutes", 60.0), ("hours", 3600.0))
+        unit, divisor = next((s for s in reversed(steps) if most >= 2 * s[1]), steps[0])
+        unit = f"training time, {unit}"
+    ax.set_xlabel(unit)
+    right = 1.03 * most or 1.0
+    ax.set_xlim(-0.02 * right, right)
+    # Ticks at round numbers of the unit.
+    ticks = np.array(MaxNLocator(5, steps=ROUND).tick_values(0, right / divisor)) * divisor
+    ax.set_xticks(ticks[ticks <= right])
+    thousands = panel.x == "steps" and most >= 1e4
+    ax.xaxis.set_major_formatter(
+        FuncFormatter(lambda x, _: f"{x / 1000:g}k" if thousands else f"{x / divisor:,g}")
+    )
+
+
+def _bars(ax: "Axes", panel: Panel, look: Mapping[str, Style]) -> None:
+    """A bar for each group's mean over its runs, and a point for each run."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    for place, curve in enumerate(panel.curves):
+        style, values = look[curve.group], single_values(curve)
+        ax.barh(place, values.mean(), height=0.62, color=style.ink, alpha=0.75)
+        if len(values) > 1:
+            ax.plot(
+                values,
+                [place] * len(values),
+                style.marker,
+                color=style.ink,
+                markeredgecolor=INK,
+                markersize=4.5,
+            )
+        text = " " + value_text(values.mean(), panel.unit)
+        ax.annotate(text, (values.max(), place), xytext=(4, 0), textcoords="offset points", va="center")
+    size = min(9.5, 95 / len(panel.curves))
+    ax.set_yticks(range(len(panel.curves)), [_short(curve.group) for curve in panel.curves], fontsize=size)
+    # From top to bottom; a lone bar does not fill the panel.
+    middle, half = (len(panel.curves) - 1) / 2, max(3, len(panel.curves)) / 2
+    ax.set_ylim(middle + half, middle - half)
+    ax.set_xlim(0, 1.35 * max(single_values(curve).max() for curve in panel.curves) or 1)
+    ax.xaxis.set_major_locator(MaxNLocator(4, steps=ROUND))
+    ax.xaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: value_text(value, panel.unit) if value else "0")
+    )
+    ax.grid(axis="y", visible=False)
+
+
+def _handle(style: Style) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=style.ink, marker=style.marker, linewidth=1.8, markersize=5)
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for the drawing: a long one loses its middle."""
+    half = LONGEST_LABEL // 2
+    return name if len(name) <= LONGEST_LABEL else f"{name[:half]}…{name[1 - half :]}"

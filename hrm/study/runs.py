@@ -1,0 +1,393 @@
+"""Many runs of the trainer as one piece of work that may be cut off at any moment and gone on with.
+
+Its folder:
+
+    plan.json         every candidate's whole configuration, and the seeds: what the folder is for
+    NAME.yaml         a candidate's configuration, as the runs read it
+    NAME-seedN/       a run as the trainer leaves it; finished.json in it says that the trainer ended well
+    NAME-seedN.log    what that run has said
+"""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from hrm.common.errors import UserError
+from hrm.common.files import open_own, read_json, write_whole
+from hrm.config.cli import show
+from hrm.config.load import KEYS, Config, parse_args, to_yaml
+from hrm.study.history import METRICS, History, read_history
+
+# Beside this package, in a checkout and in an installation; a train.py in the current folder is another one.
+TRAINER = Path(__file__).resolve().parents[2] / "train.py"
+PLAN, FINISHED = "plan.json", "finished.json"
+# Bytes of either: a thousand candidates take a quarter.
+RECORD_LIMIT = 1 << 24
+
+# What a campaign sets for each run, and how the user says it.
+OWN = {
+    "seed": "give --seeds N, or --seeds 0,1,2",
+    "output_dir": "give --output DIR",
+    "project_name": "give --output DIR, whose name it is",
+    "run_name": "leave it out, a run is named after its candidate and seed",
+    "resume": "leave it out, the same command again goes on with what is unfinished",
+    "max_seconds": "leave it out, a signal ends all runs and the same command goes on",
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration that is run with every seed: the trainer's words, and what they amount to."""
+
+    name: str
+    words: tuple[str, ...]
+    config: Config
+
+
+@dataclass(frozen=True)
+class Run:
+    """One candidate with one seed, in a folder of its own."""
+
+    candidate: str
+    seed: int
+    folder: Path
+
+    @property
+    def title(self) -> str:
+        """How messages and reports call it."""
+        return f"{self.candidate} seed {self.seed}"
+
+    @property
+    def log(self) -> Path:
+        """Where what it says goes."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
+    def finished(self) -> bool:
+        """Whether its trainer has ended well and its metrics are there."""
+        return (self.folder / FINISHED).is_file() and (self.folder / METRICS).is_file()
+
+    def made_by(self) -> dict[str, Any]:
+        """What finished it, as `surroundings` tells, and whether it shared its device with other runs."""
+        path, expected = (
+            self.folder / FINISHED,
+            "what a finished run leaves; remove it to go on",
+        )
+        found = read_json(path, RECORD_LIMIT, expected)
+        if not isinstance(found, dict) or not isinstance(found.get("shared_device"), bool):
+            raise UserError(f"{path}: expected {expected}")
+        return found
+
+
+@dataclass
+class _Active:
+    run: Run
+    process: subprocess.Popen[bytes]
+    start: float
+
+
+class Campaign:
+    """Candidates and seeds, their runs, and the folder that keeps them."""
+
+    def __init__(self, folder: str | Path, candidates: Mapping[str, Sequence[str]], seeds: Sequence[int]):
+        """candidates: the trainer's words by name. Raises UserError for what the trainer would refuse."""
+        self.folder = Path(os.path.abspath(folder))
+        self.seeds = list(seeds)
+        place = [f"output_dir={self.folder.parent}", f"project_name={self.folder.name}"]
+        self.candidates = []
+        for name, words in candidates.items():
+            own = [*place, f"run_name={name}-seed{max(seeds)}", f"seed={max(seeds)}"]
+            self.candidates.append(Candidate(name, tuple(words), parse_args([*words, *own])))
+        # Seed by seed: wherever it is cut off, the candidates have had the same chances.
+        self.runs = [
+            Run(candidate.name, seed, self.folder / f"{candidate.name}-seed{seed}")
+            for seed in seeds
+            for candidate in self.candidates
+        ]
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """The folder for this process alone, with the plan in it. Raises UserError if it holds another."""
+        from hrm.checkpoint.safe_io import run_lock, to_json
+
+        plan = {"seeds": self.seeds, "candidates": {c.name: settings(c.config) for c in self.candidates}}
+        if _held(self.folder):
+            raise UserError(
+                f"{self.folder}: another process works on it; wait for it, or give another --output"
+            )
+        with run_lock(self.folder):
+            path = self.folder / PLAN
+            if path.exists():
+                difference = _difference(_read_plan(path), plan)
+                if difference:
+                    raise UserError(
+                        f"{self.folder} holds another plan, {difference}: give another --output, "
+                        "or go on with that one's words"
+                    )
+            elif self.folder.is_dir() and any(self.folder.iterdir()):
+                raise UserError(f"{self.folder} is not empty and holds no {PLAN}: give another --output")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, to_json(plan) + "\n")
+            for candidate in self.candidates:
+                write_whole(self.folder / f"{candidate.name}.yaml", to_yaml(candidate.config))
+            yield
+
+    def carry_out(self, slots: Sequence[Mapping[str, str]]) -> list[Run]:
+        """Does the runs that are unfinished, as many at once as there are slots; returns those that failed.
+
+        slots: what each adds to the environment. Says when a run starts, how it ends, and what is left. The
+        runs end with this process, unless it is killed outright: what then still trains is waited for.
+        """
+        pending = [run for run in self.runs if not run.finished]
+        active: dict[int, _Active] = {}
+        failed: list[Run] = []
+        seconds: dict[str, list[float]] = {}
+        waited = False
+        places = {slot.get("CUDA_VISIBLE_DEVICES") for slot in slots}
+        made_by = json.dumps({**surroundings(), "shared_device": len(slots) > len(places)}, indent=1)
+        with _ended_by_signals():
+            try:
+                while pending or active:
+                    for slot in set(range(len(slots))) - active.keys():
+                        if run := next((run for run in pending if not _held(run.folder)), None):
+                            pending.remove(run)
+                            active[slot] = self._start(run, slots[slot])
+                    if pending and not active and not waited:
+                        waited = True
+                        print(f"{pending[0].title}: waiting for the process that trains it", flush=True)
+                    time.sleep(0.1)
+                    ended = [slot for slot, job in active.items() if job.process.poll() is not None]
+                    for job in map(active.pop, ended):
+                        if _check(job, made_by):
+                            seconds.setdefault(job.run.candidate, []).append(time.monotonic() - job.start)
+                        else:
+                            failed.append(job.run)
+                        ahead = [*pending, *(other.run for other in active.values())]
+                        print(f"{self._outcome(job.run)}{_left(ahead, seconds, len(slots))}", flush=True)
+            finally:
+                _end([job.process for job in active.values()])
+        return failed
+
+    def histories(self) -> dict[str, dict[int, History]]:
+        """The finished runs by candidate and seed, in the plan's order."""
+        found: dict[str, dict[int, History]] = {candidate.name: {} for candidate in self.candidates}
+        for run in self.runs:
+            if run.finished:
+                found[run.candidate][run.seed] = read_history(run.folder, run.title)
+        return found
+
+    def _start(self, run: Run, extra: Mapping[str, str]) -> _Active:
+        words = [
+            f"--config={self.folder / f'{run.candidate}.yaml'}",
+            f"seed={run.seed}",
+            f"output_dir={self.folder.parent}",
+            f"project_name={self.folder.name}",
+            f"run_name={run.folder.name}",
+            "resume=auto",
+        ]
+        print(f"{run.title}: started, its output goes to {run.log}", flush=True)
+        with open_own(run.log, "ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, str(TRAINER), *words],
+                env={**os.environ, **extra},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        return _Active(run, process, time.monotonic())
+
+    def _outcome(self, run: Run) -> str:
+        done = sum(run.finished for run in self.runs)
+        if not run.finished:
+            return f"{run.title}: failed; {done} of {len(self.runs)} runs are finished"
+        history = read_history(run.folder)
+        steps, scores = history.evaluation()
+        score = f"{scores[-1]:.1%} exact at step {steps[-1]}, " if len(steps) else ""
+        pace = f"{history.seconds_per_step:.3g} s/step"
+        return f"{run.title}: {score}{pace}; {done} of {len(self.runs)} runs are finished"
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """Every key's value by name, as JSON holds it, but for those that a campaign sets."""
+    tree = OmegaConf.to_container(OmegaConf.structured(config))
+    values: dict[str, Any] = {}
+    for name in KEYS.keys() - OWN.keys():
+        value: Any = tree
+        for part in name.split("."):
+            value = value[part]
+        values[name] = value
+    return dict(sorted(values.items()))
+
+
+def planned_steps(config: Config) -> int:
+    """The steps of a run, known from its data, which are made if they are the built-in ones."""
+    from hrm.data.dataset import PuzzleDataset, steps_in
+
+    if config.data_path is not None:
+        folder = Path(config.data_path)
+    else:
+        from hrm.data.sudoku.build import builtin_sudoku
+
+        folder = builtin_sudoku(**asdict(config.sudoku))
+    steps = steps_in(PuzzleDataset(folder, "train"), config.epochs, config.global_batch_size)
+    return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
+def slots(device: str, jobs: int | None) -> list[dict[str, str]]:
+    """What the environment of each run at once must add: a GPU of its own, or a share of the processor.
+
+    device: as the key. jobs: how many at once; None for one on each GPU, and for one alone elsewhere.
+    """
+    gpus: list[str] = []
+    if device in ("auto", "cuda"):
+        import torch
+
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
+        gpus = names if torch.cuda.is_available() else []
+    count = jobs or len(gpus) or 1
+    if gpus:
+        return [{"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} for slot in range(count)]
+    if count == 1 or "OMP_NUM_THREADS" in os.environ:
+        return [{}] * count
+    return [{"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}] * count
+
+
+def surroundings() -> dict[str, Any]:
+    """What results depend on beside the configuration: the code's commit, versions, the machine."""
+    git = ["git", "-C", str(TRAINER.parent)]
+    commit = None
+    with suppress(OSError, subprocess.CalledProcessError):
+        # A repository that merely holds the installation is not the code's.
+        tracked = [*git, "ls-files", "--error-unmatch", TRAINER.name]
+        subprocess.run(tracked, check=True, capture_output=True)
+        described = [*git, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+        commit = subprocess.run(described, check=True, capture_output=True, text=True).stdout.strip()
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "commit": commit,
+        "versions": {name: metadata.version(name) for name in ("hrm-kernels", "torch", "numpy")},
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "gpus": gpus,
+    }
+
+
+def _processor() -> str:
+    with suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor()
+
+
+def _held(folder: Path) -> bool:
+    from hrm.checkpoint.safe_io import run_lock
+
+    try:
+        with run_lock(folder):
+            return False
+    except UserError:
+        return True
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    remedy = "give another --output, or remove the folder"
+    plan = read_json(path, RECORD_LIMIT, f"the plan of a comparison; {remedy}")
+    candidates = plan.get("candidates") if isinstance(plan, dict) else None
+    sound = isinstance(candidates, dict) and all(isinstance(each, dict) for each in candidates.values())
+    seeds = plan.get("seeds") if sound else None
+    if not isinstance(seeds, list) or not all(type(seed) is int for seed in seeds):
+        raise UserError(f"{path} is damaged: {remedy}")
+    return dict(plan)
+
+
+def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The first thing in which two plans differ, in words; empty where they are the same."""
+    if old["candidates"].keys() != new["candidates"].keys():
+        return f"of {show(', '.join(old['candidates']))} and not of {', '.join(new['candidates'])}"
+    if old["seeds"] != new["seeds"]:
+        return f"with seeds {show(_listed(old['seeds']))} and not {_listed(new['seeds'])}"
+    for name, values in new["candidates"].items():
+        there = old["candidates"][name]
+        for key in sorted(values.keys() | there.keys()):
+            before, now = (json.dumps(side.get(key), sort_keys=True) for side in (there, values))
+            if before != now:
+                return f"in which {show(key)} of {name} is {show(before)} and not {now}"
+    return ""
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return ",".join(map(str, seeds))
+
+
+def _check(job: _Active, made_by: str) -> bool:
+    """Whether an ended process has ended well, which it records; if not, shows its last lines."""
+    run, status = job.run, job.process.returncode
+    problem = f"signal {-status}" if status < 0 else f"exit status {status}"
+    if status == 0:
+        try:
+            evaluated = len(read_history(run.folder).evaluation()[0]) > 0
+            problem = "" if evaluated else f"no evaluation in {run.folder / METRICS}: remove the folder"
+        except UserError as error:
+            problem = str(error)
+    if not problem:
+        write_whole(run.folder / FINISHED, made_by + "\n")
+        return True
+    with open(run.log, "rb") as log:
+        log.seek(max(0, log.seek(0, os.SEEK_END) - 8192))
+        lines = log.read().decode(errors="replace").splitlines()[-10:]
+    print(f"{run.title} failed with {problem}; the end of {run.log}:", file=sys.stderr)
+    print("".join(f"  {line}\n" for line in lines), end="", file=sys.stderr, flush=True)
+    return False
+
+
+def _left(runs: Sequence[Run], seconds: Mapping[str, Sequence[float]], at_once: int) -> str:
+    """How long the runs may take, by those of this command that have ended, as a message's end."""
+    known = [taken for of_candidate in seconds.values() for taken in of_candidate]
+    if not runs or not known:
+        return ""
+    means = [seconds.get(run.candidate) or known for run in runs]
+    total = sum(sum(mean) / len(mean) for mean in means) / min(at_once, len(runs))
+    return f", about {tqdm.format_interval(total)} left"
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Within it, a request to terminate, such as a scheduler's, is met as Ctrl-C is."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ends processes and waits for them; a checkpoint that one is writing is left unmade, not half-made."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,378 @@
+"""Where metrics go: metrics.jsonl always, a tracker where asked for, a bar or lines on the terminal."""
+
+import importlib
+import json
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, TextIO
+
+from tqdm import tqdm
+
+from hrm.checkpoint.safe_io import to_json
+from hrm.common.errors import UserError
+from hrm.common.files import new_file, open_bounded, open_own, read_text, write_whole
+from hrm.config.load import Config
+from hrm.study.history import LONGEST_LINE, METRICS
+from hrm.training.health import Symptoms
+
+
+class MetricsLog:
+    """The run's metrics.jsonl: one JSON object a line, `{"step": n, "train/loss": ..., ...}`.
+
+    run_dir: made where missing. resume_step: None starts the file afresh; n keeps the lines up to step n and
+    cuts later and half-written ones, so that a resumed run's file becomes the uninterrupted run's.
+    evaluations: so many of step n's evaluations had been logged; None keeps all.
+    A value that is not finite is written as null: every line is strict JSON, every value a number or null.
+    Raises UserError where the file cannot be written.
+    """
+
+    def __init__(
+        self, run_dir: str | Path, resume_step: int | None = None, evaluations: int | None = None
+    ) -> None:
+        self.path = Path(run_dir) / METRICS
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if resume_step is not None and self.path.exists():
+                self._cut(resume_step, evaluations)
+            self._file = open_own(self.path, "w" if resume_step is None else "a")
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Append one line and hand it to the system: a killed process loses none that was logged."""
+        try:
+            self._file.write(to_json({"step": step, **metrics}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        # what a full disk refused was reported by log
+        with suppress(OSError):
+            self._file.close()
+
+    def _cut(self, last_step: int, evaluations: int | None) -> None:
+        judged = 0
+        with new_file(self.path) as cut, open_bounded(self.path) as old, open(cut, "wb") as new:
+            # A longer line than any of a run is dropped in pieces.
+            while line := old.readline(LONGEST_LINE):
+                step = _step_of(line)
+                is_judged = step == last_step and b'"eval' in line
+                judged += is_judged
+                is_later = is_judged and evaluations is not None and judged > evaluations
+                if step <= last_step and not is_later:
+                    new.write(line)
+            new.flush()
+            os.fsync(new.fileno())
+
+    def _failure(self, error: OSError) -> UserError:
+        return UserError(
+            f"cannot write {self.path}: {error.strerror or error}; free space or choose another folder with "
+            "output_dir=, and continue with resume="
+        )
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line of metrics; of a half-written or damaged one, infinity."""
+    try:
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        step = None
+    return step if type(step) is int else float("inf")
+
+
+class Tracker(Protocol):
+    """Another place for the same metrics."""
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def make_tracker(
+    name: str,
+    run_dir: str | Path,
+    *,
+    project: str = "hrm",
+    run: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    resume_step: int | None = None,
+) -> Tracker:
+    """The tracker called `none`, `tensorboard` or `wandb`, with its files under run_dir.
+
+    project, run, config: what wandb shows of the run. resume_step: None for a new run, else the step after
+    which the metrics continue. Raises UserError where its package is missing or it cannot start.
+    """
+    run_dir = Path(run_dir)
+    if name == "none":
+        return _NoTracker()
+    if name == "tensorboard":
+        return _TensorBoard(run_dir, resume_step)
+    if name == "wandb":
+        return _Wandb(run_dir, project, run, config, resume_step)
+    raise UserError(f"tracker={name}: expected none, tensorboard or wandb")
+
+
+class _NoTracker:
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _TensorBoard:
+    def __init__(self, run_dir: Path, resume_step: int | None) -> None:
+        module = _import("torch.utils.tensorboard", "tensorboard")
+        # steps after the one resumed from are logged again, and the reader then hides their first version
+        purge = None if resume_step is None else resume_step + 1
+        self._writer = module.SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, float(value), step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(
+        self,
+        run_dir: Path,
+        project: str,
+        run: str | None,
+        config: Mapping[str, Any] | None,
+        resume_step: int | None,
+    ) -> None:
+        wandb = _import("wandb", "wandb")
+        id_file = run_dir / "wandb_id.txt"
+        run_id = secrets.token_hex(4)
+        if resume_step is not None and id_file.is_file():
+            with suppress(UserError):
+                known = read_text(id_file, 100, "wandb's id of the run").strip()
+                run_id = known if re.fullmatch(r"\w{1,64}", known) else run_id
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_whole(id_file, run_id + "\n")
+            # a training run must never wait for an answer: without a login it records offline
+            mode = os.environ.get("WANDB_MODE") or (
+                "online" if wandb.login(prompt=False, verify=False) else "offline"
+            )
+            self._run = wandb.init(
+                project=project,
+                name=run,
+                id=run_id,
+                resume="allow",
+                mode=mode,
+                dir=str(run_dir),
+                config=dict(config or {}),
+            )
+        # wandb's errors share no base class: no network, a wrong key, a full disk, another version
+        except Exception as error:
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"tracker=wandb cannot start: {why}; set WANDB_MODE=offline, or use tracker=none"
+            ) from error
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _import(module: str, extra: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"tracker={extra} needs a package that is missing: pip install -e '.[{extra}]' here"
+        ) from error
+
+
+def _can_draw(file: TextIO) -> bool:
+    if not file.isatty():
+        return False
+    try:
+        # tqdm draws nothing at all on a terminal that says it has no columns, as some containers' do
+        return os.get_terminal_size(file.fileno()).columns > 0
+    except OSError:
+        return True
+
+
+# metric as logged, how it is shown
+_SHOWN = (
+    ("train/loss", "loss {:.4f}"),
+    ("train/accuracy", "token {:.1%}"),
+    ("train/exact_accuracy", "exact {:.1%}"),
+    ("train/steps", "steps {:.1f}"),
+    ("train/samples_per_second", "{:.0f} samples/s"),
+)
+
+
+class Progress:
+    """A progress bar on a terminal; where standard error is a file or a pipe, a plain line now and then.
+
+    total, initial: steps of the whole run, and done before this process. seconds: the least time between two
+    plain lines; the last step has one always. file: where to, standard error when None.
+    """
+
+    def __init__(
+        self, total: int, initial: int = 0, *, seconds: float = 10.0, file: TextIO | None = None
+    ) -> None:
+        self._file = sys.stderr if file is None else file
+        self._total, self._initial, self._step, self._seconds = total, initial, initial, seconds
+        self._shown = ""
+        self._start, self._next = time.monotonic(), 0.0
+        self._bar = None
+        if _can_draw(self._file):
+            # the bar takes the columns that the words leave
+            form = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} {remaining} left{postfix}"
+            self._bar = tqdm(
+                total=total, initial=initial, file=self._file, bar_format=form, dynamic_ncols=True
+            )
+
+    def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
+        """Show that `step` steps are done, and the last metrics given: loss, accuracies, steps, samples/s."""
+        if metrics:
+            known = [(form, metrics[name]) for name, form in _SHOWN if metrics.get(name) is not None]
+            words = [form.format(float(value)) for form, value in known]
+            self._shown = "  ".join(words) or self._shown
+        done, self._step = step - self._step, step
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._shown, refresh=False)
+            self._bar.update(done)
+            return
+        now = time.monotonic()
+        if now >= self._next or step == self._total:
+            self._next = now + self._seconds
+            print(self._line(now - self._start), file=self._file, flush=True)
+
+    def write(self, line: str) -> None:
+        """Print a line, such as an evaluation's result, without breaking the bar."""
+        if self._bar is not None:
+            tqdm.write(line, file=self._file)
+        else:
+            print(line, file=self._file, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _line(self, elapsed: float) -> str:
+        parts = [f"step {self._step}/{self._total}", self._shown]
+        if self._initial < self._step < self._total:
+            left = elapsed * (self._total - self._step) / (self._step - self._initial)
+            parts.append(f"{tqdm.format_interval(left)} left")
+        return "  ".join(part for part in parts if part)
+
+
+def evaluation_line(step: int, results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """An evaluation's results in one line. results: metrics by eval or eval_ema, then by set."""
+    averaged = {"eval": "", "eval_ema": ", averaged weights"}
+    return f"step {step}: " + "; ".join(
+        f"{name}{averaged[kind]}: {m.get('exact_accuracy', 0):.1%} exact, {m.get('accuracy', 0):.1%} of "
+        f"cells right, on {m['count']:.0f} test puzzles"
+        for kind, sets in results.items()
+        for name, m in sets.items()
+    )
+
+
+class Report:
+    """All the places a run's metrics go, as one; a context that closes them. Mute, it goes nowhere."""
+
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        total_steps: int,
+        resume_step: int | None,
+        *,
+        evaluations: int | None = None,
+        mute: bool = False,
+    ) -> None:
+        """resume_step: None for a new run, else the step it goes on from; evaluations: see `MetricsLog`."""
+        self.batch_size = config.global_batch_size
+        self.places: list[Tracker] = []
+        self.progress: Progress | None = None
+        self.symptoms = Symptoms(config, total_steps)
+        self.step, self.time = resume_step or 0, time.perf_counter()
+        if mute:
+            return
+        self.places.append(MetricsLog(run_dir, resume_step, evaluations))
+        self.places.append(
+            make_tracker(
+                config.tracker,
+                run_dir,
+                project=config.project_name,
+                run=config.run_name,
+                config=asdict(config),
+                resume_step=resume_step,
+            )
+        )
+        self.progress = Progress(total_steps, self.step)
+
+    def start(self, facts: Mapping[str, float]) -> None:
+        """What holds for the whole run, as the line of step 0."""
+        self._log(facts, 0)
+
+    def training(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The means since the last call, with the pace of the same steps; evaluation and saving left out."""
+        seconds = (time.perf_counter() - self.time) / (step - self.step)
+        pace = {"seconds_per_step": seconds, "samples_per_second": self.batch_size / seconds}
+        named = {f"train/{name}": value for name, value in {**metrics, **pace}.items()}
+        self._log(named, step)
+        if self.progress is not None:
+            self.progress.update(step, named)
+        self.step, self.time = step, time.perf_counter()
+
+    def evaluation(self, step: int, results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+        """The test split's metrics, by eval or eval_ema, then by set."""
+        flat = {
+            f"{kind}/{name}/{metric}": value
+            for kind, sets in results.items()
+            for name, metrics in sets.items()
+            for metric, value in metrics.items()
+        }
+        self._log(flat, step)
+        if self.progress is not None:
+            self.progress.write(evaluation_line(step, results))
+
+    def resume_clock(self) -> None:
+        """Leaves out of the pace what has passed since the last `training`."""
+        self.time = time.perf_counter()
+
+    def warn(self, text: str) -> None:
+        """Tells the user what should not go unseen."""
+        if self.progress is not None:
+            self.progress.write(f"warning: {text}")
+
+    def _log(self, metrics: Mapping[str, float], step: int) -> None:
+        for place in self.places:
+            place.log(metrics, step)
+        for symptom in self.symptoms.check(step, metrics):
+            self.warn(symptom)
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes all places; more than once does no harm."""
+        for place in self.places:
+            place.close()
+        if self.progress is not None:
+            self.progress.close()
