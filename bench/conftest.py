@@ -1,5 +1,8 @@
 """What a benchmark file says of its machine: the hardware and versions, not whose it is."""
 
+# It sets how threads wait, which OpenMP reads when PyTorch loads.
+import hrm  # noqa: F401
+
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.pop("node", None)

@@ -10,6 +10,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores: threads of their own would only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# First, for it sets how threads wait, which OpenMP reads when PyTorch loads.
+import hrm  # noqa: F401, I001
 import torch
 
 if not torch.cuda.is_available():

@@ -16,6 +16,7 @@ import pytest
 
 from hrm import compare
 from hrm.checkpoint.safe_io import run_lock
+from hrm.common.threads import usable_cpus
 from hrm.study import runs as campaigns
 from hrm.study.history import History, read_history
 from hrm.study.results import cautions, first_reaching, judge, score_at, tables
@@ -226,7 +227,7 @@ def test_seeds():
 
 def test_each_gpu_takes_a_run_and_a_shared_processor_is_shared_out(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("hrm.common.threads.usable_cpus", lambda: 8)
     assert slots("cpu", None) == [{}] and slots("cpu", 3) == [{"OMP_NUM_THREADS": "2"}] * 3
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
@@ -300,7 +301,7 @@ def test_seeds_take_turns_and_the_results_are_kept(pretend, tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["seeds"] == [0, 1] and results["missing"] == [] and results["baseline"] == "v1"
     assert results["command"].startswith("python -m hrm.compare v1 gated")
-    assert results["made_by"]["versions"]["torch"] and results["made_by"]["cores"] == os.cpu_count()
+    assert results["made_by"]["versions"]["torch"] and results["made_by"]["cores"] == usable_cpus()
     gated = results["entries"]["gated"]["equal_steps"]["exact_accuracy"]
     assert gated["scores"] == pytest.approx({"0": 0.5, "1": 0.6})
     assert gated["difference"]["mean"] == pytest.approx(0.2)
@@ -401,7 +402,7 @@ def test_a_run_that_another_process_still_trains_is_waited_for(pretend, tmp_path
 
 def test_runs_at_once_share_the_processor_and_the_report_says_so(pretend, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("hrm.common.threads.usable_cpus", lambda: 4)
     status, out, _ = pretend("--seeds", "1", "--jobs", "2")
     assert status == 0 and "Runs shared a device" in out
     assert (tmp_path / "out" / "v1-seed0.log").read_text().endswith(" 2\n")

@@ -1,6 +1,5 @@
 """Compiled work on the rows of arrays, shared among threads; what comes out does not depend on how many."""
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,11 +7,6 @@ from tqdm import tqdm
 
 # Rows of a share of the work: few enough for a bar that moves, many enough to hide the cost of handing over.
 SHARE = 256
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def over_rows(work: Callable[[slice], None], rows: int, workers: int, what: str) -> None:

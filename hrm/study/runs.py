@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from hrm.common.errors import UserError
 from hrm.common.files import open_own, read_json, write_whole
+from hrm.common.threads import threads_of_each, usable_cpus
 from hrm.config.cli import show
 from hrm.config.load import KEYS, Config, parse_args, to_yaml
 from hrm.study.history import METRICS, History, read_history
@@ -261,9 +262,7 @@ def slots(device: str, jobs: int | None) -> list[dict[str, str]]:
     count = jobs or len(gpus) or 1
     if gpus:
         return [{"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} for slot in range(count)]
-    if count == 1 or "OMP_NUM_THREADS" in os.environ:
-        return [{}] * count
-    return [{"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}] * count
+    return [threads_of_each(count)] * count
 
 
 def surroundings() -> dict[str, Any]:
@@ -285,7 +284,7 @@ def surroundings() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.platform(),
         "processor": _processor(),
-        "cores": os.cpu_count(),
+        "cores": usable_cpus(),
         "gpus": gpus,
     }
 

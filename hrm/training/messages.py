@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hrm.common.threads import threads_note
 from hrm.config.schema import ArchConfig, Config
 
 if TYPE_CHECKING:
@@ -21,14 +22,17 @@ def parameter_count(engine: "Engine") -> int:
 
 def describe(engine: "Engine", train_set: "PuzzleDataset", test_set: "PuzzleDataset") -> str:
     """One line on what is about to train."""
+    import torch
+
     config, world = engine.config, engine.world
     ranks = f" x {world.size} ranks" if world.size > 1 else ""
+    threads = f", {threads_note(torch.get_num_threads())}" if engine.device.type == "cpu" else ""
     note = f" ({engine.mode.note})" if engine.mode.note else ""
     examples = [sum(len(part.inputs) for part in split.sets.values()) for split in (train_set, test_set)]
     return (
         f"{model_name(config.arch)}, {parameter_count(engine):,} parameters, "
-        f"{engine.device}{ranks}, {str(engine.model.dtype).removeprefix('torch.')}, mode {engine.mode.name}"
-        f"{note}; "
+        f"{engine.device}{ranks}{threads}, {str(engine.model.dtype).removeprefix('torch.')}, "
+        f"mode {engine.mode.name}{note}; "
         f"{train_set.folder.parent}: {examples[0]:,} training and {examples[1]:,} test examples; "
         f"{engine.total_steps:,} steps of {config.global_batch_size}"
     )

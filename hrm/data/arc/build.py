@@ -27,10 +27,10 @@ from typing import Any, TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from hrm.common.threads import usable_cpus
 from hrm.data.arc.augment import COLOURS, SIDE, TURNS, VOCAB_SIZE, Pair, draw, token_arrays
 from hrm.data.arc.files import BLANK, Task, read_source
 from hrm.data.format import DatasetError, PuzzleSet
-from hrm.data.workers import cores
 from hrm.data.writer import Shape, check_output, new_dataset
 
 SET = "all"
@@ -223,7 +223,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Build a data set as the options say, and print what is in it. Raises DatasetError."""
     check_output(args.output_dir)
-    workers = cores() if args.workers is None else args.workers
+    workers = usable_cpus() if args.workers is None else args.workers
     for name, value, low in (("num-aug", args.num_aug, 0), ("seed", args.seed, 0), ("workers", workers, 1)):
         if value < low:
             raise DatasetError(f"--{name} {value}: expected at least {low}")

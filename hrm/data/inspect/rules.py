@@ -2,12 +2,13 @@
 
 import numpy as np
 
+from hrm.common.threads import usable_cpus
 from hrm.data.format import array_path
 from hrm.data.inspect.invariants import Findings, Split, chunks
 from hrm.data.maze.search import solved
 from hrm.data.puzzle_kinds import Kind
 from hrm.data.sudoku.solver import compiled, solve_each, units
-from hrm.data.workers import cores, over_rows
+from hrm.data.workers import over_rows
 
 
 def broken(kind: Kind, inputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -99,7 +100,7 @@ def _solutions(questions: np.ndarray, what: str) -> np.ndarray:
     def solve(rows: slice) -> None:
         solve_each(questions[rows], answers[rows], guesses[rows], found[rows])
 
-    over_rows(solve, len(questions), cores(), what)
+    over_rows(solve, len(questions), usable_cpus(), what)
     return found
 
 

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
+from hrm.common.threads import usable_cpus
 from hrm.data.format import PuzzleSet
 from hrm.data.hub import PREFIX, fetch
 from hrm.data.inspect.histogram import histogram
 from hrm.data.maze.files import SMALLEST_SIDE, MazeError, Mazes, keys, read_mazes
 from hrm.data.maze.search import SYMMETRIES, random_mazes, symmetric
-from hrm.data.workers import cores, over_rows
+from hrm.data.workers import over_rows
 from hrm.data.writer import Shape, check_output, new_dataset
 
 VOCABULARY = 6
@@ -266,7 +267,7 @@ def run(args: argparse.Namespace) -> None:
 def _complete(args: argparse.Namespace) -> None:
     """Refuses options that are out of range or without meaning, and puts in the others' defaults."""
     generated = args.source == GENERATED
-    for name, default in {**DEFAULTS, "workers": cores(), "test_size": 0.1}.items():
+    for name, default in {**DEFAULTS, "workers": usable_cpus(), "test_size": 0.1}.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
         elif generated == (name == "test_size") or (name == "test_size" and not _is_one_file(args.source)):

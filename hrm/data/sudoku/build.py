@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from hrm.common.threads import usable_cpus
 from hrm.data.format import PuzzleSet
 from hrm.data.hub import PREFIX, fetch
 from hrm.data.sudoku.files import Puzzles, hold_out, prove_proper, read_puzzles, row_keys
 from hrm.data.sudoku.solver import BOXES, SudokuError, random_grid, random_puzzle, solutions
 from hrm.data.sudoku.summary import summary
 from hrm.data.sudoku.symmetry import leaks
-from hrm.data.workers import cores
 from hrm.data.writer import Shape, cached, check_output, new_dataset
 
 # Part of the name of cached data sets: raise it when the same parameters give other bytes.
@@ -295,7 +295,7 @@ def run(args: argparse.Namespace) -> None:
             name = "--" + option.replace("_", "-")
             raise SudokuError(f"{name} has no meaning for --source {args.source}; leave it out")
     num_train, num_test = (1000 if n is None else n for n in (args.num_train, args.num_test))
-    workers = cores() if args.workers is None else args.workers
+    workers = usable_cpus() if args.workers is None else args.workers
     _check_request(args.size, num_train, num_test, args.num_aug, args.seed)
     for option, value in (("workers", workers), ("subsample_size", args.subsample_size)):
         if value is not None and value < 1:
