@@ -1,19 +1,21 @@
-# Two commands: `make train` and `make test`. Each sets itself up in $(VENV) from the pinned constraints.
-# `make lint`, `make bench`, `make soak`, `make fuzz` and `make audit` are for developers.
-# More words for the trainer: make train ARGS="--arch v1 max_steps=100"
+# `make train` and `make test` set themselves up in $(VENV) from the pinned constraints. The other targets are for
+# developers. ARGS adds words to a command: make train ARGS="--arch v1 max_steps=100"
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: train test lint bench soak fuzz audit
+.PHONY: train test test-fast lint bench soak fuzz audit
 
 train: $(VENV)/.runtime
 	$(VENV)/bin/python train.py $(ARGS)
 
 test: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest -n auto --dist worksteal $(ARGS)
+
+test-fast: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest -n auto --dist worksteal -m "not slow and not browser" $(ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -1,7 +1,7 @@
-"""The README's tables and plot of measured numbers, made from bench/results/ and from nothing else.
+"""The measured numbers of README.md and docs/results.md, made from bench/results/ and from nothing else.
 
-`python -m bench.report` prints the tables, `python -m bench.report --write` puts them into the README and the
-plot beside the results.
+`python -m bench.report` prints the tables. `--write` puts them into both documents, and the plot beside the
+results.
 """
 
 import json
@@ -15,7 +15,7 @@ from hrm.study.results import tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-README = ROOT / "README.md"
+README, DOCUMENT = ROOT / "README.md", ROOT / "docs" / "results.md"
 PLOT = RESULTS / "steps.svg"
 COMPARISON = "architectures_cpu"
 BEGIN, END = "<!-- measured: made by bench/report.py -->", "<!-- end of measured -->"
@@ -203,7 +203,7 @@ def comparison_parts(results: Path) -> list[str]:
         "test puzzles right in every cell, mean ± sample deviation; differences are paired by seed, with "
         "their 95 % t interval."
     )
-    image = f"[![The architectures compared]({folder}/report.png)]({folder}/report.html)"
+    image = f"![The architectures compared](../{folder}/report.png)"
     return [said, "\n".join(lines), image]
 
 
@@ -217,20 +217,38 @@ def where(name: str, file: dict[str, Any], info: dict[str, Any]) -> str:
 
 
 def table(results: Path = RESULTS) -> str:
-    """All that stands between the README's markers: tables, and the plot once there are steps."""
-    lines = ["| what | measured | file |", "|---|---|---|"]
+    """The tables of docs/results.md, and the plot if there are steps."""
     rows = [*quick_rows(results), *data_rows(results), *gate_rows(results), *saving_rows(results)]
-    rows += fault_rows(results)
-    parts = ["\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])]
+    parts = [row_table([*rows, *fault_rows(results)])]
     files = step_files(results)
     if files:
-        parts.append(f"![Training steps: time over ours](bench/results/{PLOT.name})")
+        parts.append(f"![Training steps: time over ours](../bench/results/{PLOT.name})")
         parts += [step_table(*each) for each in files]
     return "\n\n".join([*parts, *comparison_parts(results)])
 
 
-def readme_with(text: str, measured: str) -> str:
-    """The README's text with what stands between its markers replaced."""
+def row_table(rows: list[tuple[str, str, str]]) -> str:
+    return "\n".join(
+        ["| what | measured | file |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    )
+
+
+def summary(results: Path = RESULTS) -> str:
+    """The README's table: training on a laptop, speed against the official code, faults."""
+    rows = [*quick_rows(results)]
+    for name, file in step_files(results):
+        for (program, model), (base, *others) in groups(file).items():
+            info = base["extra_info"]
+            for row in others:
+                if program == PROGRAMS[0] and label(row, base) == "official, compile":
+                    what = f"{program} of `{model}`: time of the official compiled step over ours"
+                    measured = f"{ratio(row, base):.2f}x ({info['gpu'] or info['processor']})"
+                    rows.append((what, measured, name))
+    return row_table([*rows, *fault_rows(results)])
+
+
+def with_measured(text: str, measured: str) -> str:
+    """A document's text with the part between its markers replaced."""
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n{measured}\n{END}{rest.split(END)[1]}"
 
@@ -272,7 +290,9 @@ def plot(results: Path = RESULTS) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write"]:
-        README.write_text(readme_with(README.read_text(encoding="utf-8"), table()), encoding="utf-8")
+        for path, measured in ((README, summary()), (DOCUMENT, table())):
+            text = path.read_text(encoding="utf-8")
+            path.write_text(with_measured(text, measured), encoding="utf-8")
         PLOT.write_text(plot(), encoding="utf-8")
     else:
         print(table())

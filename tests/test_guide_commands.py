@@ -1,4 +1,4 @@
-"""Every command of the README's table of other guides' commands is run, shortened, in one folder.
+"""Every command of docs/migrating.md's table is run, shortened, in one folder.
 
 Shortened means a small model, a small data set and a few steps; all else is as typed, and what a run leaves
 must say so.
@@ -29,8 +29,7 @@ from tests.test_ranks import torchrun
 from tests.test_trackers import FakeWandb
 
 ROOT = Path(train.__file__).parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SECTION = README.split("### Commands of other HRM guides")[1].split("\n## ")[0]
+SECTION = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
 
 # The values of a shortened run: 48 puzzles in batches of 16 make 3 steps an epoch.
 SMALL = {"arch.hidden_size": "16", "arch.num_heads": "2", "arch.expansion": "1", "arch.H_layers": "1"}

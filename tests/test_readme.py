@@ -1,22 +1,26 @@
-"""The README says what is so: its numbers are the results', its keys and files exist.
+"""The documents are right: their numbers are the results', their keys, commands and files exist.
 
-Its table of other guides' commands is run in tests/test_guide_commands.py.
+The commands of docs/migrating.md are run in tests/test_guide_commands.py.
 """
 
 import re
 from pathlib import Path
 
+import pytest
+
 import train
 from bench import report
 from hrm.config.load import KEYS
-from hrm.evaluate import KEYS as JUDGED
+from hrm.evaluate import KEYS as EVALUATE_KEYS
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_measured_table_is_that_of_the_results():
-    assert report.readme_with(README, report.table()) == README
+def test_the_measured_tables_are_those_of_the_results():
+    assert report.with_measured(README, report.summary()) == README
+    results = report.DOCUMENT.read_text(encoding="utf-8")
+    assert report.with_measured(results, report.table()) == results
 
 
 def test_the_tree_names_what_is_there():
@@ -27,9 +31,30 @@ def test_the_tree_names_what_is_there():
         assert (ROOT / folder).is_dir(), folder
 
 
-def test_keys_and_targets_that_the_readme_names_exist():
-    for key in re.findall(r"`(?:python train\.py )?([a-z_.]+)=", README):
-        assert key in KEYS or key in JUDGED or key == "arch", key
-    makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", README, flags=re.MULTILINE):
-        assert f"\n{target}:" in makefile
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMES = [path.name for path in DOCUMENTS]
+
+
+def test_the_readme_can_be_read_in_minutes():
+    assert len(README.splitlines()) <= 160
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
+def test_keys_that_documents_name_exist(path):
+    for key in re.findall(r"`(?:python train\.py )?([a-z_.]+)=", path.read_text(encoding="utf-8")):
+        assert key in KEYS or key in EVALUATE_KEYS or key == "arch", key
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
+def test_targets_and_files_that_documents_name_exist(path):
+    text, makefile = path.read_text(encoding="utf-8"), (ROOT / "Makefile").read_text()
+    for target in re.findall(r"(?:^|`)make ([\w.][\w./-]*)", text, flags=re.MULTILINE):
+        assert f"\n{target.replace('.venv', '$(VENV)')}:" in makefile, target
+    for file in re.findall(r"`((?:hrm|kernels|bench|tests|docs)/[\w./]+?)/?`", text):
+        assert "NAME" in file or (ROOT / file).exists(), file
+    for link in re.findall(r"\]\(((?!http)[^)]+)\)", text):
+        file, _, heading = link.partition("#")
+        target = path.parent / file
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.+)$", target.read_text("utf-8"), flags=re.MULTILINE) if heading else []
+        assert not heading or heading in {h.lower().replace(" ", "-") for h in headings}, link
