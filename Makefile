@@ -1,12 +1,16 @@
 # `make train` and `make test` set themselves up in $(VENV) from the pinned constraints. The other targets are for
 # developers. ARGS adds words to a command: make train ARGS="--arch v1 max_steps=100"
+# `make cuda-host` runs the CUDA path without a GPU: see tests/cuda_host/README.md.
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Of `make cuda-host`: the CUDA build, and its environment, which is kept.
+TORCH ?= 2.14.1
+CUDA_VENV ?= .venv-cuda-$(basename $(TORCH))
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: train test test-fast lint bench soak fuzz audit
+.PHONY: train test test-fast cuda-host lint bench soak fuzz audit
 
 train: $(VENV)/.runtime
 	$(VENV)/bin/python train.py $(ARGS)
@@ -16,6 +20,9 @@ test: $(VENV)/.dev
 
 test-fast: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest -n auto --dist worksteal -m "not slow and not browser" $(ARGS)
+
+cuda-host: $(CUDA_VENV)/.cuda-host
+	$(CUDA_VENV)/bin/python -m tests.cuda_host $(ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -46,4 +53,10 @@ $(VENV)/.runtime: setup.py constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: $(VENV)/.runtime
 	$(PIP) -e '.[dev]'
+	touch $@
+
+# The newest packages that go with $(TORCH): the pinned ones go with another version.
+$(CUDA_VENV)/.cuda-host:
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install --disable-pip-version-check -q torch==$(TORCH) -e '.[profile]' pytest
 	touch $@
