@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from hrm import compare
-from hrm.checkpoint.safe_io import run_lock
 from hrm.common.threads import usable_cpus
 from hrm.study import runs as campaigns
 from hrm.study.history import History, read_history
 from hrm.study.results import cautions, first_reaching, judge, score_at, tables
 from hrm.study.runs import Campaign, slots
+from hrm.training.run_folder import run_lock
 from tests.test_train import SMALL
 
 ROOT = Path(compare.__file__).parents[1]

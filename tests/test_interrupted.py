@@ -8,6 +8,9 @@ import pytest
 
 import train
 from hrm.checkpoint.read import load_checkpoint, read_manifest
+from hrm.training.checkpointer import Checkpointer
+from hrm.training.evaluation import Evaluator
+from hrm.training.monitor import Monitor
 from hrm.training.signals import TERMINATE, Stopped
 from hrm.training.spikes import LossWatch, Spike
 from tests.test_train import assert_same_run, metrics_of, words
@@ -17,17 +20,19 @@ class Killed(Exception):
     """In place of a SIGKILL."""
 
 
-def struck(monkeypatch: pytest.MonkeyPatch, method: str, strikes: Callable[[Any], Exception | None]) -> None:
-    """`Run.method` raises what `strikes` answers of the run, if it is an error."""
-    original = getattr(train.Run, method)
+def struck(
+    monkeypatch: pytest.MonkeyPatch, owner: type, method: str, strikes: Callable[[Any], Exception | None]
+) -> None:
+    """`owner.method` raises what `strikes` returns for the run's progress, if it is an error."""
+    original = getattr(owner, method)
 
-    def called(run, *args, **kwargs):
-        error = strikes(run)
+    def called(self, progress, *args, **kwargs):
+        error = strikes(progress)
         if error is not None:
             raise error
-        return original(run, *args, **kwargs)
+        return original(self, progress, *args, **kwargs)
 
-    monkeypatch.setattr(train.Run, method, called)
+    monkeypatch.setattr(owner, method, called)
 
 
 def folder(out: Path, name: str) -> Path:
@@ -49,14 +54,22 @@ def test_an_evaluation_that_was_asked_to_end_and_then_killed_is_there_once(
     for step in (24, 34):
         with monkeypatch.context() as patch:
             struck(
-                patch, "evaluate", lambda run, at=step: Stopped(TERMINATE) if run.engine.step == at else None
+                patch,
+                Evaluator,
+                "measure",
+                lambda progress, at=step: Stopped(TERMINATE) if progress.step == at else None,
             )
             assert train.main([*argv, "run_name=r"]) == 143
         saved = load_checkpoint(folder(tmp_path, "r"))
         assert saved.step == step and saved.training["evaluation_due"]
         with monkeypatch.context() as patch:
             # Logged, and not saved any more.
-            struck(patch, "save", lambda run, at=step: Killed() if run.engine.step == at else None)
+            struck(
+                patch,
+                Checkpointer,
+                "save",
+                lambda progress, at=step: Killed() if progress.step == at else None,
+            )
             with pytest.raises(Killed):
                 train.main([*argv, "run_name=r"])
         assert evaluated(folder(tmp_path, "r"))[-1] == (step, 20)
@@ -70,7 +83,12 @@ def test_the_whole_evaluation_after_a_sampled_one_is_not_lost(tiny_sudoku, tmp_p
     argv = words(tiny_sudoku, tmp_path, "project_name=p", "run_name=r", *still)
     with monkeypatch.context() as patch:
         # After the sampled evaluation's checkpoint.
-        struck(patch, "evaluate", lambda run: Killed() if run.engine.step == 24 and run.evaluations else None)
+        struck(
+            patch,
+            Evaluator,
+            "measure",
+            lambda progress: Killed() if progress.step == 24 and progress.evaluations else None,
+        )
         with pytest.raises(Killed):
             train.main(argv)
     run = folder(tmp_path, "r")
@@ -105,7 +123,12 @@ def test_a_rewind_keeps_what_the_checkpoint_is_worth(tiny_sudoku, tmp_path, monk
         tiny_sudoku, tmp_path, "project_name=p", "run_name=r", "spike_rewinds=1", "keep_checkpoints=null"
     )
     seen: list[Any] = []
-    struck(monkeypatch, "go_back", lambda run: seen.append((run.checkpoint, read_manifest(run.checkpoint))))
+    struck(
+        monkeypatch,
+        Monitor,
+        "rewind",
+        lambda progress: seen.append((progress.checkpoint, read_manifest(progress.checkpoint))),
+    )
     assert train.main(argv) == 0
     [(checkpoint, before)] = seen
     after = read_manifest(checkpoint)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hrm.training import signals as interruption
-from hrm.training.signals import GO_ON, HANG_UP, INTERRUPT, REASONS, SAVE, TERMINATE, TIME_OVER, Interruption
+from hrm.training.signals import GO_ON, HANG_UP, INTERRUPT, REASONS, SAVE, TERMINATE, TIME_OVER, StopSignals
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,7 +26,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_a_checkpoint_is_due_by_time_and_the_end_goes_before_it(clock):
-    asked = Interruption(max_seconds=60, save_seconds=10)
+    asked = StopSignals(max_seconds=60, save_seconds=10)
     assert asked.ask() == GO_ON
     clock[0] += 9.9
     assert asked.ask() == GO_ON
@@ -40,7 +40,7 @@ def test_a_checkpoint_is_due_by_time_and_the_end_goes_before_it(clock):
     assert asked.ask() == SAVE
     clock[0] = 160
     assert asked.ask() == TIME_OVER
-    never = Interruption(None, None)
+    never = StopSignals(None, None)
     clock[0] += 1e9
     assert never.ask() == GO_ON
 
@@ -62,7 +62,7 @@ def test_the_statuses_are_those_that_the_readme_tells():
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, INTERRUPT), (signal.SIGTERM, TERMINATE)])
 def test_a_signal_is_noted_and_goes_before_the_time(number, code, capfd):
     before = {other: signal.getsignal(other) for other in (signal.SIGINT, signal.SIGTERM)}
-    with Interruption(max_seconds=1e-9, save_seconds=None) as asked:
+    with StopSignals(max_seconds=1e-9, save_seconds=None) as asked:
         os.kill(os.getpid(), number)
         assert asked.ask() == code
         # From now on a signal is what it is to any process.
@@ -74,7 +74,7 @@ def test_a_signal_is_noted_and_goes_before_the_time(number, code, capfd):
 
 
 def test_a_rank_that_does_not_speak_is_silent(capfd):
-    with Interruption(None, None, speaks=False) as asked:
+    with StopSignals(None, None, speaks=False) as asked:
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked.ask() == TERMINATE
     assert capfd.readouterr().err == ""
@@ -84,7 +84,7 @@ def test_in_another_thread_signals_are_left_alone():
     before, seen = signal.getsignal(signal.SIGTERM), []
 
     def run() -> None:
-        with Interruption(1e-9, None) as asked:
+        with StopSignals(1e-9, None) as asked:
             seen.extend([signal.getsignal(signal.SIGTERM), asked.ask()])
 
     thread = threading.Thread(target=run)
@@ -95,8 +95,8 @@ def test_in_another_thread_signals_are_left_alone():
 
 TWICE = """
 import time
-from hrm.training.signals import Interruption
-with Interruption(None, None):
+from hrm.training.signals import StopSignals
+with StopSignals(None, None):
     print("ready", flush=True)
     while True:
         time.sleep(0.01)
@@ -128,7 +128,7 @@ def test_an_ignored_signal_stays_ignored():
     """As nohup leaves SIGHUP, and a shell script SIGINT for what it starts in the background."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Interruption(None, None) as asked:
+        with StopSignals(None, None) as asked:
             os.kill(os.getpid(), signal.SIGHUP)
             assert asked.ask() == GO_ON
             os.kill(os.getpid(), signal.SIGTERM)

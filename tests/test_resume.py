@@ -11,6 +11,7 @@ import torch
 import train
 from hrm.checkpoint.read import load_checkpoint
 from hrm.data.sudoku.build import builtin_sudoku
+from hrm.training.monitor import Monitor
 from hrm.training.spikes import LossWatch, Spike
 from tests.test_train import metrics_of, run_main, words
 
@@ -118,7 +119,7 @@ def test_a_run_killed_right_after_a_rewind_goes_on_from_there(tiny_sudoku, tmp_p
     argv = words(tiny_sudoku, tmp_path, "project_name=p", "run_name=r", "checkpoint_interval=5")
     argv.append("spike_rewinds=1")
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "go_back", killed_after(train.Run.go_back, Killed))
+        patch.setattr(Monitor, "rewind", killed_after(Monitor.rewind, Killed))
         with pytest.raises(Killed):
             train.main(argv)
     checkpoint = load_checkpoint(tmp_path / "p" / "r")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from hrm.checkpoint.safe_io import DESCRIPTION_LIMIT, read_safetensors, read_torch, read_training, run_lock
+from hrm.checkpoint.safe_io import DESCRIPTION_LIMIT, read_safetensors, read_torch, read_training
 from hrm.checkpoint.save import save_checkpoint
 from hrm.checkpoint.weights import read_weights
 from hrm.common.errors import UserError
@@ -28,7 +28,8 @@ from hrm.evaluation.arc_voting import read_names
 from hrm.report import differences, report
 from hrm.study.history import MOST_METRICS, read_histories, read_history
 from hrm.study.runs import Run, _read_plan
-from hrm.training.logging import MetricsLog
+from hrm.training.logging import MetricsFile
+from hrm.training.run_folder import run_lock
 from tests.browser import chromium
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -441,7 +442,7 @@ def test_nothing_is_written_through_a_link(tmp_path):
         target.write_text("mine\n")
         path.symlink_to(target)
     with pytest.raises(UserError, match=r"metrics\.jsonl: a link, which nothing is written through"):
-        MetricsLog(run)
+        MetricsFile(run)
     with pytest.raises(UserError, match=r"\.run\.lock: a link"), run_lock(run):
         raise AssertionError
     with pytest.raises(UserError, match=r"run\.log: a link"):
@@ -456,7 +457,7 @@ def test_a_planted_link_in_place_of_what_is_cut_is_not_followed(tmp_path):
     target.write_text("mine\n")
     run = write_metrics(tmp_path / "run", '{"step": 1, "a": 1}', '{"step": 9, "a": 1}', "x" * (3 << 20))
     (run / "metrics.jsonl.tmp").symlink_to(target)
-    log = MetricsLog(run, 5)
+    log = MetricsFile(run, 5)
     log.log({"a": 2}, 6)
     log.close()
     assert target.read_text() == "mine\n"

@@ -16,7 +16,7 @@ import torch
 
 from hrm.common.errors import UserError
 from hrm.training import logging as trackers
-from hrm.training.logging import MetricsLog, Progress, make_tracker
+from hrm.training.logging import MetricsFile, ProgressBar, make_tracker
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,7 +35,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def test_each_line_is_strict_json(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "project" / "run")
+    log = MetricsFile(tmp_path / "project" / "run")
     log.log({"train/loss": 0.1, "train/count": 3}, 1)
     # read before the file is closed: a line is out as soon as it is logged
     assert lines(tmp_path / "project" / "run") == [{"step": 1, "train/loss": 0.1, "train/count": 3}]
@@ -50,7 +50,7 @@ def test_each_line_is_strict_json(tmp_path: Path) -> None:
 
 def test_a_fresh_run_starts_a_fresh_file(tmp_path: Path) -> None:
     for value in (1, 2):
-        log = MetricsLog(tmp_path)
+        log = MetricsFile(tmp_path)
         log.log({"value": value}, 1)
         log.close()
     assert lines(tmp_path) == [{"step": 1, "value": 2}]
@@ -69,7 +69,7 @@ def test_a_fresh_run_starts_a_fresh_file(tmp_path: Path) -> None:
 )
 def test_a_resumed_file_becomes_the_uninterrupted_one(tmp_path: Path, tail: bytes) -> None:
     def run(folder: Path, first: int, last: int, resume_step: int | None) -> None:
-        log = MetricsLog(folder, resume_step)
+        log = MetricsFile(folder, resume_step)
         for step in range(first, last + 1):
             log.log({"train/loss": step / 7}, step)
             if step % 3 == 0:
@@ -87,7 +87,7 @@ def test_a_resumed_file_becomes_the_uninterrupted_one(tmp_path: Path, tail: byte
 
 
 def test_a_run_resumed_without_its_metrics_starts_them(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 5)
+    log = MetricsFile(tmp_path, 5)
     log.log({"a": 1}, 6)
     log.close()
     assert lines(tmp_path) == [{"step": 6, "a": 1}]
@@ -95,7 +95,7 @@ def test_a_run_resumed_without_its_metrics_starts_them(tmp_path: Path) -> None:
 
 def test_a_killed_process_loses_no_logged_line(tmp_path: Path) -> None:
     script = (
-        "import os, sys; from hrm.training.logging import MetricsLog; log = MetricsLog(sys.argv[1])\n"
+        "import os, sys; from hrm.training.logging import MetricsFile; log = MetricsFile(sys.argv[1])\n"
         "for step in range(5): log.log({'a': step}, step)\n"
         "os.kill(os.getpid(), 9)"
     )
@@ -107,8 +107,8 @@ def test_a_killed_process_loses_no_logged_line(tmp_path: Path) -> None:
 def test_metrics_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write \S+/file/run/metrics\.jsonl: .*output_dir="):
-        MetricsLog(tmp_path / "file" / "run")
-    log = MetricsLog(tmp_path)
+        MetricsFile(tmp_path / "file" / "run")
+    log = MetricsFile(tmp_path)
     # a device that is always full
     if Path("/dev/full").exists():
         log._file = open("/dev/full", "w")  # noqa: SIM115
@@ -255,7 +255,7 @@ SHOWN = "loss 1.2346  token 50.0%  exact 12.5%  steps 3.2  1234 samples/s"
 def test_plain_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, file = SimpleNamespace(now=100.0), io.StringIO()
     monkeypatch.setattr(trackers.time, "monotonic", lambda: clock.now)
-    progress = Progress(40, 10, file=file)
+    progress = ProgressBar(40, 10, file=file)
     for step in range(11, 41):
         clock.now += 1.0
         progress.update(step, METRICS if step < 20 else None)
@@ -270,7 +270,7 @@ def test_plain_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_plain_lines_of_few_or_bad_metrics() -> None:
     file = io.StringIO()
-    progress = Progress(2, file=file, seconds=0)
+    progress = ProgressBar(2, file=file, seconds=0)
     progress.update(1, {"train/lr": 1.0})
     progress.write("an evaluation")
     progress.update(2, {"train/loss": float("nan"), "train/accuracy": torch.tensor(1.0)})
@@ -283,7 +283,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     # else cut to this width
     monkeypatch.delenv("COLUMNS", raising=False)
     file = Terminal()
-    progress = Progress(40, 10, file=file)
+    progress = ProgressBar(40, 10, file=file)
     for step in range(11, 41):
         progress.update(step, METRICS)
     progress.write("an evaluation")
@@ -298,12 +298,12 @@ def test_a_terminal_without_columns_gets_plain_lines() -> None:
     # a new pseudo-terminal has 0 columns
     ours, theirs = os.openpty()
     with os.fdopen(theirs, "w") as file:
-        Progress(5, file=file).update(5, {"train/loss": 2.0})
+        ProgressBar(5, file=file).update(5, {"train/loss": 2.0})
         assert os.read(ours, 1000).decode() == "step 5/5  loss 2.0000\r\n"
     os.close(ours)
 
 
 def test_standard_error_is_the_default(capsys: pytest.CaptureFixture[str]) -> None:
-    Progress(5).update(5, {"train/loss": 2.0})
+    ProgressBar(5).update(5, {"train/loss": 2.0})
     out, err = capsys.readouterr()
     assert (out, err) == ("", "step 5/5  loss 2.0000\n")

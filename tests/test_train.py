@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import train
 from hrm.checkpoint.read import load_checkpoint
-from hrm.checkpoint.safe_io import run_lock
+from hrm.training.run_folder import run_lock
 
 ROOT = Path(train.__file__).parent
 SMALL = ["arch.hidden_size=32", "arch.num_heads=2", "arch.H_layers=1", "arch.L_layers=1"]

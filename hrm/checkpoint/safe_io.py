@@ -13,15 +13,9 @@ import os
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
 
 import torch
 from safetensors import SafetensorError
@@ -29,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hrm.common.errors import UserError
-from hrm.common.files import open_bounded, open_own
+from hrm.common.files import open_bounded
 from hrm.config.cli import show
 
 # What describes tensors, apart from their numbers: a header, a pickle, an archive's table of contents. The
@@ -241,37 +235,3 @@ def brief(error: BaseException) -> str:
     """An exception in one short line."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {show(lines[0][:120])}" if lines else type(error).__name__
-
-
-@contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
-    """Holds a run's folder for this process alone, until the context or the process ends.
-
-    The lock lies beside the folder, which may be moved meanwhile. Raises UserError where it is held.
-    """
-    path = run_dir.with_name(f".{run_dir.name}.lock")
-    try:
-        run_dir.parent.mkdir(parents=True, exist_ok=True)
-        file = open_own(path, "a")
-    except OSError as error:
-        raise UserError(f"output folder {run_dir}: {error.strerror}; give another output_dir=PATH") from None
-    with file:
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{run_dir}: another process trains this run; give another run_name") from None
-        yield
-
-
-def set_aside(run_dir: Path) -> Path:
-    """Moves a run's folder to the first free name beside it, so that a new run loses nothing of it."""
-    number = 1
-    while (kept := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
-        number += 1
-    try:
-        return run_dir.rename(kept)
-    except OSError as error:
-        raise UserError(
-            f"{run_dir}: cannot be moved aside ({error.strerror}); give another run_name"
-        ) from None

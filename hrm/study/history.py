@@ -12,11 +12,9 @@ import yaml  # type: ignore[import-untyped]
 
 from hrm.common.errors import UserError, printable
 from hrm.common.files import open_bounded, read_text
+from hrm.training.run_folder import LONGEST_LINE, METRICS
 
-METRICS = "metrics.jsonl"
-# What a file may ask of memory: the longest line, in bytes, how many metrics, the points kept of one; and of
-# a configuration, which takes 3,000 bytes.
-LONGEST_LINE = 2**20
+# Limits that bound memory: metrics of a file, points kept of one, bytes of a configuration (usually 3,000).
 MOST_METRICS = 2**10
 MOST_POINTS = 2**16
 CONFIG_LIMIT = 2**17

@@ -30,7 +30,8 @@ from hrm.common.files import open_own, read_json, write_whole
 from hrm.common.threads import threads_of_each, usable_cpus
 from hrm.config.cli import show
 from hrm.config.load import KEYS, Config, parse_args, to_yaml
-from hrm.study.history import METRICS, History, read_history
+from hrm.study.history import History, read_history
+from hrm.training.run_folder import METRICS, run_lock
 
 # Beside this package, in a checkout and in an installation; a train.py in the current folder is another one.
 TRAINER = Path(__file__).resolve().parents[2] / "train.py"
@@ -122,7 +123,7 @@ class Campaign:
     @contextmanager
     def opened(self) -> Iterator[None]:
         """The folder for this process alone, with the plan in it. Raises UserError if it holds another."""
-        from hrm.checkpoint.safe_io import run_lock, to_json
+        from hrm.checkpoint.safe_io import to_json
 
         plan = {"seeds": self.seeds, "candidates": {c.name: settings(c.config) for c in self.candidates}}
         if _held(self.folder):
@@ -296,8 +297,6 @@ def _processor() -> str:
 
 
 def _held(folder: Path) -> bool:
-    from hrm.checkpoint.safe_io import run_lock
-
     try:
         with run_lock(folder):
             return False

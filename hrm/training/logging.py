@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl always, a tracker where asked for, a bar or lines on the terminal."""
+"""Where metrics go: always metrics.jsonl, a tracker if configured, a bar or lines on the terminal."""
 
 import importlib
 import json
@@ -20,18 +20,18 @@ from hrm.checkpoint.safe_io import to_json
 from hrm.common.errors import UserError
 from hrm.common.files import new_file, open_bounded, open_own, read_text, write_whole
 from hrm.config.load import Config
-from hrm.study.history import LONGEST_LINE, METRICS
 from hrm.training.health import Symptoms
+from hrm.training.progress import Progress
+from hrm.training.run_folder import LONGEST_LINE, METRICS
 
 
-class MetricsLog:
+class MetricsFile:
     """The run's metrics.jsonl: one JSON object a line, `{"step": n, "train/loss": ..., ...}`.
 
-    run_dir: made where missing. resume_step: None starts the file afresh; n keeps the lines up to step n and
-    cuts later and half-written ones, so that a resumed run's file becomes the uninterrupted run's.
-    evaluations: so many of step n's evaluations had been logged; None keeps all.
-    A value that is not finite is written as null: every line is strict JSON, every value a number or null.
-    Raises UserError where the file cannot be written.
+    run_dir: created if missing. resume_step: None starts an empty file; n keeps the lines up to step n and
+    removes later and partial ones, so that a resumed run ends with the same file as an uninterrupted one.
+    evaluations: how many evaluations of step n to keep; None keeps all. Every line is strict JSON; a value
+    that is not finite is written as null. Raises UserError if the file cannot be written.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class MetricsLog:
             raise self._failure(error) from error
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Append one line and hand it to the system: a killed process loses none that was logged."""
+        """Appends one line and flushes it to the system, so that a killed process loses none."""
         try:
             self._file.write(to_json({"step": step, **metrics}) + "\n")
             self._file.flush()
@@ -55,15 +55,15 @@ class MetricsLog:
             raise self._failure(error) from error
 
     def close(self) -> None:
-        """Close the file."""
-        # what a full disk refused was reported by log
+        """Closes the file."""
+        # `log` has already reported a full disk.
         with suppress(OSError):
             self._file.close()
 
     def _cut(self, last_step: int, evaluations: int | None) -> None:
         judged = 0
         with new_file(self.path) as cut, open_bounded(self.path) as old, open(cut, "wb") as new:
-            # A longer line than any of a run is dropped in pieces.
+            # An overlong line comes in pieces, none of which has a step.
             while line := old.readline(LONGEST_LINE):
                 step = _step_of(line)
                 is_judged = step == last_step and b'"eval' in line
@@ -82,7 +82,7 @@ class MetricsLog:
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a line of metrics; of a half-written or damaged one, infinity."""
+    """The step of a line of metrics; infinity for a partial or damaged line."""
     try:
         step = json.loads(line)["step"] if line.endswith(b"\n") else None
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -91,7 +91,7 @@ def _step_of(line: bytes) -> float:
 
 
 class Tracker(Protocol):
-    """Another place for the same metrics."""
+    """A further destination for metrics."""
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None: ...
 
@@ -107,10 +107,10 @@ def make_tracker(
     config: Mapping[str, Any] | None = None,
     resume_step: int | None = None,
 ) -> Tracker:
-    """The tracker called `none`, `tensorboard` or `wandb`, with its files under run_dir.
+    """The tracker `none`, `tensorboard` or `wandb`, with its files under run_dir.
 
-    project, run, config: what wandb shows of the run. resume_step: None for a new run, else the step after
-    which the metrics continue. Raises UserError where its package is missing or it cannot start.
+    project, run, config: shown by wandb. resume_step: None for a new run, else the step that metrics continue
+    after. Raises UserError if its package is missing or it cannot start.
     """
     run_dir = Path(run_dir)
     if name == "none":
@@ -133,7 +133,7 @@ class _NoTracker:
 class _TensorBoard:
     def __init__(self, run_dir: Path, resume_step: int | None) -> None:
         module = _import("torch.utils.tensorboard", "tensorboard")
-        # steps after the one resumed from are logged again, and the reader then hides their first version
+        # Steps after resume_step are logged again; purge_step hides their first version.
         purge = None if resume_step is None else resume_step + 1
         self._writer = module.SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
 
@@ -164,7 +164,7 @@ class _Wandb:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             write_whole(id_file, run_id + "\n")
-            # a training run must never wait for an answer: without a login it records offline
+            # Never prompt: without a login wandb records offline.
             mode = os.environ.get("WANDB_MODE") or (
                 "online" if wandb.login(prompt=False, verify=False) else "offline"
             )
@@ -177,7 +177,7 @@ class _Wandb:
                 dir=str(run_dir),
                 config=dict(config or {}),
             )
-        # wandb's errors share no base class: no network, a wrong key, a full disk, another version
+        # wandb's errors share no base class.
         except Exception as error:
             why = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
@@ -204,13 +204,13 @@ def _can_draw(file: TextIO) -> bool:
     if not file.isatty():
         return False
     try:
-        # tqdm draws nothing at all on a terminal that says it has no columns, as some containers' do
+        # tqdm draws nothing on a terminal that reports no columns, as in some containers.
         return os.get_terminal_size(file.fileno()).columns > 0
     except OSError:
         return True
 
 
-# metric as logged, how it is shown
+# Metrics on the terminal and their formats.
 _SHOWN = (
     ("train/loss", "loss {:.4f}"),
     ("train/accuracy", "token {:.1%}"),
@@ -220,11 +220,11 @@ _SHOWN = (
 )
 
 
-class Progress:
-    """A progress bar on a terminal; where standard error is a file or a pipe, a plain line now and then.
+class ProgressBar:
+    """A progress bar on a terminal; for a file or a pipe, a plain line from time to time.
 
-    total, initial: steps of the whole run, and done before this process. seconds: the least time between two
-    plain lines; the last step has one always. file: where to, standard error when None.
+    total, initial: steps of the whole run, and steps done before this process. seconds: shortest time between
+    two plain lines; the last step always has one. file: standard error when None.
     """
 
     def __init__(
@@ -236,14 +236,14 @@ class Progress:
         self._start, self._next = time.monotonic(), 0.0
         self._bar = None
         if _can_draw(self._file):
-            # the bar takes the columns that the words leave
+            # The bar fills the columns that the text leaves.
             form = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} {remaining} left{postfix}"
             self._bar = tqdm(
                 total=total, initial=initial, file=self._file, bar_format=form, dynamic_ncols=True
             )
 
     def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
-        """Show that `step` steps are done, and the last metrics given: loss, accuracies, steps, samples/s."""
+        """Shows `step` as done, with the last given loss, accuracies, ACT steps and samples per second."""
         if metrics:
             known = [(form, metrics[name]) for name, form in _SHOWN if metrics.get(name) is not None]
             words = [form.format(float(value)) for form, value in known]
@@ -259,14 +259,14 @@ class Progress:
             print(self._line(now - self._start), file=self._file, flush=True)
 
     def write(self, line: str) -> None:
-        """Print a line, such as an evaluation's result, without breaking the bar."""
+        """Prints a line without breaking the bar."""
         if self._bar is not None:
             tqdm.write(line, file=self._file)
         else:
             print(line, file=self._file, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Ends the bar and leaves it on the screen."""
         if self._bar is not None:
             self._bar.close()
 
@@ -279,7 +279,7 @@ class Progress:
 
 
 def evaluation_line(step: int, results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """An evaluation's results in one line. results: metrics by eval or eval_ema, then by set."""
+    """The results of an evaluation on one line. results: metrics by eval or eval_ema, then by set."""
     averaged = {"eval": "", "eval_ema": ", averaged weights"}
     return f"step {step}: " + "; ".join(
         f"{name}{averaged[kind]}: {m.get('exact_accuracy', 0):.1%} exact, {m.get('accuracy', 0):.1%} of "
@@ -289,29 +289,28 @@ def evaluation_line(step: int, results: Mapping[str, Mapping[str, Mapping[str, f
     )
 
 
-class Report:
-    """All the places a run's metrics go, as one; a context that closes them. Mute, it goes nowhere."""
+class MetricsLog:
+    """Every destination of a run's metrics; a context that closes them. A muted log only checks for symptoms.
 
-    def __init__(
-        self,
-        config: Config,
-        run_dir: Path,
-        total_steps: int,
-        resume_step: int | None,
-        *,
-        evaluations: int | None = None,
-        mute: bool = False,
-    ) -> None:
-        """resume_step: None for a new run, else the step it goes on from; evaluations: see `MetricsLog`."""
-        self.batch_size = config.global_batch_size
-        self.places: list[Tracker] = []
-        self.progress: Progress | None = None
-        self.symptoms = Symptoms(config, total_steps)
-        self.step, self.time = resume_step or 0, time.perf_counter()
-        if mute:
+    The pace is measured between two lines of training, or from the last `resume_clock`.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, progress: Progress, *, mute: bool = False) -> None:
+        """progress: a new run starts the log, a resumed one continues it after its step."""
+        self._config, self._run_dir, self._total_steps = config, run_dir, progress.total_steps
+        self._mute = mute
+        self._open(None if progress.checkpoint is None else progress.step, progress.evaluations)
+
+    def _open(self, resume_step: int | None, evaluations: int | None) -> None:
+        config, run_dir = self._config, self._run_dir
+        self._places: list[Tracker] = []
+        self._bar: ProgressBar | None = None
+        self._symptoms = Symptoms(config, self._total_steps)
+        self._step, self._time = resume_step or 0, time.perf_counter()
+        if self._mute:
             return
-        self.places.append(MetricsLog(run_dir, resume_step, evaluations))
-        self.places.append(
+        self._places.append(MetricsFile(run_dir, resume_step, evaluations))
+        self._places.append(
             make_tracker(
                 config.tracker,
                 run_dir,
@@ -321,24 +320,29 @@ class Report:
                 resume_step=resume_step,
             )
         )
-        self.progress = Progress(total_steps, self.step)
+        self._bar = ProgressBar(self._total_steps, self._step)
 
-    def start(self, facts: Mapping[str, float]) -> None:
-        """What holds for the whole run, as the line of step 0."""
+    def rewind(self, progress: Progress) -> None:
+        """Drops what was logged after the step that the run went back to."""
+        self.close()
+        self._open(progress.step, progress.evaluations)
+
+    def facts(self, facts: Mapping[str, float]) -> None:
+        """Logs the constants of a run as the line of step 0."""
         self._log(facts, 0)
 
     def training(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The means since the last call, with the pace of the same steps; evaluation and saving left out."""
-        seconds = (time.perf_counter() - self.time) / (step - self.step)
-        pace = {"seconds_per_step": seconds, "samples_per_second": self.batch_size / seconds}
+        """Logs means over the steps since the last call, with the pace of these steps."""
+        seconds = (time.perf_counter() - self._time) / (step - self._step)
+        pace = {"seconds_per_step": seconds, "samples_per_second": self._config.global_batch_size / seconds}
         named = {f"train/{name}": value for name, value in {**metrics, **pace}.items()}
         self._log(named, step)
-        if self.progress is not None:
-            self.progress.update(step, named)
-        self.step, self.time = step, time.perf_counter()
+        if self._bar is not None:
+            self._bar.update(step, named)
+        self._step, self._time = step, time.perf_counter()
 
     def evaluation(self, step: int, results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
-        """The test split's metrics, by eval or eval_ema, then by set."""
+        """Logs metrics of the test split, given by eval or eval_ema, then by set."""
         flat = {
             f"{kind}/{name}/{metric}": value
             for kind, sets in results.items()
@@ -346,33 +350,33 @@ class Report:
             for metric, value in metrics.items()
         }
         self._log(flat, step)
-        if self.progress is not None:
-            self.progress.write(evaluation_line(step, results))
+        if self._bar is not None:
+            self._bar.write(evaluation_line(step, results))
 
     def resume_clock(self) -> None:
-        """Leaves out of the pace what has passed since the last `training`."""
-        self.time = time.perf_counter()
+        """Excludes the time since the last `training`, such as an evaluation's, from the pace."""
+        self._time = time.perf_counter()
 
     def warn(self, text: str) -> None:
-        """Tells the user what should not go unseen."""
-        if self.progress is not None:
-            self.progress.write(f"warning: {text}")
+        """Prints a warning for the user."""
+        if self._bar is not None:
+            self._bar.write(f"warning: {text}")
 
     def _log(self, metrics: Mapping[str, float], step: int) -> None:
-        for place in self.places:
+        for place in self._places:
             place.log(metrics, step)
-        for symptom in self.symptoms.check(step, metrics):
+        for symptom in self._symptoms.check(step, metrics):
             self.warn(symptom)
 
-    def __enter__(self) -> "Report":
+    def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Closes all places; more than once does no harm."""
-        for place in self.places:
+        """Closes every destination; a second call has no effect."""
+        for place in self._places:
             place.close()
-        if self.progress is not None:
-            self.progress.close()
+        if self._bar is not None:
+            self._bar.close()

@@ -1,39 +1,38 @@
-"""What a run tells of itself when it begins and when it ends."""
+"""What a run prints at its start and at its end."""
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from hrm.common.threads import threads_note
-from hrm.config.schema import ArchConfig, Config
-
-if TYPE_CHECKING:
-    from hrm.data.dataset import PuzzleDataset
-    from hrm.engine.engine import Engine
-
-# Metrics by kind of weights, eval or eval_ema, by test set, by name.
-Evaluations = dict[str, dict[str, dict[str, float]]]
-
-
-def parameter_count(engine: "Engine") -> int:
-    """The parameters of the model, the puzzle table aside."""
-    return sum(p.numel() for p in engine.model.parameters())
+from hrm.config.load import Config
+from hrm.config.schema import ArchConfig
+from hrm.engine.engine import Engine
+from hrm.training.data import TrainingData
+from hrm.training.logging import evaluation_line
+from hrm.training.progress import Progress
+from hrm.training.signals import REASONS
 
 
-def describe(engine: "Engine", train_set: "PuzzleDataset", test_set: "PuzzleDataset") -> str:
-    """One line on what is about to train."""
-    import torch
+def parameter_count(engine: Engine) -> int:
+    """The number of the model's parameters, without the puzzle table."""
+    return sum(parameter.numel() for parameter in engine.model.parameters())
 
+
+def start_line(engine: Engine, data: TrainingData) -> str:
+    """One line with the model, the device, the data and the length of the run."""
     config, world = engine.config, engine.world
     ranks = f" x {world.size} ranks" if world.size > 1 else ""
     threads = f", {threads_note(torch.get_num_threads())}" if engine.device.type == "cpu" else ""
     note = f" ({engine.mode.note})" if engine.mode.note else ""
-    examples = [sum(len(part.inputs) for part in split.sets.values()) for split in (train_set, test_set)]
+    splits = (data.train_set, data.test_set)
+    examples = [sum(len(part.inputs) for part in split.sets.values()) for split in splits]
     return (
         f"{model_name(config.arch)}, {parameter_count(engine):,} parameters, "
         f"{engine.device}{ranks}{threads}, {str(engine.model.dtype).removeprefix('torch.')}, "
         f"mode {engine.mode.name}{note}; "
-        f"{train_set.folder.parent}: {examples[0]:,} training and {examples[1]:,} test examples; "
+        f"{data.source['path']}: {examples[0]:,} training and {examples[1]:,} test examples; "
         f"{engine.total_steps:,} steps of {config.global_batch_size}"
     )
 
@@ -44,27 +43,44 @@ def model_name(arch: ArchConfig) -> str:
     return " ".join([*kinds, "TRM" if arch.share_levels else "HRM" if kinds else "HRM v1"])
 
 
-def summary(config: Config, results: Evaluations, step: int, checkpoint: Path) -> str:
-    """The last lines: the result, where it lies, what to type next."""
-    from hrm.training.logging import evaluation_line
+def end_lines(config: Config, progress: Progress, run_dir: Path, ended_by: int) -> str:
+    """The last lines of a run. ended_by: the request of REASONS that ended it early, or GO_ON."""
+    if ended_by:
+        return (
+            f"{REASONS[ended_by][0]}: stopped after step {progress.step} of {progress.total_steps}, saved in "
+            f"{progress.checkpoint}; the same command continues from there"
+        )
+    lines = []
+    if progress.stopped_early and progress.step < progress.total_steps:
+        best = progress.best
+        lines.append(
+            f"stopped early: no evaluation better than that of step {best.step} in the last {best.stale}"
+        )
+    return "\n".join([*lines, *_summary(config, progress, run_dir)])
 
-    lines = ["", evaluation_line(step, results)]
+
+def _summary(config: Config, progress: Progress, run_dir: Path) -> list[str]:
+    """The result of a finished run, the paths of its files, and commands to continue with."""
+    lines = ["", evaluation_line(progress.step, progress.results)]
     if config.data_path is None:
         lines.append("none of their solution grids was in training, augmentations included")
     python = Path(sys.executable)
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else Path("python")
-    again = f"  {python} train.py --config {checkpoint.parent / 'config.yaml'}"
-    lines += [
+    again, checkpoint = (
+        f"  {python} train.py --config {run_dir / 'config.yaml'}",
+        run_dir / f"step_{progress.step}",
+    )
+    return [
+        *lines,
         f"checkpoint: {checkpoint}",
-        f"metrics:    {checkpoint.parent / 'metrics.jsonl'}",
+        f"metrics:    {run_dir / 'metrics.jsonl'}",
         "next:",
-        # With stages the epochs follow from them.
-        *([] if config.stages else [f"{again} epochs={2 * config.epochs}   train on, twice as long in all"]),
+        # The epochs of a run with stages follow from them.
+        *([] if config.stages else [f"{again} epochs={2 * config.epochs}   train twice as long in total"]),
         f"{again} checkpoint_path={checkpoint} run_name={config.run_name}-next   start from its weights",
-        f"  {python} -m hrm.solve {checkpoint.parent} PUZZLE --trace   watch it solve a puzzle of yours",
-        f"  {python} -m hrm.evaluate checkpoint={checkpoint.parent} eval_act=true   judge it",
-        f"  {python} -m hrm.report {checkpoint.parent}   draw this run",
+        f"  {python} -m hrm.solve {run_dir} PUZZLE --trace   watch it solve a puzzle of yours",
+        f"  {python} -m hrm.evaluate checkpoint={run_dir} eval_act=true   evaluate it",
+        f"  {python} -m hrm.report {run_dir}   plot this run",
         f"  {python} -m hrm.compare --arch v1 gated   compare architectures, over seeds",
         f"  {python} train.py --help   every option; preset=full is the full-size model",
     ]
-    return "\n".join(lines)

@@ -1,9 +1,9 @@
-"""Where a run starts: its own last checkpoint, another run's weights, or nothing."""
+"""Where a run starts: from its last checkpoint, from another run's weights, or from fresh ones."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from hrm.checkpoint.read import AVERAGE, Checkpoint, differences, latest_checkpoint, load_checkpoint
 from hrm.checkpoint.safe_io import CheckpointError
@@ -13,26 +13,19 @@ from hrm.config.load import Config
 from hrm.config.schema import ArchConfig, LossConfig, SubgoalConfig
 from hrm.data.checksums import changed_files
 from hrm.engine.engine import Engine
+from hrm.training.data import TrainingData
+from hrm.training.progress import Progress
 
-# What the order of the batches depends on, and what makes evaluations comparable.
+# The entries of an identity that the order of batches, and the score of an evaluation, depend on.
 ORDER = ("data_fingerprint", "seed", "global_batch_size", "eval_interval", "epochs")
 RANKING = ("data_fingerprint", "best_metric", "eval_samples", "seed")
 
 
-class Start(NamedTuple):
-    """Where a run starts: place in the data, checkpoint resumed, identity, and what it says of the loop."""
-
-    position: tuple[int, int]
-    checkpoint: Path | None
-    identity: dict[str, Any]
-    loop: dict[str, Any]
-
-
 def run_identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
-    """What a checkpoint must share with the run that resumes it; anything else may change on the way."""
+    """The settings that a checkpoint must share with the run that resumes it; all others may change."""
     names = ("seed", "global_batch_size", "eval_interval", "best_metric", "eval_samples")
     same = {name: getattr(config, name) for name in names}
-    # A last interval that is shorter than the others has an order of its own.
+    # A shorter last interval has an order of its own.
     if config.eval_interval is None or config.epochs % config.eval_interval:
         same["epochs"] = config.epochs
     if config.stages is not None:
@@ -46,99 +39,106 @@ def run_identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
     }
 
 
-def find_start(
-    config: Config,
-    engine: Engine,
-    run_dir: Path,
-    identity: dict[str, Any],
-    dataset: Mapping[str, Any],
-    say: Callable[[str], None],
-) -> Start:
-    """Loads what the run starts from.
+def restore_or_start(
+    config: Config, engine: Engine, data: TrainingData, run_dir: Path, say: Callable[[str], None]
+) -> Progress:
+    """Loads the state that the run starts from into the engine; returns the rest of it.
 
-    dataset: the training data's `path`, and the digest of each of its `files`, as checkpoints keep them.
-    Raises UserError naming what does not fit.
+    All ranks call it together. Raises UserError for a checkpoint that is damaged or does not fit, with the
+    values that differ, and for ranks that start from different states.
     """
-    source: Path | None = None
-    if config.resume == "auto":
-        source, notes = latest_checkpoint(run_dir)
-        if source is None and notes:
-            raise UserError(f"{notes[0]}; resume=none starts anew and keeps what is there")
-        for note in notes:
-            say(note)
-    elif config.resume != "none":
-        source = Path(config.resume)
-
+    progress = Progress(config, data.total_steps, run_identity(config, data.fingerprint))
+    source = _checkpoint_to_resume(config, run_dir, say)
     if source is not None:
         checkpoint = load_checkpoint(source)
         for note in checkpoint.notes:
             say(note)
-        return _resumed(config, engine, checkpoint, identity, dataset, say)
-
-    if config.checkpoint_path is not None:
+        _resume(config, engine, data, progress, checkpoint, say)
+        # The checkpoint of another run is not one of this run.
+        progress.unsaved = checkpoint.path.parent.resolve() != run_dir.resolve()
+    elif config.checkpoint_path is not None:
         shapes = {name: tensor.shape for name, tensor in engine.weights().items()}
         weights, notes = load_weights(config.checkpoint_path, shapes, config.reset_puzzle_emb)
         engine.load_weights(weights)
         for note in [f"starting from the weights of {config.checkpoint_path}", *notes]:
             say(note)
-    return Start((0, 0), None, identity, {})
+    engine.enter(progress.arch)
+    engine.world.check_equal({"checkpoint": f"{progress.checkpoint}, step {progress.step}"})
+    engine.agree()
+    return progress
+
+
+def _checkpoint_to_resume(config: Config, run_dir: Path, say: Callable[[str], None]) -> Path | None:
+    """The path of the checkpoint that `resume` asks for; None to start anew."""
+    if config.resume == "none":
+        return None
+    if config.resume != "auto":
+        return Path(config.resume)
+    source, notes = latest_checkpoint(run_dir)
+    if source is None and notes:
+        raise UserError(f"{notes[0]}; resume=none starts anew and keeps what is there")
+    for note in notes:
+        say(note)
+    return source
 
 
 def restore(engine: Engine, checkpoint: Checkpoint, **parts: bool) -> None:
-    """Puts a checkpoint's whole state into the engine. parts: as `Engine.load_training_state` takes them."""
+    """Loads a checkpoint's whole state into the engine. parts: passed on to `Engine.load_training_state`."""
     engine.load_weights(checkpoint.weights)
     if engine.average is not None:
-        # Without one in the checkpoint it goes on from the weights.
+        # A checkpoint without an average leaves it equal to the weights.
         engine.average.load_state_dict(checkpoint.extra.get(AVERAGE, {}))
     engine.load_training_state(checkpoint.training, **parts)
 
 
-def _resumed(
+def _resume(
     config: Config,
     engine: Engine,
+    data: TrainingData,
+    progress: Progress,
     checkpoint: Checkpoint,
-    identity: dict[str, Any],
-    dataset: Mapping[str, Any],
     say: Callable[[str], None],
-) -> Start:
+) -> None:
+    """Loads a checkpoint into engine and progress, if it fits or resume_force=true."""
+    identity = progress.identity
     saved = with_defaults(checkpoint.manifest["run"])
     if config.checkpoint_path is None:
-        # Where the run once started from need not be said again, and stays on record.
-        identity = {**identity, "checkpoint_path": saved.get("checkpoint_path")}
+        # A resumed run keeps the record of the weights that it started from.
+        identity["checkpoint_path"] = saved.get("checkpoint_path")
     manifest = {**checkpoint.manifest, "run": saved}
     found = [line for line in differences(manifest, identity) if not line.startswith("data_fingerprint ")]
     if saved.get("data_fingerprint") != identity["data_fingerprint"]:
-        found.insert(0, _other_data(checkpoint.manifest.get("dataset"), saved, dataset, identity))
+        found.insert(0, _other_data(checkpoint.manifest.get("dataset"), saved, data.source, identity))
     if found and not config.resume_force:
         raise CheckpointError(
             f"cannot resume from {checkpoint.path}: {'; '.join(found)}; give the options and data it was "
-            "trained with, another run_name, resume=none, or resume_force=true to go on all the same"
+            "trained with, another run_name, resume=none, or resume_force=true to resume all the same"
         )
     _check_shapes(engine, checkpoint)
 
     def differs(*names: str) -> bool:
         return any(saved.get(name) != identity.get(name) for name in names)
 
-    # Sequences in flight are of the old data, in batches of the old size.
-    same_carry = not differs("data_fingerprint", "global_batch_size", "arch", "loss")
-    restore(engine, checkpoint, carry=same_carry)
+    # The carry holds sequences of the old data, in batches of the old size.
+    restore(engine, checkpoint, carry=not differs("data_fingerprint", "global_batch_size", "arch", "loss"))
     say(f"resuming {checkpoint.path} at step {checkpoint.step}; resume=none or a run_name starts anew")
     for line in found:
         say(f"resume_force=true: {line}")
-    iteration, index = checkpoint.training["position"]
-    position = (iteration, index)
-    if differs(*ORDER):
-        position = (_epochs_done(saved, iteration) // (config.eval_interval or config.epochs), 0)
-        say(f"resume_force=true: batches in another order, from the start of interval {position[0]} on")
     outdated = ["best"] * differs(*RANKING) + ["incidents", "evaluation_due"] * differs(*ORDER)
-    loop = {name: value for name, value in checkpoint.training.items() if name not in outdated}
-    return Start(position, checkpoint.path, identity, loop)
+    progress.load_state_dict(
+        {name: value for name, value in checkpoint.training.items() if name not in outdated}
+    )
+    progress.checkpoint = checkpoint.path
+    if differs(*ORDER):
+        interval = _epochs_done(saved, progress.position[0]) // (config.eval_interval or config.epochs)
+        progress.position = (interval, 0)
+        say(f"resume_force=true: batches in another order, from the start of interval {interval} on")
 
 
 def _other_data(
     old: Any, saved: Mapping[str, Any], dataset: Mapping[str, Any], identity: Mapping[str, Any]
 ) -> str:
-    """One line that names the data of a checkpoint, those of now, and the files in which they differ."""
+    """One line with the data of a checkpoint, the present data, and the files that differ."""
     prints = [str(run.get("data_fingerprint"))[:12] for run in (saved, identity)]
     old = old if isinstance(old, dict) else {}
     files = old.get("files")
@@ -151,7 +151,7 @@ def _other_data(
 
 
 def _check_shapes(engine: Engine, checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError unless the checkpoint's weights are those of this model, by name and shape."""
+    """Raises CheckpointError unless the checkpoint's weights have the names and shapes of this model's."""
     own = {name: tuple(tensor.shape) for name, tensor in engine.weights().items()}
     there = {name: tuple(tensor.shape) for name, tensor in checkpoint.weights.items()}
     differing = [name for name in own | there if own.get(name) != there.get(name)]
@@ -159,24 +159,25 @@ def _check_shapes(engine: Engine, checkpoint: Checkpoint) -> None:
         name = differing[0]
         more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
         raise CheckpointError(
-            f"{checkpoint.path} is of a model of other tensors: {name} is {there.get(name, 'missing')} there "
+            f"{checkpoint.path} holds another model's tensors: {name} is {there.get(name, 'missing')} there "
             f"and {own.get(name, 'missing')} here{more}; resume_force=true cannot make it fit, "
             "checkpoint_path= starts a new run from its weights"
         )
 
 
 def _epochs_done(saved: Mapping[str, Any], iteration: int) -> int:
+    """The epochs in the first `iteration` intervals of a saved run."""
     return int(iteration * (saved.get("eval_interval") or saved.get("epochs") or 1))
 
 
 def with_defaults(run: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's identity with the options that did not exist when it was saved, at their defaults."""
+    """A checkpoint's identity, completed with the defaults of options that are newer than it."""
     try:
         arch = dict(run["arch"])
         arch["subgoal_head"] = SubgoalConfig(**arch.get("subgoal_head", {}))
         known = {"arch": asdict(ArchConfig(**arch)), "loss": asdict(LossConfig(**run["loss"]))}
         added = {name: getattr(Config, name) for name in ("best_metric", "eval_samples")}
         return {**added, **run, **known}
-    # Of a later version, or none of this trainer: the comparison names what differs.
+    # From a later version or another program: comparing the identities reports what differs.
     except (KeyError, TypeError, ValueError):
         return run
