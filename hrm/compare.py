@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from hrm.common.errors import UserError, run_command
-from hrm.common.files import write_whole
-from hrm.config.cli import mapping_items, read_yaml, show, show_value
+from hrm.common.figures import require_matplotlib
+from hrm.common.files import to_json, write_whole
+from hrm.common.tables import Table
+from hrm.common.text import one_line
+from hrm.config.cli import mapping_items, read_yaml, show_value
 from hrm.config.load import KEYS
 from hrm.config.presets import ARCHITECTURE_ALIASES, ARCHITECTURES, folder_name
-from hrm.report import Table, write_report
-from hrm.study.plots import require
+from hrm.report import write_report
 from hrm.study.results import cautions, judge, tables
 from hrm.study.runs import OWN, Campaign, Run, planned_steps, settings, slots, surroundings
 
@@ -90,7 +92,7 @@ def seeds(text: str) -> list[int]:
     except ValueError:
         found = []
     if not 0 < len(set(found)) == len(found) <= 1000 or not 0 <= min(found) <= max(found) < 2**32:
-        raise UserError(f"--seeds {show(text)}: give how many, as in 3, or different ones, as in 0,1,2")
+        raise UserError(f"--seeds {one_line(text)}: give how many, as in 3, or different ones, as in 0,1,2")
     return found
 
 
@@ -108,7 +110,7 @@ def named(candidates: Sequence[str]) -> dict[str, list[str]]:
     for candidate in candidates:
         words = candidate_words(candidate)
         if words in found.values():
-            raise UserError(f"{show(candidate)} is given twice: leave one out")
+            raise UserError(f"{one_line(candidate)} is given twice: leave one out")
         path = Path(words[0].partition("=")[2])
         name = ARCHITECTURE_ALIASES.get(candidate, candidate)
         if path.suffix:
@@ -148,11 +150,11 @@ def conduct(campaign: Campaign, args: argparse.Namespace, title: str, swept: Seq
     names = [candidate.name for candidate in campaign.candidates]
     baseline = args.baseline or names[0]
     if baseline not in names:
-        raise UserError(f"--baseline {show(baseline)} is not a candidate: give one of {', '.join(names)}")
+        raise UserError(f"--baseline {one_line(baseline)} is not a candidate: give one of {', '.join(names)}")
     if args.jobs is not None and not 1 <= args.jobs <= 1000:
         raise UserError(f"--jobs {args.jobs}: give a number from 1 to 1000")
     check_comparable(campaign, swept)
-    require()
+    require_matplotlib()
     failed: list[Run] = []
     with campaign.opened():
         if not args.report_only:
@@ -205,7 +207,6 @@ def describe(campaign: Campaign, at_once: int) -> None:
 
 def conclude(campaign: Campaign, baseline: str, title: str, command: str) -> None:
     """Prints the results and keeps them as results.json, report.html and report.png in the folder."""
-    from hrm.checkpoint.safe_io import to_json
 
     histories = campaign.histories()
     if not any(histories.values()):

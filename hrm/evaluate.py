@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hrm.common.errors import UserError, run_command
-from hrm.common.files import check_file
+from hrm.common.files import check_file, to_json
+from hrm.common.tables import Table
 from hrm.config.cli import ConfigError, help_lines, key, keys_of, split_arguments
 from hrm.config.load import data_folder, resolve_device
 from hrm.config.schema import Config
@@ -19,7 +20,6 @@ from hrm.ranks import place
 if TYPE_CHECKING:
     from hrm.checkpoint.load_model import Trained
     from hrm.data.dataset import PuzzleDataset
-    from hrm.study.html import Table
 
 JSON_FLAG = "--json"
 
@@ -106,7 +106,6 @@ def command(config: EvaluateConfig, as_json: bool) -> None:
     device = resolve_device(config.device)
 
     from hrm.checkpoint.load_model import find_trained, load_trained
-    from hrm.checkpoint.safe_io import to_json
     from hrm.data.dataset import PuzzleDataset, subset
     from hrm.data.format import DatasetError
     from hrm.data.puzzle_kinds import kind_of
@@ -188,10 +187,8 @@ def describe(trained: "Trained", mode: str, dataset: "PuzzleDataset") -> str:
     )
 
 
-def table(results: Mapping[str, Mapping[str, Any]]) -> "Table":
+def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     """The metrics of `evaluation.metrics.evaluate` as a table: one row for each set, part and method."""
-    from hrm.study.html import Table
-
     rows, notes = [], []
     for name, metrics in results.items():
         rows.append(_row(name, metrics))

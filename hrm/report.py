@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from hrm.common.errors import printable, run_command
+from hrm.common.errors import run_command
 from hrm.common.files import new_file
+from hrm.common.tables import Table
+from hrm.common.text import printable
 from hrm.study import plots
 from hrm.study.history import History, read_histories
-from hrm.study.html import Table, page
+from hrm.study.html import page
 from hrm.study.panels import duration, sections, value_text
 
 HTML, PNG = "report.html", "report.png"

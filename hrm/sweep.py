@@ -11,8 +11,8 @@ from itertools import product
 from pathlib import Path
 
 from hrm.common.errors import UserError, run_command
+from hrm.common.text import one_line
 from hrm.compare import INTERRUPTED, add_options, candidate_words, conduct, parse, refuse_own, seeds
-from hrm.config.cli import show
 from hrm.config.presets import folder_name
 from hrm.study.runs import Campaign, Run
 
@@ -66,7 +66,7 @@ def split_axes(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
         if len(values) == 1:
             fixed.append(word)
         elif key in axes or len(set(values)) < len(values):
-            raise UserError(f"{show(word)}: {show(key)} or a value is given twice: leave one out")
+            raise UserError(f"{one_line(word)}: {one_line(key)} or a value is given twice: leave one out")
         else:
             axes[key] = values
     if not axes:

@@ -280,7 +280,7 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe")
     assert error("--arch", "b.yaml") == "b.yaml: not text in UTF-8, expected a configuration in YAML"
     (tmp_path / "c.yaml").write_bytes(b" " * (1 << 16) + b"\n")
-    assert error("--config", "c.yaml") == "c.yaml: more than 65536 bytes, expected a configuration in YAML"
+    assert error("--config", "c.yaml") == "c.yaml: more than 64 KiB, expected a configuration in YAML"
     assert error("--config", "a\0b") == r"cannot read a\x00b: no file has such a name"
 
 

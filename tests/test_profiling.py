@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hrm.common.errors import UserError
-from hrm.engine.profiling import Profile, opened_by, region
+from hrm.common.regions import opened_by, region
+from hrm.engine.profiling import Profile
 from tests.test_engine import batches, make_config, make_engine
 
 PARTS = {"step", "data", "forward", "backward", "optimiser"}

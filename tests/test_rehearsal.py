@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.implementations import metadata
+from hrm.common import regions
 from hrm.config.load import Config, parse_args
-from hrm.engine import profiling
 from hrm.engine.dry_run import Observer, Rehearsal, _LibraryAttention
 from kernels import backend, rms_norm
 from kernels.backend import Launch, explained
@@ -130,9 +130,9 @@ def test_attention_of_pytorch_is_that_of_the_device(device, dtype, taken):
 
 
 def test_a_rehearsal_leaves_nothing_behind():
-    before = profiling._open, backend._stand_in, backend._record
+    before = regions._open, backend._stand_in, backend._record
     rehearsal = Rehearsal(full("v1"), SUDOKU, CUDA, observer := Observer())
-    assert (profiling._open, backend._stand_in, backend._record) == before
+    assert (regions._open, backend._stand_in, backend._record) == before
     rehearsal.step()
-    assert (profiling._open, backend._stand_in, backend._record) == before and not observer.regions
+    assert (regions._open, backend._stand_in, backend._record) == before and not observer.regions
     assert torch.zeros(2).device.type == "cpu"

@@ -15,7 +15,9 @@ import pytest
 
 from hrm import report
 from hrm.common.errors import UserError
-from hrm.report import Table, differences, main, summary, symptoms, write_report
+from hrm.common.figures import figures
+from hrm.common.tables import Table
+from hrm.report import differences, main, summary, symptoms, write_report
 from hrm.study import html as page
 from hrm.study import panels, plots
 from hrm.study.history import History, read_history
@@ -260,7 +262,7 @@ def test_a_panel_takes_its_colours_from_the_page():
 
 def drawn(one: Panel, look: dict[str, plots.Style]) -> Any:
     """The axes that a panel was drawn into."""
-    with plots._matplotlib() as figure:
+    with figures() as figure:
         axes = figure(figsize=plots.PANEL_SIZE).subplots()
         plots._draw(axes, one, look)
     return axes

@@ -261,7 +261,7 @@ def test_files_of_fifty_gigabytes_are_refused_unread(tmp_path):
     assert "more than 4 MiB, expected a file of ARC tasks" in told["a.json"][2]
     assert "line 2: longer than 4096 characters" in told["a.csv"][2]
     assert "line 1 is too long" in told["metrics.jsonl"][2]
-    assert "more than 131072 bytes" in told["config.yaml"][2]
+    assert "more than 128 KiB" in told["config.yaml"][2]
 
 
 def test_a_header_without_end_is_not_read(tmp_path):

@@ -21,7 +21,8 @@ from hrm.checkpoint.read import (
 )
 from hrm.checkpoint.safe_io import read_safetensors, read_training
 from hrm.checkpoint.weights import PUZZLE_TABLE, load_weights, read_weights
-from hrm.config.cli import ConfigError, mapping_items, nearest, read_keys, read_yaml, scalar, show
+from hrm.common.text import one_line
+from hrm.config.cli import ConfigError, mapping_items, nearest, read_keys, read_yaml, scalar
 from hrm.config.load import KEYS, load_config, validate
 from hrm.config.schema import ArchConfig, Config, LossConfig, SubgoalConfig, stage_arch
 from hrm.data.format import Metadata, read_metadata
@@ -163,7 +164,7 @@ def load_trained(
 
 def _dtype(name: str) -> Any:
     if not KEYS["dtype"].accepts(name):
-        raise ConfigError(f"dtype={show(name)} is not allowed: give {KEYS['dtype'].allowed}")
+        raise ConfigError(f"dtype={one_line(name)} is not allowed: give {KEYS['dtype'].allowed}")
     return name
 
 
@@ -215,8 +216,8 @@ def _configured_metadata(found: Found) -> Metadata:
         if description.is_file():
             return read_metadata(description)
     raise CheckpointError(
-        f"{found.file}: the data it was trained on is needed for its size, and {show(config.data_path)} is "
-        "not there; give the data set's folder"
+        f"{found.file}: the data it was trained on is needed for its size, and "
+        f"{one_line(config.data_path)} is not there; give the data set's folder"
     )
 
 
@@ -267,7 +268,7 @@ def _official_config(path: Path) -> tuple[Config, list[str]]:
         elif name in _TAKEN:
             values[name] = KEYS[name].parse(scalar(node, name, where), where)
         elif name not in _IDLE:
-            unknown.append(f"{where}{show(name)} is not known here and changes nothing")
+            unknown.append(f"{where}{one_line(name)} is not known here and changes nothing")
     if arch is None or loss is None:
         raise ConfigError(
             f"{path}: no arch with a loss, expected the configuration that an official run saves"
@@ -294,8 +295,8 @@ def _official_arch(node: yaml.Node, path: str) -> tuple[ArchConfig, LossConfig |
             kind = scalar(child, name, where).rpartition("@")[2]
             if kind not in _CLASSES:
                 raise ConfigError(
-                    f"{where}arch.name ends in {show(kind)}, expected one of {', '.join(_CLASSES)}: a model "
-                    "of another class cannot be evaluated here"
+                    f"{where}arch.name ends in {one_line(kind)}, expected one of "
+                    f"{', '.join(_CLASSES)}: a model of another class cannot be evaluated here"
                 )
             fields |= _CLASSES[kind]
         elif name == "loss":
@@ -311,7 +312,7 @@ def _official_arch(node: yaml.Node, path: str) -> tuple[ArchConfig, LossConfig |
             near = nearest(f"arch.{name}", KEYS)
             hint = f"; is it {near.removeprefix('arch.')}?" if near else ""
             raise ConfigError(
-                f"{where}arch.{show(name)} is not known here, so the model would be another{hint}"
+                f"{where}arch.{one_line(name)} is not known here, so the model would be another{hint}"
             )
         else:
             own.append(entries[name])
@@ -334,6 +335,6 @@ def _official_loss(node: yaml.Node, path: str) -> LossConfig:
         if name == "name":
             continue
         if f"loss.{name}" not in KEYS:
-            raise ConfigError(f"{where}arch.loss.{show(name)} is not known here")
+            raise ConfigError(f"{where}arch.loss.{one_line(name)} is not known here")
         values[name] = KEYS[f"loss.{name}"].parse(scalar(child, name, where), where)
     return LossConfig(**values)

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hrm.checkpoint.safe_io import CheckpointError, read_safetensors, read_training, sha256, to_json
-from hrm.common.files import read_json
-from hrm.config.cli import show
+from hrm.checkpoint.safe_io import CheckpointError, read_safetensors, read_training, sha256
+from hrm.common.files import read_json, to_json
+from hrm.common.text import one_line
 
 __all__ = [
     "Checkpoint",
@@ -145,8 +145,8 @@ def differences(manifest: Mapping[str, Any], run: Mapping[str, Any]) -> list[str
     """
     saved, now = _flat(manifest["run"]), _flat(json.loads(to_json(run)))
     return [
-        f"{show(name)} was {show(repr(saved.get(name, 'unset')))} "
-        f"and is now {show(repr(now.get(name, 'unset')))}"
+        f"{one_line(name)} was {one_line(repr(saved.get(name, 'unset')))} "
+        f"and is now {one_line(repr(now.get(name, 'unset')))}"
         for name in sorted(saved.keys() | now.keys())
         if saved.get(name, "unset") != now.get(name, "unset")
     ]

@@ -7,8 +7,6 @@ constructed, and no file makes memory grow much beyond its own size.
 import errno
 import hashlib
 import io
-import json
-import math
 import os
 import pickletools
 import re
@@ -24,7 +22,7 @@ from torch import Tensor
 
 from hrm.common.errors import UserError
 from hrm.common.files import open_bounded
-from hrm.config.cli import show
+from hrm.common.text import error_text
 
 # What describes tensors, apart from their numbers: a header, a pickle, an archive's table of contents. The
 # training state of a thousand layers at each level takes less.
@@ -40,22 +38,6 @@ _MAKES_OBJECTS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be written, read or used: names the file or field, and the remedy."""
-
-
-def to_json(value: Any) -> str:
-    """One line of strict JSON; a float that is not finite, which JSON cannot hold, becomes null."""
-    return json.dumps(_finite(value), allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    # float() also takes the scalars of numpy and torch
-    return number if math.isfinite(number := float(value)) else None
 
 
 def compact(tensor: Tensor) -> Tensor:
@@ -121,7 +103,7 @@ def read_safetensors(path: Path, device: str | torch.device = "cpu") -> dict[str
     # an absurd header, dtype or device surfaces as one of many types
     except Exception as error:
         raise CheckpointError(
-            f"{path} cannot be read as safetensors ({brief(error)}); use another checkpoint"
+            f"{path} cannot be read as safetensors ({error_text(error)}); use another checkpoint"
         ) from error
 
 
@@ -134,7 +116,7 @@ def read_training(path: Path) -> dict[str, Any]:
         _check_plain(value, path.stat().st_size, set())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is not the training state of a checkpoint ({brief(error)}); use another one"
+            f"{path} is not the training state of a checkpoint ({error_text(error)}); use another one"
         ) from error
     return value
 
@@ -150,7 +132,7 @@ def read_torch(path: Path) -> Any:
     # damaged bytes reach the unpickler and the archive reader, which raise nearly every type there is
     except Exception as error:
         raise CheckpointError(
-            f"{path} is not a torch file of plain tensors and numbers ({brief(error)}); use another one"
+            f"{path} is not a torch file of plain tensors and numbers ({error_text(error)}); use another one"
         ) from error
 
 
@@ -220,18 +202,3 @@ def os_error(error: BaseException | None) -> OSError | None:
             return OSError(int(number[1]), os.strerror(int(number[1])))
         error = error.__cause__ or error.__context__
     return error
-
-
-def size_text(count: float) -> str:
-    """A number of bytes for people: 2048 is 2 KiB."""
-    units = ["B", "KiB", "MiB", "GiB", "TiB"]
-    while count >= 1024 and len(units) > 1:
-        count /= 1024
-        units.pop(0)
-    return f"{count:.4g} {units[0]}"
-
-
-def brief(error: BaseException) -> str:
-    """An exception in one short line."""
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {show(lines[0][:120])}" if lines else type(error).__name__

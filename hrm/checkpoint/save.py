@@ -37,10 +37,10 @@ from hrm.checkpoint.safe_io import (
     os_error,
     plain,
     sha256,
-    size_text,
     sync,
-    to_json,
 )
+from hrm.common.files import to_json
+from hrm.common.text import size_text
 from hrm.software import installed
 
 _TEMP = ".tmp_step_"

@@ -4,17 +4,14 @@ import signal
 import sys
 from collections.abc import Callable
 
+from hrm.common.text import printable
+
 
 class UserError(Exception):
     """A mistake in what the user gave: a key, a value, a file.
 
     Its text is one line that names the thing, says what was expected, and gives the remedy.
     """
-
-
-def printable(text: str) -> str:
-    """A text as it may go to a terminal: what is no visible character, such as ESC in a name, is escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def run_command(command: Callable[[], int | None], interrupted: str) -> int:

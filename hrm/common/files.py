@@ -3,16 +3,18 @@
 import errno
 import io
 import json
+import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any, BinaryIO
 
 from hrm.common.errors import UserError
+from hrm.common.text import size_text
 
 # Levels of lists and objects in JSON: of what is read here an ARC task has the most, six.
 _DEEPEST = 32
@@ -40,7 +42,7 @@ def read_limited(
         large = os.fstat(file.fileno()).st_size > limit
         content = b"" if large else file.read(limit + 1)
     if large or len(content) > limit:
-        raise error(f"{path}: more than {_size(limit)}, expected {expected}")
+        raise error(f"{path}: more than {size_text(limit)}, expected {expected}")
     return content
 
 
@@ -82,6 +84,11 @@ def read_json(
     except (ValueError, RecursionError) as fault:
         reason = " ".join(str(fault).split())
         raise error(f"{path}: not readable as JSON ({reason}), expected {expected}") from None
+
+
+def to_json(value: Any) -> str:
+    """One line of strict JSON; a float that is not finite, which JSON cannot hold, becomes null."""
+    return json.dumps(_finite(value), allow_nan=False)
 
 
 def numbered_lines(
@@ -150,5 +157,12 @@ def _inside(value: Any) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
-def _size(limit: int) -> str:
-    return f"{limit >> 20} MiB" if limit >= 1 << 20 else f"{limit} bytes"
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    # float() also takes the scalars of numpy and torch
+    return number if math.isfinite(number := float(value)) else None

@@ -17,6 +17,7 @@ import yaml  # type: ignore[import-untyped]
 
 from hrm.common.errors import UserError
 from hrm.common.files import read_text
+from hrm.common.text import one_line
 
 # Bytes of a configuration, a saved one has 4 KiB, and entries of a list in it: read within a second or two.
 MOST_BYTES, MOST_ITEMS = 1 << 16, 1000
@@ -126,13 +127,13 @@ class Key:
         # OmegaConf would read these as a reference to another value, or as a value still to come.
         if "${" in text or text == "???":
             raise ConfigError(
-                f"{where}{self.name}={show(text)}: a value cannot hold ${{...}} or be ???; "
+                f"{where}{self.name}={one_line(text)}: a value cannot hold ${{...}} or be ???; "
                 f"give {self.allowed}, or leave it out"
             )
         if text in ("null", "~"):
             value = None
         elif self.kind is list:
-            return self.parse_list(compose(text, f"{where}{self.name}={show(text)}"), where)
+            return self.parse_list(compose(text, f"{where}{self.name}={one_line(text)}"), where)
         elif self.choices:
             value = {str(choice): choice for choice in self.choices}.get(text, text)
         elif self.kind is bool:
@@ -143,7 +144,7 @@ class Key:
             except ValueError:
                 value = text
         if not self.accepts(value):
-            raise ConfigError(f"{where}{self.name}={show(text)} is not allowed: give {self.allowed}")
+            raise ConfigError(f"{where}{self.name}={one_line(text)} is not allowed: give {self.allowed}")
         return value
 
     def parse_list(self, node: yaml.Node | None, where: str) -> Any:
@@ -217,12 +218,6 @@ def keys_of(group: type, prefix: str = "") -> dict[str, Key]:
     return keys
 
 
-def show(text: str) -> str:
-    """Text of the user's as it may stand in a one-line message."""
-    text = text[:201] if text[:201].isprintable() else repr(text[:201])[1:-1]
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
 def show_value(value: Any) -> str:
     """A value as it would be typed."""
     if value is None:
@@ -253,7 +248,7 @@ def find_key(name: str, keys: Mapping[str, Key], where: str = "") -> Key:
         raise ConfigError(f"{where}{name} is a group of keys: set one of them, as in {members[0]}=VALUE")
     near = nearest(name, keys)
     hint = f"did you mean {near}?" if near else "--help lists every key"
-    raise ConfigError(f"{where}unknown key {show(name) or '(empty)'}: {hint}")
+    raise ConfigError(f"{where}unknown key {one_line(name) or '(empty)'}: {hint}")
 
 
 @dataclass(frozen=True)
@@ -295,7 +290,7 @@ def split_arguments(
             _refuse_flag(name, keys, flags_known)
         elif not equals:
             raise ConfigError(
-                f"{show(word) or '(empty)'}: write key=value, with no space around the =; see --help"
+                f"{one_line(word) or '(empty)'}: write key=value, with no space around the =; see --help"
             )
         elif name == "arch" and "--arch" in flags_known:
             name = "--arch"
@@ -303,7 +298,7 @@ def split_arguments(
                 raise ConfigError("arch has no value: write arch=NAME or arch=FILE.yaml")
         elif find_key(name, keys).name in overrides:
             raise ConfigError(
-                f"{name} is given twice, as {show(overrides[name])} and {show(value)}: leave one out"
+                f"{name} is given twice, as {one_line(overrides[name])} and {one_line(value)}: leave one out"
             )
         else:
             overrides[name] = value
@@ -322,7 +317,7 @@ def _refuse_flag(name: str, keys: Mapping[str, Key], flags: Sequence[str]) -> No
         hint = f"keys are written without dashes, {bare if bare in keys else nearest(bare, keys)}=VALUE"
     else:
         hint = "the flags are " + ", ".join(flags)
-    raise ConfigError(f"unknown flag {show(name)}: {hint}")
+    raise ConfigError(f"unknown flag {one_line(name)}: {hint}")
 
 
 def read_yaml(path: str) -> yaml.Node | None:
@@ -331,8 +326,8 @@ def read_yaml(path: str) -> yaml.Node | None:
         text = read_text(path, MOST_BYTES, "a configuration in YAML", ConfigError)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no file has such a name"
-        raise ConfigError(f"cannot read {show(path)}: {reason}") from None
-    return compose(text, show(path))
+        raise ConfigError(f"cannot read {one_line(path)}: {reason}") from None
+    return compose(text, one_line(path))
 
 
 def compose(text: str, where: str) -> yaml.Node | None:
@@ -343,7 +338,7 @@ def compose(text: str, where: str) -> yaml.Node | None:
         mark = error.problem_mark
         line = f" line {mark.line + 1}" if mark else ""
         raise ConfigError(
-            f"{where}{line}: not valid YAML: {show(error.problem or error.context or 'cut short')}"
+            f"{where}{line}: not valid YAML: {one_line(error.problem or error.context or 'cut short')}"
         ) from None
     # An escape or a version of too large a number is another error than those of YAML.
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError):
@@ -358,13 +353,13 @@ def mapping_items(node: yaml.Node | None, path: str) -> Iterator[tuple[str, yaml
         return
     seen = set()
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{show(path)} line {node.start_mark.line + 1}: expected `key: value` lines")
+        raise ConfigError(f"{one_line(path)} line {node.start_mark.line + 1}: expected `key: value` lines")
     for name, value in node.value:
-        where = f"{show(path)} line {name.start_mark.line + 1}: "
+        where = f"{one_line(path)} line {name.start_mark.line + 1}: "
         if not isinstance(name, yaml.ScalarNode):
             raise ConfigError(f"{where}expected a plain key")
         if name.value in seen:
-            raise ConfigError(f"{where}{show(name.value)} is given twice: leave one out")
+            raise ConfigError(f"{where}{one_line(name.value)} is given twice: leave one out")
         seen.add(name.value)
         yield name.value, value, where
 
@@ -376,7 +371,7 @@ def scalar(node: yaml.Node, name: str, where: str) -> str:
         or not node.tag.startswith("tag:yaml.org,2002:")
         or "/" in node.tag
     ):
-        raise ConfigError(f"{where}{show(name)}: expected a single plain value")
+        raise ConfigError(f"{where}{one_line(name)}: expected a single plain value")
     return node.value
 
 
@@ -392,7 +387,7 @@ def read_keys(node: yaml.Node | None, path: str, keys: Mapping[str, Key], prefix
         else:
             found = {dotted: find_key(dotted, keys, where).parse(scalar(child, dotted, where), where)}
         if values.keys() & found.keys():
-            raise ConfigError(f"{where}{show(dotted)} is given twice: leave one out")
+            raise ConfigError(f"{where}{one_line(dotted)} is given twice: leave one out")
         values |= found
     return values
 

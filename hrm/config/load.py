@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from hrm.common.text import one_line
 from hrm.config.cli import (
     Arguments,
     ConfigError,
@@ -21,7 +22,6 @@ from hrm.config.cli import (
     keys_of,
     read_keys,
     read_yaml,
-    show,
     split_arguments,
 )
 from hrm.config.presets import (
@@ -102,7 +102,7 @@ def validate(config: Config) -> None:
     for name, k in KEYS.items():
         value = attrgetter(name)(config)
         if not k.accepts(value):
-            raise ConfigError(f"{name}={show(str(value))} is not allowed: give {k.allowed}")
+            raise ConfigError(f"{name}={one_line(str(value))} is not allowed: give {k.allowed}")
     arch = config.arch
     if arch.hidden_size % arch.num_heads:
         raise ConfigError(
@@ -219,12 +219,12 @@ def _resolve(args: Arguments) -> Config:
     saved = read_keys(read_yaml(args.config), args.config, KEYS) if args.config is not None else {}
     if args.arch is not None and any(name.startswith("arch.") for name in saved):
         raise ConfigError(
-            f"{show(str(args.config))} already describes the architecture: leave --arch out, or change "
+            f"{one_line(str(args.config))} already describes the architecture: leave --arch out, or change "
             "single fields with arch.KEY=VALUE"
         )
     if "preset" in overrides and saved.get("preset", "auto") != "auto":
         raise ConfigError(
-            f"{show(str(args.config))} already holds the values of preset={saved['preset']}: "
+            f"{one_line(str(args.config))} already holds the values of preset={saved['preset']}: "
             "leave preset= out"
         )
     given = {**saved, **overrides}
@@ -248,7 +248,7 @@ def _resolve(args: Arguments) -> Config:
         tree.project_name = project_name(tree.data_path, tree.sudoku.size)
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
-    config.notes.append(f"configuration from {show(args.config)}" if args.config is not None else note)
+    config.notes.append(f"configuration from {one_line(args.config)}" if args.config is not None else note)
 
     if config.stages is not None and "epochs" not in overrides:
         config.epochs = stage_ends(config)[-1]

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from hrm.common.text import one_line
 from hrm.config.cli import (
     ConfigError,
     Key,
@@ -19,7 +20,6 @@ from hrm.config.cli import (
     read_keys,
     read_yaml,
     scalar,
-    show,
     show_value,
 )
 
@@ -108,7 +108,7 @@ def architecture(
         guess = guess or nearest(name, names)
         hint = f"did you mean {guess}? " if guess else ""
         raise ConfigError(
-            f"{where}unknown architecture {show(name)}: {hint}The names are {', '.join(names)}"
+            f"{where}unknown architecture {one_line(name)}: {hint}The names are {', '.join(names)}"
             + ("" if where else "; a file of your own ends in .yaml")
         )
     values: dict[str, Any] = {}

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hrm.data.format import DatasetError, short
+from hrm.common.text import literal
+from hrm.data.format import DatasetError
 
 CHECKSUMS = "checksums.json"
 # Small enough to be in the cache still for the second digest.
@@ -71,7 +72,7 @@ def checksum_faults(listed: Any, found: Sums) -> Iterator[tuple[str, str]]:
         return
     for name in sorted(listed.keys() | found.keys()):
         if name not in found:
-            yield CHECKSUMS, f"lists {short(name)}, which is no file of the split"
+            yield CHECKSUMS, f"lists {literal(name)}, which is no file of the split"
         elif name not in listed:
             yield CHECKSUMS, f"does not list {name}"
         elif listed[name] != found[name]:

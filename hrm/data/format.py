@@ -20,6 +20,7 @@ import numpy as np
 
 from hrm.common.errors import UserError
 from hrm.common.files import read_json
+from hrm.common.text import literal, one_line
 
 # About how many bytes a pass over a memory-mapped array or a file takes at a time.
 CHUNK_BYTES = 1 << 23
@@ -122,7 +123,7 @@ def metadata_faults(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The fields of a dataset.json that are not as they should be, each with what is wrong with it."""
 
     def expected(key: str, what: str) -> tuple[str, str]:
-        there = f"is {short(values[key])}" if key in values else "is missing"
+        there = f"is {literal(values[key])}" if key in values else "is missing"
         return key, f"{key} {there}, expected {what}"
 
     for key, (low, high) in NUMBERS.items():
@@ -188,10 +189,10 @@ def open_array(path: Path, dimensions: int) -> np.ndarray:
         except Exception as error:
             raise DamagedFile(path, f"not a readable .npy array ({one_line(error)})") from None
         if dtype.kind not in "iu":
-            raise DamagedFile(path, f"numbers of type {short(dtype)}, expected integers")
+            raise DamagedFile(path, f"numbers of type {one_line(str(dtype), 60)}, expected integers")
         if len(shape) != dimensions or not all(_is_whole(count, 1, 1 << 48) for count in shape):
             expected = ("numbers", "rows of cells")[dimensions - 1]
-            raise DamagedFile(path, f"shape {short(shape)}, expected {expected}")
+            raise DamagedFile(path, f"shape {literal(shape)}, expected {expected}")
         offset, size = head.tell(), os.fstat(file.fileno()).st_size
         expected_size = offset + math.prod(shape) * dtype.itemsize
         if size != expected_size:
@@ -315,18 +316,3 @@ def check_totals(path: Path, metadata: Metadata, sets: dict[str, PuzzleSet]) -> 
         raise DamagedFile(
             path, f"mean_puzzle_examples is {metadata.mean_puzzle_examples}, but the arrays give {mean:.6g}"
         )
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, in one short line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def short(value: Any) -> str:
-    """A value from a file as it can stand in a message."""
-    try:
-        text = str(value) if isinstance(value, np.dtype) else repr(value)
-    # Integers of thousands of digits are not written out.
-    except (ValueError, RecursionError):
-        text = type(value).__name__
-    return text if len(text) <= 60 else f"{text[:57]}..."

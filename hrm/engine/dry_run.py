@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hrm.common.regions import opened_by
 from hrm.config.load import Config
 from hrm.data.dataset import Batch
 from hrm.data.format import Metadata
 from hrm.engine.engine import Engine
 from hrm.engine.modes import resolve_dtype
-from hrm.engine.profiling import opened_by
 from kernels.backend import Launch, explained, recorded
 
 # Where the implementation of a custom operation is found, past the fake that stands in for it on meta, and

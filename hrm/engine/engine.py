@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hrm.common.errors import UserError
+from hrm.common.regions import region
 from hrm.config.load import Config
 from hrm.config.schema import ArchConfig
 from hrm.data.dataset import Batch
@@ -35,7 +36,7 @@ from hrm.engine.modes import (
     resolve_mode,
 )
 from hrm.engine.optim import AdamATan2, FlatParameters, MovingAverage, learning_rate
-from hrm.engine.profiling import Stopwatch, region
+from hrm.engine.profiling import Stopwatch
 from hrm.engine.step_inputs import Feed
 from hrm.engine.tally import Tally
 from hrm.model.act import Carry, Sequences, act_step, draw_min_halt_steps, initial_carry, replace_halted

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from hrm.checkpoint.safe_io import size_text
 from hrm.common.errors import UserError
+from hrm.common.text import size_text
 from hrm.config.load import Config
 from hrm.data.dataset import Batch
 from hrm.data.format import Metadata

@@ -1,44 +1,18 @@
-"""Named ranges in a step, and profiles of a few warm steps: `profile=torch|nsys|ncu`.
-
-A range costs one comparison while nothing is being profiled. Inside code that torch.compile has traced there
-are none: there the compiler's own kernels are what there is to see.
-"""
+"""Profiles of a few warm steps, `profile=torch|nsys|ncu`, and the time that a part of a step takes."""
 
 import importlib
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from hrm.common.errors import UserError
+from hrm.common.regions import opened_by
 from hrm.config.load import Config
 
 Say = Callable[[str], None]
-
-# Opens a range by its name, while a profile is being taken.
-_open: Callable[[str], AbstractContextManager[Any]] | None = None
-
-
-def region(name: str) -> AbstractContextManager[Any]:
-    """A range around a part of the step, shown by Nsight Systems and by torch.profiler."""
-    # In this order: code that is being compiled must not come to depend on whether a profile is taken.
-    if torch.compiler.is_compiling() or _open is None:
-        return nullcontext()
-    return _open(name)
-
-
-@contextmanager
-def opened_by(opener: Callable[[str], AbstractContextManager[Any]]) -> Iterator[None]:
-    """Meanwhile every range is opened by `opener`."""
-    global _open
-    before, _open = _open, opener
-    try:
-        yield
-    finally:
-        _open = before
 
 
 class Stopwatch:
@@ -84,6 +58,7 @@ class Profile:
         self.kind, self.folder, self.say = config.profile, run_dir / "profile", say
         self.first, self.last = config.profile_after + 1, config.profile_after + config.profile_steps
         self.steps = 0
+        self._taking, self._ranges = False, ExitStack()
         self.device = device
         self._profiler: torch.profiler.profile | None = None
         if self.kind != "none" and captured:
@@ -108,7 +83,7 @@ class Profile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if _open is not None:
+        if self._taking:
             self._stop()
 
     def before_step(self) -> None:
@@ -123,7 +98,7 @@ class Profile:
             self._stop()
 
     def _start(self) -> None:
-        global _open
+        self._taking = True
         self._synchronize()
         if self.kind == "torch":
             activities = [torch.profiler.ProfilerActivity.CPU]
@@ -131,14 +106,14 @@ class Profile:
                 activities.append(torch.profiler.ProfilerActivity.CUDA)
             self._profiler = torch.profiler.profile(activities=activities)
             self._profiler.start()
-            _open = torch.profiler.record_function
+            self._ranges.enter_context(opened_by(torch.profiler.record_function))
         else:
             torch.cuda.profiler.start()
-            _open = self._annotate
+            self._ranges.enter_context(opened_by(self._annotate))
 
     def _stop(self) -> None:
-        global _open
-        _open = None
+        self._ranges.close()
+        self._taking = False
         self._synchronize()
         if self._profiler is None:
             torch.cuda.profiler.stop()

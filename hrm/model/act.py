@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hrm.common.regions import region
 from hrm.config.schema import ArchConfig
-from hrm.engine.profiling import region
 from hrm.model.gating import pack
 from hrm.model.hrm import HRM, Gated
 from hrm.model.subgoal import refreshes

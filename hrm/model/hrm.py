@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hrm.common.regions import region
 from hrm.config.schema import ArchConfig
-from hrm.engine.profiling import region
 from hrm.model.gating import Gates, GatingNetwork, make_gating, mix, sources_of
 from hrm.model.layers import Block, Embedding, Linear, PuzzleEmbedding, truncated_normal_
 from hrm.model.subgoal import SubgoalHead

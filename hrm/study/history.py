@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import yaml  # type: ignore[import-untyped]
 
-from hrm.common.errors import UserError, printable
+from hrm.common.errors import UserError
 from hrm.common.files import open_bounded, read_text
+from hrm.common.text import printable
 from hrm.training.run_folder import LONGEST_LINE, METRICS
 
 # Limits that bound memory: metrics of a file, points kept of one, bytes of a configuration (usually 3,000).

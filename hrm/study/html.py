@@ -1,37 +1,13 @@
 """A report as one HTML page that needs nothing else: its style, its tables and its plots are inside."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from string import Template
 
+from hrm.common.tables import Table
 from hrm.study import plots
 from hrm.study.history import History
 from hrm.study.panels import Panel, Section, description
-
-
-@dataclass
-class Table:
-    """A table of a report: its title, its columns' names, rows of as many texts, a note below."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-    note: str = ""
-
-    def text(self) -> str:
-        """The table for a terminal: aligned, the first column to the left and numbers to the right."""
-        lines = [self.columns, *self.rows]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        aligned = [
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
-        return "\n".join([self.title, *aligned, *([self.note] if self.note else [])])
-
 
 _PAGE = Template("""\
 <!DOCTYPE html>

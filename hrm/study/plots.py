@@ -2,15 +2,14 @@
 
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hrm.common.errors import UserError
+from hrm.common.figures import GRID, INK, figures
 from hrm.study.panels import Panel, Section, mean_and_range, single_values, thinned, value_text
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ COLOURS = (
 )
 # With six colours these make thirty groups look different.
 MARKERS = "os^Dv"
-INK, GRID = "#24292f", "#d8dee4"
 # Inches.
 PANEL_SIZE = (4.2, 2.7)
 COLUMNS = 3
@@ -60,7 +58,7 @@ def svg(panel: Panel, look: Mapping[str, Style], prefix: str) -> str:
     prefix: begins its identifiers, which must differ within a page. Text is `currentColor`; the page gives
     `--grid` and the groups' `--c0`, `--c1`, ... Raises UserError where matplotlib is missing.
     """
-    with _matplotlib(svg_salt=prefix) as figure:
+    with figures(svg_salt=prefix) as figure:
         canvas = figure(figsize=PANEL_SIZE, layout="constrained")
         _draw(canvas.subplots(), panel, look)
         file = io.StringIO()
@@ -79,7 +77,7 @@ def svg(panel: Panel, look: Mapping[str, Style], prefix: str) -> str:
 
 def png(title: str, sections: Sequence[Section], look: Mapping[str, Style]) -> bytes:
     """The sections as one PNG on white, under the title and the groups' legend. Raises UserError as `svg`."""
-    with _matplotlib() as figure:
+    with figures() as figure:
         rows = [-(-len(section.panels) // COLUMNS) for section in sections]
         # Inches of the head, with its legend's lines, and of a section's heading.
         legend_rows = -(-len(look) // (2 * COLUMNS))
@@ -89,7 +87,7 @@ def png(title: str, sections: Sequence[Section], look: Mapping[str, Style]) -> b
         parts[0].suptitle(title, fontsize=14, fontweight="bold")
         if look:
             handles = [_handle(style) for style in look.values()]
-            labels = [_short(name) for name in look]
+            labels = [_label(name) for name in look]
             parts[0].legend(handles, labels, loc="lower center", ncols=2 * COLUMNS, frameon=False)
         for part, section, count in zip(parts[1:], sections, rows, strict=True):
             part.suptitle(section.title, fontsize=12, fontweight="bold", x=0.01, ha="left")
@@ -101,48 +99,6 @@ def png(title: str, sections: Sequence[Section], look: Mapping[str, Style]) -> b
         file = io.BytesIO()
         canvas.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
-
-
-def require() -> None:
-    """Raises UserError where matplotlib is missing, before hours are spent on what is to be drawn."""
-    with _matplotlib():
-        pass
-
-
-@contextmanager
-def _matplotlib(svg_salt: str | None = None) -> Iterator[Any]:
-    """matplotlib's Figure, without pyplot and its global state, under this module's settings."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError(
-            "drawing needs matplotlib, which is missing: pip install -e '.[plots]' here"
-        ) from None
-    settings: dict[Any, Any] = {
-        "font.family": "sans-serif",
-        "font.sans-serif": ["DejaVu Sans"],
-        "font.size": 9.5,
-        "axes.titlesize": 10.5,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.linewidth": 0.6,
-        "grid.color": GRID,
-        "legend.frameon": False,
-        # A run may be called a$b$.
-        "text.parse_math": False,
-        "svg.fonttype": "none",
-        "svg.hashsalt": svg_salt,
-        **{f"{part}.color": INK for part in ("text", "xtick", "ytick")},
-        **{f"axes.{part}color": INK for part in ("edge", "label")},
-    }
-    # The user's own style would change what the page's colours are looked up by.
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(settings)
-        yield Figure
 
 
 def _draw(ax: "Axes", panel: Panel, look: Mapping[str, Style]) -> None:
@@ -232,7 +188,7 @@ def _bars(ax: "Axes", panel: Panel, look: Mapping[str, Style]) -> None:
         text = " " + value_text(values.mean(), panel.unit)
         ax.annotate(text, (values.max(), place), xytext=(4, 0), textcoords="offset points", va="center")
     size = min(9.5, 95 / len(panel.curves))
-    ax.set_yticks(range(len(panel.curves)), [_short(curve.group) for curve in panel.curves], fontsize=size)
+    ax.set_yticks(range(len(panel.curves)), [_label(curve.group) for curve in panel.curves], fontsize=size)
     # From top to bottom; a lone bar does not fill the panel.
     middle, half = (len(panel.curves) - 1) / 2, max(3, len(panel.curves)) / 2
     ax.set_ylim(middle + half, middle - half)
@@ -250,7 +206,7 @@ def _handle(style: Style) -> Any:
     return Line2D([], [], color=style.ink, marker=style.marker, linewidth=1.8, markersize=5)
 
 
-def _short(name: str) -> str:
+def _label(name: str) -> str:
     """A name that leaves room for the drawing: a long one loses its middle."""
     half = LONGEST_LABEL // 2
     return name if len(name) <= LONGEST_LABEL else f"{name[:half]}…{name[1 - half :]}"

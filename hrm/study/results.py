@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hrm.report import Table
+from hrm.common.tables import Table
 from hrm.study.history import History, Series
 from hrm.study.panels import duration
 from hrm.study.statistics import paired_difference, summarise

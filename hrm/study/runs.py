@@ -26,9 +26,9 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from hrm.common.errors import UserError
-from hrm.common.files import open_own, read_json, write_whole
+from hrm.common.files import open_own, read_json, to_json, write_whole
+from hrm.common.text import one_line
 from hrm.common.threads import threads_of_each, usable_cpus
-from hrm.config.cli import show
 from hrm.config.load import KEYS, Config, parse_args, to_yaml
 from hrm.study.history import History, read_history
 from hrm.training.run_folder import METRICS, run_lock
@@ -123,7 +123,6 @@ class Campaign:
     @contextmanager
     def opened(self) -> Iterator[None]:
         """The folder for this process alone, with the plan in it. Raises UserError if it holds another."""
-        from hrm.checkpoint.safe_io import to_json
 
         plan = {"seeds": self.seeds, "candidates": {c.name: settings(c.config) for c in self.candidates}}
         if _held(self.folder):
@@ -318,15 +317,15 @@ def _read_plan(path: Path) -> dict[str, Any]:
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """The first thing in which two plans differ, in words; empty where they are the same."""
     if old["candidates"].keys() != new["candidates"].keys():
-        return f"of {show(', '.join(old['candidates']))} and not of {', '.join(new['candidates'])}"
+        return f"of {one_line(', '.join(old['candidates']))} and not of {', '.join(new['candidates'])}"
     if old["seeds"] != new["seeds"]:
-        return f"with seeds {show(_listed(old['seeds']))} and not {_listed(new['seeds'])}"
+        return f"with seeds {one_line(_listed(old['seeds']))} and not {_listed(new['seeds'])}"
     for name, values in new["candidates"].items():
         there = old["candidates"][name]
         for key in sorted(values.keys() | there.keys()):
             before, now = (json.dumps(side.get(key), sort_keys=True) for side in (there, values))
             if before != now:
-                return f"in which {show(key)} of {name} is {show(before)} and not {now}"
+                return f"in which {one_line(key)} of {name} is {one_line(before)} and not {now}"
     return ""
 
 

@@ -16,9 +16,8 @@ from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
-from hrm.checkpoint.safe_io import to_json
 from hrm.common.errors import UserError
-from hrm.common.files import new_file, open_bounded, open_own, read_text, write_whole
+from hrm.common.files import new_file, open_bounded, open_own, read_text, to_json, write_whole
 from hrm.config.load import Config
 from hrm.training.health import Symptoms
 from hrm.training.progress import Progress

@@ -4,9 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hrm.checkpoint.safe_io import to_json
 from hrm.common.errors import UserError
-from hrm.common.files import open_own
+from hrm.common.files import open_own, to_json
 from hrm.config.load import Config
 from hrm.engine.engine import Engine, Interval
 from hrm.training.checkpointer import Checkpointer

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from hrm.common.files import read_json
+from hrm.common.text import literal
 from hrm.data.arc.augment import COLOURS, SIDE, Pair, task_of
 from hrm.data.format import DatasetError
 
@@ -97,11 +98,11 @@ def _read_kaggle(challenges: Path, solutions: Path) -> Iterator[Task]:
         raise DatasetError(f"{challenges}: no task in it, expected an object of tasks by name")
     evaluation = _is_evaluation(challenges.name.removesuffix("_challenges.json").rpartition("_")[2])
     for name in sorted(tasks):
-        where = f"{challenges}: task {_short(name)}"
+        where = f"{challenges}: task {literal(name)}"
         value = _object(tasks[name], where)
         if answers is not None:
             tests = _list(value.get("test"), f"{where}: test", MAX_PAIRS)
-            there = f"{solutions}: task {_short(name)}"
+            there = f"{solutions}: task {literal(name)}"
             if name not in answers:
                 raise DatasetError(f"{there}: not there, but in {challenges.name}; take both of one version")
             outputs = _list(answers[name], there, MAX_PAIRS)
@@ -136,7 +137,7 @@ def _read(path: Path, limit: int) -> dict[str, Any]:
 def _task(value: dict[str, Any], name: Any, where: str, evaluation: bool) -> Task:
     plain = isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable()
     if not plain or name == BLANK:
-        raise DatasetError(f"{where}: the name is {_short(name)}, expected 1 to {MAX_NAME} plain characters")
+        raise DatasetError(f"{where}: the name is {literal(name)}, expected 1 to {MAX_NAME} plain characters")
     if task_of(name) != name:
         raise DatasetError(
             f"{where}: the name {name} is that of an augmented puzzle; rename the task, or take the original"
@@ -170,32 +171,26 @@ def _grid(value: Any, where: str) -> np.ndarray:
     width = len(_list(rows[0], f"{where}, row 0", SIDE, "cells"))
     for number, row in enumerate(rows):
         if not isinstance(row, list) or len(row) != width:
-            length = f"{len(row)} cells" if isinstance(row, list) else _short(row)
+            length = f"{len(row)} cells" if isinstance(row, list) else literal(row)
             raise DatasetError(f"{where}, row {number}: {length}, expected {width} cells as in row 0")
         for column, colour in enumerate(row):
             # A truth value is a number too, and equal to one.
             if type(colour) is not int or not 0 <= colour < COLOURS:
                 raise DatasetError(
-                    f"{where}, row {number}, column {column}: {_short(colour)}, expected a colour 0 to 9"
+                    f"{where}, row {number}, column {column}: {literal(colour)}, expected a colour 0 to 9"
                 )
     return np.array(rows, np.uint8)
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DatasetError(f"{where}: {_short(value)}, expected a JSON object")
+        raise DatasetError(f"{where}: {literal(value)}, expected a JSON object")
     return value
 
 
 def _list(value: Any, where: str, most: int, of_what: str = "entries") -> list[Any]:
     if not isinstance(value, list):
-        raise DatasetError(f"{where}: {_short(value)}, expected a list of 1 to {most} {of_what}")
+        raise DatasetError(f"{where}: {literal(value)}, expected a list of 1 to {most} {of_what}")
     if not 0 < len(value) <= most:
         raise DatasetError(f"{where}: {len(value)} {of_what}, expected 1 to {most}")
     return value
-
-
-def _short(value: Any) -> str:
-    """A foreign value as one short line."""
-    text = type(value).__name__ if isinstance(value, (list, dict)) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

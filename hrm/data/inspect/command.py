@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from hrm.common.errors import UserError
+from hrm.common.figures import require_matplotlib
 from hrm.common.files import check_file, new_file
+from hrm.common.text import size_text
 from hrm.data.format import DIFFICULTY, DatasetError
 from hrm.data.inspect.histogram import histogram
 from hrm.data.inspect.invariants import (
@@ -60,9 +62,7 @@ def run(args: argparse.Namespace) -> None:
     if args.seed < 0:
         raise UserError(f"seed={args.seed}: expected at least 0")
     if args.png is not None:
-        from hrm.study.plots import require
-
-        require()
+        require_matplotlib()
         check_file(args.png)
     root, folders = _folders(args.path, args.split)
     findings = Findings()
@@ -160,7 +160,7 @@ def _statistics(split: Split) -> Iterator[str]:
             yield "    difficulty:"
             yield from (f"      {line}" for line in histogram(arrays[DIFFICULTY]))
     files = sorted(path for path in split.folder.iterdir() if path.is_file())
-    yield "  files: " + ", ".join(f"{path.name} {_size(path.stat().st_size)}" for path in files)
+    yield "  files: " + ", ".join(f"{path.name} {size_text(path.stat().st_size)}" for path in files)
 
 
 def _kind_text(kind: Kind | None) -> str:
@@ -190,11 +190,6 @@ def _tokens(kind: Kind, array: np.ndarray) -> str:
     total = max(1, int(counts.sum()))
     shares = [f"{kind.symbol(token)} {count / total:.1%}" for token, count in enumerate(counts) if count]
     return ", ".join(shares[:16]) + (f" and {len(shares) - 16} more" if len(shares) > 16 else "")
-
-
-def _size(count: int) -> str:
-    power = max(0, min(3, (count.bit_length() - 1) // 10))
-    return f"{count / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 @dataclass(frozen=True)

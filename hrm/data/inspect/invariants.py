@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from hrm.common.text import literal
 from hrm.data.checksums import CHECKSUMS, checksum_faults, read_contents
 from hrm.data.format import (
     ARRAYS,
@@ -28,7 +29,6 @@ from hrm.data.format import (
     metadata_faults,
     open_array,
     read_description,
-    short,
 )
 from hrm.data.puzzle_kinds import Kind, kind_for
 
@@ -252,7 +252,7 @@ def check_identifiers(folder: Path, splits: list[Split], findings: Findings) -> 
     first: dict[str, int] = {}
     again = [row for row, name in enumerate(names) if first.setdefault(name, row) != row]
     findings.add_rows(
-        path, again, lambda row: f"name {row}, {short(names[row])}, is that of {first[names[row]]}"
+        path, again, lambda row: f"name {row}, {literal(names[row])}, is that of {first[names[row]]}"
     )
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hrm.common.figures import GRID, INK, figures
 from hrm.data.puzzle_kinds import Kind, Tokens, arc_grid
-from hrm.study.plots import GRID, INK, _matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +37,7 @@ def png(kind: Kind, boards: Sequence[tuple[str, Tokens, Tokens | None]]) -> byte
     """
     columns = min(COLUMNS, len(boards))
     rows = math.ceil(len(boards) / columns)
-    with _matplotlib() as figure:
+    with figures() as figure:
         size = (columns * BOARD, rows * (BOARD + TITLE))
         canvas = figure(figsize=size, layout="constrained", dpi=110)
         axes = canvas.subplots(rows, columns, squeeze=False).ravel()

@@ -1,0 +1,40 @@
+"""Text from users and files, made safe and short for one line; sizes in units."""
+
+from typing import Any
+
+
+def printable(text: str) -> str:
+    """The text with every invisible character, such as ESC, escaped: safe for a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def one_line(value: str | BaseException, limit: int = 200) -> str:
+    """A text, or an error's message, printable and cut to `limit` characters; an empty message: its type."""
+    if isinstance(value, BaseException):
+        value = " ".join(str(value).split()) or type(value).__name__
+    # Cut before escaping: the text may be a whole file.
+    text = printable(value[: limit + 1])
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def literal(value: Any, limit: int = 60) -> str:
+    """A value read from a file, as Python writes it, in one line of at most `limit` characters."""
+    try:
+        return one_line(repr(value), limit)
+    # Python refuses to write integers of thousands of digits and lists nested thousands deep.
+    except (ValueError, RecursionError):
+        return type(value).__name__
+
+
+def error_text(error: BaseException, limit: int = 120) -> str:
+    """An error as "Type: message" in one line."""
+    return f"{type(error).__name__}: {one_line(error, limit)}"
+
+
+def size_text(count: float) -> str:
+    """A number of bytes in the largest unit that fits: 2048 is 2 KiB."""
+    units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while count >= 1024 and len(units) > 1:
+        count /= 1024
+        units.pop(0)
+    return f"{count:.4g} {units[0]}"
