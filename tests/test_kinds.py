@@ -12,11 +12,12 @@ import pytest
 
 from hrm.common.errors import UserError
 from hrm.data.arc.augment import canvas
+from hrm.data.arc.rules import arc_grid
 from hrm.data.format import Metadata
 from hrm.data.inspect import render
 from hrm.data.inspect.rules import broken
 from hrm.data.maze.search import solved
-from hrm.data.puzzle_kinds import Kind, arc_grid, kind_for, kind_of
+from hrm.data.puzzle_kinds import Kind, kind_for, kind_of
 from hrm.data.sudoku.solver import BOXES, random_grid, random_puzzle
 
 # It comes with PyTorch, and without types.

@@ -17,6 +17,7 @@ from hrm.common.files import read_text
 from hrm.data.arc.augment import canvas
 from hrm.data.arc.files import Task, read_task
 from hrm.data.puzzle_kinds import ARC, MAZE_VOCABULARY, SUDOKU, Kind
+from hrm.data.sudoku.solver import solutions
 
 MAX_TEXT_BYTES = 16 << 20
 EXPECTED = "puzzles, one a line"
@@ -133,8 +134,6 @@ def _only_answer(kind: Kind, question: np.ndarray) -> np.ndarray | None:
     """The answer where there is but one: shortest paths may be several."""
     if kind.name != "sudoku":
         return None
-    from hrm.data.sudoku.solver import solutions
-
     return solutions((question - 1).astype(np.uint8))[0][0] + 1
 
 

@@ -18,6 +18,7 @@ from hrm.common.errors import UserError
 from hrm.common.figures import require_matplotlib
 from hrm.common.files import check_file, new_file
 from hrm.common.text import size_text
+from hrm.data.boards import Tokens
 from hrm.data.format import DIFFICULTY, DatasetError
 from hrm.data.inspect.histogram import histogram
 from hrm.data.inspect.invariants import (
@@ -30,7 +31,7 @@ from hrm.data.inspect.invariants import (
     leaks,
 )
 from hrm.data.inspect.rules import check_rules, check_unique
-from hrm.data.puzzle_kinds import Kind, Tokens
+from hrm.data.puzzle_kinds import Kind
 
 # Tokens of larger vocabularies are not counted.
 MOST_TOKENS = 1 << 12

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hrm.common.figures import GRID, INK, figures
-from hrm.data.puzzle_kinds import Kind, Tokens, arc_grid
+from hrm.data.arc.rules import arc_grid
+from hrm.data.boards import Tokens
+from hrm.data.puzzle_kinds import Kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,8 +7,8 @@ from hrm.data.format import array_path
 from hrm.data.inspect.invariants import Findings, Split, chunks
 from hrm.data.maze.search import solved
 from hrm.data.puzzle_kinds import Kind
-from hrm.data.sudoku.solver import compiled, solve_each, units
-from hrm.data.workers import over_rows
+from hrm.data.sudoku.solver import solve_each, units
+from hrm.data.workers import compiled, over_rows
 
 
 def broken(kind: Kind, inputs: np.ndarray, labels: np.ndarray) -> np.ndarray:

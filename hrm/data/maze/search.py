@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from hrm.data.sudoku.solver import compiled
+from hrm.data.workers import compiled
 
 WALL, OPEN, START, GOAL, PATH = 1, 2, 3, 4, 5
 # Symmetries of the square; see `symmetric`.

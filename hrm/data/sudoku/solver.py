@@ -4,14 +4,12 @@ A grid is a uint8 array of n*n digits, row by row, 0 for a blank cell. One compi
 it solves, counts solutions, rates, and fills grids at random.
 """
 
-from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
-import numba
 import numpy as np
 
 from hrm.common.errors import UserError
+from hrm.data.workers import compiled
 
 # Rows and columns of a box, for each size of grid.
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
@@ -19,15 +17,6 @@ BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
 
 class SudokuError(UserError):
     """A grid, a file or a request that no Sudoku data set can be built from."""
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function as machine code, kept for later processes, that other threads may run beside."""
-    try:
-        return numba.njit(cache=True, nogil=True)(function)
-    # Numba finds no folder it may write its cache to.
-    except RuntimeError:
-        return numba.njit(nogil=True)(function)
 
 
 @lru_cache

@@ -19,8 +19,8 @@ from itertools import permutations, product
 import numpy as np
 
 from hrm.data.sudoku.files import Puzzles, row_keys
-from hrm.data.sudoku.solver import BOXES, compiled
-from hrm.data.workers import over_rows
+from hrm.data.sudoku.solver import BOXES
+from hrm.data.workers import compiled, over_rows
 
 
 def canonical_forms(grids: np.ndarray, questions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
