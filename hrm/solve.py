@@ -13,17 +13,11 @@ import numpy as np
 
 from hrm.common.errors import UserError, run_command
 from hrm.common.files import check_file, write_whole
-from hrm.data.arc.augment import Pair, canvas, grid_of
-from hrm.data.format import Metadata
-from hrm.data.puzzle_kinds import Kind, kind_of
-from hrm.evaluation.arc_voting import read_names
-from hrm.solving.read_puzzles import Puzzle, Puzzles, read_puzzles, shortened
+from hrm.data.arc.augment import grid_of
+from hrm.data.puzzle_kinds import Kind
+from hrm.solving.read_puzzles import Puzzle, read_puzzles, shortened
 
-# PyTorch takes seconds to import: --help and a puzzle that has no answer are told without it.
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from hrm.checkpoint.load_model import Trained
     from hrm.solving.trace import Step, Trace
 
 MAX_STEPS = 100_000
@@ -78,16 +72,30 @@ def solve(args: argparse.Namespace) -> list[str]:
         check_file(args.html)
 
     screen = _Screen(sys.stderr if args.json else sys.stdout)
-    trained = _load(args, given.kind, screen)
-    embedding, losses = _embedding(args, given, trained, screen)
-
+    # Imports PyTorch, which takes seconds; mistakes in the puzzle and the options are reported before.
     from hrm.solving.player import page
-    from hrm.solving.tracing import trace
+    from hrm.solving.prepare import adapted_embedding, identifier_for, load_for
+    from hrm.solving.trace import record_trace
+
+    trained = load_for(
+        given.kind,
+        args.puzzle,
+        args.checkpoint,
+        device=args.device,
+        ema=args.ema or None,
+        note=screen.note,
+    )
+    embedding, losses = None, list[float]()
+    if args.adapt_steps:
+        assert given.task is not None
+        embedding, losses = adapted_embedding(args.adapt_steps, given.task.train, trained, screen.note)
+    else:
+        embedding = identifier_for(given.task, args.identifier, trained, screen.note)
 
     name = f"{trained.path}, {sum(p.numel() for p in trained.model.parameters()):,} parameters"
     results: list[dict[str, Any]] = []
     for number, puzzle in enumerate(given.puzzles, 1):
-        found = trace(
+        found = record_trace(
             trained.model,
             trained.metadata,
             puzzle.question,
@@ -150,114 +158,6 @@ class _Screen:
         blocks.append("answer:\n" + kind.text(trace.steps[-1].board, trace.question, self.color))
         blocks.append("\n".join(_verdict(result)))
         self.say("\n\n".join(blocks) + "\n")
-
-
-# ---------------------------------------------------------------------------------------------- the model
-
-
-def _load(args: argparse.Namespace, kind: Kind, screen: _Screen) -> "Trained":
-    """The model, after a check that it is for puzzles of this kind and size."""
-    if not Path(args.checkpoint).exists():
-        raise UserError(f"{args.checkpoint}: no such folder or file; expected a run or a checkpoint of one")
-    from hrm.checkpoint.load_model import find_trained, load_trained
-    from hrm.checkpoint.weights import PUZZLE_TABLE
-    from hrm.config.load import resolve_device
-
-    device = resolve_device(args.device)
-    found, metadata = find_trained(args.checkpoint), None
-    data = found.config.data_path
-    if found.metadata is None and data is not None and not Path(data).is_dir():
-        # Of the data set no more than its size is needed, which a puzzle has as well.
-        rows = len(found.weights[PUZZLE_TABLE]) if PUZZLE_TABLE in found.weights else 1
-        metadata = Metadata(0, 0, 0, kind.vocab_size, kind.rows * kind.cols, rows, 1, 1.0, ["all"])
-        screen.note(f"{data} is not there; the model is taken to be trained on {_named(kind)}")
-    trained = load_trained(found, device=device, metadata=metadata, ema=args.ema or None)
-    for note in trained.notes:
-        screen.note(note)
-    its = kind_of(trained.metadata)
-    if (its.name, its.rows, its.cols) != (kind.name, kind.rows, kind.cols):
-        raise UserError(
-            f"{args.puzzle[:100]!r} is {_named(kind)}, but {args.checkpoint} was trained on {_named(its)}; "
-            "take a checkpoint of its kind and size"
-        )
-    return trained
-
-
-def _named(kind: Kind) -> str:
-    names = {"sudoku": "Sudoku", "maze": "a maze", "arc": "ARC"}
-    return f"{names.get(kind.name, 'an unknown kind of puzzle')} of {kind.rows} x {kind.cols} cells"
-
-
-def _embedding(
-    args: argparse.Namespace, given: Puzzles, trained: "Trained", screen: _Screen
-) -> tuple["int | Tensor | None", list[float]]:
-    """The puzzle's identifier or its row, None for the blank one; and the losses of learning it."""
-    if args.adapt_steps:
-        assert given.task is not None
-        return _adapted(args.adapt_steps, given.task.train, trained, screen)
-    if trained.model.puzzle_emb is None:
-        if args.identifier is not None:
-            raise UserError(f"--identifier: {args.checkpoint} has no puzzle embeddings; leave it out")
-        return None, []
-    name = args.identifier or (given.task.name if given.task is not None else None)
-    if name is None:
-        return None, []
-    path = Path(trained.config.data_path or ".") / "identifiers.json"
-    known = read_names(path.parent) if path.is_file() else []
-    if name in known:
-        return known.index(name), []
-    if args.identifier is None:
-        why = "was not trained on" if known else f"cannot be looked up without {path}"
-        screen.note(
-            f"{name} {why}: it gets the blank identifier, whose embedding tells nothing of the task; "
-            "--adapt-steps 100 learns one from its demonstrations"
-        )
-        return None, []
-    if not (name.isascii() and name.isdigit() and len(name) < 19):
-        where = "is not in" if known else "cannot be looked up without"
-        raise UserError(
-            f"--identifier {name[:100]} {where} {path}; give the number of a row, or leave it out"
-        )
-    return int(name), []
-
-
-def _adapted(
-    steps: int, demonstrations: Sequence[Pair], trained: "Trained", screen: _Screen
-) -> tuple["Tensor", list[float]]:
-    """The embedding that the demonstrations teach, and the loss of each update."""
-    import torch
-
-    from hrm.data.dataset import IGNORE_LABEL
-    from hrm.solving.adapt import learn_embedding
-
-    config, ignored = trained.config, trained.metadata.ignore_label_id
-    # Demonstrations have both grids.
-    inputs, labels = (
-        np.stack([canvas(pair.grids[n]) for pair in demonstrations]).astype(int) for n in (0, 1)
-    )
-    labels[labels == ignored] = IGNORE_LABEL
-    losses: list[float] = []
-
-    def report(step: int, loss: float) -> None:
-        losses.append(loss)
-        if step % max(1, steps // 10) == 0 or step == steps:
-            screen.note(f"adapting to {len(inputs)} demonstrations: step {step} of {steps}, loss {loss:.4f}")
-
-    row = learn_embedding(
-        trained.model,
-        torch.from_numpy(inputs),
-        torch.from_numpy(labels),
-        steps=steps,
-        lr=config.puzzle_emb_lr,
-        loss=config.loss,
-        weight_decay=config.puzzle_emb_weight_decay,
-        seed=config.seed,
-        report=report,
-    )
-    return row, losses
-
-
-# ---------------------------------------------------------------------------------------------- the answer
 
 
 def _result(puzzle: Puzzle, trace: "Trace", *, whole: bool) -> dict[str, Any]:

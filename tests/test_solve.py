@@ -21,7 +21,7 @@ from hrm.data.puzzle_kinds import Kind
 from hrm.data.sudoku.build import builtin_sudoku
 from hrm.data.writer import Shape, new_dataset
 from hrm.solve import _result, main
-from hrm.solving import player as thinking
+from hrm.solving import player
 from hrm.solving.read_puzzles import Puzzle, read_puzzles
 from hrm.solving.trace import Step, Trace
 
@@ -246,7 +246,7 @@ def test_pages_are_written_whole(run_of_4, tmp_path, capsys, monkeypatch):
     def breaks(trace: Trace) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(thinking, "page", breaks)
+    monkeypatch.setattr(player, "page", breaks)
     assert run(run_of_4, RIGHT[0], "--html", path, capsys=capsys)[0] == 130
     assert path.read_text(encoding="utf-8") == text
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a-2.html", "a.html", "puzzles.txt"]

@@ -14,7 +14,7 @@ from hrm.engine.inference import Inference
 from hrm.engine.modes import EAGER
 from hrm.model.act import Sequences, act_step, initial_carry, replace_halted
 from hrm.model.hrm import HRM
-from hrm.solving.tracing import puzzle_row, trace
+from hrm.solving.trace import puzzle_row, record_trace
 
 S, V, PUZZLES, STEPS = 16, 6, 3, 4
 METADATA = Metadata(0, 0, 0, V, S, PUZZLES, 1, 1.0, ["all"])
@@ -50,7 +50,7 @@ def test_the_last_step_is_what_inference_predicts(changes, identifier):
     model = make(**changes)
     inference = Inference(model, 1, S, mode=EAGER, loss=LossConfig())
     predictions, q_halt = inference.solve(QUESTION[None].astype(np.int32), np.array([identifier]))
-    found = trace(model, METADATA, QUESTION, identifier, name="m", title="t")
+    found = record_trace(model, METADATA, QUESTION, identifier, name="m", title="t")
     assert len(found.steps) == STEPS and found.steps[-1].board == predictions[0].tolist()
     expected = torch.sigmoid(torch.tensor(q_halt[0])).item()
     assert found.steps[-1].q_halt == pytest.approx(expected, abs=1e-6)
@@ -68,7 +68,7 @@ def test_every_step_is_that_of_training(changes):
     carry = replace_halted(model, initial_carry(model, 1, S, torch.device("cpu")), fresh)
     row = None if model.puzzle_emb is None else model.puzzle_emb.weights[1:2]
     kind = kind_of(METADATA)
-    for step in trace(model, METADATA, QUESTION, 1).steps:
+    for step in record_trace(model, METADATA, QUESTION, 1).steps:
         with torch.no_grad():
             zeros = torch.zeros(1, dtype=torch.int32)
             carry, outputs = act_step(model, carry, row, zeros, sees_gates=model.arch.use_gating)
@@ -95,40 +95,44 @@ def test_every_step_is_that_of_training(changes):
 def test_a_model_halts_as_its_q_values_say():
     """By choice when q_halt is the greater, at the limit anyway; act stops there, and steps goes beyond."""
     eager, timid = make(halts_at=50.0), make(halts_at=-50.0)
-    assert [step.halts for step in trace(eager, METADATA, QUESTION).steps] == [True] * STEPS
-    assert [step.halts for step in trace(timid, METADATA, QUESTION).steps] == [False] * 3 + [True]
-    whole = trace(eager, METADATA, QUESTION)
-    assert trace(eager, METADATA, QUESTION, act=True).steps == whole.steps[:1]
-    assert len(trace(timid, METADATA, QUESTION, act=True).steps) == STEPS
-    longer = trace(eager, METADATA, QUESTION, steps=6)
+    assert [step.halts for step in record_trace(eager, METADATA, QUESTION).steps] == [True] * STEPS
+    assert [step.halts for step in record_trace(timid, METADATA, QUESTION).steps] == [False] * 3 + [True]
+    whole = record_trace(eager, METADATA, QUESTION)
+    assert record_trace(eager, METADATA, QUESTION, act=True).steps == whole.steps[:1]
+    assert len(record_trace(timid, METADATA, QUESTION, act=True).steps) == STEPS
+    longer = record_trace(eager, METADATA, QUESTION, steps=6)
     assert len(longer.steps) == 6 and longer.steps[:STEPS] == whole.steps
-    assert trace(eager, METADATA, QUESTION, steps=2).steps == whole.steps[:2]
+    assert record_trace(eager, METADATA, QUESTION, steps=2).steps == whole.steps[:2]
 
 
 def test_a_row_is_what_its_identifier_stands_for():
     model = make()
     row = model.puzzle_emb.weights[2].clone()
-    assert trace(model, METADATA, QUESTION, row).steps == trace(model, METADATA, QUESTION, 2).steps
-    assert trace(model, METADATA, QUESTION).steps == trace(model, METADATA, QUESTION, 0).steps
-    assert trace(model, METADATA, QUESTION, 1).steps != trace(model, METADATA, QUESTION, 2).steps
+    assert (
+        record_trace(model, METADATA, QUESTION, row).steps == record_trace(model, METADATA, QUESTION, 2).steps
+    )
+    assert record_trace(model, METADATA, QUESTION).steps == record_trace(model, METADATA, QUESTION, 0).steps
+    assert (
+        record_trace(model, METADATA, QUESTION, 1).steps != record_trace(model, METADATA, QUESTION, 2).steps
+    )
     assert torch.equal(puzzle_row(model, 2), row[None]) and puzzle_row(make(puzzle_emb_ndim=0), 2) is None
 
 
 def test_what_cannot_be_traced_is_told():
     with pytest.raises(UserError, match=r"puzzle identifier 3: the model has rows 0 to 2"):
-        trace(make(), METADATA, QUESTION, 3)
+        record_trace(make(), METADATA, QUESTION, 3)
     with pytest.raises(UserError, match=r"puzzle identifier -1"):
-        trace(make(), METADATA, QUESTION, -1)
+        record_trace(make(), METADATA, QUESTION, -1)
     with pytest.raises(ValueError, match=r"tokens must be \(16,\), got \(15,\)"):
-        trace(make(), METADATA, QUESTION[:15])
+        record_trace(make(), METADATA, QUESTION[:15])
 
 
 def test_the_answer_goes_with_the_trace_and_in_bfloat16_too():
     model = make(use_gating=True)
     answer = np.arange(16) % 4 + 2
-    found = trace(model, METADATA, QUESTION, answer=answer)
+    found = record_trace(model, METADATA, QUESTION, answer=answer)
     assert found.answer == answer.tolist()
     narrow = HRM(model.arch, vocab_size=V, seq_len=S, num_puzzle_identifiers=PUZZLES, dtype=torch.bfloat16)
     narrow.load_state_dict(model.state_dict())
-    gate = trace(narrow, METADATA, QUESTION).steps[0].gates["L"]["input"]
+    gate = record_trace(narrow, METADATA, QUESTION).steps[0].gates["L"]["input"]
     assert gate.mean == pytest.approx(found.steps[0].gates["L"]["input"].mean, abs=5e-3)

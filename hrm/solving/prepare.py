@@ -1,0 +1,123 @@
+"""The trained model for a puzzle that a user gives, and the puzzle's embedding."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hrm.checkpoint.load_model import Trained, find_trained, load_trained
+from hrm.checkpoint.weights import PUZZLE_TABLE
+from hrm.common.errors import UserError
+from hrm.common.text import one_line
+from hrm.config.load import resolve_device
+from hrm.data.arc.augment import Pair, canvas
+from hrm.data.arc.files import Task
+from hrm.data.dataset import IGNORE_LABEL
+from hrm.data.format import Metadata
+from hrm.data.puzzle_kinds import Kind, kind_of
+from hrm.evaluation.arc_voting import read_names
+from hrm.solving.adapt import learn_embedding
+
+# Receives one line that the user should know.
+Note = Callable[[str], None]
+
+
+def load_for(
+    kind: Kind, puzzle: str, checkpoint: str, *, device: str, ema: bool | None, note: Note
+) -> Trained:
+    """The model of a checkpoint for puzzles of this kind and size; puzzle: as the user gave it.
+
+    Without its training data the model's sizes come from the puzzle. Raises UserError for a checkpoint of
+    another kind or size, and as `load_trained` does.
+    """
+    if not Path(checkpoint).exists():
+        raise UserError(f"{checkpoint}: no such folder or file; expected a run or a checkpoint of one")
+    place = resolve_device(device)
+    found, metadata = find_trained(checkpoint), None
+    data = found.config.data_path
+    if found.metadata is None and data is not None and not Path(data).is_dir():
+        rows = len(found.weights[PUZZLE_TABLE]) if PUZZLE_TABLE in found.weights else 1
+        metadata = Metadata(0, 0, 0, kind.vocab_size, kind.rows * kind.cols, rows, 1, 1.0, ["all"])
+        note(f"{data} is not there; the model is assumed to be trained on {_description(kind)}")
+    trained = load_trained(found, device=place, metadata=metadata, ema=ema)
+    for line in trained.notes:
+        note(line)
+    its = kind_of(trained.metadata)
+    if (its.name, its.rows, its.cols) != (kind.name, kind.rows, kind.cols):
+        raise UserError(
+            f"{puzzle[:100]!r} is {_description(kind)}, but {checkpoint} was trained on "
+            f"{_description(its)}; give a checkpoint of the puzzle's kind and size"
+        )
+    return trained
+
+
+def _description(kind: Kind) -> str:
+    names = {"sudoku": "Sudoku", "maze": "a maze", "arc": "ARC"}
+    return f"{names.get(kind.name, 'an unknown kind of puzzle')} of {kind.rows} x {kind.cols} cells"
+
+
+def identifier_for(task: Task | None, asked: str | None, trained: Trained, note: Note) -> int | None:
+    """The row of the puzzle table for a puzzle, None for the blank one.
+
+    asked: a name or number that the user gave; without it, an ARC task's own name is looked up. Raises
+    UserError for a name that the training data does not have.
+    """
+    if trained.model.puzzle_emb is None:
+        if asked is not None:
+            raise UserError(f"--identifier: {trained.path} has no puzzle embeddings; leave it out")
+        return None
+    name = asked or (task.name if task is not None else None)
+    if name is None:
+        return None
+    path = Path(trained.config.data_path or ".") / "identifiers.json"
+    known = read_names(path.parent) if path.is_file() else []
+    if name in known:
+        return known.index(name)
+    if asked is None:
+        why = "was not trained on" if known else f"cannot be looked up without {path}"
+        note(
+            f"{name} {why}: it gets the blank identifier, whose embedding knows nothing of the task; "
+            "--adapt-steps 100 learns one from its demonstrations"
+        )
+        return None
+    if not (name.isascii() and name.isdigit() and len(name) < 19):
+        where = "is not in" if known else "cannot be looked up without"
+        raise UserError(
+            f"--identifier {one_line(name, 100)} {where} {path}; give the number of a row, or leave it out"
+        )
+    return int(name)
+
+
+def adapted_embedding(
+    steps: int, demonstrations: Sequence[Pair], trained: Trained, note: Note
+) -> tuple[Tensor, list[float]]:
+    """An embedding (puzzle_emb_ndim) learnt in `steps` updates from demonstrations, and each update's loss.
+
+    demonstrations: pairs with both grids. Raises UserError as `learn_embedding` does.
+    """
+    config, ignored = trained.config, trained.metadata.ignore_label_id
+    inputs, labels = (
+        np.stack([canvas(pair.grids[n]) for pair in demonstrations]).astype(int) for n in (0, 1)
+    )
+    labels[labels == ignored] = IGNORE_LABEL
+    losses: list[float] = []
+
+    def record(step: int, loss: float) -> None:
+        losses.append(loss)
+        if step % max(1, steps // 10) == 0 or step == steps:
+            note(f"adapting to {len(inputs)} demonstrations: step {step} of {steps}, loss {loss:.4f}")
+
+    row = learn_embedding(
+        trained.model,
+        torch.from_numpy(inputs),
+        torch.from_numpy(labels),
+        steps=steps,
+        lr=config.puzzle_emb_lr,
+        loss=config.loss,
+        weight_decay=config.puzzle_emb_weight_decay,
+        seed=config.seed,
+        report=record,
+    )
+    return row, losses
