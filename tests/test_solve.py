@@ -436,7 +436,7 @@ def test_an_official_checkpoint_without_its_data(run_of_4, tmp_path, capsys):
     status, out, _ = run(tmp_path, RIGHT[0], "--json", capsys=capsys)
     told = json.loads(out)
     assert status == 0 and told["notes"] == [
-        "data/gone is not there; the model is taken to be trained on Sudoku of 4 x 4 cells"
+        "data/gone is not there; the model is assumed to be trained on Sudoku of 4 x 4 cells"
     ]
     _, out, _ = run(run_of_4, RIGHT[0], "--json", capsys=capsys)
     assert told["puzzles"] == json.loads(out)["puzzles"]
