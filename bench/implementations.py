@@ -9,7 +9,6 @@ update on, so that the losses of a few steps tell whether code agrees.
 import importlib
 import importlib.util
 import json
-import platform
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -90,13 +89,7 @@ def starting_weights(config: Config, data: Metadata) -> dict[str, Tensor]:
     blocks add to their input is quartered, without which 16 steps of untrained blocks amplify rounding until
     bfloat16 says nothing.
     """
-    model = HRM(
-        config.arch,
-        vocab_size=data.vocab_size,
-        seq_len=data.seq_len,
-        num_puzzle_identifiers=data.num_puzzle_identifiers,
-        seed=config.seed,
-    )
+    model = HRM.from_config(config, data, torch.float32)
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     generator, scale = torch.Generator().manual_seed(config.seed + 1), config.arch.hidden_size**-0.5
     weights["q_head.weight"].normal_(std=scale, generator=generator)
@@ -385,12 +378,3 @@ def peak_memory(step: Callable[[], object]) -> int:
     changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
     live = np.cumsum([size for _, size in sorted(changes)])
     return int(live.max(initial=0))
-
-
-def processor() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()

@@ -27,14 +27,15 @@ from bench.implementations import (
     built,
     metadata,
     peak_memory,
-    processor,
     traced,
 )
 from bench.roofline import MACHINES, Row, measure, step, totals
 from hrm.common.errors import UserError
+from hrm.common.machine import processor
 from hrm.config.load import Config, parse_args
 from hrm.data.format import Metadata
 from hrm.engine.modes import compiler_fault
+from kernels.cpu import cpuinfo
 from tests import official
 
 CUDA = torch.cuda.is_available()
@@ -165,12 +166,8 @@ def compiler() -> str | None:
 
 @cache
 def cpu_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16, by what Linux says of it."""
-    try:
-        with open("/proc/cpuinfo") as lines:
-            flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    except OSError:
-        return False
+    """Whether the processor multiplies bfloat16, according to Linux."""
+    flags = (cpuinfo("flags") or "").split()
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 

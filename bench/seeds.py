@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench.implementations import processor
+from hrm.common.machine import processor
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.implementations import processor
+from hrm.common.machine import processor
 
 ROOT = Path(__file__).parents[1]
 

@@ -31,9 +31,10 @@ from torch import Tensor
 
 import kernels
 from bench.counts import OPERATIONS, Shape, Work
-from bench.implementations import peak_memory, processor
+from bench.implementations import peak_memory
 from bench.operations import CUDA, DTYPE, OPS, Call, Inputs, library_attention, liger
 from bench.roofline import measure, roofline_time
+from hrm.common.machine import processor
 from hrm.engine.modes import compiler_fault
 from kernels.attention import FLASH2, FLASH3
 from tests.kernels.compare import DEVICE, Outputs, allowed_error, distance, randn, run

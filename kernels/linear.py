@@ -12,14 +12,13 @@ oneDNN, which looks at the instruction set alone, is about twice as fast: 380 to
 resumed run adds in the same order as the run before it.
 """
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import Choice, device_of, explain, get_backend
 from kernels.checks import check_floating, check_shape
+from kernels.cpu import cpuinfo
 
 INTEL = "GenuineIntel"
 # FLOP below which a product stays with PyTorch's own choice: it would save less than oneDNN's call costs.
@@ -46,16 +45,6 @@ def machine_limit(vendor: str | None, capability: str, has_onednn: bool) -> str 
     return None
 
 
-@cache
-def processor_vendor() -> str | None:
-    """The processor's vendor as the system gives it, None where it does not."""
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), None)
-    except OSError:
-        return None
-
-
 # The compiler takes the answer as it is and does not look into how it was found.
 @torch.compiler.assume_constant_result
 def _here() -> str | None:
@@ -63,7 +52,7 @@ def _here() -> str | None:
     if not torch.backends.mkldnn.enabled:
         return "torch.backends.mkldnn.enabled is False"
     has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return machine_limit(processor_vendor(), torch.backends.cpu.get_cpu_capability(), has_onednn)
+    return machine_limit(cpuinfo("vendor_id"), torch.backends.cpu.get_cpu_capability(), has_onednn)
 
 
 def linear_choice(x: Tensor, weight: Tensor) -> Choice:

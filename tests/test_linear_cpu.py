@@ -15,7 +15,7 @@ from tests.kernels.compare import allowed_error, distance
 
 # The package's own attribute of this name is the function.
 module = importlib.import_module("kernels.linear")
-VENDOR = module.processor_vendor()
+VENDOR = module.cpuinfo("vendor_id")
 
 
 LEAST_FLOP = module.LEAST_FLOP
@@ -201,7 +201,7 @@ def test_machines(vendor, capability, has_onednn, limit, monkeypatch):
     said = module.machine_limit(vendor, capability, has_onednn)
     assert said is None if limit is None else limit in said
     # And asked through the operation itself, on a machine with that processor.
-    monkeypatch.setattr(module, "processor_vendor", lambda: vendor)
+    monkeypatch.setattr(module, "cpuinfo", lambda field: vendor)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_onednn)
     implementation, reason = taken(torch.ones(2, 4))
@@ -255,7 +255,7 @@ def test_small_products_stay_with_pytorch(onednn, monkeypatch):
 
 def test_an_older_pytorch_without_the_operator(monkeypatch):
     monkeypatch.setattr(torch.ops, "mkldnn", object())
-    monkeypatch.setattr(module, "processor_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(module, "cpuinfo", lambda field: "AuthenticAMD")
     assert taken(torch.ones(2, 4)) == ("reference", "this PyTorch has no product by oneDNN")
 
 

@@ -134,16 +134,7 @@ def load_trained(
     place = torch.device(device)
     config = found.config if dtype == "auto" else replace(found.config, dtype=_dtype(dtype))
     metadata = _checked(metadata, found) if metadata is not None else _shape(found)
-    build = partial(
-        HRM,
-        config.arch,
-        vocab_size=metadata.vocab_size,
-        seq_len=metadata.seq_len,
-        num_puzzle_identifiers=metadata.num_puzzle_identifiers,
-        dtype=resolve_dtype(config.dtype, place),
-        seed=config.seed,
-        attention_backend=config.attention.backend,
-    )
+    build = partial(HRM.from_config, config, metadata, resolve_dtype(config.dtype, place))
     # First without memory: a configuration may ask for far more than the weights beside it have.
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in build().state_dict().items()}

@@ -83,15 +83,8 @@ class Engine:
         if self._mode is None and config.deterministic:
             # What is measured may come out otherwise the next time.
             self._mode = EAGER._replace(note="deterministic=true measures none")
-        self.model = HRM(
-            config.arch,
-            vocab_size=metadata.vocab_size,
-            seq_len=metadata.seq_len,
-            num_puzzle_identifiers=metadata.num_puzzle_identifiers,
-            dtype=resolve_dtype(config.dtype, self.device),
-            seed=config.seed,
-            attention_backend=config.attention.backend,
-        ).to(self.device)
+        self.model = HRM.from_config(config, metadata, resolve_dtype(config.dtype, self.device))
+        self.model = self.model.to(self.device)
         self._check_kernels()
         self.step = 0
         self._rows = config.global_batch_size // self.world.size

@@ -118,16 +118,12 @@ def check_inference(config: Config, metadata: Metadata, rows: int, device: torch
 def _inference_peak(config: Config, metadata: Metadata, rows: int, device: torch.device) -> int:
     storages = _Storages()
     cells = np.zeros((rows, metadata.seq_len), np.int32)
+    # Memory no longer grows after the second step.
+    arch = replace(config.arch, halt_max_steps=min(2, config.arch.halt_max_steps))
     with rehearsed(device, storages):
         with torch.device("meta"):
-            model = HRM(
-                # The second step finds what the first one left, and so does every later one.
-                replace(config.arch, halt_max_steps=min(2, config.arch.halt_max_steps)),
-                vocab_size=metadata.vocab_size,
-                seq_len=metadata.seq_len,
-                num_puzzle_identifiers=metadata.num_puzzle_identifiers,
-                dtype=resolve_dtype(config.dtype, device),
-            )
+            dtype = resolve_dtype(config.dtype, device)
+            model = HRM.from_config(replace(config, arch=arch), metadata, dtype)
             inference = Inference(model, rows, metadata.seq_len, mode=EAGER, loss=config.loss)
         inference.run(Batch(cells, cells, np.zeros(rows, np.int32)))
     return storages.peak

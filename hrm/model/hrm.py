@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrm.common.regions import region
-from hrm.config.schema import ArchConfig
+from hrm.config.schema import ArchConfig, Config
+from hrm.data.format import Metadata
 from hrm.model.gating import Gates, GatingNetwork, make_gating, mix, sources_of
 from hrm.model.layers import Block, Embedding, Linear, PuzzleEmbedding, truncated_normal_
 from hrm.model.subgoal import SubgoalHead
@@ -87,18 +88,31 @@ class ReasoningModule(nn.Module):
 
 
 class HRM(nn.Module):
-    """HRM v1 and what `arch` makes of it, in parameters of float32 and states of `dtype`.
+    """HRM v1 and its variants as `arch` describes them; parameters in float32, states in `dtype`.
 
-    A parameter not in `wide` may be replaced by a copy in `dtype`, as which it is used.
+    A parameter not in `wide` is only used in `dtype` and may be replaced by a copy in it.
 
-    Every parameter is drawn from `seed` on the CPU, the same on every device; what a variant adds is drawn
-    last, so v1 and a gated or feudal model of one seed share all other weights.
+    Every parameter is drawn from `seed` on the CPU, so that all devices start equal. A variant's own
+    parameters are drawn last: v1, gated and feudal models of one seed share all other weights.
     """
 
     H_init: Tensor
     L_init: Tensor
     cos: Tensor | None
     sin: Tensor | None
+
+    @classmethod
+    def from_config(cls, config: Config, metadata: Metadata, dtype: torch.dtype) -> "HRM":
+        """The model that a run's configuration describes, with the sizes of its data."""
+        return cls(
+            config.arch,
+            vocab_size=metadata.vocab_size,
+            seq_len=metadata.seq_len,
+            num_puzzle_identifiers=metadata.num_puzzle_identifiers,
+            dtype=dtype,
+            seed=config.seed,
+            attention_backend=config.attention.backend,
+        )
 
     def __init__(
         self,

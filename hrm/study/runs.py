@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from hrm.common.errors import UserError
 from hrm.common.files import open_own, read_json, to_json, write_whole
+from hrm.common.machine import processor
 from hrm.common.text import one_line
 from hrm.common.threads import threads_of_each, usable_cpus
 from hrm.config.load import KEYS, Config, parse_args, to_yaml
@@ -283,16 +284,10 @@ def surroundings() -> dict[str, Any]:
         "versions": {name: metadata.version(name) for name in ("hrm-kernels", "torch", "numpy")},
         "python": platform.python_version(),
         "system": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": usable_cpus(),
         "gpus": gpus,
     }
-
-
-def _processor() -> str:
-    with suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return platform.processor()
 
 
 def _held(folder: Path) -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.implementations import processor
+from hrm.common.machine import processor
 from hrm.data.sudoku.build import builtin_sudoku
 from tests.faults.harness import ROOT, Trainer, last_step, newest, resumed_step, run_to_end, saving, words
 from tests.test_train import assert_same_run
