@@ -12,7 +12,7 @@ from hrm.common.errors import UserError, run_command
 from hrm.common.files import check_file, to_json
 from hrm.common.tables import Table
 from hrm.config.cli import ConfigError, help_lines, key, keys_of, split_arguments
-from hrm.config.load import data_folder, resolve_device
+from hrm.config.load import resolve_device
 from hrm.config.schema import Config
 from hrm.ranks import place
 
@@ -109,6 +109,7 @@ def command(config: EvaluateConfig, as_json: bool) -> None:
     from hrm.data.dataset import PuzzleDataset, subset
     from hrm.data.format import DatasetError
     from hrm.data.puzzle_kinds import kind_of
+    from hrm.data.sudoku.build import data_folder
     from hrm.engine.memory_estimate import check_inference
     from hrm.engine.modes import EAGER, resolve_mode
     from hrm.evaluation.metrics import Listener, Voting, evaluate, predictions_file, taken_of

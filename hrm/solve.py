@@ -18,6 +18,8 @@ from hrm.data.puzzle_kinds import Kind
 from hrm.solving.read_puzzles import Puzzle, read_puzzles, shortened
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from hrm.solving.trace import Step, Trace
 
 MAX_STEPS = 100_000
@@ -85,7 +87,8 @@ def solve(args: argparse.Namespace) -> list[str]:
         ema=args.ema or None,
         note=screen.note,
     )
-    embedding, losses = None, list[float]()
+    embedding: Tensor | int | None
+    losses: list[float] = []
     if args.adapt_steps:
         assert given.task is not None
         embedding, losses = adapted_embedding(args.adapt_steps, given.task.train, trained, screen.note)

@@ -422,7 +422,7 @@ def test_requests_that_cannot_be_met_are_refused(tmp_path: Path) -> None:
         train_batches(data, **options | {"global_batch_size": 49})
     with pytest.raises(DatasetError, match=r"of 2 epochs gives [34]\d examples, .*global_batch_size=48"):
         list(train_batches(data, **options | {"global_batch_size": 48}))
-    with pytest.raises(DatasetError, match="cannot go on at batch 99 of an iteration of"):
+    with pytest.raises(DatasetError, match="cannot continue at batch 99 of an iteration of"):
         list(train_batches(data, **options, start=(1, 99)))
 
 
@@ -493,7 +493,7 @@ def test_the_members_of_a_batch_are_drawn_again(tmp_path: Path, sets: tuple[list
     np.testing.assert_array_equal(data.sets[last.set_name].inputs[last.examples[3:]], half.inputs)
     with pytest.raises(DatasetError, match=r"the run of 7 epochs has no batch at \(3, 0\)"):
         batch_members(data, **options, position=(3, 0))
-    with pytest.raises(DatasetError, match=r"has no batch at|cannot go on at batch 99"):
+    with pytest.raises(DatasetError, match=r"has no batch at|cannot continue at batch 99"):
         batch_members(data, **options, position=(1, 99))
     count = sum(batch.index[0] == 1 for batch in batches)
     with pytest.raises(DatasetError, match=rf"has no batch at \(1, {count}\)"):

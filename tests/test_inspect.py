@@ -103,7 +103,7 @@ def test_a_good_data_set_passes_and_is_described(mazes: Path, capsys: pytest.Cap
     shown = out.split("test: ")[1].split("difficulty:\n")[1].split("  files:")[0].splitlines()
     assert sum(int(line.split()[-1]) for line in shown) == len(difficulty)
     size = (mazes / "test" / "all__inputs.npy").stat().st_size
-    assert f"all__inputs.npy {size / 1024:.3g} KiB" in out
+    assert f"all__inputs.npy {size / 1024:.4g} KiB" in out
 
     assert command(mazes / "test") == command(mazes, "--split", "test") == 0
     assert capsys.readouterr().out.count("train: ") == 0

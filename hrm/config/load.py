@@ -7,9 +7,7 @@ architecture (a name, or the user's YAML file), a file given by --config, and th
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -80,16 +78,6 @@ def parse_args(argv: Sequence[str]) -> Config:
 def load_config(path: str | os.PathLike[str]) -> Config:
     """The configuration in a YAML file, such as the config.yaml that a run saves. Raises ConfigError."""
     return _resolve(Arguments(None, os.fspath(path), False, False, {}))
-
-
-def data_folder(config: Config) -> Path:
-    """The data set's folder: data_path, or the built-in Sudoku, generated on first use."""
-    if config.data_path is not None:
-        return Path(config.data_path)
-    # Its solver takes a moment to load.
-    from hrm.data.sudoku.build import builtin_sudoku
-
-    return builtin_sudoku(**asdict(config.sudoku))
 
 
 def to_yaml(config: Config) -> str:

@@ -18,6 +18,7 @@ from hrm.common.files import new_file, write_whole
 from hrm.data.dataset import IGNORE_LABEL, Batch, PuzzleDataset, test_batches
 from hrm.data.format import PuzzleSet, read_difficulty
 from hrm.data.puzzle_kinds import kind_of
+from hrm.data.sudoku.solver import solutions
 from hrm.engine.inference import Answers, EarlyExit, Inference
 from hrm.engine.metrics import PER_HALTED, means
 from hrm.engine.modes import Mode
@@ -181,9 +182,6 @@ def difficulty(dataset: PuzzleDataset, name: str, taken: np.ndarray) -> tuple[np
     unknown = np.zeros(0, np.int64), np.zeros(0, np.int64)
     if kind_of(dataset.metadata).name != "sudoku":
         return unknown
-    # Compiled code, which takes its time to load.
-    from hrm.data.sudoku.solver import solutions
-
     if len(taken) > RATED:
         places = np.sort(np.random.default_rng(0).choice(len(taken), RATED, replace=False))
     dataset.check_unchanged(name)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hrm.config.load import Config, data_folder
+from hrm.config.load import Config
 from hrm.data.dataset import (
     Batch,
     Members,
@@ -22,6 +22,7 @@ from hrm.data.dataset import (
     train_batches,
 )
 from hrm.data.format import Metadata
+from hrm.data.sudoku.build import data_folder
 from hrm.distributed import World
 
 

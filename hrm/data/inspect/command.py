@@ -30,6 +30,7 @@ from hrm.data.inspect.invariants import (
     chunks,
     leaks,
 )
+from hrm.data.inspect.render import png
 from hrm.data.inspect.rules import check_rules, check_unique
 from hrm.data.puzzle_kinds import Kind
 
@@ -239,8 +240,6 @@ def _texts(split: Split, samples: list[Sample]) -> Iterator[str]:
 
 
 def _draw(path: Path, splits: list[Split], drawn: dict[str, list[Sample]]) -> None:
-    from hrm.data.inspect.render import png
-
     split = next((split for split in splits if drawn[split.folder.name]), None)
     if split is None or split.kind is None:
         raise UserError(f"{path}: there is no sample to draw; raise --samples or mend the data set")

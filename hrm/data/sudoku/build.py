@@ -9,12 +9,14 @@ request (`--drop-leaks`).
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from hrm.common.threads import usable_cpus
+from hrm.config.schema import Config
 from hrm.data.format import PuzzleSet
 from hrm.data.hub import PREFIX, fetch
 from hrm.data.sudoku.files import Puzzles, hold_out, prove_proper, read_puzzles, row_keys
@@ -60,6 +62,13 @@ def builtin_sudoku(
         write_sudoku(folder, train, test, num_aug, seed)
 
     return cached(name, build)
+
+
+def data_folder(config: Config) -> Path:
+    """A run's data set: the folder of data_path, or the built-in Sudoku, generated on first use."""
+    if config.data_path is not None:
+        return Path(config.data_path)
+    return builtin_sudoku(**asdict(config.sudoku))
 
 
 def generate(
