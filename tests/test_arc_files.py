@@ -122,15 +122,18 @@ TASK = {
     "test": [{"input": GRID, "output": GRID}],
 }
 FAULTS: list[tuple[Callable[[Any], Any], str]] = [
-    (lambda task: [task], "list, expected a JSON object"),
+    (
+        lambda task: [task],
+        "[{'train': [{'input': [[1, 2, 3], [4, 5, 6]], 'output': [..., expected a JSON object",
+    ),
     (lambda task: None, "None, expected a JSON object"),
     (without("train"), "no train, expected an object with train and test"),
     (without("test"), "no test, expected an object with train and test"),
-    (changed("train", to={}), "train: dict, expected a list of 1 to 100 entries"),
+    (changed("train", to={}), "train: {}, expected a list of 1 to 100 entries"),
     (changed("train", to=[]), "train: 0 entries, expected 1 to 100"),
     (changed("test", to=[]), "test: 0 entries, expected 1 to 100"),
     (changed("train", to=TASK["train"] * 51), "train: 102 entries, expected 1 to 100"),
-    (changed("train", 1, to=GRID), "train pair 1: list, expected a JSON object"),
+    (changed("train", 1, to=GRID), "train pair 1: [[1, 2, 3], [4, 5, 6]], expected a JSON object"),
     (without("train", 1, "input"), "train pair 1: no input, expected an object with input and output"),
     (without("train", 0, "output"), "train pair 0: no output; only tests of evaluation tasks may lack it"),
     (changed("train", 0, "input", to="1"), "train pair 0, input: '1', expected a list of 1 to 30 rows"),
@@ -152,7 +155,7 @@ FAULTS: list[tuple[Callable[[Any], Any], str]] = [
     (changed("train", 1, "output", 0, 1, to=1.0), "column 1: 1.0, expected a colour 0 to 9"),
     (changed("train", 1, "output", 0, 1, to=True), "column 1: True, expected a colour 0 to 9"),
     (changed("train", 1, "output", 0, 1, to=float("nan")), "not readable as JSON (NaN is no number of JSON)"),
-    (changed("train", 1, "output", 0, 1, to=[1]), "column 1: list, expected a colour 0 to 9"),
+    (changed("train", 1, "output", 0, 1, to=[1]), "column 1: [1], expected a colour 0 to 9"),
     (
         changed("train", 1, "output", 0, 1, to="7" * 99),
         "column 1: '77777777777777777777777777777777777",
@@ -220,16 +223,16 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     ("file", "change", "message"),
     [
         ("challenges", lambda value: {}, "no task in it"),
-        ("challenges", lambda value: [], "list, expected a JSON object"),
-        ("challenges", lambda value: value | {"b": []}, "task 'b': list, expected a JSON object"),
+        ("challenges", lambda value: [], "[], expected a JSON object"),
+        ("challenges", lambda value: value | {"b": []}, "task 'b': [], expected a JSON object"),
         ("challenges", lambda value: value | {"b": {"train": []}}, "task 'b': test: None, expected a list"),
         (
             "challenges",
             lambda value: {"a": {**TASK, "test": [GRID]}},
-            "task 'a': test pair 0: list, expected",
+            "task 'a': test pair 0: [[1, 2, 3], [4, 5, 6]], expected",
         ),
         ("challenges", lambda value: {"": value["a"]}, "task '': the name is ''"),
-        ("solutions", lambda value: [], "list, expected a JSON object"),
+        ("solutions", lambda value: [], "[], expected a JSON object"),
         ("solutions", lambda value: {}, "task 'a': not there, but in x_training_challenges.json"),
         (
             "solutions",

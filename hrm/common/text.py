@@ -18,9 +18,7 @@ def one_line(value: str | BaseException, limit: int = 200) -> str:
 
 
 def literal(value: Any, limit: int = 60) -> str:
-    """A value read from a file, as Python writes it, in one line; a list or dict as its type's name."""
-    if isinstance(value, list | dict):
-        return type(value).__name__
+    """A value read from a file, as Python writes it, in one line of at most `limit` characters."""
     try:
         return one_line(repr(value), limit)
     # Python refuses to write an integer of thousands of digits.
