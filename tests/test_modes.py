@@ -1,10 +1,14 @@
 """Modes and dtypes: what auto stands for, what is measured, and what a compiled function refuses."""
 
+import ast
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+import hrm.model
+import kernels
 from hrm.common.errors import UserError
 from hrm.engine import modes
 from hrm.engine.modes import (
@@ -112,3 +116,33 @@ def test_a_compiled_function_is_compiled_once_and_whole():
 
     with pytest.raises(UserError, match=r"^the step cannot be compiled whole \(.*\); mode=eager runs it$"):
         compiled(breaks)(torch.ones(3))
+
+
+def test_lowering_a_new_operator_formats_none_of_its_arguments(monkeypatch):
+    """The text of an argument holds all that it was computed from, so it grows with each block of a model."""
+    from torch._inductor.ir import TensorBox
+
+    @torch.library.custom_op("modes_test::double", mutates_args=())
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    double.register_fake(torch.empty_like)
+    formatted, text = [], TensorBox.__str__
+
+    def counted(box):
+        formatted.append(box)
+        return text(box)
+
+    monkeypatch.setattr(TensorBox, "__str__", counted)
+    # A graph found in the cache is not lowered.
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    assert torch.equal(compiled(lambda x: double(x + 1))(torch.ones(3)), torch.full((3,), 4.0))
+    assert formatted == []
+
+
+def test_what_is_compiled_replaces_no_fields_of_a_tuple():
+    """Dynamo of torch 2.11 traces `_replace` to an empty tuple."""
+    sources = [*Path(hrm.model.__file__).parent.glob("*.py"), *Path(kernels.__file__).parent.glob("*.py")]
+    nodes = [node for path in sources for node in ast.walk(ast.parse(path.read_text()))]
+    assert not [node for node in nodes if isinstance(node, ast.Attribute) and node.attr == "_replace"]
+    assert len([node for node in nodes if isinstance(node, ast.ClassDef)]) > 10

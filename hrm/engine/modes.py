@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from torch.torch_version import TorchVersion
 
 from hrm.common.errors import UserError
 
@@ -133,6 +135,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
                     f"a compiled step would have to be compiled again ({_cause(error)}); mode=eager runs it"
                 ) from error
         first = torch.compile(function, fullgraph=True, dynamic=False)
+        _format_arguments_late()
         try:
             out = first(*args)
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -143,6 +146,23 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return out
 
     return call
+
+
+@cache
+def _format_arguments_late() -> None:
+    """Before torch 2.13: Inductor writes an operator's arguments to a log only where the log is read.
+
+    Inductor 2.10 to 2.12 formats the arguments of each operator that it has not lowered before, and all that
+    they were computed from. This text grows twentyfold with each block of a model, so compiling never ends.
+    """
+    if TorchVersion(torch.__version__) >= "2.13":
+        return
+    from torch._inductor.exc import OperatorIssue
+    from torch._logging import LazyString
+
+    text: Any = OperatorIssue.operator_str
+    late: Any = staticmethod(lambda *args: LazyString(text, *args))
+    setattr(OperatorIssue, "operator_str", late)  # noqa: B010
 
 
 def _cause(error: Exception) -> str:

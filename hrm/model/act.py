@@ -110,7 +110,8 @@ def replace_halted(model: HRM, carry: Carry, fresh: Sequences) -> Carry:
     """Puts fresh sequences where the carry's have halted, with initial states, steps 0 and no subgoal."""
     halted = carry.halted
     per_cell, per_state = halted[:, None], halted[:, None, None]
-    return carry._replace(
+    # Every field by keyword: Dynamo of torch 2.11 traces `_replace` to an empty tuple.
+    return Carry(
         z_H=torch.where(per_state, model.H_init.to(carry.z_H.dtype), carry.z_H),
         z_L=torch.where(per_state, model.L_init.to(carry.z_L.dtype), carry.z_L),
         steps=torch.where(halted, 0, carry.steps),
@@ -120,6 +121,7 @@ def replace_halted(model: HRM, carry: Carry, fresh: Sequences) -> Carry:
         puzzle_identifiers=torch.where(halted, fresh.puzzle_identifiers, carry.puzzle_identifiers),
         goal=torch.where(per_cell, 0, carry.goal),
         goal_gate=torch.where(halted, 0, carry.goal_gate),
+        gates=carry.gates,
     )
 
 
@@ -190,7 +192,17 @@ def act_step(
         gates = carry.gates
         if seen and gates.shape[1:].numel():
             gates = pack([gated.gates for gated in seen])
-    carry = carry._replace(
-        z_H=z_H, z_L=z_L, steps=steps, halted=halted, goal=goal, goal_gate=goal_gate, gates=gates
+    # Every field by keyword, as in `replace_halted`.
+    carry = Carry(
+        z_H=z_H,
+        z_L=z_L,
+        steps=steps,
+        halted=halted,
+        inputs=carry.inputs,
+        labels=carry.labels,
+        puzzle_identifiers=carry.puzzle_identifiers,
+        goal=goal,
+        goal_gate=goal_gate,
+        gates=gates,
     )
     return carry, Outputs(answer, q_halt, q_continue, target, subgoal, None if seen is None else tuple(seen))
