@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,12 @@ if not torch.cuda.is_available():
     # Read when a kernel is defined, so it is set before `kernels` is imported; `auto` still takes the
     # reference on a CPU.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+# A shell that starts the tests with `&` or nohup ignores these signals, and child processes inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module", autouse=True)

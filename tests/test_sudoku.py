@@ -714,7 +714,7 @@ def test_the_command_generates_and_sums_up(tmp_path: Path) -> None:
         "6",
     ]
     command += ["--num-train", "12", "--num-test", "5", "--num-aug", "2", "--seed", "4", "--clues", "14"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     head, train, test, *bars = done.stdout.splitlines()
     assert head == f"{tmp_path / 'out'}: 6x6 Sudoku, seed 4"
@@ -723,7 +723,7 @@ def test_the_command_generates_and_sums_up(tmp_path: Path) -> None:
     assert bars[0].split() == ["difficulty", "train", "test"] and "symmetry" not in done.stdout
     assert len(tokens(PuzzleDataset(tmp_path / "out", "train"))[0]) == 36
     (tmp_path / "out/mine.txt").write_text("mine")
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr == (
         f"error: {tmp_path / 'out'}: exists and is not a data set to replace; choose another folder\n"

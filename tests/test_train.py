@@ -268,7 +268,6 @@ def test_a_batch_that_the_ranks_do_not_divide_is_refused(tiny_sudoku, tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
     )
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "global_batch_size=8" in result.stderr and "3 ranks" in result.stderr

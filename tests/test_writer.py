@@ -286,10 +286,10 @@ def test_processes_that_build_at_once_end_with_one_data_set(tmp_path: Path) -> N
         command = [sys.executable, "-c", BUILD, str(together), str(number)]
         return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
 
-    outputs = [process.communicate(timeout=60)[0] for process in [start(0, 2), start(1, 2)]]
+    outputs = [process.communicate()[0] for process in [start(0, 2), start(1, 2)]]
     assert outputs == [f"builds\n{tmp_path / 'one'}\n"] * 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mark0", "mark1", "one"]
-    assert start(2, 1).communicate(timeout=60)[0] == f"{tmp_path / 'one'}\n"
+    assert start(2, 1).communicate()[0] == f"{tmp_path / 'one'}\n"
 
 
 def test_a_cache_that_cannot_be_written_gives_way_to_the_working_directory(

@@ -9,15 +9,15 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import train
 from hrm.checkpoint.read import latest_checkpoint
 from tests.test_train import words
 
 ROOT = Path(train.__file__).parent
-# Long against everything that is waited for here, on a busy machine too.
-PATIENCE = 120.0
+# A bound on hangs only: nothing here takes a fraction of it, even on a busy machine.
+PATIENCE = 1800.0
 Found = TypeVar("Found")
 
 
@@ -25,14 +25,34 @@ class Trainer:
     """`python train.py WORD...` in a process of its own; as a context, none is left behind."""
 
     def __init__(
-        self, argv: Sequence[str], *, program: Sequence[str] = ("train.py",), prefix: Sequence[str] = ()
+        self,
+        argv: Sequence[str],
+        *,
+        program: Sequence[str] = ("train.py",),
+        prefix: Sequence[str] = (),
+        hold: int | str | None = None,
+        **streams: Any,
     ) -> None:
-        """program: what to run in place of the trainer. prefix: a command that runs it."""
-        self._told = tempfile.TemporaryDirectory()
-        self._out, self._err = Path(self._told.name) / "out", Path(self._told.name) / "err"
+        """program: what to run in place of the trainer. prefix: a command that runs it.
+
+        hold: where the trainer waits until `release`, as tests/faults/held_program.py has it. streams: those
+        that Popen takes; without any, `out` and `err` are read from files.
+        """
+        self._folder = tempfile.TemporaryDirectory()
+        self._out, self._err = Path(self._folder.name) / "out", Path(self._folder.name) / "err"
+        self._gate = Path(self._folder.name) / "gate"
+        if hold is not None:
+            program = ("-m", "tests.faults.held_program", str(hold), str(self._gate))
         command = [*prefix, sys.executable, *program, *argv]
         with open(self._out, "wb") as out, open(self._err, "wb") as err:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err)
+            self.process = subprocess.Popen(command, cwd=ROOT, **(streams or {"stdout": out, "stderr": err}))
+
+    def wait_until_held(self) -> None:
+        self.wait_for(self._gate.with_suffix(".held").exists)
+
+    def release(self) -> None:
+        """Lets a held trainer continue."""
+        self._gate.touch()
 
     def __enter__(self) -> "Trainer":
         return self
@@ -40,7 +60,7 @@ class Trainer:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.process.kill()
         self.process.wait()
-        self._told.cleanup()
+        self._folder.cleanup()
 
     @property
     def out(self) -> str:
@@ -65,6 +85,7 @@ class Trainer:
         """Sends a signal to it while it runs; returns its exit status."""
         assert self.process.poll() is None, f"over before it was stopped\n{self.out}\n{self.err}"
         self.process.send_signal(number)
+        self.release()
         return self.end()
 
     def end(self) -> int:
@@ -72,7 +93,7 @@ class Trainer:
         return self.process.wait(PATIENCE)
 
 
-def run_to_end(argv: Sequence[str], **options: Sequence[str]) -> tuple[int, str, str]:
+def run_to_end(argv: Sequence[str], **options: Any) -> tuple[int, str, str]:
     """A trainer left alone: its exit status, its output, its errors."""
     with Trainer(argv, **options) as trainer:
         return trainer.end(), trainer.out, trainer.err

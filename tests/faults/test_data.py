@@ -89,10 +89,12 @@ def test_a_run_ends_before_it_uses_data_that_change(
 ) -> None:
     argv = words(data, tmp_path, "run_name=r", "epochs=48", "eval_interval=4", "log_interval=1")
     path, run = data / file, tmp_path / "data" / "r"
-    with Trainer(argv) as trainer:
-        trainer.wait_for(lambda: (run / "step_24").is_dir() and last_step(run) > 24)
+    with Trainer(argv, hold=26) as trainer:
+        trainer.wait_until_held()
+        trainer.wait_for((run / "step_24").is_dir)
         kept = shutil.copy2(path, tmp_path / "kept")
         damage(path)
+        trainer.release()
         # A mapping read behind the new end of its file would have ended it by SIGBUS.
         assert trainer.end() == 2, (trainer.out, trainer.err)
         told = trainer.err

@@ -3,9 +3,7 @@
 import re
 import resource
 import shutil
-import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,26 +84,22 @@ def whole(data: Path, folder: Path, *more: str) -> Path:
     return folder / data.name / "whole"
 
 
-def fill_between_saves(trainer: Trainer, disk: Disk, run: Path, free: int) -> None:
-    """Fills the disk while the trainer stands still, and not in a save, whose end would free something."""
-    trainer.process.send_signal(signal.SIGSTOP)
-    while list(run.glob(".tmp_*")):
-        trainer.process.send_signal(signal.SIGCONT)
-        time.sleep(0.02)
-        trainer.process.send_signal(signal.SIGSTOP)
-    disk.fill(free)
-    trainer.process.send_signal(signal.SIGCONT)
+def wait_between_saves(trainer: Trainer, run: Path) -> None:
+    """Waits until the trainer is held and its first save has ended, whose end would free space."""
+    trainer.wait_until_held()
+    trainer.wait_for(lambda: newest(run) and not list(run.glob(".tmp_*")))
 
 
 def test_a_full_disk_ends_the_run_and_room_on_it_goes_on(tiny_sudoku, tmp_path, disk):
     argv = words(tiny_sudoku, disk.path, "run_name=full", LONG)
     run, seen = (root / tiny_sudoku.name / "full" for root in (disk.path, disk.view))
-    with Trainer(argv, prefix=disk.prefix) as trainer:
-        trainer.wait_for(lambda: newest(seen))
+    with Trainer(argv, prefix=disk.prefix, hold=14) as trainer:
+        wait_between_saves(trainer, seen)
         # Weights fit, the training state does not.
         size = sum(path.stat().st_size for path in (seen / f"step_{newest(seen)}").iterdir())
-        fill_between_saves(trainer, disk, seen, int(0.6 * size))
+        disk.fill(int(0.6 * size))
         before = {path: path.read_bytes() for path in seen.glob("step_*/*")}
+        trainer.release()
         assert trainer.end() == 2
         refused_for_space(trainer.err, run, "No space left on device")
     assert {path: path.read_bytes() for path in seen.glob("*step_*/*")} == before and before
@@ -119,9 +113,10 @@ def test_a_full_disk_ends_the_run_and_room_on_it_goes_on(tiny_sudoku, tmp_path, 
 def test_a_full_disk_under_the_metrics_ends_the_run_and_room_on_it_goes_on(tiny_sudoku, tmp_path, disk):
     argv = words(tiny_sudoku, disk.path, "run_name=full", LONG, "log_interval=1")
     run, seen = (root / tiny_sudoku.name / "full" for root in (disk.path, disk.view))
-    with Trainer(argv, prefix=disk.prefix) as trainer:
-        trainer.wait_for(lambda: newest(seen))
-        fill_between_saves(trainer, disk, seen, 0)
+    with Trainer(argv, prefix=disk.prefix, hold=14) as trainer:
+        wait_between_saves(trainer, seen)
+        disk.fill(0)
+        trainer.release()
         assert trainer.end() == 2
         line = only_error(trainer.err)
     assert line.startswith(f"error: cannot write {run}/metrics.jsonl: No space left on device; free space")

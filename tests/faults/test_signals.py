@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,8 +12,6 @@ import train
 from hrm.checkpoint.read import load_checkpoint
 from hrm.training.signals import ECHO
 from tests.faults.harness import (
-    PATIENCE,
-    ROOT,
     Trainer,
     last_step,
     newest,
@@ -27,8 +24,8 @@ from tests.test_train import assert_same_run, metrics_of
 
 # 96 steps, with an evaluation every 12.
 LONG = ["epochs=16", "log_interval=1", "ema=true"]
-# An evaluation that takes a second or more, after 12 steps and after 14.
-THINKING = [*LONG, "arch.halt_max_steps=300", "max_steps=14"]
+# Two evaluations, after 12 steps and after 14.
+SHORT = [*LONG, "max_steps=14"]
 
 
 def folder(data: Path, out: Path, name: str) -> Path:
@@ -49,15 +46,14 @@ def test_a_signal_ends_the_run_after_the_step_and_the_same_command_goes_on(
 ):
     argv = words(tiny_sudoku, tmp_path, *LONG, "run_name=r")
     run = folder(tiny_sudoku, tmp_path, "r")
-    with Trainer(argv) as trainer:
-        trainer.wait_for(lambda: last_step(run) >= 3)
+    with Trainer(argv, hold=4) as trainer:
+        trainer.wait_until_held()
         assert trainer.signal(getattr(signal, name)) == status
         out, err = trainer.out, trainer.err
     assert f"{name}: saves and ends after this step; a second signal ends at once\n" in err
     assert "Traceback" not in err and "error:" not in err
     step = newest(run)
-    # Of the very step, at an evaluation or not, and with all that was logged.
-    assert 3 <= step < 96 and step == last_step(run) and not saving(run)
+    assert step == last_step(run) == 4 and not saving(run)
     assert f"{name}: stopped after step {step} of 96, saved in {run}/step_{step}; the same command" in out
     ended, out, err = run_to_end(argv)
     assert ended == 0 and resumed_step(out) == step, err
@@ -79,18 +75,17 @@ def test_a_limit_of_time_ends_the_run_again_and_again(tiny_sudoku, tmp_path, who
     assert_same_run(whole, run)
 
 
-def test_a_signal_during_an_evaluation_is_met_before_its_end(tiny_sudoku, tmp_path):
+def test_a_signal_interrupts_an_evaluation(tiny_sudoku, tmp_path):
     run = folder(tiny_sudoku, tmp_path, "r")
-    argv = words(tiny_sudoku, tmp_path, *THINKING, "run_name=r")
+    argv = words(tiny_sudoku, tmp_path, *SHORT, "run_name=r")
+    # The second process resumes at the evaluation.
     for _ in range(2):
-        with Trainer(argv) as trainer:
-            # The second process goes on with the evaluation.
-            trainer.wait_for(lambda: last_step(run) == 12 and "steps of 8" in trainer.out)
-            time.sleep(0.5)
+        with Trainer(argv, hold="evaluation") as trainer:
+            trainer.wait_until_held()
             assert trainer.signal(signal.SIGTERM) == 143, trainer.err
         assert newest(run) == 12 and "eval/all/count" not in metrics_of(run)[-1]
     assert run_to_end(argv)[0] == 0
-    assert train.main(words(tiny_sudoku, tmp_path, *THINKING, "run_name=whole")) == 0
+    assert train.main(words(tiny_sudoku, tmp_path, *SHORT, "run_name=whole")) == 0
     evaluated = [line["step"] for line in metrics_of(run) if "eval/all/count" in line]
     assert evaluated == [12, 14]
     assert_same_run(folder(tiny_sudoku, tmp_path, "whole"), run)
@@ -98,18 +93,16 @@ def test_a_signal_during_an_evaluation_is_met_before_its_end(tiny_sudoku, tmp_pa
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once(tiny_sudoku, tmp_path, second):
-    # Steps of many seconds: one is under way when the signals come.
-    slow = ["arch.halt_max_steps=3", "arch.H_cycles=300", "arch.L_cycles=20", "log_interval=1"]
-    argv = words(tiny_sudoku, tmp_path, *slow, "run_name=r")
+    argv = words(tiny_sudoku, tmp_path, "log_interval=1", "run_name=r")
     run = folder(tiny_sudoku, tmp_path, "r")
-    with Trainer(argv) as trainer:
-        trainer.wait_for(lambda: "steps of 8" in trainer.out and (run / "metrics.jsonl").exists())
-        time.sleep(0.5)
+    with Trainer(argv, hold=1) as trainer:
+        trainer.wait_until_held()
         trainer.process.send_signal(signal.SIGINT)
         trainer.wait_for(lambda: "a second signal ends at once" in trainer.err)
         # Not taken for an echo of the first.
         time.sleep(ECHO + 0.5)
-        assert trainer.signal(second) == -second, trainer.err
+        trainer.process.send_signal(second)
+        assert trainer.end() == -second, trainer.err
         assert "Traceback" not in trainer.err
     assert newest(run) == 0 and last_step(run) == 0
 
@@ -118,8 +111,8 @@ def test_a_signal_after_which_nothing_is_left_to_do_ends_as_if_none_had_come(tin
     """The last step's checkpoint holds the whole run, whichever of them was met."""
     argv = words(tiny_sudoku, tmp_path, *LONG, "run_name=r")
     run = folder(tiny_sudoku, tmp_path, "r")
-    with Trainer(argv) as trainer:
-        trainer.wait_for(lambda: last_step(run) >= 96)
+    with Trainer(argv, hold=96) as trainer:
+        trainer.wait_until_held()
         status = trainer.signal(signal.SIGTERM)
     assert status in (0, 143)
     assert run_to_end(argv)[0] == 0
@@ -139,20 +132,14 @@ def test_a_terminal_that_closes_ends_the_run_with_a_checkpoint(tiny_sudoku, tmp_
     run = folder(tiny_sudoku, tmp_path, "r")
     argv = words(tiny_sudoku, tmp_path, *LONG, "run_name=r")
     ours, its = os.openpty()
-    command = [sys.executable, "-c", LOGIN, sys.executable, "train.py", *argv]
-    streams = {"stdin": its, "stdout": its, "stderr": its}
-    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams) as process:
+    streams = {"stdin": its, "stdout": its, "stderr": its, "start_new_session": True}
+    with Trainer(argv, prefix=[sys.executable, "-c", LOGIN], hold=4, **streams) as trainer:
         os.close(its)
-        try:
-            deadline = time.monotonic() + PATIENCE
-            while last_step(run) < 3 and time.monotonic() < deadline:
-                os.read(ours, 1 << 16)
-            os.close(ours)
-            assert process.wait(PATIENCE) == 129
-        finally:
-            process.kill()
-    step = newest(run)
-    assert 3 <= step < 96 and step == last_step(run)
+        trainer.wait_until_held()
+        os.close(ours)
+        trainer.release()
+        assert trainer.end() == 129
+    assert newest(run) == last_step(run) == 4
     assert run_to_end(argv)[0] == 0
     assert_same_run(whole, run)
 
@@ -162,19 +149,11 @@ def test_a_pipe_that_nobody_reads_any_more_does_not_cost_the_checkpoint(tiny_sud
     run = folder(tiny_sudoku, tmp_path, "r")
     argv = words(tiny_sudoku, tmp_path, *LONG, "run_name=r")
     reader, writer = os.pipe()
-    command = [sys.executable, "train.py", *argv]
-    with subprocess.Popen(command, cwd=ROOT, stdout=writer, stderr=writer) as process:
+    with Trainer(argv, hold=4, stdout=writer, stderr=writer) as trainer:
         os.close(writer)
-        try:
-            deadline = time.monotonic() + PATIENCE
-            while last_step(run) < 3 and time.monotonic() < deadline:
-                time.sleep(0.01)
-            os.close(reader)
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(PATIENCE) == 143
-        finally:
-            process.kill()
-    step = newest(run)
-    assert 3 <= step < 96 and step == last_step(run)
+        trainer.wait_until_held()
+        os.close(reader)
+        assert trainer.signal(signal.SIGTERM) == 143
+    assert newest(run) == last_step(run) == 4
     assert run_to_end(argv)[0] == 0
     assert_same_run(whole, run)

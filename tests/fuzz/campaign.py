@@ -36,7 +36,7 @@ SHARES = {
     **dict.fromkeys(("config", "official_config", "plan"), 1),
 }
 # Seconds without a new input after which a process is ended, and address space that it may add.
-PATIENCE, ROOM = 60.0, 4 << 30
+PATIENCE, ROOM = 1800.0, 4 << 30
 MOST_FINDINGS = 20
 
 
