@@ -1,33 +1,26 @@
 """Compares architectures: `python -m hrm.compare v1 gated feudal [key=value ...] --seeds 3`.
 
-Each candidate is trained with the same seeds on the same data, in the same order; `hrm.study.runs` does the
-runs and `hrm.study.results` says what they show. `hrm.sweep` is the same for a grid of values.
+Each candidate is trained with the same seeds on the same data, in the same order. `hrm.sweep` compares the
+points of a grid of values.
 """
 
 import argparse
-import os
-import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hrm.common.errors import UserError, run_command
-from hrm.common.figures import require_matplotlib
-from hrm.common.files import to_json, write_whole
-from hrm.common.tables import Table
-from hrm.common.text import one_line
-from hrm.config.cli import mapping_items, read_yaml, show_value
-from hrm.config.load import KEYS
-from hrm.config.presets import ARCHITECTURE_ALIASES, ARCHITECTURES, folder_name
-from hrm.report import write_report
-from hrm.study.results import cautions, judge, tables
-from hrm.study.runs import OWN, Campaign, Run, planned_steps, settings, slots, surroundings
+from hrm.config.presets import folder_name
+from hrm.study.options import INTERRUPTED, add_options, parse
 
-RESULTS = "results.json"
-INTERRUPTED = "the same command goes on from here; with --report-only it tells of the runs that are finished"
-# What candidates must share to be comparable: where they run, data, their order, and the steps.
-SHARED = ("device", "data_path", "global_batch_size", "epochs", "eval_interval", "max_steps")
+if TYPE_CHECKING:
+    from hrm.study.runs import Run
+
+_WORDS_HELP = (
+    "an architecture's name, its YAML file, a run's folder or saved configuration; "
+    "key=value words go to every run"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed: list[Run] = []
 
     def compare() -> None:
+        # Imports PyTorch, which takes seconds.
+        from hrm.study.comparison import conduct, named, refuse_own, seeds
+        from hrm.study.runs import Campaign
+
         given = [*args.arch, *args.words]
         keys = [word for word in given if "=" in word]
         refuse_own(keys)
@@ -58,206 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         failed.extend(conduct(campaign, args, f"Comparison of {', '.join(candidates)}"))
 
     return run_command(compare, INTERRUPTED) or int(bool(failed))
-
-
-_WORDS_HELP = (
-    "an architecture's name, its YAML file, a run's folder or saved configuration; "
-    "key=value words go to every run"
-)
-
-
-def add_options(parser: argparse.ArgumentParser, first: str) -> None:
-    """Adds the options of a campaign. first: what the baseline is by default."""
-    parser.add_argument("--seeds", default="3", metavar="N|A,B,...", help="how many, or which (3)")
-    parser.add_argument("--output", metavar="DIR", help="where runs and results go (a folder in checkpoints)")
-    parser.add_argument(
-        "--jobs", type=int, metavar="N", help="runs at once (one on each GPU; one on a processor)"
-    )
-    parser.add_argument("--baseline", metavar="NAME", help=f"what the others are compared with ({first})")
-    parser.add_argument("--report-only", action="store_true", help="report on finished runs and train none")
-
-
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line taken apart; `command` holds it as it can be typed again."""
-    given = sys.argv[1:] if argv is None else argv
-    args = parser.parse_intermixed_args(given)
-    args.command = shlex.join([*parser.prog.split(), *given])
-    return args
-
-
-def seeds(text: str) -> list[int]:
-    """The seeds that `3` (0, 1, 2) or `4,7` (these) stands for. Raises UserError."""
-    try:
-        found = [int(part) for part in text.split(",")] if "," in text else list(range(min(int(text), 1001)))
-    except ValueError:
-        found = []
-    if not 0 < len(set(found)) == len(found) <= 1000 or not 0 <= min(found) <= max(found) < 2**32:
-        raise UserError(f"--seeds {one_line(text)}: give how many, as in 3, or different ones, as in 0,1,2")
-    return found
-
-
-def refuse_own(words: Sequence[str]) -> None:
-    """Raises UserError for words that a campaign sets itself."""
-    for word in words:
-        key = word.partition("=")[0]
-        if key in OWN:
-            raise UserError(f"{key} is set for each run: {OWN[key]}")
-
-
-def named(candidates: Sequence[str]) -> dict[str, list[str]]:
-    """The trainer's words for each candidate, by a name of its own: that of its architecture, file or run."""
-    found: dict[str, list[str]] = {}
-    for candidate in candidates:
-        words = candidate_words(candidate)
-        if words in found.values():
-            raise UserError(f"{one_line(candidate)} is given twice: leave one out")
-        path = Path(words[0].partition("=")[2])
-        name = ARCHITECTURE_ALIASES.get(candidate, candidate)
-        if path.suffix:
-            # A run's own file is always called config.yaml.
-            name = path.resolve().parent.name if path.stem == "config" else path.stem
-        name = base = folder_name(name)
-        number = 1
-        while name in found:
-            number += 1
-            name = f"{base}-{number}"
-        found[name] = words
-    return found
-
-
-def candidate_words(candidate: str) -> list[str]:
-    """The word that gives the trainer a candidate: an architecture or its file, a run or its configuration.
-
-    A file is a saved configuration if one of its keys is the trainer's, and an architecture otherwise.
-    Raises ConfigError for a file that is neither.
-    """
-    if candidate in ARCHITECTURES or candidate in ARCHITECTURE_ALIASES:
-        return [f"--arch={ARCHITECTURE_ALIASES.get(candidate, candidate)}"]
-    if os.path.isdir(candidate):
-        candidate = os.path.join(candidate, "config.yaml")
-    if not candidate.endswith((".yaml", ".yml")):
-        return [f"--arch={candidate}"]
-    trainers = {key.partition(".")[0] for key in KEYS}
-    fields = {field for field, _, _ in mapping_items(read_yaml(candidate), candidate)}
-    return [f"--config={candidate}" if fields & trainers else f"--arch={candidate}"]
-
-
-def conduct(campaign: Campaign, args: argparse.Namespace, title: str, swept: Sequence[str] = ()) -> list[Run]:
-    """Checks a campaign, carries it out, and tells and keeps its results; returns the runs that failed.
-
-    swept: the keys that may differ although candidates should share them.
-    """
-    names = [candidate.name for candidate in campaign.candidates]
-    baseline = args.baseline or names[0]
-    if baseline not in names:
-        raise UserError(f"--baseline {one_line(baseline)} is not a candidate: give one of {', '.join(names)}")
-    if args.jobs is not None and not 1 <= args.jobs <= 1000:
-        raise UserError(f"--jobs {args.jobs}: give a number from 1 to 1000")
-    check_comparable(campaign, swept)
-    require_matplotlib()
-    failed: list[Run] = []
-    with campaign.opened():
-        if not args.report_only:
-            places = slots(campaign.candidates[0].config.device, args.jobs)
-            describe(campaign, len(places))
-            failed = campaign.carry_out(places)
-        if any(run.finished for run in campaign.runs) or args.report_only:
-            conclude(campaign, baseline, title, args.command)
-    return failed
-
-
-def check_comparable(campaign: Campaign, swept: Sequence[str] = ()) -> None:
-    """Raises UserError for candidates that are the same, or differ in data, their order, or steps."""
-    first, *others = campaign.candidates
-    seen = {first.name: settings(first.config)}
-    for other in others:
-        values = settings(other.config)
-        for name, earlier in seen.items():
-            if values == earlier:
-                raise UserError(f"{name} and {other.name} are the same configuration: leave one out")
-        for key in KEYS:
-            shared = key in SHARED or (key.startswith("sudoku.") and values["data_path"] is None)
-            if shared and key not in swept and values[key] != seen[first.name][key]:
-                raise UserError(
-                    f"{key} is {show_value(seen[first.name][key])} for {first.name} and "
-                    f"{show_value(values[key])} for {other.name}: candidates share data, steps and device, "
-                    f"so give {key}=VALUE for all"
-                )
-        seen[other.name] = values
-
-
-def describe(campaign: Campaign, at_once: int) -> None:
-    """Says what is about to be done."""
-    steps = {planned_steps(candidate.config) for candidate in campaign.candidates}
-    length = " or ".join(f"{count:,}" for count in sorted(steps))
-    print(
-        f"{len(campaign.candidates)} candidates x {len(campaign.seeds)} seeds = {len(campaign.runs)} runs of "
-        f"{length} steps, {at_once} at once, in {campaign.folder}"
-    )
-    first, *others = (candidate.words for candidate in campaign.candidates)
-    common = [word for word in first if all(word in words for words in others)]
-    for candidate in campaign.candidates:
-        own = " ".join(word for word in candidate.words if word not in common)
-        print(f"  {candidate.name}: {own}")
-    if common:
-        print(f"  all: {' '.join(common)}")
-    done = sum(run.finished for run in campaign.runs)
-    print(f"{done} of them are finished" if done else "none of them is finished yet", flush=True)
-
-
-def conclude(campaign: Campaign, baseline: str, title: str, command: str) -> None:
-    """Prints the results and keeps them as results.json, report.html and report.png in the folder."""
-
-    histories = campaign.histories()
-    if not any(histories.values()):
-        raise UserError(f"{campaign.folder}: no run is finished; leave --report-only out to train them")
-    results = judge(histories, baseline)
-    missing = [run.title for run in campaign.runs if not run.finished]
-    made_by = {run.folder.name: run.made_by() for run in campaign.runs if run.finished}
-    notes = [*remarks(list(made_by.values()), missing), *cautions(results)]
-    found = [*tables(results), differing(campaign)]
-    kept = {
-        "title": title,
-        "command": command,
-        "made_by": surroundings(),
-        "runs_made_by": made_by,
-        "seeds": campaign.seeds,
-        "words": {candidate.name: list(candidate.words) for candidate in campaign.candidates},
-        "missing": missing,
-        "notes": notes,
-        **results,
-    }
-    write_whole(campaign.folder / RESULTS, to_json(kept) + "\n")
-    for table in found:
-        print(f"\n{table.text()}")
-    print("".join(f"\n{note}" for note in notes))
-    groups: Mapping[str, Any] = {name: list(runs.values()) for name, runs in histories.items() if runs}
-    page, image = write_report(campaign.folder, title, groups, found, notes)
-    print(f"\n{campaign.folder / RESULTS}\n{page}\n{image}", flush=True)
-
-
-def differing(campaign: Campaign) -> Table:
-    """The keys in which candidates differ, with the value of each."""
-    values = {candidate.name: settings(candidate.config) for candidate in campaign.candidates}
-    keys = [key for key in KEYS if key not in OWN and len({str(v[key]) for v in values.values()}) > 1]
-    rows = [[key, *(show_value(of[key]) for of in values.values())] for key in keys]
-    return Table("What differs", ["", *values], rows)
-
-
-def remarks(made_by: Sequence[Mapping[str, Any]], missing: Sequence[str]) -> list[str]:
-    """What a reader must know of how the runs were made."""
-    found = []
-    if missing:
-        found.append(f"Missing, as they are not finished: {', '.join(missing)}.")
-    if any(by["shared_device"] for by in made_by):
-        found.append("Runs shared a device: a step took longer than it does alone, and times say little.")
-    for what, aspects in {
-        "machines": ("processor", "cores", "gpus"),
-        "versions": ("commit", "versions", "python"),
-    }.items():
-        if len({str([by.get(aspect) for aspect in aspects]) for by in made_by}) > 1:
-            found.append(f"The runs were made on several {what}, see {RESULTS}: times may not compare.")
-    return found
 
 
 if __name__ == "__main__":

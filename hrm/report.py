@@ -12,43 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from hrm.common.errors import run_command
-from hrm.common.files import new_file
 from hrm.common.tables import Table
 from hrm.common.text import printable
-from hrm.study import plots
+from hrm.config.cli import ConfigError
+from hrm.config.load import load_config
 from hrm.study.history import History, read_histories
-from hrm.study.html import page
-from hrm.study.panels import duration, sections, value_text
-
-HTML, PNG = "report.html", "report.png"
-
-
-def write_report(
-    folder: Path,
-    title: str,
-    groups: Mapping[str, Sequence[History]],
-    tables: Sequence[Table] = (),
-    notes: Sequence[str] = (),
-) -> tuple[Path, Path]:
-    """Writes report.html and report.png into `folder`, made where missing; returns their paths.
-
-    groups: by name the runs that are drawn as one, such as the seeds of one configuration: their mean, the
-    range from the least to the greatest, and each run thinly. Only panels with data are drawn. tables, notes:
-    what the page says above the plots. A reader never sees a half-written file. Raises UserError where
-    matplotlib is missing.
-    """
-    look = plots.styles(list(groups))
-    found = sections(groups)
-    text = page(title, groups, found, look, tables, notes)
-    image = plots.png(title, found, look)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in ((HTML, text.encode("utf-8")), (PNG, image)):
-        with new_file(folder / name) as file:
-            file.write_bytes(content)
-    return folder / HTML, folder / PNG
-
-
-# ---------------------------------------------------------------------------------------------- the command
+from hrm.study.html import write_report
+from hrm.study.panels import duration, value_text
+from hrm.training.health import Symptoms
 
 # Of a configuration, what tells two runs apart without changing what they train.
 _ALONE = {"run_name", "project_name", "output_dir", "resume"}
@@ -104,11 +75,6 @@ def symptoms(run: History) -> list[str]:
     """What the run's course warns of; empty for a run without a configuration."""
     if run.config is None:
         return []
-    # They read the configuration by the trainer's own rules, which takes a moment to import.
-    from hrm.config.cli import ConfigError
-    from hrm.config.load import load_config
-    from hrm.training.health import Symptoms
-
     try:
         config = load_config(run.folder / "config.yaml")
     except ConfigError as error:

@@ -9,12 +9,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hrm.common.errors import UserError, run_command
 from hrm.common.text import one_line
-from hrm.compare import INTERRUPTED, add_options, candidate_words, conduct, parse, refuse_own, seeds
 from hrm.config.presets import folder_name
-from hrm.study.runs import Campaign, Run
+from hrm.study.options import INTERRUPTED, add_options, parse
+
+if TYPE_CHECKING:
+    from hrm.study.runs import Run
 
 MOST_POINTS = 1000
 
@@ -37,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed: list[Run] = []
 
     def sweep() -> None:
+        # Imports PyTorch, which takes seconds.
+        from hrm.study.comparison import candidate_words, conduct, refuse_own, seeds
+        from hrm.study.runs import Campaign
+
         refuse_own(args.words)
         axes, fixed = split_axes(args.words)
         base = candidate_words(args.arch) if args.arch else []

@@ -16,9 +16,10 @@ import pytest
 
 from hrm import compare
 from hrm.common.threads import usable_cpus
+from hrm.study import comparison
 from hrm.study import runs as campaigns
 from hrm.study.history import History, read_history
-from hrm.study.results import cautions, first_reaching, judge, score_at, tables
+from hrm.study.results import cautions, compare_runs, first_reaching, score_at, tables
 from hrm.study.runs import Campaign, slots
 from hrm.training.run_folder import run_lock
 from tests.test_train import SMALL
@@ -53,7 +54,7 @@ def test_scores_between_evaluations_are_on_straight_lines():
 
 
 def test_equal_steps_are_the_last_that_every_run_has_come_to():
-    results = judge(
+    results = compare_runs(
         {
             "v1": {0: history({10: 0.2, 20: 0.6}), 1: history({10: 0.1, 20: 0.4})},
             "gated": {0: history({10: 0.5, 20: 0.8, 30: 1}), 1: history({10: 0.3, 20: 0.5, 30: 1})},
@@ -74,7 +75,7 @@ def test_equal_steps_are_the_last_that_every_run_has_come_to():
 
 def test_equal_time_is_that_of_the_run_that_took_least():
     # The slow one needs 2 s a step: within the fast one's 20 s it does 10 steps of its 20.
-    results = judge(
+    results = compare_runs(
         {"fast": {0: history({10: 0.2, 20: 0.6})}, "slow": {0: history({8: 0.1, 16: 0.5, 20: 0.9}, pace=2)}},
         "fast",
     )
@@ -92,14 +93,14 @@ def test_equal_time_is_that_of_the_run_that_took_least():
 
 
 def test_a_run_that_was_not_tested_by_then_has_no_score_at_that_time():
-    results = judge({"fast": {0: history({10: 0.2})}, "slow": {0: history({10: 0.3}, pace=3)}}, "fast")
+    results = compare_runs({"fast": {0: history({10: 0.2})}, "slow": {0: history({10: 0.3}, pace=3)}}, "fast")
     entry = results["entries"]["slow"]["equal_time"]["exact_accuracy"]
     assert entry["scores"] == {"0": None} and entry["mean"] is None and entry["difference"] is None
 
 
 def test_steps_and_time_to_shares_of_the_baselines_last_score():
     # Half of 0.8 is 0.4: the baseline is there after 20 and 30 steps, the other one after 16 and never.
-    results = judge(
+    results = compare_runs(
         {
             "v1": {0: history({20: 0.4, 40: 0.8}), 1: history({20: 0.0, 40: 0.8})},
             "gated": {0: history({16: 0.4, 40: 0.8}, pace=2), 1: history({20: 0.1, 40: 0.2}, pace=2)},
@@ -118,12 +119,12 @@ def test_steps_and_time_to_shares_of_the_baselines_last_score():
 
 def test_averaged_weights_are_beside_the_raw_ones_and_held_against_averaged_ones():
     runs = {"v1": {0: history({10: 0.2})}, "trm": {0: history({10: 0.5}, ema={10: 0.7})}}
-    results = judge(runs, "v1")
+    results = compare_runs(runs, "v1")
     ema = results["entries"]["trm (EMA)"]["equal_steps"]["exact_accuracy"]
     assert list(results["entries"]) == ["v1", "trm", "trm (EMA)"] and ema["mean"] == 0.7
     assert ema["difference"]["mean"] == pytest.approx(0.5)
     runs["v1"] = {0: history({10: 0.2}, ema={10: 0.6})}
-    entries = judge(runs, "v1")["entries"]
+    entries = compare_runs(runs, "v1")["entries"]
     assert entries["trm (EMA)"]["equal_steps"]["exact_accuracy"]["difference"]["mean"] == pytest.approx(0.1)
     assert entries["v1 (EMA)"]["equal_steps"]["exact_accuracy"]["difference"]["mean"] == pytest.approx(0.4)
     assert any("moving average" in note for note in cautions(results))
@@ -131,7 +132,7 @@ def test_averaged_weights_are_beside_the_raw_ones_and_held_against_averaged_ones
 
 def test_sizes_and_thinking_steps_are_told():
     more = {"model/parameters": {0: 1234567}, "train/steps": {5: 4.0, 10: 3.5, 15: np.nan, 30: 1.0}}
-    results = judge({"v1": {0: history({20: 0.5}, **more)}, "b": {0: history({20: 0.5})}}, "v1")
+    results = compare_runs({"v1": {0: history({20: 0.5}, **more)}, "b": {0: history({20: 0.5})}}, "v1")
     assert results["entries"]["v1"]["parameters"] == 1234567
     assert results["entries"]["v1"]["act_steps"]["mean"] == 3.5
     assert any("1,234,567" in table.text() for table in tables(results))
@@ -139,7 +140,7 @@ def test_sizes_and_thinking_steps_are_told():
 
 def test_what_the_numbers_cannot_say_is_said():
     def said(**candidates: dict[int, History]) -> str:
-        return " ".join(cautions(judge(candidates, next(iter(candidates)))))
+        return " ".join(cautions(compare_runs(candidates, next(iter(candidates)))))
 
     two = {seed: history({10: 0.5}) for seed in (0, 1)}
     assert said(v1=two, gated=two) == ""
@@ -147,10 +148,10 @@ def test_what_the_numbers_cannot_say_is_said():
     assert "2 comparisons" in said(v1=two, gated=two, feudal=two)
     assert "solves no test puzzle" in said(v1={s: history({10: 0.0}) for s in two}, gated=two)
     # A candidate without a finished run has no score, and its table still stands.
-    results = judge({"v1": two, "gated": {}}, "v1")
+    results = compare_runs({"v1": two, "gated": {}}, "v1")
     assert results["entries"]["gated"]["equal_steps"]["exact_accuracy"]["mean"] is None
     assert all(table.text() for table in tables(results)) and all(
-        map(len, tables(judge({"v1": {}}, "v1"))[0].rows)
+        map(len, tables(compare_runs({"v1": {}}, "v1"))[0].rows)
     )
 
 
@@ -207,7 +208,7 @@ def test_candidates_are_told_apart_by_their_keys(tmp_path):
     (run / "config.yaml").write_text("arch:\n  halt_max_steps: 3\n")
     (tmp_path / "other.yaml").write_text("lr: 0.1\n")
     given = ["v1", "hrm_v1_gated", str(architecture), str(bare), str(run), str(tmp_path / "other.yaml")]
-    assert compare.named(given) == {
+    assert comparison.named(given) == {
         "v1": ["--arch=v1"],
         "gated": ["--arch=gated"],
         "mine": [f"--arch={architecture}"],
@@ -218,11 +219,11 @@ def test_candidates_are_told_apart_by_their_keys(tmp_path):
     # Two files of one name are two candidates.
     twin = tmp_path / "long-run" / "mine.yaml"
     twin.write_text("halt_max_steps: 4\n")
-    assert list(compare.named([str(architecture), str(twin)])) == ["mine", "mine-2"]
+    assert list(comparison.named([str(architecture), str(twin)])) == ["mine", "mine-2"]
 
 
 def test_seeds():
-    assert compare.seeds("3") == [0, 1, 2] and compare.seeds("4,7") == [4, 7]
+    assert comparison.seeds("3") == [0, 1, 2] and comparison.seeds("4,7") == [4, 7]
 
 
 def test_each_gpu_takes_a_run_and_a_shared_processor_is_shared_out(monkeypatch):
@@ -268,7 +269,7 @@ def pretend(tiny_sudoku, tmp_path, monkeypatch, capsys):
     trainer = tmp_path / "stand_in.py"
     trainer.write_text(STAND_IN)
     monkeypatch.setattr(campaigns, "TRAINER", trainer)
-    monkeypatch.setattr(compare, "write_report", lambda folder, *_: (folder / "page", folder / "image"))
+    monkeypatch.setattr(comparison, "write_report", lambda folder, *_: (folder / "page", folder / "image"))
 
     def run(*argv: str) -> tuple[int, str, str]:
         words = ["v1", "gated", *TINY, f"data_path={tiny_sudoku}", "--output", str(tmp_path / "out")]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bench import report
-from hrm.study.results import judge
+from hrm.study.results import compare_runs
 from tests.test_compare import history
 
 CPU = {"gpu": None, "processor": "Chip & Co", "threads": 2, "cores": 4, "versions": {"torch": "2.13.0"}}
@@ -197,7 +197,7 @@ def test_a_comparison_has_a_row_for_each_candidate(results):
     slow = {seed: history({10: 0.5, 20: 0.9}, pace=0.04, ema={10: 0, 20: 0.1}) for seed in (0, 1)}
     for run in (*v1.values(), *slow.values()):
         run.metrics["model/parameters"] = (np.array([0]), np.array([1234.0]))
-    found = judge({"v1": v1, "slow": slow}, "v1")
+    found = compare_runs({"v1": v1, "slow": slow}, "v1")
     made_by = {"processor": "Chip", "cores": 2, "versions": {"torch": "2.13.0"}, "commit": "0123456789"}
     command = "python -m hrm.compare v1 slow --output /somewhere"
     folder = results / report.COMPARISON

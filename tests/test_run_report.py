@@ -7,7 +7,6 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -492,7 +491,7 @@ def test_symptoms_are_fed_every_line_in_order(tmp_path, monkeypatch, config, log
         {"step": 10, "eval/all/count": 3},
         {"step": 20, "train/late": 0.5},
     ]
-    monkeypatch.setitem(sys.modules, "hrm.training.health", SimpleNamespace(Symptoms=Symptoms))
+    monkeypatch.setattr("hrm.report.Symptoms", Symptoms)
     found = run(tmp_path / "a", *reversed(lines), config=f"{{seed: 7, {config.strip('{}')}}}")
     assert symptoms(found) == ["seen 20"]
     assert fed == [(10, {"train/loss": 1.0, "eval/all/count": 3, **logged}), (20, {"train/late": 0.5})]

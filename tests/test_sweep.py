@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from hrm import compare, sweep
+from hrm import sweep
 from hrm.common.errors import UserError
+from hrm.study import comparison
 from hrm.study import runs as campaigns
 from tests.test_compare import STAND_IN, TINY, started
 
@@ -45,7 +46,7 @@ def run(tiny_sudoku, tmp_path, monkeypatch, capsys):
     trainer.write_text(STAND_IN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(campaigns, "TRAINER", trainer)
-    monkeypatch.setattr(compare, "write_report", lambda folder, *_: (folder / "page", folder / "image"))
+    monkeypatch.setattr(comparison, "write_report", lambda folder, *_: (folder / "page", folder / "image"))
     words = [word for word in TINY if not word.startswith("lr=")]
 
     def main(*argv: str) -> tuple[int, str, str]:

@@ -2,12 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from string import Template
 
+from hrm.common.files import new_file
 from hrm.common.tables import Table
 from hrm.study import plots
 from hrm.study.history import History
-from hrm.study.panels import Panel, Section, description
+from hrm.study.panels import Panel, Section, description, sections
+
+HTML, PNG = "report.html", "report.png"
 
 _PAGE = Template("""\
 <!DOCTYPE html>
@@ -62,6 +66,31 @@ $body
 </html>
 """)
 _GLYPHS = dict(zip(plots.MARKERS, "●■▲◆▼", strict=True))
+
+
+def write_report(
+    folder: Path,
+    title: str,
+    groups: Mapping[str, Sequence[History]],
+    tables: Sequence[Table] = (),
+    notes: Sequence[str] = (),
+) -> tuple[Path, Path]:
+    """Writes report.html and report.png into `folder`, made where missing; returns their paths.
+
+    groups: by name the runs that are drawn as one, such as the seeds of one configuration: their mean, the
+    range from the least to the greatest, and each run thinly. Only panels with data are drawn. tables, notes:
+    what the page says above the plots. A reader never sees a half-written file. Raises UserError where
+    matplotlib is missing.
+    """
+    look = plots.styles(list(groups))
+    found = sections(groups)
+    text = page(title, groups, found, look, tables, notes)
+    image = plots.png(title, found, look)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in ((HTML, text.encode("utf-8")), (PNG, image)):
+        with new_file(folder / name) as file:
+            file.write_bytes(content)
+    return folder / HTML, folder / PNG
 
 
 def page(

@@ -64,7 +64,7 @@ class Entry:
         return steps * run.seconds_per_step, values
 
 
-def judge(candidates: Mapping[str, Runs], baseline: str) -> dict[str, Any]:
+def compare_runs(candidates: Mapping[str, Runs], baseline: str) -> dict[str, Any]:
     """The results, as JSON holds them, of runs by candidate and seed, each evaluated at least once.
 
     equal_steps: the last step that every run has been evaluated at, or past. equal_seconds: the training time

@@ -17,11 +17,12 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
@@ -31,6 +32,8 @@ from hrm.common.machine import processor
 from hrm.common.text import one_line
 from hrm.common.threads import threads_of_each, usable_cpus
 from hrm.config.load import KEYS, Config, parse_args, to_yaml
+from hrm.data.dataset import PuzzleDataset, steps_in
+from hrm.data.sudoku.build import data_folder
 from hrm.study.history import History, read_history
 from hrm.training.run_folder import METRICS, run_lock
 
@@ -236,15 +239,7 @@ def settings(config: Config) -> dict[str, Any]:
 
 def planned_steps(config: Config) -> int:
     """The steps of a run, known from its data, which are made if they are the built-in ones."""
-    from hrm.data.dataset import PuzzleDataset, steps_in
-
-    if config.data_path is not None:
-        folder = Path(config.data_path)
-    else:
-        from hrm.data.sudoku.build import builtin_sudoku
-
-        folder = builtin_sudoku(**asdict(config.sudoku))
-    steps = steps_in(PuzzleDataset(folder, "train"), config.epochs, config.global_batch_size)
+    steps = steps_in(PuzzleDataset(data_folder(config), "train"), config.epochs, config.global_batch_size)
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
@@ -255,8 +250,6 @@ def slots(device: str, jobs: int | None) -> list[dict[str, str]]:
     """
     gpus: list[str] = []
     if device in ("auto", "cuda"):
-        import torch
-
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else list(map(str, range(torch.cuda.device_count())))
         gpus = names if torch.cuda.is_available() else []
@@ -276,8 +269,6 @@ def surroundings() -> dict[str, Any]:
         subprocess.run(tracked, check=True, capture_output=True)
         described = [*git, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
         commit = subprocess.run(described, check=True, capture_output=True, text=True).stdout.strip()
-    import torch
-
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "commit": commit,

@@ -1,0 +1,27 @@
+"""The options that the commands for comparisons share."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+
+INTERRUPTED = "the same command continues from here; with --report-only it reports on the finished runs"
+
+
+def add_options(parser: argparse.ArgumentParser, first: str) -> None:
+    """Adds the options of a campaign. first: what the baseline is by default."""
+    parser.add_argument("--seeds", default="3", metavar="N|A,B,...", help="how many, or which (3)")
+    parser.add_argument("--output", metavar="DIR", help="where runs and results go (a folder in checkpoints)")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="runs at once (one on each GPU; one on a processor)"
+    )
+    parser.add_argument("--baseline", metavar="NAME", help=f"what the others are compared with ({first})")
+    parser.add_argument("--report-only", action="store_true", help="report on finished runs and train none")
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line taken apart; `command` holds it as it can be typed again."""
+    given = sys.argv[1:] if argv is None else argv
+    args = parser.parse_intermixed_args(given)
+    args.command = shlex.join([*parser.prog.split(), *given])
+    return args
