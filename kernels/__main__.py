@@ -2,7 +2,7 @@
 
 `python -m kernels` asks the operations themselves, with tensors that have a shape and no data, so the answer
 comes from the code that decides when a model runs. `--device cuda` asks on a machine without a GPU what one
-would run.
+would run. `--measure` times every implementation on this GPU and keeps the fastest, which later runs take.
 """
 
 import argparse
@@ -16,53 +16,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import kernels
-from kernels import backend
-from kernels.attention import FLASH2, FLASH3, attention_backend, triton_limit
+from kernels import backend, fastest, measured
+from kernels.attention import FLASH2, FLASH3, attention_backend
+from kernels.cases import NOT_MEASURED, Sizes, cases
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def calls(
-    *, batch_size: int, length: int, hidden_size: int, num_heads: int, vocab_size: int, dtype: torch.dtype
-) -> dict[str, Callable[[], object]]:
-    """Every operation that chooses, called as the model does: SwiGLU 3 D wide inside, gates D / 4."""
-    B, T, D, heads, V = batch_size, length, hidden_size, num_heads, vocab_size
-    x, wide = meta(B, T, D, dtype=dtype), torch.float32
-    inner, R, rstd = 3 * D, max(1, D // 4), meta(B, T, dtype=wide)
-    qkv, cos, sin = meta(B, T, 3 * D, dtype=dtype), *(meta(T, D // heads, dtype=wide) for _ in range(2))
-    weights = [meta(*shape, dtype=dtype) for shape in ((R, 3 * D), (R,), (3 * D, R), (3 * D,))]
-    logits, labels = meta(B, T, V, dtype=dtype), meta(B, T, dtype=torch.int32)
-    head = meta(V, D, dtype=dtype)
-    flat, lr, step = meta(1024, dtype=wide), meta(dtype=wide), meta(dtype=torch.int64)
-    identifiers, rows = meta(B, dtype=torch.int32), meta(B, D, dtype=wide)
-    down, packed, qkv_weight = (
-        meta(*shape, dtype=dtype) for shape in ((D, inner), (2 * inner, D), (3 * D, D))
-    )
-    adam = partial(kernels.adam_atan2, lr=lr, step=step, beta1=0.9, beta2=0.95, weight_decay=0.1)
-    return {
-        "attention": partial(kernels.attention, qkv, heads, cos, sin),
-        "rope": partial(kernels.rope, qkv.view(B, T, 3 * heads, -1)[:, :, : 2 * heads], cos, sin),
-        "rms_norm": partial(kernels.rms_norm, x, x),
-        "swiglu": partial(kernels.swiglu, meta(B, T, 2 * inner, dtype=dtype)),
-        "linear": partial(kernels.linear, x, qkv_weight),
-        "linear_scaled": partial(kernels.linear_scaled, x, qkv_weight, rstd),
-        "linear_rms": partial(kernels.linear_rms, meta(B, T, inner, dtype=dtype), down, x, rstd),
-        "linear_swiglu": partial(kernels.linear_swiglu, x, packed, rstd),
-        "gate_mix": partial(kernels.gate_mix, x, x, x, *weights),
-        "stablemax_cross_entropy": partial(kernels.stablemax_cross_entropy, logits, labels),
-        "softmax_cross_entropy": partial(kernels.softmax_cross_entropy, logits, labels),
-        "lm_head_stablemax": partial(kernels.lm_head_stablemax, x, head, labels),
-        "lm_head_softmax": partial(kernels.lm_head_softmax, x, head, labels),
-        "adam_atan2": partial(adam, flat, flat, flat, flat),
-        "sign_sgd": partial(kernels.sign_sgd, rows, identifiers, rows, lr, 0.1),
-    }
+def calls(dtype: torch.dtype, sizes: Sizes) -> dict[str, Callable[[], object]]:
+    """Every public operation, called as the model does, on tensors without data."""
+    made = {name: case() for name, case in cases(sizes, dtype, "meta").items()}
+    own = {name: case for name, case in made.items() if name in kernels.__all__}
+    return {name: partial(case.call, **case.inputs) for name, case in own.items()}
 
 
 def decision(op: str, call: Callable[[], object], device: torch.device) -> backend.Choice:
@@ -82,12 +49,11 @@ def attention_decision(
     if backend.get_backend() == "reference":
         return backend.decide(device, dtype)
     choice = decision("attention", call, device)
-    if choice.implementation == "none":
+    if choice.implementation != "reference":
         return choice
-    runs, flash = choice.implementation == "triton", FLASH2 is not None or FLASH3 is not None
-    taken = attention_backend(length, head_dim, dtype, device.type, triton=runs, flash=flash)
-    limit = triton_limit(length, head_dim) if runs else None
-    return backend.Choice(taken, limit or choice.reason)
+    flash = FLASH2 is not None or FLASH3 is not None
+    taken = attention_backend(length, head_dim, dtype, device.type, triton=False, flash=flash)
+    return backend.Choice(taken, choice.reason)
 
 
 def version(module: str) -> str | None:
@@ -125,6 +91,10 @@ def surroundings() -> dict[str, Any]:
     }
 
 
+def not_negative(text: str) -> int:
+    return 0 if text == "0" else positive(text)
+
+
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
@@ -137,9 +107,12 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    shapes = {"hidden-size": 512, "num-heads": 8, "length": 82, "batch-size": 768, "vocab-size": 11}
-    for name, default in shapes.items():
-        parser.add_argument(f"--{name}", type=positive, default=default, help=f"default {default}")
+    derived = {"cells": "all positions but one", "inner_size": "3 times the hidden size"}
+    derived["gate_size"] = "a quarter of the hidden size"
+    for name, default in Sizes()._asdict().items():
+        flag, usual = f"--{name.replace('_', '-')}", derived.get(name, default)
+        number = not_negative if name in derived else positive
+        parser.add_argument(flag, type=number, default=default, help=f"default {usual}")
     parser.add_argument(
         "--dtype",
         choices=["auto", *DTYPES],
@@ -148,9 +121,26 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--device",
-        choices=["auto", "cpu", "cuda"],
+        type=device_name,
         default="auto",
-        help="auto, the default: CUDA if it is here",
+        help="cpu, cuda, cuda:N or auto, the default: CUDA if it is here",
+    )
+    measuring = parser.add_argument_group("measuring, on a CUDA device")
+    measuring.add_argument(
+        "--measure", action="store_true", help="time every implementation, keep the fastest"
+    )
+    measuring.add_argument("--missing", action="store_true", help="only what no earlier measurement has")
+    measurable = [
+        name for name in cases(Sizes(1, 2, 2, 1, 2), torch.float32, "meta") if name not in NOT_MEASURED
+    ]
+    measuring.add_argument(
+        "--only", nargs="+", choices=measurable, metavar="CASE", help=f"of {', '.join(measurable)}"
+    )
+    measuring.add_argument(
+        "--seconds",
+        type=positive,
+        default=10 * measured.SECONDS,
+        help="begin none after; default %(default)s",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     options = parser.parse_args(argv)
@@ -163,7 +153,64 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
         backend.get_backend()
     except ValueError as error:
         parser.error(str(error))
+    on_cpu = options.device == "cpu" or not torch.cuda.is_available()
+    if options.measure and on_cpu:
+        parser.error("argument --measure: needs a CUDA device; without one shapes and dtypes choose")
     return options
+
+
+def device_name(text: str) -> str:
+    if text not in ("auto", "cpu", "cuda") and not (text.startswith("cuda:") and text[5:].isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, got {text!r}")
+    return text
+
+
+def measure(sizes: Sizes, dtype: torch.dtype, device: torch.device, options: argparse.Namespace) -> int:
+    """Measures, keeps what was found after each case, and prints it."""
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    backend.set_backend("auto")
+    maker, only = measured.made_by(device), options.only or []
+    before = measured.load(maker) or measured.Kept(maker, backend.Table({}, {}), [], [])
+    # Measured anew, or kept as it is where only what is missing is asked for.
+    table = backend.Table({}, {})
+    if options.missing:
+        table.choices.update(before.table.choices)
+        table.tiles.update(before.table.tiles)
+    problem: str | None = None
+    kept = before
+
+    def keep(rows: list[fastest.Row]) -> None:
+        nonlocal kept, problem
+        whole = backend.Table(before.table.choices | table.choices, before.table.tiles | table.tiles)
+        found = [row._asdict() for row in rows if row.seconds or row.tiles]
+        classes = {row["shape_class"] for row in found}
+        older = [row for row in before.rows if row["shape_class"] not in classes]
+        kept = before._replace(table=whole, rows=older + found)
+        problem = measured.save(kept)
+        if not options.json:
+            print(shown(rows[-1]), flush=True)
+
+    timer, seconds = fastest.on_device, options.seconds
+    fastest.measure(sizes, dtype, device, table=table, timer=timer, only=only, seconds=seconds, keep=keep)
+    kept = kept._replace(done=sorted({*before.done, measured.request(sizes, dtype, only)}))
+    problem = measured.save(kept)
+    if options.json:
+        print(measured.to_text(kept))
+    else:
+        print(problem or f"kept in {measured.cache_file(maker)}")
+    return 0
+
+
+def shown(row: fastest.Row) -> str:
+    """A case's candidates on one line each, what was chosen first."""
+    lines = [
+        f"{row.case}: {', '.join(f'{where} {name}' for where, name in row.choice.items()) or 'no choice'}"
+    ]
+    for found in (row.seconds, *row.tiles.values()):
+        for name, value in found.items():
+            lines.append(f"  {f'{1e6 * value:.1f} us' if isinstance(value, float) else value:<14}{name}")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -171,18 +218,20 @@ def main(argv: list[str] | None = None) -> int:
     device, dtype = options.device, options.dtype
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    cuda = device.startswith("cuda")
     if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" else "float32"
-    shape = {
-        "batch_size": options.batch_size,
-        "length": options.length,
-        "hidden_size": options.hidden_size,
-        "num_heads": options.num_heads,
-        "vocab_size": options.vocab_size,
-    }
+        dtype = "bfloat16" if cuda else "float32"
+    shape = {name: getattr(options, name) for name in Sizes._fields}
+    where, kind, sizes = torch.device(device), DTYPES[dtype], Sizes(**shape)
+    if options.measure:
+        return measure(sizes, kind, where, options)
     here = surroundings()
-    where, kind = torch.device(device), DTYPES[dtype]
-    asked = calls(dtype=kind, **shape)
+    if where.type == "cuda" and torch.cuda.is_available():
+        kept = measured.load(measured.made_by(where))
+        backend.install(backend.Table({}, {}) if kept is None else kept.table)
+        here["measured"] = None if kept is None else str(measured.cache_file(kept.maker))
+    shape = {name: value for name, value in shape.items() if value and name != "parameters"}
+    asked = calls(kind, sizes)
     head_dim = options.hidden_size // options.num_heads
     attends = attention_decision(asked.pop("attention"), where, kind, options.length, head_dim)
     choices = {"attention": attends} | {op: decision(op, call, where) for op, call in asked.items()}
@@ -202,8 +251,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{'device':<14}{found if each['capability'] else each['name']}")
     print(f"{'interpreter':<14}{'on (TRITON_INTERPRET=1)' if here['interpreter'] else 'off'}")
     print(f"{'backend':<14}{here['backend']} (HRM_KERNELS: {here['HRM_KERNELS'] or 'not set'})")
-    sizes = ", ".join(f"{name} {value}" for name, value in shape.items())
-    print(f"\nOn {device} in {dtype}, with {sizes}:")
+    if "measured" in here:
+        print(f"{'measured':<14}{here['measured'] or 'nothing yet (--measure)'}")
+    said = ", ".join(f"{name} {value}" for name, value in shape.items())
+    print(f"\nOn {device} in {dtype}, with {said}:")
     for row in operations:
         print(f"  {row['op']:<25}{row['implementation']:<11}{row['why']}")
     return 0

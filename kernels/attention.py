@@ -36,15 +36,19 @@ from torch import Tensor
 
 from kernels.backend import (
     BackendError,
+    Choice,
+    Tile,
     absence,
+    choose,
     device_of,
     dot,
+    explain,
     get_backend,
     jit,
     launch,
     tl,
     triton,
-    use_triton,
+    tunable,
     wide,
 )
 from kernels.checks import accumulate_dtype, check_floating
@@ -93,9 +97,31 @@ def attention_reference(
     return _sdpa(*_split_heads(qkv, num_heads, cos, sin, queries, rope_reference))
 
 
-def launch_choice(
+def _launch(length: int, queries: int, head_dim: int, BLOCK_M: int, num_warps: int, fewest: int = 1) -> Tile:
+    """A launch with queries in tiles of BLOCK_M rows."""
+    return {
+        "TILES": max(fewest, triton.cdiv(queries, BLOCK_M)),
+        "HALF": head_dim // 2,
+        "BLOCK_M": BLOCK_M,
+        "BLOCK_N": max(16, triton.next_power_of_2(length)),
+        "BLOCK_H": max(16, triton.next_power_of_2(head_dim // 2)),
+        "num_warps": num_warps,
+    }
+
+
+def launch_variants(
     length: int, queries: int, head_dim: int, dtype: torch.dtype, backward: bool
-) -> dict[str, int]:
+) -> list[Tile]:
+    """Other tiles of queries that registers may allow in 16 bits."""
+    if dtype.itemsize != 2:
+        return []
+    tried = ((64, 8), (32, 4), (16, 8)) if backward else ((64, 8), (128, 8), (32, 4))
+    covers = max(16, triton.next_power_of_2(queries))
+    return [_launch(length, queries, head_dim, *each) for each in tried if each[0] <= covers]
+
+
+@tunable(launch_variants)
+def launch_choice(length: int, queries: int, head_dim: int, dtype: torch.dtype, backward: bool) -> Tile:
     """All keys in one block; queries in tiles, as large as registers allow for the tensor cores.
 
     Forward, a tile's scores are 64 registers a thread of 4 warps. Backward, 8 warps hold the sums of dk and
@@ -107,14 +133,7 @@ def launch_choice(
         BLOCK_M = min(BLOCK_M, max(16, triton.next_power_of_2(queries)))
     else:
         BLOCK_M, num_warps, fewest = (16, 8, 2) if backward else (32, 8, 2)
-    return {
-        "TILES": max(fewest, triton.cdiv(queries, BLOCK_M)),
-        "HALF": head_dim // 2,
-        "BLOCK_M": BLOCK_M,
-        "BLOCK_N": max(16, triton.next_power_of_2(length)),
-        "BLOCK_H": max(16, triton.next_power_of_2(head_dim // 2)),
-        "num_warps": num_warps,
-    }
+    return _launch(length, queries, head_dim, BLOCK_M, num_warps, fewest)
 
 
 @jit
@@ -403,10 +422,11 @@ def attention(
     for narrower inputs, products in qkv's dtype.
 
     backend: triton, the kernel of this file, for T <= 128 and an even head_dim <= 128; flash, flash-attn 3
-    or 2 (2.6 or later), and sdpa, PyTorch's own, both after `rope`; auto, what `attention_backend` says, so
-    flash or sdpa for longer T also under `set_backend("triton")`, or sdpa alone under
-    `set_backend("reference")`. Raises ValueError or TypeError naming the argument, BackendError if a named
-    backend is missing or cannot take the arguments. Source: Vaswani et al. 2017 (arXiv 1706.03762).
+    or 2 (2.6 or later), and sdpa, PyTorch's own, both after `rope`; auto, what was measured to be the
+    fastest, else what `attention_backend` says, so flash or sdpa for longer T also under
+    `set_backend("triton")`, or sdpa alone under `set_backend("reference")`. Raises ValueError or TypeError
+    naming the argument, BackendError if a named backend is missing or cannot take the arguments. Source:
+    Vaswani et al. 2017 (arXiv 1706.03762).
     """
     check_floating("attention", qkv=qkv)
     if qkv.dim() != 3 or qkv.shape[-1] % (3 * num_heads):
@@ -432,8 +452,14 @@ def attention(
     elif get_backend() == "reference":
         return attention_reference(qkv, num_heads, cos, sin, queries)
     else:
-        runs, flash = use_triton("attention", qkv), FLASH2 is not None or FLASH3 is not None
-        backend = attention_backend(length, head_dim, qkv.dtype, qkv.device.type, triton=runs, flash=flash)
+        taken = choose("attention", qkv, sizes=(length, num_heads, queries or length))
+        backend, flash = taken, FLASH2 is not None or FLASH3 is not None
+        if taken in ("triton", "reference"):
+            runs, device = taken == "triton", qkv.device.type
+            backend = attention_backend(length, head_dim, qkv.dtype, device, triton=runs, flash=flash)
+            limit = triton_limit(length, head_dim)
+            if runs and limit is not None:
+                explain("attention", Choice("reference", limit))
     if backend == "triton":
         return _attention(qkv, num_heads, cos, sin, length if queries is None else queries)
     q, k, v = _split_heads(qkv, num_heads, cos, sin, queries, rope)

@@ -1,6 +1,7 @@
 """Which implementation an operation takes, and the one place where kernels are launched.
 
-`auto` takes Triton on CUDA and the reference elsewhere, silently; a named backend is taken or raises.
+`auto` takes on CUDA what was measured to be the fastest (`kernels.measured`), Triton where nothing was
+measured, and the reference elsewhere, silently; a named backend is taken or raises.
 Triton's interpreter (TRITON_INTERPRET=1, set before this package is imported) runs the kernels on CPU
 tensors: slowly, for tests.
 """
@@ -8,6 +9,7 @@ tensors: slowly, for tests.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -34,12 +36,14 @@ else:
 __all__ = [
     "BACKENDS",
     "BackendError",
+    "choose",
     "get_backend",
     "jit",
     "launch",
     "set_backend",
     "tl",
     "triton",
+    "tunable",
     "use_triton",
 ]
 
@@ -93,13 +97,24 @@ def absence(device: torch.device) -> str | None:
 
 
 def decide(
-    device: torch.device, dtype: torch.dtype, obstacle: str | None = None, slower: str | None = None
+    device: torch.device,
+    dtype: torch.dtype,
+    obstacle: str | None = None,
+    slower: str | None = None,
+    fastest: str | None = None,
 ) -> Choice:
-    """The implementation for a tensor of that device and dtype; see `use_triton`, which acts upon it."""
+    """The implementation for a tensor of that device and dtype; see `choose`, which acts upon it.
+
+    fastest: what was measured to be the fastest, None without a measurement.
+    """
     name = get_backend()
     if name == "reference":
         return Choice("reference", "backend 'reference' was asked for")
-    obstacle = absence(device) or obstacle
+    missing = absence(device)
+    may_run = missing is None and not (fastest == "triton" and obstacle)
+    if fastest is not None and name == "auto" and device.type == "cuda" and may_run:
+        return Choice(fastest, "the fastest that was measured on this GPU")
+    obstacle = missing or obstacle
     if obstacle is not None:
         return Choice("reference", obstacle)
     if name == "triton":
@@ -113,6 +128,106 @@ def decide(
     if slower is not None:
         return Choice("reference", slower)
     return Choice("triton", "a tensor on CUDA")
+
+
+Tile = dict[str, int | bool]
+
+
+class Table(NamedTuple):
+    """What was measured.
+
+    choices: by shape class (`shape_class`), the fastest implementation inside a compiled function
+    ("compiled") and outside ("eager"). tiles: by launch choice and its arguments, what it returns.
+    """
+
+    choices: dict[str, dict[str, str]]
+    tiles: dict[str, Tile]
+
+
+class Asked(NamedTuple):
+    """What operations asked the table for. classes: operations by shape class. tiles: every variant."""
+
+    classes: dict[str, str]
+    tiles: dict[str, list[Tile]]
+
+
+_table = Table({}, {})
+_asked: Asked | None = None
+
+
+def install(table: Table) -> Table:
+    """Takes a table for every choice from now on; returns the one before.
+
+    To be called before a function is compiled or captured, which keep the choices that they were made with.
+    """
+    global _table
+    before, _table = _table, table
+    return before
+
+
+def installed() -> Table:
+    """The table that choices are taken from, empty without a measurement."""
+    return _table
+
+
+@contextmanager
+def asking() -> Iterator[Asked]:
+    """Collects the shape classes and launch choices that operations ask for, in their order."""
+    global _asked
+    before, _asked = _asked, Asked({}, {})
+    try:
+        yield _asked
+    finally:
+        _asked = before
+
+
+def shape_class(op: str, tensor: Tensor, sizes: tuple[int, ...] = ()) -> str:
+    """The key that a measurement of `op` is kept by.
+
+    Rows of `tensor` count as the power of two that covers them. Its width, its dtype and `sizes` count as
+    they are; so does whether it takes a gradient.
+    """
+    width = tensor.shape[-1] if tensor.dim() else 1
+    rows, covered = tensor.numel() // max(width, 1), 1
+    while covered < rows:
+        covered *= 2
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    gradient = torch.is_grad_enabled() and tensor.requires_grad
+    return " ".join([op, dtype, *map(str, (covered, width, *sizes)), "gradient" if gradient else "forward"])
+
+
+def _fastest(op: str, tensor: Tensor, sizes: tuple[int, ...]) -> str | None:
+    """The implementation that the table has for these arguments, None if it has none."""
+    if _asked is not None:
+        _asked.classes[shape_class(op, tensor, sizes)] = op
+    # Compiled functions are guarded by this lookup, so without a table there is none.
+    if not _table.choices or tensor.dtype == torch.float64:
+        return None
+    entry = _table.choices.get(shape_class(op, tensor, sizes))
+    return None if entry is None else entry["compiled" if torch.compiler.is_compiling() else "eager"]
+
+
+def tunable(variants: Callable[..., list[Tile]]) -> Callable[[Callable[..., Tile]], Callable[..., Tile]]:
+    """Lets a measurement replace what a launch choice returns, for the same arguments.
+
+    variants: of the launch choice's arguments, other launches to measure, with the same names in each.
+    """
+
+    def wrap(choice: Callable[..., Tile]) -> Callable[..., Tile]:
+        @wraps(choice)
+        def chosen(*args: Any, **kwargs: Any) -> Tile:
+            usual = choice(*args, **kwargs)
+            if _asked is None and not _table.tiles:
+                return usual
+            words = [*map(str, args), *(f"{name}={value}" for name, value in sorted(kwargs.items()))]
+            key = f"{choice.__module__.rpartition('.')[2]}({', '.join(words)})"
+            if _asked is not None:
+                _asked.tiles[key] = [usual, *(each for each in variants(*args, **kwargs) if each != usual)]
+            return {**usual, **_table.tiles.get(key, {})}
+
+        return chosen
+
+    return wrap
 
 
 # What `explained` collects, and the device that it has tensors stand for.
@@ -146,20 +261,40 @@ def explain(op: str, choice: Choice) -> None:
         _choices[op] = choice
 
 
-def use_triton(op: str, tensor: Tensor, obstacle: str | None = None, slower: str | None = None) -> bool:
-    """Whether `op` runs its Triton kernel for `tensor`.
+def choose(
+    op: str,
+    tensor: Tensor,
+    obstacle: str | None = None,
+    slower: str | None = None,
+    sizes: tuple[int, ...] = (),
+    measured_as: str | None = None,
+) -> str:
+    """The implementation that `op` runs for `tensor`: triton, reference, or a library that was measured.
 
     obstacle: why the kernel cannot take these arguments, None if it can. slower: why the reference is the
-    faster one for them, None if it is not. Under `auto` either of them, a device other than CUDA, float64 or
-    a missing Triton mean the reference. Under `triton` an obstacle, a device that Triton cannot use or a
-    missing Triton raise BackendError.
+    faster one for them where nothing was measured, None if it is not. sizes: what else counts in the shape
+    class. measured_as: the name that operations which are measured together share. Under `auto` an obstacle,
+    a device other than CUDA, float64 or a missing Triton mean the reference. Under `triton` an obstacle, a
+    device that Triton cannot use or a missing Triton raise BackendError.
     """
-    choice = decide(device_of(tensor), tensor.dtype, obstacle, slower)
+    fastest = _fastest(measured_as or op, tensor, sizes)
+    choice = decide(device_of(tensor), tensor.dtype, obstacle, slower, fastest)
     explain(op, choice)
-    takes = choice.implementation == "triton"
-    if get_backend() == "triton" and not takes:
+    if get_backend() == "triton" and choice.implementation != "triton":
         raise BackendError(f"{op}: backend 'triton' was asked for, but {choice.reason}; use 'auto'")
-    return takes
+    return choice.implementation
+
+
+def use_triton(
+    op: str,
+    tensor: Tensor,
+    obstacle: str | None = None,
+    slower: str | None = None,
+    sizes: tuple[int, ...] = (),
+    measured_as: str | None = None,
+) -> bool:
+    """Whether `op` runs its Triton kernel for `tensor`; the arguments are those of `choose`."""
+    return choose(op, tensor, obstacle, slower, sizes, measured_as) == "triton"
 
 
 def wide(dtype: torch.dtype) -> "tl.constexpr":

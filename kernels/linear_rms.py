@@ -25,7 +25,7 @@ from torch import Tensor
 from kernels.backend import dot, jit, launch, tl, triton, wide
 from kernels.checks import accumulate_dtype, as_rows, check_floating, check_shape
 from kernels.linear import linear
-from kernels.matmul import check_product, check_rstd, launch_choice, place, product, use_fused
+from kernels.matmul import DEFERRED, check_product, check_rstd, launch_choice, place, product, use_fused
 
 ROWS_A_PROGRAM = 512
 
@@ -199,7 +199,7 @@ def linear_scaled(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     where one is wanted, the plain product is scaled. Raises ValueError or TypeError naming the argument.
     """
     check_product("linear_scaled", x, weight, rstd)
-    if use_fused("linear_scaled", x, weight, rstd):
+    if use_fused("linear_scaled", x, weight, rstd, measured_as=DEFERRED):
         return _linear_scaled(x, weight, rstd)
     return linear_scaled_reference(x, weight, rstd)
 
@@ -221,6 +221,6 @@ def linear_rms(
     check_shape("linear_rms", "residual", residual, (*x.shape[:-1], weight.shape[0]))
     if rstd is not None:
         check_rstd("linear_rms", residual, rstd)
-    if use_fused("linear_rms", x, weight, residual, rstd):
+    if use_fused("linear_rms", residual, x, weight, rstd, measured_as=DEFERRED):
         return _linear_rms(x, weight, residual, rstd, eps)
     return linear_rms_reference(x, weight, residual, rstd, eps)

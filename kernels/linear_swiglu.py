@@ -93,6 +93,6 @@ def linear_swiglu(x: Tensor, weight: Tensor, rstd: Tensor | None = None) -> Tens
     check_product("linear_swiglu", x, weight, rstd)
     if weight.shape[0] % 2:
         raise ValueError(f"linear_swiglu: weight must have an even number of rows, got {tuple(weight.shape)}")
-    if use_fused("linear_swiglu", x, weight, rstd):
+    if use_fused("linear_swiglu", x, weight, rstd, sizes=(weight.shape[0],)):
         return _linear_swiglu(x, weight, rstd)
     return swiglu(linear_scaled_reference(x, weight, rstd))

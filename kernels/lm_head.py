@@ -346,7 +346,7 @@ def _lm_head_loss(
         obstacle = f"its kernel holds vocabularies of at most {MAX_VOCABULARY}, got {weight.shape[0]}"
     elif weight.shape[1] > MAX_WIDTH:
         obstacle = f"its kernel holds cells of width at most {MAX_WIDTH}, got {weight.shape[1]}"
-    if use_triton(op, z_H, obstacle):
+    if use_triton(op, z_H, obstacle, sizes=(weight.shape[0],)):
         return HeadLoss(*_lm_head(z_H, weight, labels, ignore_index, stablemax))
     return lm_head_reference(z_H, weight, labels, ignore_index, stablemax)
 

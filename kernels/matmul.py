@@ -8,11 +8,32 @@ x comes from memory once and for the other column tiles from the L2 cache, where
 import torch
 from torch import Tensor
 
-from kernels.backend import jit, tl, triton, use_triton
+from kernels.backend import Tile, jit, tl, triton, tunable, use_triton
 from kernels.checks import accumulate_dtype, check_floating, check_shape
 
 
-def launch_choice(dtype: torch.dtype, N: int, K: int) -> dict[str, int | bool]:
+def _fitted(choice: Tile, N: int, K: int) -> Tile:
+    # A small N or K takes the power of two that covers it, and no less than tensor cores multiply.
+    for block, size in (("BLOCK_N", N), ("BLOCK_K", K)):
+        choice[block] = min(choice[block], max(16, triton.next_power_of_2(size)))
+    return {**choice, "EVEN_K": K % choice["BLOCK_K"] == 0}
+
+
+def launch_variants(dtype: torch.dtype, N: int, K: int) -> list[Tile]:
+    """Smaller tiles, of which two programs share a multiprocessor, and other depths, for tensor cores."""
+    if dtype.itemsize > 2 or K % 16:
+        return []
+    names = "BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"
+    tried = ((128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (64, 256, 64, 4, 4))
+    found: list[Tile] = []
+    for each in (_fitted(dict(zip(names, sizes, strict=True)), N, K) for sizes in tried):
+        if each not in found:
+            found.append(each)
+    return found
+
+
+@tunable(launch_variants)
+def launch_choice(dtype: torch.dtype, N: int, K: int) -> Tile:
     """Tiles of a product (M, K) x (K, N): the largest whose sums fit into registers, whatever M is.
 
     A 128 x 256 tile keeps 128 sums a thread and reads 85 multiply-adds per element from the L2 cache, whose
@@ -21,13 +42,10 @@ def launch_choice(dtype: torch.dtype, N: int, K: int) -> dict[str, int | bool]:
     """
     if dtype.itemsize > 2 or K % 16:
         # Without tensor cores, or with rows too crooked for asynchronous copies, registers hold operands too.
-        choice = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3}
+        choice: Tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3}
     else:
         choice = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
-    # A small N or K takes the power of two that covers it, and no less than tensor cores multiply.
-    for block, size in (("BLOCK_N", N), ("BLOCK_K", K)):
-        choice[block] = min(choice[block], max(16, triton.next_power_of_2(size)))
-    return {**choice, "EVEN_K": K % choice["BLOCK_K"] == 0}
+    return _fitted(choice, N, K)
 
 
 @jit
@@ -82,14 +100,21 @@ def check_rstd(op: str, rows: Tensor, rstd: Tensor) -> None:
         raise TypeError(f"{op}: rstd must be {wanted} on {rows.device}, got {rstd.dtype} on {rstd.device}")
 
 
-def use_fused(op: str, *tensors: Tensor | None) -> bool:
+# `linear_scaled` and `linear_rms` are measured together: one leaves a factor that the other applies.
+DEFERRED = "deferred_norm"
+
+
+def use_fused(
+    op: str, *tensors: Tensor | None, sizes: tuple[int, ...] = (), measured_as: str | None = None
+) -> bool:
     """Whether `op` runs as one kernel: under Triton's backend, unless a gradient is wanted.
 
-    float32 takes the kernel only where the backend is named: without tensor cores the library's product wins.
+    The first tensor is the one that `choose` takes, with sizes and measured_as. Without a measurement float32
+    takes the kernel only where the backend is named: without tensor cores the library's product wins.
     """
     first = tensors[0]
     assert first is not None
     slower = "without tensor cores the library's product wins" if first.dtype == torch.float32 else None
-    if not use_triton(op, first, slower=slower):
+    if not use_triton(op, first, slower=slower, sizes=sizes, measured_as=measured_as):
         return False
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))

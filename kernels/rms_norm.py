@@ -8,10 +8,14 @@ Bytes, in elements of x's dtype for N = rows * D: 2N read and N written forward;
 backward; and 4 bytes of rstd a row.
 """
 
+import importlib
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
-from kernels.backend import jit, launch, tl, triton, use_triton, wide
+from kernels.backend import Tile, choose, jit, launch, tl, triton, tunable, wide
 from kernels.checks import accumulate_dtype, as_rows, check_floating, check_shape
 
 MAX_WIDTH = 16384
@@ -24,7 +28,15 @@ def rms_norm_reference(x: Tensor, residual: Tensor, eps: float) -> Tensor:
     return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-def launch_choice(width: int) -> dict[str, int]:
+def launch_variants(width: int) -> list[Tile]:
+    """Half and twice as many elements in a tile, by four or eight warps."""
+    BLOCK_N = max(16, triton.next_power_of_2(width))
+    tried = ((2048, 4), (4096, 8), (8192, 8))
+    return [{"BLOCK_M": max(1, size // BLOCK_N), "BLOCK_N": BLOCK_N, "num_warps": w} for size, w in tried]
+
+
+@tunable(launch_variants)
+def launch_choice(width: int) -> Tile:
     """Whole rows in one tile of about 4096 elements, 16 to a thread's vector loads."""
     BLOCK_N = max(16, triton.next_power_of_2(width))
     BLOCK_M = max(1, 4096 // BLOCK_N)
@@ -139,6 +151,12 @@ def _differentiate(ctx, dy: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | 
 _rms_norm.register_autograd(_differentiate, setup_context=_save)
 
 
+@cache
+def find_quack() -> Callable[..., Tensor]:
+    """QuACK's norm. It is imported where a measurement asks for it, since that takes seconds."""
+    return importlib.import_module("quack").rmsnorm
+
+
 def rms_norm(x: Tensor, residual: Tensor, eps: float = 1e-5) -> Tensor:
     """Normalised sum of a block's input and output: h / sqrt(mean(h^2) + eps), h = x + residual.
 
@@ -150,6 +168,9 @@ def rms_norm(x: Tensor, residual: Tensor, eps: float = 1e-5) -> Tensor:
     check_shape("rms_norm", "residual", residual, tuple(x.shape))
     width = x.shape[-1]
     too_wide = f"its kernel holds rows of at most {MAX_WIDTH}, got {width}" if width > MAX_WIDTH else None
-    if use_triton("rms_norm", x, too_wide):
+    taken = choose("rms_norm", x, too_wide)
+    if taken == "triton":
         return _rms_norm(x, residual, eps)[0]
+    if taken == "quack":
+        return find_quack()(x, residual=residual, eps=eps)
     return rms_norm_reference(x, residual, eps)

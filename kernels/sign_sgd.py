@@ -150,5 +150,5 @@ def sign_sgd(
         obstacle = f"its kernel takes float32, got {table.dtype}"
     elif table.stride(1) != 1:
         obstacle = "its kernel reads tables whose rows are contiguous"
-    update = _sign_sgd if use_triton("sign_sgd", table, obstacle) else sign_sgd_reference
+    update = _sign_sgd if use_triton("sign_sgd", grad, obstacle) else sign_sgd_reference
     update(table, identifiers, grad, lr, weight_decay, skip)

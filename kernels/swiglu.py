@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import jit, launch, tl, triton, use_triton, wide
+from kernels.backend import Tile, jit, launch, tl, triton, tunable, use_triton, wide
 from kernels.checks import accumulate_dtype, as_rows, check_floating
 
 
@@ -21,7 +21,15 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
-def launch_choice(width: int) -> dict[str, int]:
+def launch_variants(width: int) -> list[Tile]:
+    """Half and twice as many outputs in a tile."""
+    BLOCK_N = min(512, max(16, triton.next_power_of_2(width)))
+    tried = ((1024, 4), (2048, 8), (4096, 8))
+    return [{"BLOCK_M": size // BLOCK_N, "BLOCK_N": BLOCK_N, "num_warps": w} for size, w in tried]
+
+
+@tunable(launch_variants)
+def launch_choice(width: int) -> Tile:
     """Tiles of 2048 outputs, 16 a thread: at most 512 wide, so that 1536 columns fill theirs."""
     BLOCK_N = min(512, max(16, triton.next_power_of_2(width)))
     return {"BLOCK_M": 2048 // BLOCK_N, "BLOCK_N": BLOCK_N, "num_warps": 4}

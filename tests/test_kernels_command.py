@@ -16,11 +16,12 @@ from bench.operations import OPS
 from kernels import __main__ as command
 from kernels import backend
 from kernels.__main__ import DTYPES, calls, main
+from kernels.cases import Sizes
 from kernels.linear import linear_choice
 
 ROOT = Path(kernels.__file__).parents[1]
 # As the model calls them, but small.
-SIZES = {"batch_size": 2, "length": 17, "hidden_size": 64, "num_heads": 2, "vocab_size": 11}
+SIZES = Sizes(batch_size=2, length=17, hidden_size=64, num_heads=2, parameters=64)
 
 
 class Custom(TorchDispatchMode):
@@ -55,7 +56,7 @@ def by_name(answer: dict) -> dict[str, tuple[str, str]]:
 
 def test_every_operation_is_asked():
     public = set(kernels.__all__) - {"get_backend", "set_backend"}
-    assert public <= calls(dtype=torch.float32, **SIZES).keys()
+    assert public <= calls(torch.float32, SIZES).keys()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,7 +64,7 @@ def test_every_operation_is_asked():
 def test_what_is_told_is_what_is_called(device, dtype):
     own = {"stablemax_cross_entropy": "cross_entropy", "softmax_cross_entropy": "cross_entropy"}
     own |= {"lm_head_stablemax": "lm_head", "lm_head_softmax": "lm_head"}
-    for op, call in calls(dtype=DTYPES[dtype], **SIZES).items():
+    for op, call in calls(DTYPES[dtype], SIZES).items():
         with backend.explained(torch.device(device)) as choices, Custom() as custom, torch.no_grad():
             call()
         called = f"hrm_kernels::{own.get(op, op)}" in custom.names

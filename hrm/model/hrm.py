@@ -17,7 +17,7 @@ from hrm.data.format import Metadata
 from hrm.model.gating import Gates, GatingNetwork, make_gating, mix, sources_of
 from hrm.model.layers import Block, Embedding, Linear, PuzzleEmbedding, truncated_normal_
 from hrm.model.subgoal import SubgoalHead
-from kernels.matmul import use_fused
+from kernels.matmul import DEFERRED, use_fused
 from kernels.rope import rope_tables
 
 
@@ -76,7 +76,7 @@ class ReasoningModule(nn.Module):
         if bias is not None:
             h = h + bias
         last = len(self.layers) - 1
-        defers = not self.mixes_tokens and use_fused("linear_rms", h)
+        defers = not self.mixes_tokens and use_fused("linear_rms", h, measured_as=DEFERRED)
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, Block)
             asked = queries if index == last else None

@@ -1,0 +1,202 @@
+"""What was measured to be the fastest on this GPU (`kernels.fastest`), kept for later runs.
+
+A measurement is kept by GPU, versions and the sources of this package; without one `backend` decides by shape
+and dtype alone. A run measures in a process of its own, so that a kernel which fails or hangs costs it the
+time limit and nothing else.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from kernels.backend import Table
+from kernels.cases import Sizes
+
+# Seconds after which a run's measurement begins no further candidate, and after which its process is ended.
+SECONDS, LIMIT = 60, 120
+LARGEST_FILE = 1 << 20
+IMPLEMENTATIONS = ("triton", "reference", "flash", "sdpa", "quack")
+ROOT = Path(__file__).parent
+
+
+# ------------------------------------------------------------------------------------------ what is kept
+
+
+@cache
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def made_by(device: torch.device) -> dict[str, str]:
+    """What a measurement holds for: the GPU, what runs on it, and the sources of this package."""
+    sources = hashlib.sha256()
+    for path in sorted(ROOT.glob("*.py")):
+        sources.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    where = {"device": str(device.type)}
+    if device.type == "cuda":
+        here = torch.cuda.get_device_properties(device)
+        where["device"] = f"{here.name}, {here.major}.{here.minor}, {here.multi_processor_count} processors"
+    packages = ("triton", "flash-attn", "flash-attn-3", "quack-kernels")
+    libraries = {name: version for name in packages if (version := _version(name))}
+    torch_is = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    return {**where, **torch_is, **libraries, "kernels": sources.hexdigest()[:16]}
+
+
+def cache_folder() -> Path:
+    """Where measurements lie: $XDG_CACHE_HOME/hrm-kernels, else ~/.cache/hrm-kernels."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The specification of that variable has relative paths ignored.
+    return (given if given.is_absolute() else Path(os.path.expanduser("~/.cache"))) / "hrm-kernels"
+
+
+def cache_file(maker: dict[str, str]) -> Path:
+    digest = hashlib.sha256(json.dumps(maker, sort_keys=True).encode()).hexdigest()
+    return cache_folder() / f"measured-{digest[:16]}.json"
+
+
+class Kept(NamedTuple):
+    """A measurement as it is kept. done: the sizes that need not be measured again. rows: what was found."""
+
+    maker: dict[str, str]
+    table: Table
+    done: list[str]
+    rows: list[dict[str, Any]]
+
+
+def to_text(kept: Kept) -> str:
+    """As JSON, with a digest of what it says."""
+    table = {"choices": kept.table.choices, "tiles": kept.table.tiles}
+    content = {"made_by": kept.maker, **table, "done": kept.done, "rows": kept.rows}
+    return json.dumps({"sha256": _digest(content), **content}, indent=1)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def from_text(text: str, maker: dict[str, str]) -> Kept | None:
+    """What `to_text` wrote for the same maker, None for anything else."""
+    try:
+        content = json.loads(text)
+        if content.pop("sha256") != _digest(content) or content["made_by"] != maker:
+            return None
+        table = Table(content["choices"], content["tiles"])
+        known = {name for choice in table.choices.values() for name in choice.values()}
+        if not known <= set(IMPLEMENTATIONS) or not all(type(tile) is dict for tile in table.tiles.values()):
+            return None
+        return Kept(maker, table, list(content["done"]), list(content["rows"]))
+    # Whatever a damaged file makes of the above; a deep one exhausts the parser's stack.
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def load(maker: dict[str, str], path: Path | None = None) -> Kept | None:
+    """The measurement that is kept for a maker; None where there is none that can be read."""
+    path = path or cache_file(maker)
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            return None
+        return from_text(path.read_text(encoding="utf-8"), maker)
+    except (OSError, ValueError):
+        return None
+
+
+def save(kept: Kept, path: Path | None = None) -> str | None:
+    """Keeps a measurement, whole or not at all; returns why it could not be kept, None if it was."""
+    path = path or cache_file(kept.maker)
+    written = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            written = Path(file.name)
+            file.write(to_text(kept))
+            file.flush()
+            os.fsync(file.fileno())
+        written.replace(path)
+    except OSError as error:
+        if written is not None:
+            with suppress(OSError):
+                written.unlink()
+        return f"{path} cannot be written ({error.strerror})"
+    return None
+
+
+# ---------------------------------------------------------------------------------------- once for a run
+
+
+def request(sizes: Sizes, dtype: torch.dtype, only: Sequence[str]) -> str:
+    """One measurement's name among those that are done."""
+    return f"{' '.join(map(str, sizes))} {str(dtype).removeprefix('torch.')} {' '.join(only)}"
+
+
+def command(sizes: Sizes, dtype: torch.dtype, device: torch.device, only: Sequence[str]) -> list[str]:
+    """The command that measures what is missing, in a process of its own."""
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in sizes._asdict().items()]
+    words += [f"--dtype={str(dtype).removeprefix('torch.')}", f"--device={device}", f"--seconds={SECONDS}"]
+    return [sys.executable, "-m", "kernels", "--measure", "--missing", "--json", *words, "--only", *only]
+
+
+def _run(words: list[str]) -> str:
+    """What a command prints; empty where it fails or takes longer than LIMIT."""
+    path = os.pathsep.join([str(ROOT.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(
+            words,
+            env=os.environ | {"PYTHONPATH": path, "HRM_KERNELS": "auto"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            timeout=LIMIT,
+        ).stdout
+    return ""
+
+
+def once(
+    sizes: Sizes,
+    dtype: torch.dtype,
+    device: torch.device,
+    only: Sequence[str],
+    *,
+    run: Callable[[list[str]], str] = _run,
+    say: Callable[[str], None] = print,
+) -> Table:
+    """The table for these sizes: the one that is kept, else measured now, which is said in one line.
+
+    A measurement that fails is not tried again for the same sizes: what it lacks is chosen as without one.
+    """
+    maker, asked = made_by(device), request(sizes, dtype, only)
+    kept = load(maker)
+    if kept is not None and asked in kept.done:
+        return kept.table
+    start = time.monotonic()
+    found = from_text(run(command(sizes, dtype, device, only)), maker)
+    took, failed = time.monotonic() - start, found is None
+    # One that was ended has kept what it found until then.
+    found = found or load(maker) or Kept(maker, Table({}, {}), [], [])
+    if asked not in found.done:
+        found = found._replace(done=[*found.done, asked])
+        problem = save(found)
+    else:
+        problem = None if load(maker) else save(found)
+    of_these = [row for row in found.rows if row["case"] in only and row["choice"]]
+    kernels = sum("triton" in row["choice"].values() for row in of_these)
+    line = f"kernels: measured on this GPU in {took:.0f} s, {len(of_these)} operations, {kernels} by Triton"
+    if failed:
+        line = f"kernels: measuring them on this GPU failed after {took:.0f} s, so shapes choose them"
+    say(f"{line}; {problem or f'kept in {cache_file(maker)}'}")
+    return found.table
