@@ -25,6 +25,7 @@ from hrm.config.load import Config
 from hrm.data.dataset import Batch
 from hrm.data.format import Metadata
 from hrm.engine.engine import Engine
+from hrm.engine.kernel_choice import take_measured
 from hrm.model.hrm import HRM
 from tests import official, straight_line
 
@@ -343,6 +344,7 @@ def built(
     if implementation in ("ours", "reference"):
         before = kernels.get_backend()
         kernels.set_backend("auto" if implementation == "ours" else "reference")
+        take_measured(device)
         try:
             yield Ours(config, data, device)
         finally:

@@ -181,30 +181,31 @@ def asking() -> Iterator[Asked]:
         _asked = before
 
 
-def shape_class(op: str, tensor: Tensor, sizes: tuple[int, ...] = ()) -> str:
+def shape_class(op: str, tensor: Tensor, sizes: tuple[int, ...] = (), weight: Tensor | None = None) -> str:
     """The key that a measurement of `op` is kept by.
 
     Rows of `tensor` count as the power of two that covers them. Its width, its dtype and `sizes` count as
-    they are; so does whether it takes a gradient.
+    they are; so does whether it or `weight` takes a gradient.
     """
     width = tensor.shape[-1] if tensor.dim() else 1
     rows, covered = tensor.numel() // max(width, 1), 1
     while covered < rows:
         covered *= 2
     dtype = str(tensor.dtype).removeprefix("torch.")
-    gradient = torch.is_grad_enabled() and tensor.requires_grad
+    learns = tensor.requires_grad or (weight is not None and weight.requires_grad)
+    gradient = torch.is_grad_enabled() and learns
     return " ".join([op, dtype, *map(str, (covered, width, *sizes)), "gradient" if gradient else "forward"])
 
 
-def _fastest(op: str, tensor: Tensor, sizes: tuple[int, ...]) -> str | None:
+def _fastest(op: str, tensor: Tensor, sizes: tuple[int, ...], weight: Tensor | None) -> str | None:
     """The implementation that the table has for these arguments, None if it has none."""
     if _asked is not None:
-        _asked.classes[shape_class(op, tensor, sizes)] = op
+        _asked.classes[shape_class(op, tensor, sizes, weight)] = op
     # Compiled functions are guarded by this lookup, so without a table there is none.
     if not _table.choices or tensor.dtype == torch.float64:
         return None
-    entry = _table.choices.get(shape_class(op, tensor, sizes))
-    return None if entry is None else entry["compiled" if torch.compiler.is_compiling() else "eager"]
+    entry = _table.choices.get(shape_class(op, tensor, sizes, weight))
+    return None if entry is None else entry.get("compiled" if torch.compiler.is_compiling() else "eager")
 
 
 def tunable(variants: Callable[..., list[Tile]]) -> Callable[[Callable[..., Tile]], Callable[..., Tile]]:
@@ -267,17 +268,18 @@ def choose(
     obstacle: str | None = None,
     slower: str | None = None,
     sizes: tuple[int, ...] = (),
+    weight: Tensor | None = None,
     measured_as: str | None = None,
 ) -> str:
     """The implementation that `op` runs for `tensor`: triton, reference, or a library that was measured.
 
     obstacle: why the kernel cannot take these arguments, None if it can. slower: why the reference is the
-    faster one for them where nothing was measured, None if it is not. sizes: what else counts in the shape
-    class. measured_as: the name that operations which are measured together share. Under `auto` an obstacle,
-    a device other than CUDA, float64 or a missing Triton mean the reference. Under `triton` an obstacle, a
-    device that Triton cannot use or a missing Triton raise BackendError.
+    faster one for them where nothing was measured, None if it is not. sizes, weight: what else counts in the
+    shape class. measured_as: the name that operations which are measured together share. Under `auto` an
+    obstacle, a device other than CUDA, float64 or a missing Triton mean the reference. Under `triton` an
+    obstacle, a device that Triton cannot use or a missing Triton raise BackendError.
     """
-    fastest = _fastest(measured_as or op, tensor, sizes)
+    fastest = _fastest(measured_as or op, tensor, sizes, weight)
     choice = decide(device_of(tensor), tensor.dtype, obstacle, slower, fastest)
     explain(op, choice)
     if get_backend() == "triton" and choice.implementation != "triton":
@@ -285,16 +287,9 @@ def choose(
     return choice.implementation
 
 
-def use_triton(
-    op: str,
-    tensor: Tensor,
-    obstacle: str | None = None,
-    slower: str | None = None,
-    sizes: tuple[int, ...] = (),
-    measured_as: str | None = None,
-) -> bool:
+def use_triton(op: str, tensor: Tensor, obstacle: str | None = None, **others: Any) -> bool:
     """Whether `op` runs its Triton kernel for `tensor`; the arguments are those of `choose`."""
-    return choose(op, tensor, obstacle, slower, sizes, measured_as) == "triton"
+    return choose(op, tensor, obstacle, **others) == "triton"
 
 
 def wide(dtype: torch.dtype) -> "tl.constexpr":

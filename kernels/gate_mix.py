@@ -651,7 +651,7 @@ def gate_mix(
     check_shape("gate_mix", "b2", b2, (3 * width,))
     too_wide = f"its kernels hold hidden layers of at most {MAX_HIDDEN}, got {hidden}"
     sizes = (2 if x is None else 3, hidden)
-    if use_triton("gate_mix", z, too_wide if hidden > MAX_HIDDEN else None, sizes=sizes):
+    if use_triton("gate_mix", z, too_wide if hidden > MAX_HIDDEN else None, sizes=sizes, weight=w1):
         y, stats = _gate_mix(z, o, x, w1, b1, w2, b2, statistics)
         return (y, stats) if statistics else y
     return gate_mix_reference(z, o, x, w1, b1, w2, b2, statistics)

@@ -26,6 +26,7 @@ from hrm.config.cli import ConfigError, mapping_items, nearest, read_keys, read_
 from hrm.config.load import KEYS, load_config, validate
 from hrm.config.schema import ArchConfig, Config, LossConfig, SubgoalConfig, stage_arch
 from hrm.data.format import Metadata, read_metadata
+from hrm.engine.kernel_choice import take_measured
 from hrm.engine.modes import resolve_dtype
 from hrm.model.hrm import HRM
 
@@ -132,6 +133,7 @@ def load_trained(
     """
     found = path if isinstance(path, Found) else find_trained(path)
     place = torch.device(device)
+    take_measured(place)
     config = found.config if dtype == "auto" else replace(found.config, dtype=_dtype(dtype))
     metadata = _checked(metadata, found) if metadata is not None else _shape(found)
     build = partial(HRM.from_config, config, metadata, resolve_dtype(config.dtype, place))

@@ -1,7 +1,7 @@
 """Runs that repeat themselves bit for bit on the same machine: `deterministic=true`.
 
 Most of a run does so by itself. Weights, batches and exploration are functions of the seed and the step; this
-project's kernels sum in a fixed order, without atomics, with blocks chosen by shape alone. What is left is
+project's kernels sum in a fixed order, without atomics, and none is chosen by a measurement. What is left is
 PyTorch's and its libraries', on a GPU: products whose sums cuBLAS splits by the workspace it finds, backward
 passes of attention for long sequences and of large tables that add atomically, kernels that the compiler
 chooses by timing them. PyTorch's own switch settles all of these or raises; what it cannot settle is refused.

@@ -29,7 +29,8 @@ class Progress:
     yet. evaluations: how many of this step's evaluations are logged, None if unknown; is_whole: whether the
     last one used the whole test split. results, score: of this step's last evaluation. best: for early
     stopping. watch, batches, rewinds: losses so far, [step, iteration, batch] of the last steps, and how
-    often the run returned to an earlier checkpoint.
+    often the run returned to an earlier checkpoint. kernels: the measured choice of implementations, as
+    `choose_kernels` returns it.
     """
 
     config: Config
@@ -49,6 +50,7 @@ class Progress:
     watch: LossWatch = field(init=False)
     batches: deque[list[int]] = field(init=False)
     rewinds: int = 0
+    kernels: str = ""
 
     def __post_init__(self) -> None:
         self.best = Best(self.config.early_stop_min_delta)
@@ -112,6 +114,7 @@ class Progress:
                 "watch": self.watch.state_dict(),
                 "rewinds": self.rewinds,
             },
+            "kernels": self.kernels,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -124,6 +127,7 @@ class Progress:
         # An older version saved nothing between an evaluation of a sample and the one of the whole split.
         self.is_whole = state.get("is_whole", True)
         self.score = state.get("score")
+        self.kernels = state.get("kernels", "")
         if "best" in state:
             self.best.load_state_dict(state["best"])
         if "incidents" in state:

@@ -13,6 +13,7 @@ from hrm.config.load import Config
 from hrm.config.schema import ArchConfig, LossConfig, SubgoalConfig
 from hrm.data.checksums import changed_files
 from hrm.engine.engine import Engine
+from hrm.engine.kernel_choice import choose_kernels
 from hrm.training.data import TrainingData
 from hrm.training.progress import Progress
 
@@ -62,6 +63,9 @@ def restore_or_start(
         engine.load_weights(weights)
         for note in [f"starting from the weights of {config.checkpoint_path}", *notes]:
             say(note)
+    progress.kernels = choose_kernels(
+        engine, recorded=progress.kernels, resumes=progress.checkpoint is not None, say=say
+    )
     engine.enter(progress.arch)
     engine.world.check_equal({"checkpoint": f"{progress.checkpoint}, step {progress.step}"})
     engine.agree()
