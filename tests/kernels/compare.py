@@ -5,17 +5,16 @@ value, for sums taken in another order.
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import backend
+from kernels.fastest import allowed_error, distance, forced
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# Of the largest value: some units of float32's last place; a quarter of the narrow types'.
-ABSOLUTE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2.5e-4, torch.bfloat16: 2e-3}
-
 Outputs = Tensor | tuple[Tensor, ...]
 
 
@@ -87,20 +86,23 @@ def agree(
     return ours
 
 
+def agree_in_every_tile(
+    call: Callable[..., Outputs], inputs: dict[str, Tensor], dtype: torch.dtype, **options: Any
+) -> int:
+    """`agree` with each launch that a measurement may choose; returns how many there are."""
+    with backend.asking() as asked:
+        agree(call, inputs, dtype, **options)
+    launches = [(key, tile) for key, tiles in asked.tiles.items() for tile in tiles[1:]]
+    for key, tile in launches:
+        with forced(backend.Table({}, {key: tile})):
+            agree(call, inputs, dtype, **options)
+    return len(launches)
+
+
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in another dtype with its strides and offset, which `.to` would close the gaps of."""
     memory = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
     return memory.to(dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-
-
-def allowed_error(eager: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
-    """Twice the eager reference's error, and a small part of the largest value."""
-    largest = truth.abs().max().item() if truth.numel() else 0.0
-    return 2 * distance(eager, truth) + ABSOLUTE[dtype] * largest
-
-
-def distance(actual: Tensor, expected: Tensor) -> float:
-    return (actual.double() - expected.double()).abs().max().item() if actual.numel() else 0.0
 
 
 def compiles(call: Callable[..., Outputs], inputs: dict[str, Tensor]) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from hrm.engine.optim import ALIGNMENT
 from kernels import adam_atan2, backend
 from kernels.adam_atan2 import launch_choice
-from tests.kernels.compare import ABSOLUTE, DEVICE, distance, randn
+from kernels.fastest import ABSOLUTE
+from tests.kernels.compare import DEVICE, distance, randn
 
 # The interpreter's numpy warns of 0 / 0, which the kernel selects away, and of what is not finite on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import kernels
 from kernels import attention
 from kernels.rope import rope_tables
-from tests.kernels.compare import DEVICE, DTYPES, agree, compiles, randn
+from tests.kernels.compare import DEVICE, DTYPES, agree, agree_in_every_tile, compiles, randn
 
 module = sys.modules["kernels.attention"]
 
@@ -98,6 +98,11 @@ def test_operator_contract_and_compile():
         dy = torch.ones(2, 3, 16, device=DEVICE)
         torch.library.opcheck(torch.ops.hrm_kernels.attention_backward.default, (dy, qkv, 2, *angles))
         compiles(lambda qkv, angles=angles: attention(qkv, 2, *angles), {"qkv": qkv})
+
+
+def test_every_tile_that_a_measurement_may_choose():
+    qkv = randn(1, 82, 3 * 32, seed=0)
+    assert agree_in_every_tile(lambda qkv: attention(qkv, 1), {"qkv": qkv}, torch.bfloat16) == 6
 
 
 def test_launches_cover_every_size():

@@ -13,7 +13,7 @@ from kernels.checks import accumulate_dtype
 from kernels.linear_rms import linear_rms, linear_scaled
 from kernels.linear_swiglu import linear_swiglu
 from kernels.matmul import launch_choice
-from tests.kernels.compare import DEVICE, DTYPES, agree, compiles, randn
+from tests.kernels.compare import DEVICE, DTYPES, agree, agree_in_every_tile, compiles, randn
 
 # Rows, K, and half of the weight's rows: SwiGLU's width.
 SHAPES = [((1,), 64, 40), ((17,), 100, 96), ((2, 41), 96, 256), ((100,), 512, 96)]
@@ -50,6 +50,12 @@ def without(inputs: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 CALLS = [(call_swiglu, tensors), (call_scaled, tensors), (call_rms, with_residual)]
+
+
+@pytest.mark.parametrize(("call", "make"), CALLS)
+def test_every_tile_that_a_measurement_may_choose(call, make):
+    inputs = make((130,), 144, 288)
+    assert agree_in_every_tile(call, inputs, torch.bfloat16, gradients=()) == 4
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

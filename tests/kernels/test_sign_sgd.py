@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import backend, sign_sgd
+from kernels.fastest import ABSOLUTE
 from kernels.sign_sgd import launch_choice
-from tests.kernels.compare import ABSOLUTE, DEVICE, distance, randn
+from tests.kernels.compare import DEVICE, distance, randn
 
 
 def integers(*shape: int, low: int, high: int, seed: int) -> Tensor:
