@@ -1,6 +1,5 @@
 """What somebody else's files can do to who opens them: nothing but be refused in one line."""
 
-import ast
 import os
 import pickle
 import resource
@@ -8,7 +7,6 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,83 +32,6 @@ from tests.browser import chromium
 
 ROOT = Path(__file__).resolve().parents[1]
 HOSTILE = "<img src=http%3A x onerror=alert(1)><script>document.title='run'<!--\x1b[31m"
-
-
-# --- the sources ask for nothing that runs what a file holds
-
-REFUSED = {
-    *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "tempfile.mktemp", "yaml.load_all"),
-    *("yaml.unsafe_load", "yaml.full_load", "OmegaConf.load", "OmegaConf.register_new_resolver"),
-    *("OmegaConf.resolve", "torch.jit.load", "torch.hub.load", "np.fromfile", "joblib.load"),
-}
-MODULES = {
-    *("pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "tarfile", "http", "urllib", "ftplib"),
-    *("requests", "httpx", "xml", "imp", "runpy", "code", "codeop"),
-}
-# Their yaml.load names a loader of plain values, their importlib.import_module a module in the source.
-SAFE_LOADERS = {"_Loader", "yaml.SafeLoader"}
-
-
-def sources() -> list[Path]:
-    files = [ROOT / "train.py", ROOT / "setup.py"]
-    return files + [path for part in ("hrm", "kernels", "bench") for path in (ROOT / part).rglob("*.py")]
-
-
-def unsafe(text: str) -> Iterator[str]:
-    """The calls and imports of a source that would run, or trust, what a file or a peer holds."""
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
-            yield from (name for name in names if name.partition(".")[0] in MODULES)
-        if not isinstance(node, ast.Call):
-            continue
-        name = ast.unparse(node.func)
-        given = {word.arg: ast.unparse(word.value) for word in node.keywords}
-        loader = given.get("Loader") or (ast.unparse(node.args[1]) if len(node.args) > 1 else "")
-        wrong = (
-            name in REFUSED
-            or given.get("shell", "False") != "False"
-            or (name == "torch.load" and given.get("weights_only") != "True")
-            or (name in ("np.load", "numpy.load") and given.get("allow_pickle") != "False")
-            or (name == "yaml.load" and loader not in SAFE_LOADERS)
-            or name.endswith(("gather_object", "_object_list"))
-            or (name == "OmegaConf.create" and not isinstance(node.args[0], ast.Dict))
-        )
-        if wrong:
-            yield name
-
-
-def test_the_sources_trust_no_file():
-    assert len(sources()) > 80
-    found = {path.name: names for path in sources() if (names := list(unsafe(path.read_text("utf-8"))))}
-    assert found == {}
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "torch.load(f)",
-        "torch.load(f, weights_only=flag)",
-        "np.load(f)",
-        "np.load(f, allow_pickle=True)",
-        "yaml.load(f)",
-        "yaml.load(f, yaml.Loader)",
-        "yaml.load(f, Loader=yaml.UnsafeLoader)",
-        "eval(x)",
-        "exec(x)",
-        "import pickle",
-        "from pickle import loads",
-        "import urllib.request",
-        "subprocess.run(x, shell=True)",
-        "os.system(x)",
-        "OmegaConf.load(x)",
-        "tempfile.mktemp()",
-        "dist.all_gather_object(a, b)",
-        "dist.broadcast_object_list(a)",
-    ],
-)
-def test_what_would_trust_a_file_is_found(text):
-    assert len(list(unsafe(text))) == 1
 
 
 # --- nothing is unpickled

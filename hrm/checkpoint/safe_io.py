@@ -128,7 +128,7 @@ def read_torch(path: Path) -> Any:
     """
     try:
         _check_archive(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # noqa: TID251
     # damaged bytes reach the unpickler and the archive reader, which raise nearly every type there is
     except Exception as error:
         raise CheckpointError(

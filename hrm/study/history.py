@@ -210,7 +210,8 @@ def _config(path: Path) -> dict[str, Any] | None:
         return None
     text = read_text(path, CONFIG_LIMIT, "a run's configuration; restore it, or remove it")
     try:
-        found = yaml.load(text, _Loader)
+        # A SafeLoader that also refuses aliases.
+        found = yaml.load(text, _Loader)  # noqa: S506
     # A number, a tag or an escape that says nothing surfaces as one of many types.
     except Exception:
         found = None
