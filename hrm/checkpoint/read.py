@@ -1,15 +1,15 @@
-"""Checkpoints: checked before they are believed, and read without running anything.
+"""Checkpoints, verified before use and read without running code from them.
 
 A run's folder holds one folder `step_<N>` for each checkpoint:
 
     model.safetensors   the weights
-    training.pt         optimiser, carry, place in the data: nested dicts, lists, tensors, numbers
+    training.pt         optimiser, carry, position in the data: nested dicts, lists, tensors, numbers
     *.safetensors       more tensors of the same step, such as an average of the weights
     manifest.json       format, step, serial, size and sha256 of each file, run, configuration, data,
                         versions, metrics, score
 
-`hrm.checkpoint.save` writes them. "Newest" is the one saved last (the manifest's serial), which has not the
-largest step once a run went back. "Best" is the first of those with the highest score.
+`hrm.checkpoint.save` writes them. The newest checkpoint has the highest serial in its manifest; after a
+rewind that is not the largest step. The best is the first with the highest score.
 """
 
 import hashlib
@@ -43,21 +43,20 @@ __all__ = [
 
 FORMAT = 1
 WEIGHTS, TRAINING, MANIFEST = "model.safetensors", "training.pt", "manifest.json"
-# The moving average of the weights, beside a checkpoint's own where training keeps one.
+# The moving average of the weights, if training keeps one.
 AVERAGE = "ema.safetensors"
 
 STEP_NAME = re.compile(r"step_(\d{1,18})(\.old)?")
 _MANIFEST_LIMIT = 1 << 20
-# A plain name, so that nothing outside the folder is read or written.
+# A plain name, which cannot lead out of the folder.
 TENSORS_NAME = re.compile(r"\w[\w.-]*\.safetensors")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load_checkpoint` read.
+    """A checkpoint in memory.
 
-    extra: further tensors by the name of their file. notes: names each newer checkpoint that was damaged and
-    passed over.
+    extra: further tensors by file name. notes: one line for each newer checkpoint skipped as damaged.
     """
 
     step: int
@@ -70,12 +69,11 @@ class Checkpoint:
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
-    """Read a checkpoint, every file checked against the manifest's hashes first.
+    """Reads a checkpoint after verifying every file against the manifest's hashes.
 
-    path: a `step_<N>` folder, or a run's folder, whose newest good one is taken. Weights and extra tensors
-    come on `device`; `training` stays on the CPU, mapped from the file where possible, for the caller to copy
-    from.
-    Raises CheckpointError naming the damaged file; a pickled object in it is refused without being built.
+    path: a `step_<N>` folder, or a run's folder for its newest undamaged checkpoint. Weights and extra
+    tensors are on `device`; `training` stays on the CPU, as memory maps where possible, for the caller to
+    copy. Raises CheckpointError with the damaged file; never constructs a pickled object.
     """
     folder, manifest, notes = choose(Path(path))
     extra = sorted(manifest["files"].keys() - {WEIGHTS, TRAINING})
@@ -91,13 +89,13 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
 
 
 def latest_checkpoint(run_dir: str | Path) -> tuple[Path | None, list[str]]:
-    """The run's newest undamaged checkpoint (None without one), and a line for each damaged one passed."""
+    """The run's newest undamaged checkpoint, or None, and a line for each damaged one skipped."""
     folder, _, notes = _newest(Path(run_dir))
     return folder, notes
 
 
 def checkpoint_before(run_dir: str | Path, step: int, run: Mapping[str, Any]) -> Checkpoint | None:
-    """The newest undamaged checkpoint of an earlier step that is of `run` as it is now; None without one."""
+    """The newest undamaged checkpoint of an earlier step that matches `run`, or None."""
     for folder, manifest in folders(Path(run_dir)):
         if manifest and manifest["step"] < step and not differences(manifest, run):
             with suppress(CheckpointError):
@@ -106,7 +104,7 @@ def checkpoint_before(run_dir: str | Path, step: int, run: Mapping[str, Any]) ->
 
 
 def best_checkpoint(run_dir: str | Path) -> Path | None:
-    """The run's undamaged checkpoint with the best score, of equal ones the first; None if none has one."""
+    """The run's undamaged checkpoint with the best score, the first among equals; None without scores."""
     for folder in by_score(Path(run_dir)):
         with suppress(CheckpointError):
             _verified(folder)
@@ -115,7 +113,7 @@ def best_checkpoint(run_dir: str | Path) -> Path | None:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of one checkpoint folder, checked in itself but not against the files it lists."""
+    """The manifest of a checkpoint folder, verified by itself but not against the files."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: not a complete checkpoint; use another one")
@@ -139,9 +137,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def differences(manifest: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
-    """Each field in which `run` differs from the one that the checkpoint is of, with both values.
+    """Each field in which `run` differs from the checkpoint's run, with both values.
 
-    run: as given to `save_checkpoint`, nested mappings of JSON values: architecture, data, seed and the like.
+    run: as given to `save_checkpoint`: nested mappings of JSON values such as architecture, data and seed.
     """
     saved, now = _flat(manifest["run"]), _flat(json.loads(to_json(run)))
     return [
@@ -153,9 +151,9 @@ def differences(manifest: Mapping[str, Any], run: Mapping[str, Any]) -> list[str
 
 
 def choose(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
-    """The checkpoint folder that a path names, verified, its manifest, and a line for each one passed over.
+    """The verified checkpoint folder that a path stands for, its manifest, and a line for each one skipped.
 
-    path: a checkpoint's folder, or a run's, whose newest good one is taken. Raises CheckpointError.
+    path: a checkpoint's folder, or a run's folder for its newest undamaged one. Raises CheckpointError.
     """
     if not path.is_dir():
         what = "is a file, not a checkpoint folder" if path.exists() else "does not exist"
@@ -180,7 +178,7 @@ def _newest(run_dir: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
 
 
 def folders(run_dir: Path) -> list[tuple[Path, dict[str, Any] | None]]:
-    """Checkpoint folders and manifests: first those whose manifest cannot be read, then the newest first."""
+    """Checkpoint folders with manifests, newest first; those with an unreadable manifest (None) in front."""
     found: list[tuple[Path, dict[str, Any] | None]] = []
     for entry in run_dir.iterdir() if run_dir.is_dir() else ():
         match = STEP_NAME.fullmatch(entry.name)
@@ -194,7 +192,7 @@ def folders(run_dir: Path) -> list[tuple[Path, dict[str, Any] | None]]:
 
 
 def by_score(run_dir: Path) -> list[Path]:
-    """The checkpoints that have a score by their manifests: the best first, of equal ones the oldest."""
+    """The checkpoints with a score, best first, equals oldest first."""
     scored = [
         (manifest["score"], -manifest["serial"], folder)
         for folder, manifest in folders(run_dir)
@@ -223,7 +221,7 @@ def _verified(folder: Path) -> dict[str, Any]:
 
 
 def _intact(manifest: dict[str, Any]) -> bool:
-    """Whether a manifest has the digest that it is taken out of, and every field it needs."""
+    """Whether a manifest has its right digest, which is removed, and every field it needs."""
     return manifest.pop("digest", None) == digest(manifest) and _well_formed(manifest)
 
 
@@ -255,5 +253,5 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def digest(manifest: dict[str, Any]) -> str:
-    """The sha256 of a manifest without its own, in hexadecimal."""
+    """The sha256 (hex) of a manifest without its digest."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

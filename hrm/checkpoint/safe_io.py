@@ -1,7 +1,7 @@
-"""The files a checkpoint is made of: written durably, read with no trust in what they hold.
+"""The files of a checkpoint, written durably and read without trust.
 
-Reading builds tensors, numbers, strings and plain containers, and nothing else: no pickled object is ever
-constructed, and no file makes memory grow much beyond its own size.
+Reading constructs tensors, numbers, strings and plain containers only, never a pickled object, and takes
+little more memory than the size of the file.
 """
 
 import errno
@@ -24,11 +24,11 @@ from hrm.common.errors import UserError
 from hrm.common.files import open_bounded
 from hrm.common.text import error_text
 
-# What describes tensors, apart from their numbers: a header, a pickle, an archive's table of contents. The
-# training state of a thousand layers at each level takes less.
+# Most bytes of a header, a pickle or an archive's table of contents. The training state of a thousand layers
+# at each level takes less.
 DESCRIPTION_LIMIT = 1 << 22
-# All that a pickle of plain tensors names. PyTorch's restricted unpickler calls more, some of which take
-# memory without end (bytearray) or make tensors larger than their numbers.
+# The only names in a pickle of plain tensors. PyTorch's restricted unpickler allows more, some of which take
+# unbounded memory (bytearray) or create tensors larger than their data.
 _NAMED = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|"
     r"torch (Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage"
@@ -37,21 +37,21 @@ _MAKES_OBJECTS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", 
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be written, read or used: names the file or field, and the remedy."""
+    """A checkpoint that cannot be written, read or used; the message gives file or field and a remedy."""
 
 
 def compact(tensor: Tensor) -> Tensor:
-    """A contiguous copy on the CPU with a storage of its own, of any tensor, such as a view of a flat buffer.
+    """A contiguous copy of a tensor on the CPU, with its own storage.
 
-    safetensors refuses tensors that share a storage, and torch.save would write that storage out whole.
+    safetensors refuses tensors that share a storage, and torch.save would write the whole shared storage.
     """
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def plain(value: Any, where: str) -> Any:
-    """A copy of nested dicts, lists and tuples of tensors, numbers, strings and None, each tensor compact.
+    """A copy of nested dicts, lists and tuples of tensors, numbers, strings and None; tensors are compact.
 
-    Raises TypeError naming the place of anything else: the restricted unpickler would refuse it on reading.
+    Raises TypeError with the place of anything else, which the restricted unpickler would refuse to read.
     """
     if isinstance(value, Tensor):
         return compact(value)
@@ -86,7 +86,7 @@ def _check_plain(value: Any, limit: int, seen: set[int]) -> None:
 
 
 def nbytes(value: Any) -> int:
-    """Bytes of the tensors in what `plain` made, and a few for each number."""
+    """The bytes of the tensors in the result of `plain`, and a few for each number."""
     if isinstance(value, dict):
         return sum(map(nbytes, value.values()))
     return sum(map(nbytes, value)) if isinstance(value, list | tuple) else getattr(value, "nbytes", 8)
@@ -100,7 +100,7 @@ def read_safetensors(path: Path, device: str | torch.device = "cpu") -> dict[str
         if header > DESCRIPTION_LIMIT:
             raise ValueError("its header is too long")
         return load_file(path, device=str(device))
-    # an absurd header, dtype or device surfaces as one of many types
+    # absurd headers, dtypes and devices raise errors of many types
     except Exception as error:
         raise CheckpointError(
             f"{path} cannot be read as safetensors ({error_text(error)}); use another checkpoint"
@@ -122,14 +122,14 @@ def read_training(path: Path) -> dict[str, Any]:
 
 
 def read_torch(path: Path) -> Any:
-    """What torch.save wrote, on the CPU, tensors mapped from the file.
+    """A file that torch.save wrote, on the CPU; tensors are memory maps of the file.
 
-    Raises CheckpointError for anything but tensors and plain containers, having run none of it.
+    Raises CheckpointError for anything but tensors and plain containers, without running any of it.
     """
     try:
         _check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # noqa: TID251
-    # damaged bytes reach the unpickler and the archive reader, which raise nearly every type there is
+    # on damaged bytes the unpickler and the archive reader raise errors of nearly any type
     except Exception as error:
         raise CheckpointError(
             f"{path} is not a torch file of plain tensors and numbers ({error_text(error)}); use another one"
@@ -137,7 +137,7 @@ def read_torch(path: Path) -> Any:
 
 
 class _SmallReads(io.FileIO):
-    """A file whose table of contents, and whatever else is read at once, is refused where it is long."""
+    """A file that refuses to read much at once, such as a long table of contents."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         content = super().read(DESCRIPTION_LIMIT + 1 if size is None or size < 0 else size)
@@ -147,17 +147,17 @@ class _SmallReads(io.FileIO):
 
 
 def _check_archive(path: Path) -> None:
-    """Raise ValueError unless an archive is as torch.save writes it, and its pickle names tensors alone."""
+    """Raises ValueError unless torch.save could have written the archive, with tensors alone in its pickle."""
     open_bounded(path).close()
     with _SmallReads(path) as file, zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         names = [member.filename for member in members]
         pickles = [member for member in members if member.filename.endswith("/data.pkl")]
-        # torch stores its members uncompressed; a compressed one could unfold to any size in memory
+        # torch.save never compresses; a compressed member could expand to any size in memory
         stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
         if not stored or sum(member.file_size for member in members) > path.stat().st_size:
             raise ValueError("its archive is compressed or overlaps itself")
-        # any other reader of the archive must find the same pickle
+        # make sure that torch reads the pickle checked here
         if len(pickles) != 1 or len(set(names)) < len(names) or len({n.partition("/")[0] for n in names}) > 1:
             raise ValueError("its archive is not as torch.save writes one")
         if pickles[0].file_size > DESCRIPTION_LIMIT:
@@ -179,7 +179,7 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
+    """Waits until a file, or a folder's list of names, is on the disk."""
     # Windows cannot open a folder
     if os.name == "nt" and path.is_dir():
         return
@@ -187,7 +187,7 @@ def sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # some network file systems cannot sync a folder
+        # some network file systems cannot sync folders
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
             raise
     finally:
@@ -195,7 +195,7 @@ def sync(path: Path) -> None:
 
 
 def os_error(error: BaseException | None) -> OSError | None:
-    """The system's error beneath what safetensors (in its text) or torch (as its context) made of it."""
+    """The OSError behind an error of safetensors (in its text) or torch (as its context), or None."""
     while error is not None and not isinstance(error, OSError):
         number = re.search(r"(?:os error|code:) (\d+)", str(error))
         if isinstance(error, SafetensorError) and number:

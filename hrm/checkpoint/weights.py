@@ -1,4 +1,4 @@
-"""Weights to start a model from: another run's, or those of the official code and its gated fork."""
+"""Weights to start a model from: of another run, the official code, or its gated fork."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,22 +11,21 @@ from hrm.checkpoint.read import MANIFEST, STEP_NAME, WEIGHTS, choose
 from hrm.checkpoint.safe_io import CheckpointError, read_safetensors, read_torch
 
 PUZZLE_TABLE = "puzzle_emb.weights"
-# What variants add to v1, by a part of the names of its tensors; fresh where a checkpoint has none of it.
+# Parts that variants add to v1, with a part of their tensors' names; a checkpoint may lack a whole part.
 ADDED = {"gate networks": ".gating_network.", "subgoal head": "subgoal_head."}
 
 
 def load_weights(
     path: str | Path, expected: Mapping[str, torch.Size], reset_puzzle_emb: bool = False
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights to start a model from, fitted to its names and shapes, and a line for each thing left out.
+    """Weights that fit a model's names and shapes, and a line for each part left out.
 
     path: a `step_<N>` folder, a run's folder, a .safetensors file, or a `step_<N>` file of the official code
     (github.com/sapientinc/HRM; a state dict under `_orig_mod.model.inner.`) or the folder that holds it.
-    expected: the shape of every parameter and persistent buffer. A checkpoint without any gate network fits a
-    gated model, one without a subgoal head a feudal model, and with reset_puzzle_emb one with a puzzle table
-    of another length: those names are missing from the result, so that the model keeps its own values.
-    Tensors are on the CPU in the file's dtype.
-    Raises CheckpointError for a damaged file, or one of another architecture, naming the first differences.
+    expected: the shape of every parameter and persistent buffer. If the checkpoint has no gate networks or
+    no subgoal head, the result lacks them and the model keeps its own values; with reset_puzzle_emb that also
+    holds for a puzzle table of another length. Tensors are on the CPU in the file's dtype.
+    Raises CheckpointError for a damaged file or another architecture, with the first differences.
     """
     path, weights, notes = read_weights(Path(path))
     shapes = dict(expected)
@@ -64,13 +63,13 @@ def load_weights(
 
 
 def read_weights(path: Path) -> tuple[Path, dict[str, Tensor], list[str]]:
-    """The file of the weights that a path names, the weights in it by our names, and a line for each note.
+    """The weights file that a path stands for, its weights by this project's names, and notes for the user.
 
-    path: as `load_weights` takes it. Raises CheckpointError.
+    path: see `load_weights`. Raises CheckpointError.
     """
     notes: list[str] = []
     if path.is_dir():
-        # a folder of the official code holds state dicts where ours would hold folders
+        # in a folder of the official code, step_N is a file with a state dict
         steps = {int(match[1]): file for file in path.iterdir() if (match := STEP_NAME.fullmatch(file.name))}
         if steps and not (path / MANIFEST).exists() and all(file.is_file() for file in steps.values()):
             path = steps[max(steps)]
@@ -99,6 +98,6 @@ def _is_weight(name: Any, tensor: Any) -> bool:
         and isinstance(tensor, Tensor)
         and tensor.is_floating_point()
         and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
-        # One number may stand for any count of them; a table's length is what a model is made with.
+        # Reject expanded tensors: a tiny file could claim a huge table, and so a huge model.
         and tensor.nbytes <= tensor.untyped_storage().nbytes()
     )

@@ -1,4 +1,4 @@
-"""Data sets, built and looked at: `python -m hrm.data sudoku|maze|arc|inspect ...`."""
+"""Builds and inspects data sets: `python -m hrm.data sudoku|maze|arc|inspect ...`."""
 
 import argparse
 import sys
@@ -10,7 +10,7 @@ from hrm.data.inspect import command as inspect
 from hrm.data.maze import build as maze
 from hrm.data.sudoku import build as sudoku
 
-# Each command is a module with add_arguments(parser), which sets `run` as the function to call.
+# Each command is a module whose add_arguments(parser) sets `run`, the function to call.
 COMMANDS = {
     "sudoku": (sudoku, "build a Sudoku data set, generated or from files"),
     "maze": (maze, "build a data set of mazes and their shortest paths, generated or from files"),

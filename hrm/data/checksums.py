@@ -1,8 +1,8 @@
-"""That the files of a split are those that were written, and stay those that were opened.
+"""Checks that the files of a split are as they were written, and stay as they were opened.
 
-Builders leave a `checksums.json` beside the arrays, `{file name: {"size": bytes, "sha256": hex}}`, by which a
-flipped byte is found and its file named; the official data sets have none. What a run has opened it looks at
-again before every batch: to read the mapping of a file behind where it was cut would end the process.
+Builders write a `checksums.json` beside the arrays, `{file name: {"size": bytes, "sha256": hex}}`, which
+finds a flipped byte and its file; the official data sets have none. A run checks its open files again before
+every batch, because reading the memory map of a truncated file kills the process.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from hrm.common.text import literal
 from hrm.data.format import DatasetError
 
 CHECKSUMS = "checksums.json"
-# Small enough to be in the cache still for the second digest.
+# Small enough to stay in the processor's cache for the second digest.
 _PIECE_BYTES = 1 << 18
 
 # Of each file by name: {"size": bytes, "sha256": hex}.
@@ -26,7 +26,7 @@ Sums = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Contents:
-    """What files hold: the fingerprint of them together, and the size and digest of each."""
+    """The fingerprint of files together, and the size and digest of each."""
 
     fingerprint: str
     sums: Sums
@@ -35,8 +35,8 @@ class Contents:
 def read_contents(paths: Sequence[Path], further: Sequence[Path] = ()) -> Contents:
     """Digests of files of different names, each read once.
 
-    paths: those of the fingerprint, SHA-256 (hex) over their sizes and bytes in that order. further: those
-    that have a digest of their own only.
+    paths: files of the fingerprint, a SHA-256 (hex) over their sizes and bytes in this order. further: files
+    outside the fingerprint.
     """
     together = hashlib.sha256()
     sums: Sums = {}
@@ -47,7 +47,7 @@ def read_contents(paths: Sequence[Path], further: Sequence[Path] = ()) -> Conten
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             if path not in further:
-                # The size in front keeps bytes from moving between neighbouring files unseen.
+                # With its size in front, no byte can move to a neighbouring file unnoticed.
                 together.update(size.to_bytes(8, "little"))
             while count := file.readinto(buffer):
                 for digest in digests:
@@ -57,15 +57,15 @@ def read_contents(paths: Sequence[Path], further: Sequence[Path] = ()) -> Conten
 
 
 def write_checksums(folder: Path, paths: Sequence[Path]) -> None:
-    """Writes the checksums.json of finished files of a folder."""
+    """Writes the checksums.json of finished files in a folder."""
     text = json.dumps(read_contents((), paths).sums, indent=1) + "\n"
     (folder / CHECKSUMS).write_text(text, encoding="utf-8")
 
 
 def checksum_faults(listed: Any, found: Sums) -> Iterator[tuple[str, str]]:
-    """Where files and their checksums.json differ: the name of the file at fault, and what is wrong with it.
+    """Each file that differs from its checksums.json, with what is wrong with it.
 
-    listed: what the checksums.json holds, whatever it is. found: the sums of the files that are there.
+    listed: the unchecked contents of checksums.json. found: the sums of the existing files.
     """
     if not isinstance(listed, dict):
         yield CHECKSUMS, f"holds {type(listed).__name__}, expected a JSON object"
@@ -80,14 +80,14 @@ def checksum_faults(listed: Any, found: Sums) -> Iterator[tuple[str, str]]:
 
 
 def changed_files(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """The files that differ between two splits' `digests`, as it can be told: ["x.npy changed", ...]."""
+    """The differences between two splits' `digests` in words: ["x.npy changed", ...]."""
     both = [f"{name} changed" for name in old if name in new and new[name] != old[name]]
     gone = [f"{name} is gone" for name in old if name not in new]
     return [*both, *gone, *(f"{name} is new" for name in new if name not in old)]
 
 
 class _State(NamedTuple):
-    """What the system says of a file, without reading it."""
+    """A file's identity, size and time of change in nanoseconds, from the system."""
 
     device: int
     inode: int
@@ -96,17 +96,17 @@ class _State(NamedTuple):
 
 
 class Snapshot:
-    """Files as they lay on the disk before they were opened."""
+    """The states of files before they were opened."""
 
     def __init__(self) -> None:
         self._states: dict[str, _State | None] = {}
 
     def add(self, *paths: Path) -> None:
-        """Remembers files, which may be missing, from now on."""
+        """Records the present states of files, which may be missing."""
         self._states |= {str(path): _state(str(path)) for path in paths}
 
     def check(self, paths: Sequence[str] | None = None) -> None:
-        """Raises DatasetError naming the first of the files, or of all, that is not what it was."""
+        """Raises DatasetError for the first changed file among `paths`, or among all."""
         for path in self._states if paths is None else paths:
             before, now = self._states[path], _state(path)
             if now != before:

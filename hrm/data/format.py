@@ -1,11 +1,10 @@
-"""The puzzle data set on disk: read and validated.
+"""The puzzle data set on disk, read and validated.
 
 A data set is a folder `<data>/<split>/` with a `dataset.json` and, for each set named there, five arrays:
 `<set>__inputs.npy` and `<set>__labels.npy` (examples, seq_len), `<set>__puzzle_identifiers.npy` (puzzles),
 `<set>__puzzle_indices.npy` (puzzles + 1: where the examples of each puzzle begin) and
 `<set>__group_indices.npy` (groups + 1: where the puzzles of each group begin). A group holds one original
-puzzle and its augmentations. The layout is the official HRM code's: its data sets and these
-are exchangeable.
+puzzle and its augmentations. The layout is that of the official HRM code: either can read the other's data.
 """
 
 import math
@@ -22,15 +21,15 @@ from hrm.common.errors import UserError
 from hrm.common.files import read_json
 from hrm.common.text import literal, one_line
 
-# About how many bytes a pass over a memory-mapped array or a file takes at a time.
+# Bytes, roughly, that a pass over a memory map reads at a time.
 CHUNK_BYTES = 1 << 23
-# Bytes of a JSON file: descriptions are short, and 128 MiB hold the names of some three million puzzles; ARC
-# with a thousand augmentations of each task has one million.
+# Largest JSON files in bytes. 128 MiB hold the names of three million puzzles; ARC with a thousand
+# augmentations of each task has one million.
 MAX_DESCRIPTION_BYTES, MAX_NAMES_BYTES = 1 << 20, 1 << 27
-# And of the header of an array, which NumPy writes in 128.
+# Largest header of an array in bytes; NumPy writes 128.
 MAX_HEADER_BYTES = 1 << 14
-# Whole numbers of a dataset.json, with the least and the most that each may be. Three of them become the size
-# of a model: what is far above any puzzle is refused here and not by the allocator.
+# The integers of a dataset.json with the range of each. Three of them set the size of a model, so absurd
+# values are refused here, before the allocator sees them.
 NUMBERS = {
     "pad_id": (0, 1 << 20),
     "blank_identifier_id": (0, 1 << 27),
@@ -40,16 +39,16 @@ NUMBERS = {
     "total_groups": (1, 1 << 40),
 }
 MAX_MEAN = 1 << 40
-# Sets, and the bytes of a set's name, which with what follows it is the name of a file: 255 at most.
+# Most sets, and most bytes of a set's name: a file name of the set must stay within 255 bytes.
 MAX_SETS, MAX_SET_NAME = 1000, 200
 
 
 class DatasetError(UserError):
-    """A data set that is missing, damaged, or contradicts itself or what was asked of it."""
+    """A data set that is missing, damaged, contradictory, or unfit for the request."""
 
 
 class DamagedFile(DatasetError):
-    """One file of a data set that is not as it should be: `what` is wrong with the file at `path`."""
+    """A damaged file of a data set: its path, and what is wrong with it."""
 
     def __init__(
         self,
@@ -65,8 +64,8 @@ class DamagedFile(DatasetError):
 class Metadata:
     """The contents of `dataset.json`.
 
-    Labels equal to ignore_label_id carry no loss (None: every label counts); pad_id and blank_identifier_id
-    fill up short batches; mean_puzzle_examples is the mean number of examples of a puzzle.
+    Labels equal to ignore_label_id carry no loss (None: every label counts). pad_id and blank_identifier_id
+    pad short batches. mean_puzzle_examples is the mean number of examples per puzzle.
     """
 
     pad_id: int
@@ -82,8 +81,11 @@ class Metadata:
 
 @dataclass(frozen=True)
 class PuzzleSet:
-    """The arrays of one set, integers: inputs and labels (N, S), puzzle_identifiers (P,), puzzle_indices
-    (P + 1,) into the examples, group_indices (G + 1,) into the puzzles."""
+    """The integer arrays of one set.
+
+    inputs, labels: (N, S). puzzle_identifiers: (P,). puzzle_indices: (P + 1,), where each puzzle's examples
+    begin. group_indices: (G + 1,), where each group's puzzles begin.
+    """
 
     inputs: np.ndarray
     labels: np.ndarray
@@ -94,7 +96,7 @@ class PuzzleSet:
 
 ARRAYS = tuple(field.name for field in fields(PuzzleSet))
 MAPPED = ("inputs", "labels")
-# A further array that a set may have: how hard each example is. The official reader leaves it alone.
+# An optional array of a set: the difficulty of each example. The official reader ignores it.
 DIFFICULTY = "difficulty"
 
 
@@ -109,7 +111,7 @@ def read_description(path: Path, limit: int, expected: str) -> Any:
 
 
 def read_metadata(path: Path) -> Metadata:
-    """Read and check a dataset.json; keys it does not know are left alone. Raises DamagedFile."""
+    """Reads and checks a dataset.json, ignoring unknown keys. Raises DamagedFile."""
     values = read_description(path, MAX_DESCRIPTION_BYTES, "a split's description")
     if not isinstance(values, dict):
         raise DamagedFile(path, f"holds {type(values).__name__}, expected a JSON object")
@@ -120,7 +122,7 @@ def read_metadata(path: Path) -> Metadata:
 
 
 def metadata_faults(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The fields of a dataset.json that are not as they should be, each with what is wrong with it."""
+    """Each faulty field of a dataset.json, with what is wrong with it."""
 
     def expected(key: str, what: str) -> tuple[str, str]:
         there = f"is {literal(values[key])}" if key in values else "is missing"
@@ -152,10 +154,9 @@ def _is_whole(value: Any, low: int, high: int) -> bool:
 
 
 def _is_plain(name: Any) -> bool:
-    """Whether a set's name stays in the split's folder as a part of a file's name, on every system.
+    """Whether file names with a set's name stay in the split's folder on every system.
 
-    A link out of the folder can only be the user's own, for nothing in a data set's files makes one: what
-    lies behind it is read like any other file.
+    Links are followed: a data set's files cannot create one, so a link is the user's own.
     """
     return (
         isinstance(name, str)
@@ -167,14 +168,14 @@ def _is_plain(name: Any) -> bool:
 
 
 def array_path(folder: Path, set_name: str, array: str) -> Path:
-    """File of one array of a set."""
+    """The file of one array of a set."""
     return folder / f"{set_name}__{array}.npy"
 
 
 def open_array(path: Path, dimensions: int) -> np.ndarray:
-    """The integers of a .npy file, memory-mapped; what its header says is checked before it is believed.
+    """The integers of a .npy file as a memory map, after checks of its header.
 
-    dimensions: 1, numbers, or 2, rows of cells. Raises DamagedFile.
+    dimensions: 1 for numbers, 2 for rows of cells. Raises DamagedFile.
     """
     if not path.is_file():
         raise DamagedFile(path, "no such file")
@@ -185,7 +186,7 @@ def open_array(path: Path, dimensions: int) -> np.ndarray:
                 shape, fortran, dtype = np.lib.format.read_array_header_1_0(head)
             else:
                 shape, fortran, dtype = np.lib.format.read_array_header_2_0(head)
-        # Foreign bytes make NumPy raise nearly anything: syntax, token, memory and recursion errors.
+        # On foreign bytes NumPy raises syntax, token, memory and recursion errors, among others.
         except Exception as error:
             raise DamagedFile(path, f"not a readable .npy array ({one_line(error)})") from None
         if dtype.kind not in "iu":
@@ -205,7 +206,7 @@ def open_array(path: Path, dimensions: int) -> np.ndarray:
 
 
 def read_set(folder: Path, name: str, meta: Metadata) -> PuzzleSet:
-    """Open the arrays of one set and check them against each other and the metadata. Raises DamagedFile."""
+    """Opens the arrays of one set, checked against each other and the metadata. Raises DamagedFile."""
     paths = {array: array_path(folder, name, array) for array in ARRAYS}
     arrays = {array: open_array(path, 2 if array in MAPPED else 1) for array, path in paths.items()}
     for array in MAPPED:
@@ -223,7 +224,7 @@ def read_set(folder: Path, name: str, meta: Metadata) -> PuzzleSet:
         raise DamagedFile(
             paths["puzzle_indices"], f"{found}, expected one more than the {puzzles} puzzle identifiers"
         )
-    # Every puzzle has an example and every group a puzzle: no more than that is copied into memory.
+    # Check lengths before copying into memory: every puzzle has an example, every group a puzzle.
     for array, most in (("puzzle_identifiers", examples), ("group_indices", puzzles + 1)):
         if lengths[array] > most:
             raise DamagedFile(paths[array], f"length {lengths[array]}, expected at most {most}")
@@ -240,7 +241,7 @@ def read_set(folder: Path, name: str, meta: Metadata) -> PuzzleSet:
 
 
 def read_difficulty(folder: Path, name: str, examples: int) -> np.ndarray | None:
-    """How hard each example of a set is, (examples,) int64; None where nothing says. Raises DamagedFile."""
+    """The difficulty of each example of a set, (examples,) int64, or None. Raises DamagedFile."""
     path = array_path(folder, name, DIFFICULTY)
     if not path.exists():
         return None
@@ -253,7 +254,7 @@ def read_difficulty(folder: Path, name: str, examples: int) -> np.ndarray | None
 
 
 def first_outside(values: np.ndarray, limit: int, also: int | None = None) -> tuple[int, ...] | None:
-    """Where the first integer stands that is neither in 0 to limit - 1 nor `also`; None where all are."""
+    """The index of the first integer that is neither in 0 to limit - 1 nor `also`; None without one."""
     if not values.size or (values.max() < limit and (values.dtype.kind == "u" or values.min() >= 0)):
         return None
     bad = (values < 0) | (values >= limit)
@@ -270,7 +271,7 @@ def out_of_range(path: Path, row: int, value: Any, limit: int, reason: str) -> D
 
 
 def _in_memory(path: Path, array: np.ndarray) -> np.ndarray:
-    """A copy in int64, which nothing changes any more."""
+    """A copy in int64."""
     if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
         raise DamagedFile(path, f"row {int(array.argmax())} holds {array.max()}, expected at most 63 bits")
     try:
@@ -303,7 +304,7 @@ def _check_range(path: Path, array: np.ndarray, limit: int, reason: str, also: i
 
 
 def check_totals(path: Path, metadata: Metadata, sets: dict[str, PuzzleSet]) -> None:
-    """Check the totals of a dataset.json against all its sets. Raises DamagedFile."""
+    """Checks the totals of a dataset.json against its sets. Raises DamagedFile."""
     groups = sum(len(part.group_indices) - 1 for part in sets.values())
     if groups != metadata.total_groups:
         raise DamagedFile(

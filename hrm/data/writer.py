@@ -1,4 +1,4 @@
-"""Writing data sets: whole or not at all, and once into a cache that several processes may share."""
+"""Writing data sets atomically, and caching built ones for all processes."""
 
 import json
 import os
@@ -25,13 +25,13 @@ from hrm.data.format import (
     array_path,
 )
 
-# In a cached data set, the fingerprints it was written with.
+# The file of a cached data set that holds its fingerprints.
 STAMP = "fingerprints.json"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a split's examples have in common; see `layout.Metadata`."""
+    """The properties that all examples of a split share; see `format.Metadata`."""
 
     seq_len: int
     vocab_size: int
@@ -41,10 +41,10 @@ class Shape:
 
 
 class SplitWriter:
-    """A split written group by group: what it holds in memory does not grow with the split.
+    """A split written group by group, in constant memory.
 
-    Closing it writes dataset.json and checksums.json; only then is it a split. Sets stand in the order they
-    were first added to.
+    `close` writes dataset.json and checksums.json and so completes the split. Sets keep the order in which
+    they first got an example.
     """
 
     def __init__(self, folder: Path, shape: Shape) -> None:
@@ -56,7 +56,7 @@ class SplitWriter:
     def add(self, set_name: str, part: PuzzleSet, difficulty: np.ndarray | None = None) -> None:
         """Appends the groups of `part`, whose indices begin at 0, to a set.
 
-        difficulty: (N,) integers, how hard each example is; of every part of a set or of none.
+        difficulty: (N,) integers; give it for every part of a set or for none.
         """
         arrays = {array: getattr(part, array) for array in ARRAYS}
         if difficulty is not None:
@@ -70,7 +70,7 @@ class SplitWriter:
         if files.keys() != arrays.keys():
             raise ValueError(f"set {set_name}: difficulty is given for some parts of it and not for others")
         for array, counted in (("puzzle_indices", "inputs"), ("group_indices", "puzzle_identifiers")):
-            # The next index is where the last one ended; the first part brings the leading 0.
+            # Indices continue those of earlier parts; only the first part keeps its leading 0.
             offset, indices = len(files[counted]), arrays[array]
             if offset + int(indices[-1]) > np.iinfo(indices.dtype).max:
                 raise DatasetError(f"set {set_name}: more than {np.iinfo(indices.dtype).max} {counted}")
@@ -82,7 +82,7 @@ class SplitWriter:
         self.examples += len(part.inputs)
 
     def close(self, num_puzzle_identifiers: int) -> Metadata:
-        """Writes the split's description and checksums; nothing can be added any more."""
+        """Writes the split's description and checksums; ends the writing."""
         paths = [self._folder / "dataset.json"]
         for name, files in self._files.items():
             for array, file in files.items():
@@ -101,14 +101,14 @@ class SplitWriter:
         return metadata
 
     def abandon(self) -> None:
-        """Lets go of the files of a split that is not to be finished; nothing after `close`."""
+        """Closes the files of an unfinished split; does nothing after `close`."""
         for files in self._files.values():
             for file in files.values():
                 file.abandon()
 
 
 class DatasetWriter:
-    """A whole data set in the making, in a folder that nobody sees yet; see `new_dataset`."""
+    """A data set in a hidden folder while it is written; see `new_dataset`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -116,7 +116,7 @@ class DatasetWriter:
         self._splits: dict[str, SplitWriter] = {}
 
     def split(self, name: str, shape: Shape) -> SplitWriter:
-        """Begins a split, "train" or "test"."""
+        """Starts a split, "train" or "test"."""
         self._splits[name] = SplitWriter(self.folder / name, shape)
         return self._splits[name]
 
@@ -130,17 +130,17 @@ class DatasetWriter:
         self.closed = True
 
     def abandon(self) -> None:
-        """Lets go of the files of a data set that is not to be finished; nothing after `close`."""
+        """Closes the files of an unfinished data set; does nothing after `close`."""
         for split in self._splits.values():
             split.abandon()
 
 
 @contextmanager
 def new_dataset(folder: str | Path) -> Iterator[DatasetWriter]:
-    """A data set to fill and close; it takes its place when the block ends well, else nothing is left of it.
+    """A data set to fill and close; it appears in `folder` when the block succeeds, and is removed otherwise.
 
-    A data set already there is replaced. Raises DatasetError when the folder holds anything else, or cannot
-    be written.
+    Replaces a data set in `folder`. Raises DatasetError if the folder holds anything else or cannot be
+    written.
     """
     with _new_folder(Path(folder), _is_dataset) as new:
         data = DatasetWriter(new)
@@ -153,7 +153,7 @@ def new_dataset(folder: str | Path) -> Iterator[DatasetWriter]:
 
 
 class _GrowingArray:
-    """A .npy file that rows are appended to; its header, which leaves room for that, is written last."""
+    """A .npy file that grows by rows; its header, whose size is fixed, is written again at the end."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
@@ -179,7 +179,7 @@ class _GrowingArray:
         self._file.close()
 
     def abandon(self) -> None:
-        # What is still buffered may not fit on the disk any more; it is not wanted either.
+        # The disk may be full; the buffered rest is not needed.
         with suppress(OSError):
             self._file.close()
 
@@ -191,16 +191,16 @@ class _GrowingArray:
 
 
 def check_output(folder: str | Path) -> None:
-    """Raise DatasetError when new_dataset would refuse the folder: to know before hours of building."""
+    """Raises DatasetError if new_dataset would refuse the folder; call it before a long build."""
     _check_replaceable(Path(folder), _is_dataset)
 
 
 def cached(name: str, build: Callable[[Path], None]) -> Path:
     """Folder of a data set that `build(folder)` writes, built on first use and found again afterwards.
 
-    It lies in $HRM_CACHE, else $XDG_CACHE_HOME/hrm, else ~/.cache/hrm, or in `data/` of the working directory
-    where that cannot be written. `name` must tell apart all data sets. Processes may ask for it at once: one
-    gets its data set in, the others drop theirs. One that is cut or altered is built again.
+    The cache is $HRM_CACHE, else $XDG_CACHE_HOME/hrm, else ~/.cache/hrm, or `data/` in the working directory
+    if that is not writable. `name` must identify the data set. Processes may build one concurrently: the
+    first to finish wins, the others discard theirs. A damaged data set is built again.
     """
     roots = [*_cache_root(), Path("data").absolute()]
     for root in roots:
@@ -247,7 +247,7 @@ def _build_into(folder: Path, build: Callable[[Path], None]) -> Path:
         splits = sorted(path.name for path in new.iterdir() if path.is_dir())
         stamp = {split: fingerprint(PuzzleDataset(new, split)) for split in splits}
         (new / STAMP).write_text(json.dumps(stamp) + "\n", encoding="utf-8")
-        # Another process may have put its own there since; only what is damaged gives way.
+        # Another process may have finished first; replace only a damaged data set.
         if folder.exists() and not _is_intact(folder):
             _discard(folder)
         try:
@@ -264,8 +264,8 @@ def _build_into(folder: Path, build: Callable[[Path], None]) -> Path:
 
 @contextmanager
 def _new_folder(folder: Path, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
-    """A folder to fill, beside `folder`, that takes its place when the block ends well, else is gone."""
-    # The folder itself, not a link to it, is what gets replaced.
+    """A folder to fill beside `folder`; it replaces `folder` if the block succeeds, else it is removed."""
+    # Replace the folder that a link points to, not the link.
     folder = folder.resolve()
     _check_replaceable(folder, replaceable)
     new = _beside(folder)
@@ -293,7 +293,7 @@ def _is_split(folder: Path) -> bool:
 
 
 def _is_dataset(folder: Path) -> bool:
-    # The last is that of an ARC data set's answers.
+    # test_puzzles.json holds the answers of an ARC data set.
     others = {"identifiers.json", STAMP, "test_puzzles.json"}
     return all(path.name in others or (path.is_dir() and _is_split(path)) for path in folder.iterdir())
 
@@ -303,7 +303,7 @@ def _beside(folder: Path) -> Path:
 
 
 def _discard(folder: Path) -> None:
-    # Out of the way first: its name is free at once, and half of it never stands under that name.
+    # Rename first: the name is free at once and never holds half a data set.
     aside = folder.rename(_beside(folder))
     shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
 

@@ -1,8 +1,8 @@
-"""Answers by vote: what a model predicts for the augmentations of an ARC task, mapped back and counted.
+"""Voting on ARC tests: predictions for the augmentations of a task, mapped back and counted.
 
-Every augmentation of a test votes for one grid. The official evaluations, of HRM and of TRM, rank grids by
-votes and those of equal votes by their mean q_halt; a prediction that shows no grid votes for the empty one.
-A test is solved at k when its answer is among the first k.
+Every augmentation of a test votes for one grid. The official evaluations of HRM and TRM rank grids by votes,
+and equal votes by mean q_halt; a prediction without a grid votes for the empty grid. A test is solved at k if
+its answer is among the first k.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from hrm.data.arc.augment import Pair, grid_of, inverse, task_of
 from hrm.data.dataset import PuzzleDataset
 from hrm.data.format import MAX_NAMES_BYTES, DatasetError
 
-# By name, what ranks a grid of so many votes and so large a sum of their q_halt.
+# Sort keys of a grid, from its votes and the sum of their q_halt.
 RANKINGS = {
     "votes": lambda votes, q_halt: (votes, q_halt / votes),
     "q_halt": lambda votes, q_halt: (q_halt, votes),
@@ -35,15 +35,15 @@ class Answer:
 class Votes:
     """The votes of the tests of every task; memory grows with the different grids voted for.
 
-    tests: by task, its test pairs, as `read_tests` has them; tests with the same input share their votes.
-    ranking: "votes", the official one, or "q_halt", where every vote counts as much as its q_halt. Grids of
-    the same rank stand in the order of their shapes and cells, whatever the order of the votes.
+    tests: test pairs by task, as `read_tests` returns them; tests with the same input share their votes.
+    ranking: "votes" (official), or "q_halt", which weights each vote by its q_halt. Equal grids in rank are
+    ordered by shape and cells, independently of the order of votes.
     """
 
     def __init__(self, tests: Mapping[str, Sequence[Pair]], ranking: str = "votes") -> None:
         self.tests = tests
         self._rank = RANKINGS[ranking]
-        # By task and input, by grid: votes and the sum of q_halt. A grid lies here once, as its key.
+        # Votes and sum of q_halt by task, input and grid.
         self._votes: dict[str, dict[bytes, dict[bytes, tuple[int, float]]]] = {
             task: {_key(pair.input): {} for pair in pairs} for task, pairs in tests.items()
         }
@@ -51,8 +51,8 @@ class Votes:
     def add(self, name: str, inputs: np.ndarray, prediction: np.ndarray, q_halt: float) -> None:
         """Counts the vote of one example.
 
-        name: of its puzzle, in identifiers.json; inputs and prediction: tokens (900,); q_halt: the
-        probability, 0 to 1. Raises DatasetError when no test is meant, ValueError for another q_halt.
+        name: the puzzle's in identifiers.json. inputs, prediction: tokens (900,). q_halt: probability, 0 to
+        1. Raises DatasetError for an input that is no test, ValueError for q_halt out of range.
         """
         if not 0 <= q_halt <= 1:
             raise ValueError(f"q_halt is {q_halt}, expected a probability")
@@ -71,18 +71,18 @@ class Votes:
         counts[key] = votes + 1, total + float(q_halt)
 
     def ranked(self, task: str, test: int) -> list[Answer]:
-        """The answers to a task's test (counted from 0), best first; none when nothing voted."""
-        # Sorted by grid before, and stable: so ties do not depend on who voted first.
+        """The answers to a task's test (counted from 0), best first; empty without votes."""
+        # Sorted by grid first; the stable sort by rank then keeps ties independent of the votes' order.
         counts = sorted(self._votes[task][_key(self.tests[task][test].input)].items())
         counts.sort(key=lambda item: self._rank(*item[1]), reverse=True)
         return [Answer(_grid(key), votes, total / votes) for key, (votes, total) in counts]
 
     def pass_at(self, ks: Sequence[int], whole_tasks: bool = False) -> dict[int, float]:
-        """By k, the part of the tasks solved with k answers to each test; empty when no answer is known.
+        """The share of tasks solved with k answers per test, by k; empty if no answer is known.
 
-        A task counts with the part of its tests that is solved, as for ARC Prize and in TRM's evaluation;
-        whole_tasks: with all of them or not at all, as in HRM's. Tests without a known answer do not count,
-        tests without a vote are not solved.
+        A task counts by its share of solved tests, as in ARC Prize and TRM's evaluation. whole_tasks: a task
+        counts only if all its tests are solved, as in HRM's. Tests without a known answer are ignored; tests
+        without votes are unsolved.
         """
         solved: dict[int, list[float]] = {k: [] for k in ks}
         for task, pairs in self.tests.items():
@@ -94,7 +94,7 @@ class Votes:
         return {k: sum(parts) / len(parts) for k, parts in solved.items() if parts}
 
     def _place(self, task: str, test: int) -> int | None:
-        """How many answers stand before the right one."""
+        """The number of answers before the right one; None if it is not among them."""
         output = self.tests[task][test].output
         assert output is not None
         found = (
@@ -106,10 +106,9 @@ class Votes:
 
 
 def submission(votes: Votes) -> dict[str, list[dict[str, list[list[int]]]]]:
-    """The two best answers to every test, as Kaggle's competitions of ARC Prize want them in submission.json.
+    """The two best answers to every test in the form of submission.json of Kaggle's ARC Prize competitions.
 
-    The best stands twice where there is no second one, a black cell where there is none; empty grids are
-    passed over.
+    Repeats the best answer if there is no second, gives a black cell if there is none, skips empty grids.
     """
     result: dict[str, list[dict[str, list[list[int]]]]] = {}
     for task, pairs in votes.tests.items():

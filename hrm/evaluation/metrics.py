@@ -1,4 +1,4 @@
-"""What a model makes of a data set: metrics by set and difficulty, halting by choice, votes, its answers."""
+"""Evaluation of a model on a data set: metrics by set and difficulty, early halting, voting, predictions."""
 
 import json
 import time
@@ -24,28 +24,28 @@ from hrm.engine.metrics import PER_HALTED, means
 from hrm.engine.modes import Mode
 from hrm.evaluation.arc_voting import Votes, read_names, read_tests, submission
 
-# By how many degrees of difficulty the examples of a set are told apart, about as many in each.
+# Degrees of difficulty in a set, with about as many examples in each.
 BUCKETS = 5
-# Of how many examples a solver finds out the difficulty, where the data set does not tell it.
+# Examples rated by a solver if the data set gives no difficulty.
 RATED = 10_000
-# How many answers to an ARC test may be given, the official evaluations' numbers.
+# Numbers of answers to an ARC test, those of the official evaluations.
 ATTEMPTS = (1, 2, 5, 10, 100, 1000)
 
-# Metrics by name; under "difficulty" and "eval_act" those of a part and of another way.
+# Metrics by name; "difficulty" and "eval_act" hold metrics of parts and of early halting.
 Metrics = dict[str, Any]
-# What is told the answers of a set, batch by batch.
+# Receives the answers of a set, batch by batch.
 Listener = Callable[[str, Answers], None]
 
 
 class Scores:
-    """What each of `count` sequences came to, by its place: the few bytes of it that metrics are made of."""
+    """The results of `count` sequences by place, in the few bytes that metrics need."""
 
     def __init__(self, count: int) -> None:
         self.exact, self.q_right, self.counted = (np.zeros(count, bool) for _ in range(3))
         self.accuracy, self.steps = np.zeros(count, np.float32), np.zeros(count, np.int16)
 
     def add(self, answers: Answers) -> None:
-        """Takes up some sequences."""
+        """Adds the results of some sequences."""
         places, valid = answers.places, answers.labels != IGNORE_LABEL
         right = ((answers.predictions == answers.labels) & valid).sum(axis=1)
         cells = valid.sum(axis=1)
@@ -56,7 +56,7 @@ class Scores:
         self.counted[places] = cells > 0
 
     def metrics(self, chosen: np.ndarray | None = None) -> Metrics:
-        """The means over the sequences at the places `chosen`, or over all; those without labels left out."""
+        """Means over the sequences at the places `chosen`, or over all; ignores those without labels."""
         places = np.flatnonzero(self.counted)
         if chosen is not None:
             places = chosen[self.counted[chosen]]
@@ -68,7 +68,7 @@ class Scores:
         return means({"count": len(places), **sums}, len(places))
 
     def histogram(self, halt_max_steps: int) -> list[int]:
-        """How many sequences took 1, 2, ... halt_max_steps steps."""
+        """The number of sequences that took 1, 2, ... halt_max_steps steps."""
         counts: list[int] = np.bincount(self.steps[self.counted], minlength=halt_max_steps + 1).tolist()
         return counts[1:]
 
@@ -83,13 +83,13 @@ def evaluate(
     eval_act: bool = False,
     listeners: Sequence[Listener] = (),
 ) -> dict[str, Metrics]:
-    """The metrics of every set, each sequence run for halt_max_steps steps, as training computes them.
+    """The metrics of every set as training computes them, with halt_max_steps steps for each sequence.
 
-    examples: those to judge of each set, None for all. With eval_act each set has under "eval_act" what
-    comes out when a sequence stops as it halts: the same metrics, steps_histogram (sequences by steps, from
-    1), steps_saved (share). Under "difficulty", where it is known, the metrics by degrees of it. seconds: of
-    each way, with compiling. listeners: are told the answers of the full steps; places count the set's
-    examples. Memory grows by some ten bytes an example. Raises UserError when a batch does not fit.
+    examples: the examples of each set to evaluate, None for all. eval_act: add under "eval_act" the results
+    with early halting: the same metrics, steps_histogram (sequences by steps, from 1), steps_saved (share).
+    "difficulty" holds metrics by degree of difficulty, if known. seconds: time with compiling, for either
+    way. listeners receive the answers of the full steps; places count the set's examples. Memory grows by
+    about ten bytes per example. Raises UserError if a batch does not fit into memory.
     """
     model, seq_len = trained.model, dataset.metadata.seq_len
     results: dict[str, Metrics] = {}
@@ -102,7 +102,7 @@ def evaluate(
             start = time.perf_counter()
             for answers in _shown(full.answers(_batches(dataset, name, taken, batch_size)), name, len(taken)):
                 scores.add(answers)
-                # In float64: the sums of a large set outgrow float32's integers.
+                # float64, because sums over a large set exceed the integers of float32.
                 batch_sums = full.sums.cpu().numpy().astype(np.float64)
                 sums = batch_sums if not len(sums) else sums + batch_sums
                 for listener in listeners:
@@ -131,7 +131,7 @@ def evaluate(
 def taken_of(
     dataset: PuzzleDataset, examples: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, np.ndarray]:
-    """The numbers of the examples that are judged of each set, increasing; sets without any are left out."""
+    """The increasing numbers of the evaluated examples of each set that has any."""
     if examples is None:
         return {name: np.arange(len(part.inputs)) for name, part in dataset.sets.items()}
     return {name: examples[name] for name in dataset.sets if len(examples[name])}
@@ -147,7 +147,7 @@ def _batches(
 
 
 def _shown(answers: Iterable[Answers], name: str, total: int) -> Iterator[Answers]:
-    """Passes answers on, with a bar on a terminal."""
+    """Passes answers through, with a progress bar on a terminal."""
     with tqdm(total=total, desc=name, unit=" puzzles", leave=False, disable=None) as bar:
         for each in answers:
             yield each
@@ -171,9 +171,9 @@ def _enough_memory(batch_size: int) -> Iterator[None]:
 
 
 def difficulty(dataset: PuzzleDataset, name: str, taken: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How hard examples of a set are, (n,) integers, and their places (n,) in `taken`; nothing if unknown.
+    """The difficulty of examples of a set, (n,) integers, and their places (n,) in `taken`; empty if unknown.
 
-    As the data set tells, else for Sudoku the guesses of the solver, of a random part where there are many.
+    It comes from the data set, or for Sudoku from the solver's guesses on a random part of at most RATED.
     """
     known = read_difficulty(dataset.folder, name, len(dataset.sets[name].inputs))
     places = np.arange(len(taken))
@@ -192,11 +192,11 @@ def difficulty(dataset: PuzzleDataset, name: str, taken: np.ndarray) -> tuple[np
 
 
 def degrees(values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """The degrees of difficulty that values (n,) fall into, from easy to hard: range and indices of each.
+    """The degrees of difficulty of values (n,), from easy to hard: the range and indices of each.
 
-    About as many values in each, equal ones together; nothing where there is one degree alone.
+    Degrees have about as many values, and equal values share one; yields nothing for a single degree.
     """
-    # Of all values, how many are easier.
+    # The number of easier values, for each value.
     easier = np.searchsorted(np.sort(values), values)
     degree = BUCKETS * easier // max(1, len(values))
     numbers = np.unique(degree)
@@ -210,10 +210,9 @@ def degrees(values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
 
 
 class Voting:
-    """A listener that lets the augmentations of ARC tasks vote for answers; see `hrm.evaluation.arc_voting`.
+    """A listener that counts the votes of ARC augmentations; see `hrm.evaluation.arc_voting`.
 
-    taken: the examples that are judged of each set. Raises DatasetError for a data set without the names of
-    its puzzles.
+    taken: the evaluated examples of each set. Raises DatasetError for a data set without puzzle names.
     """
 
     def __init__(self, dataset: PuzzleDataset, taken: Mapping[str, np.ndarray]) -> None:
@@ -226,7 +225,7 @@ class Voting:
         self._dataset.check_unchanged(name)
         examples = self._taken[name][answers.places]
         identifiers = part.puzzle_identifiers[_puzzles(part, examples)]
-        # The sigmoid, which does not overflow this way.
+        # The sigmoid in a form that does not overflow.
         q_halt = 0.5 * (1 + np.tanh(0.5 * answers.q_halt.astype(np.float64)))
         for identifier, example, prediction, q in zip(
             identifiers, examples, answers.predictions, q_halt, strict=True
@@ -234,7 +233,7 @@ class Voting:
             self._votes.add(self._names[identifier], part.inputs[example], prediction, float(q))
 
     def metrics(self) -> Metrics:
-        """The part of the tests, by task, that is solved with so many answers to each; and of whole tasks."""
+        """pass@k by tests and by whole tasks; see `Votes.pass_at`."""
         ways = {"pass_at": False, "pass_at_whole_tasks": True}
         solved = {name: self._votes.pass_at(ATTEMPTS, whole) for name, whole in ways.items()}
         return {name: {str(k): part for k, part in parts.items()} for name, parts in solved.items()}
@@ -248,11 +247,11 @@ class Voting:
 def predictions_file(
     path: Path, dataset: PuzzleDataset, taken: Mapping[str, np.ndarray]
 ) -> Iterator[Listener]:
-    """A listener whose answers become the .npz file `path` when the block ends well.
+    """A listener whose answers become the .npz file `path` if the block succeeds.
 
-    It holds for every set, named as the set's own files are: predictions (n, S), q_halt (n,), steps (n,),
-    puzzle_identifiers (n,), examples (n,), the numbers of the examples in the set. On the disk, not in
-    memory, all the while. Raises UserError where it cannot be written.
+    For every set it holds, under names as in the set's own files: predictions (n, S), q_halt (n,), steps
+    (n,), puzzle_identifiers (n,) and examples (n,), their numbers in the set. The arrays grow on disk, not in
+    memory. Raises UserError if the file cannot be written.
     """
     kind = np.min_scalar_type(dataset.metadata.vocab_size - 1)
     with new_file(path) as whole:

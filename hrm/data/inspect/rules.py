@@ -1,4 +1,4 @@
-"""Whole arrays of puzzles held against their rules: fast in finding what is wrong, and then in words."""
+"""Checks of whole arrays against the rules of their puzzles: a fast search for faults, then words."""
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from hrm.data.workers import compiled, over_rows
 
 
 def broken(kind: Kind, inputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Which labels break a rule that `kind.problems` tells of, (N,) bool.
+    """Which labels break a rule of `kind.problems`, (N,) bool.
 
     inputs, labels: (N, S) integers.
     """
@@ -32,7 +32,7 @@ def broken(kind: Kind, inputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def check_rules(split: Split, findings: Findings) -> None:
     """Checks that the labels of a split solve its inputs, by the rules of its kind of puzzle.
 
-    A label that carries no loss is taken from the input; an example without any other is left out.
+    A cell without loss takes its value from the input; examples without any loss are skipped.
     """
     kind = split.kind
     for name in split.sets:
@@ -53,7 +53,7 @@ def check_rules(split: Split, findings: Findings) -> None:
                 def tell(
                     row: int, first: int = rows.start, q: np.ndarray = inputs, a: np.ndarray = boards
                 ) -> str:
-                    # An ARC canvas is judged as a whole, questions and labels alike.
+                    # ARC has the same rule for questions and labels.
                     is_arc = kind.name == "arc"
                     problems = kind.impossible(a[row]) if is_arc else kind.problems(q[row], a[row])
                     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -71,7 +71,7 @@ def check_unique(split: Split, findings: Findings) -> None:
             continue
         firsts = _firsts(split, name, len(examples[0]))
         questions = np.asarray(examples[0][firsts], np.int64) - 1
-        # What is no digit is a violation of its own.
+        # Another check reports tokens that are no digits.
         questions = np.where((questions >= 0) & (questions <= kind.rows), questions, 0).astype(np.uint8)
         found = _solutions(questions, f"solving {split.folder.name}")
         path = array_path(split.folder, name, "inputs")
@@ -82,7 +82,7 @@ def check_unique(split: Split, findings: Findings) -> None:
 
 
 def _firsts(split: Split, name: str, examples: int) -> np.ndarray:
-    """The first example of every group, or every example where the groups cannot be told."""
+    """The first example of every group, or every example if the groups are damaged."""
     arrays = split.sets[name]
     puzzles, groups = (arrays.get(array) for array in ("puzzle_indices", "group_indices"))
     if puzzles is not None and groups is not None and groups.min() >= 0 and groups.max() < len(puzzles):
@@ -105,7 +105,7 @@ def _solutions(questions: np.ndarray, what: str) -> np.ndarray:
 
 
 def _broken_sudoku(kind: Kind, questions: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    # A unit that holds every digit holds each of them once.
+    # A row, column or box with every digit has each digit once.
     bits = np.left_shift(1, np.minimum(answers, 31), dtype=np.int64)
     held = np.bitwise_or.reduce(bits[:, units(kind.rows)[0]], axis=2)
     every = sum(1 << token for token in range(2, kind.rows + 2))
@@ -114,7 +114,7 @@ def _broken_sudoku(kind: Kind, questions: np.ndarray, answers: np.ndarray) -> np
 
 @compiled
 def _judge_canvases(canvases, right):
-    """Which of ARC's canvases hold one grid of colours, end marks to its right and below, and padding."""
+    """Which canvases hold one grid of colours, end marks to its right and below, and padding."""
     rows, columns = canvases.shape[1:]
     for number in range(len(canvases)):
         canvas = canvases[number]
