@@ -147,7 +147,7 @@ class _SmallReads(io.FileIO):
 
 
 def _check_archive(path: Path) -> None:
-    """Raises ValueError unless torch.save could have written the archive, with tensors alone in its pickle."""
+    """Raises ValueError unless torch.save could have written the archive, its pickle holding tensors only."""
     open_bounded(path).close()
     with _SmallReads(path) as file, zipfile.ZipFile(file) as archive:
         members = archive.infolist()

@@ -1,8 +1,8 @@
-"""ARC grids on their canvas, and the symmetries that make new puzzles of a task: eight turns, nine colours.
+"""ARC grids on their canvas, and augmentations of tasks: eight turns, permutations of nine colours.
 
-A canvas is 30 x 30 tokens, row by row: 0 is padding, colour c is c + 2, and 1 ends the grid: below its last
-row and right of its last column, as far as they lie on the canvas. An augmentation turns or mirrors every
-grid of a task in the same way (`t0` to `t7`) and renames colours 1 to 9; black stays. It is named
+A canvas is 30 x 30 tokens, row by row: 0 is padding, colour c is c + 2, and 1 marks the end of the grid,
+below its last row and right of its last column, where the canvas has room. An augmentation turns or mirrors
+all grids of a task in the same way (`t0` to `t7`) and permutes colours 1 to 9; black stays. Its name is
 `<task>_t<k>_<perm>`, where digit c of perm is the new colour of colour c.
 """
 
@@ -18,10 +18,10 @@ SIDE = 30
 VOCAB_SIZE = 12
 END, FIRST_COLOUR = 1, 2
 COLOURS = 10
-# Draws for each augmentation that is asked for, before a task counts as having no more.
+# Draws for each requested augmentation, before a task counts as exhausted.
 TRIALS = 5
 
-# Of the turns 0 to 7; the last two mirror at the diagonals.
+# Inverses of the turns 0 to 7; the last two mirror at the diagonals.
 TURNS: tuple[Callable[[np.ndarray], np.ndarray], ...] = (
     lambda grid: grid,
     lambda grid: np.rot90(grid, 1),
@@ -34,13 +34,12 @@ TURNS: tuple[Callable[[np.ndarray], np.ndarray], ...] = (
 )
 INVERSE_TURNS = (0, 3, 2, 1, 4, 5, 6, 7)
 
-# Names with ||| between their parts are those of TRM's data sets.
+# TRM's data sets separate the parts of names by |||.
 _AUGMENTED = re.compile(
     r"(?P<task>.+)(?P<rule>_|\|\|\|)t(?P<turn>[0-7])(?P=rule)(?P<colours>0[1-9]{9})", re.S
 )
 
-# What tells pairs apart: random weights of the cells of both grids, and of colours. Always the same, so that
-# a task always has the same augmentations.
+# Random weights of cells and colours that identify pairs; a fixed seed keeps augmentations reproducible.
 _weights = np.random.default_rng(0)
 _CELLS = _weights.integers(1 << 63, size=(2, SIDE, SIDE), dtype=np.uint64)
 _COLOURS = _weights.integers(1 << 63, size=COLOURS, dtype=np.uint64) | np.uint64(1)
@@ -49,7 +48,7 @@ _MIX = _weights.integers(1 << 63, size=2, dtype=np.uint64) | np.uint64(1)
 
 @dataclass(frozen=True)
 class Pair:
-    """A grid and what becomes of it, each (rows, columns) uint8 of colours 0 to 9; output None: not known."""
+    """An input and output grid, each (rows, columns) uint8 of colours 0 to 9; an unknown output is None."""
 
     input: np.ndarray
     output: np.ndarray | None
@@ -60,19 +59,19 @@ class Pair:
 
 
 def canvas(grid: np.ndarray, row: int = 0, col: int = 0) -> np.ndarray:
-    """Tokens (900,) uint8 of a grid (rows, columns) of colours, its upper left cell at (row, col)."""
+    """Tokens (900,) uint8 of a grid (rows, columns) of colours with its upper left cell at (row, col)."""
     return _placed(grid, row, col, SIDE).ravel()
 
 
 def grid_of(tokens: np.ndarray) -> np.ndarray | None:
-    """The grid that a canvas (900,) shows, (rows, columns) uint8 of colours; None when it shows none.
+    """The grid on a canvas (900,), (rows, columns) uint8 of colours; None without one.
 
-    It is the largest rectangle of colours from the upper left corner on, the flattest of several, as the
-    official evaluation has it: end lines need not be whole, and a grid placed elsewhere is not found.
+    As in the official evaluation it is the largest rectangle of colours in the upper left corner, the one
+    with fewest rows among equals. End lines may be incomplete, and a grid elsewhere is not found.
     """
     board = np.asarray(tokens).reshape(SIDE, SIDE)
     coloured = (board >= FIRST_COLOUR) & (board < VOCAB_SIZE)
-    # How far all rows down to each are coloured.
+    # Width of the coloured part that all rows down to each one share.
     widths = np.minimum.accumulate(np.cumprod(coloured, axis=1).sum(axis=1))
     rows = int((widths * np.arange(1, SIDE + 1)).argmax()) + 1
     columns = int(widths[rows - 1])
@@ -80,13 +79,13 @@ def grid_of(tokens: np.ndarray) -> np.ndarray | None:
 
 
 def task_of(name: str) -> str:
-    """The task that a puzzle is made of; its own name for one that is not augmented."""
+    """The name of a puzzle's task; an original puzzle has the name of its task."""
     found = _AUGMENTED.fullmatch(name)
     return found["task"] if found else name
 
 
 def inverse(name: str) -> Callable[[np.ndarray], np.ndarray]:
-    """The function that maps a grid (rows, columns) of a puzzle of this name back to its task's.
+    """The function that maps a grid (rows, columns) of the puzzle with this name back to its task's grid.
 
     Names are this project's, the official code's or TRM's (`<task>|||t<k>|||<perm>`). Raises DatasetError for
     a name whose last part is no permutation.
@@ -106,13 +105,13 @@ def inverse(name: str) -> Callable[[np.ndarray], np.ndarray]:
 
 @dataclass(frozen=True)
 class Augmentations:
-    """Symmetries of a task, the first one none: turns (N,) 0 to 7; colours (N, 10) uint8, the new colours."""
+    """Augmentations of a task, the first one the identity: turns (N,) 0 to 7; new colours (N, 10) uint8."""
 
     turns: np.ndarray
     colours: np.ndarray
 
     def names(self, task: str) -> list[str]:
-        """The names of the task's N puzzles, the first its own."""
+        """The names of the task's N puzzles; the first is the task's."""
         digits = (self.colours + ord("0")).tobytes().decode("ascii")
         codes = (digits[first : first + COLOURS] for first in range(COLOURS, len(digits), COLOURS))
         turns = self.turns[1:].tolist()
@@ -120,9 +119,9 @@ class Augmentations:
 
 
 def draw(pairs: Sequence[Pair], num_aug: int, rng: np.random.Generator) -> Augmentations:
-    """Up to num_aug random symmetries of a task that make another puzzle each, after the one that is none.
+    """The identity and up to num_aug random augmentations of a task that give different puzzles.
 
-    Puzzles are the same when they have the same pairs, in any order; they are told apart by a 64-bit hash.
+    Puzzles are equal if they have the same pairs in any order; a 64-bit hash compares them. At most
     TRIALS * num_aug are drawn, so that a task with few different puzzles gets fewer.
     """
     count = TRIALS * num_aug
@@ -139,15 +138,15 @@ def token_arrays(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and labels (N * E, 900) uint8 of a task's E pairs under N symmetries, puzzle by puzzle.
 
-    rng: places both grids of a pair at random, the same place for both, where they fit; of every puzzle one
-    pair, chosen at random, stays in the upper left corner. None: all stay there. The labels of a pair without
-    an output are padding.
+    rng: puts both grids of a pair at the same random place where they fit, except one random pair of every
+    puzzle, which stays in the upper left corner. None: all pairs stay there. Labels of a pair without an
+    output are padding.
     """
     count, slots = len(made.turns), len(pairs)
     places = np.zeros((count, slots, 2), np.int64)
     if rng is not None:
         sizes = np.array([np.max([grid.shape for grid in pair.grids], axis=0) for pair in pairs])
-        # By turn: all but half turns and plain mirrors exchange rows and columns.
+        # Whether each turn exchanges rows and columns.
         turned = np.stack([sizes[:, ::-1] if _swaps(turn) else sizes for turn in range(len(TURNS))])
         places = rng.integers(SIDE - turned[made.turns] + 1)
         places[np.arange(count), rng.integers(slots, size=count)] = 0
@@ -157,7 +156,7 @@ def token_arrays(
     both = np.zeros((2, count, slots, SIDE * SIDE), np.uint8)
     for slot, pair in enumerate(pairs):
         for result, grid in zip(both, pair.grids, strict=False):
-            # With room around every turn of the grid: moving a window on it moves the grid.
+            # A larger canvas around each turned grid: a window that moves on it places the grid.
             wide = np.stack([_placed(turn(grid), SIDE - 1, SIDE - 1, 2 * SIDE - 1) for turn in TURNS])
             windows = np.lib.stride_tricks.sliding_window_view(wide, (SIDE, SIDE), axis=(1, 2))
             rows, cols = (SIDE - 1 - places[:, slot]).T
@@ -168,7 +167,7 @@ def token_arrays(
 
 
 def _placed(grid: np.ndarray, row: int, col: int, side: int) -> np.ndarray:
-    # A line more takes the end lines that fall off the canvas.
+    # One extra line for end lines beyond the canvas.
     board = np.zeros((side + 1, side + 1), np.uint8)
     bottom, right = row + grid.shape[0], col + grid.shape[1]
     board[row:bottom, col:right] = grid + FIRST_COLOUR
@@ -182,8 +181,8 @@ def _swaps(turn: int) -> bool:
 
 
 def _hashes(pairs: Sequence[Pair], turns: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """A number for every augmented task (N,) uint64, equal for equal ones, whatever the order of pairs."""
-    # For every turn and pair, the weight of the cells of each colour, black ones too: so shapes count.
+    """A hash of every augmented task (N,) uint64, independent of the order of pairs."""
+    # The weight of each colour's cells for every turn and pair; black counts, so that shapes matter.
     weights = np.zeros((len(TURNS), len(pairs), COLOURS), np.uint64)
     for number, turn in enumerate(TURNS):
         for slot, pair in enumerate(pairs):
@@ -191,7 +190,7 @@ def _hashes(pairs: Sequence[Pair], turns: np.ndarray, colours: np.ndarray) -> np
                 rows, cols = grid.shape
                 np.add.at(weights[number, slot], grid, _CELLS[side, :rows, :cols])
     keys = np.einsum("nec,nc->ne", weights[turns], _COLOURS[colours])
-    # Sums of sums would not tell which cell belongs to which pair.
+    # A plain sum would not separate the cells of different pairs.
     for factor in _MIX:
         keys = (keys ^ (keys >> np.uint64(31))) * factor
     return (keys ^ (keys >> np.uint64(31))).sum(axis=1)

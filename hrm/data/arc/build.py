@@ -1,7 +1,7 @@
-"""ARC data sets: read, augmented, divided and written (`python -m hrm.data arc`).
+"""Builds ARC data sets: reads, augments, splits and writes tasks (`python -m hrm.data arc`).
 
-A group is a task: a puzzle as it came, then its augmentations, each with an identifier and a name of its own
-(see `arc_augment`). The pairs of training tasks, demonstrations and tests, train; of evaluation tasks the
+A group is a task: the original puzzle, then its augmentations, each with its own identifier and name
+(see `augment`). The pairs of training tasks, demonstrations and tests, train; of evaluation tasks the
 demonstrations train and the tests test, under the same identifiers. In training, every pair but one of each
 puzzle stands at a random place on its canvas; in the test all stand in the upper left corner. Labels carry no
 loss at padding, and a test whose answer is not known has padding for labels: it is not counted. Both splits
@@ -35,7 +35,7 @@ from hrm.data.writer import Shape, check_output, new_dataset
 
 SET = "all"
 TEST_PUZZLES = "test_puzzles.json"
-# How many tasks the summary names in one line.
+# Most task names in a line of the summary.
 NAMED = 8
 
 Item = TypeVar("Item")
@@ -52,7 +52,7 @@ class Group:
 
 
 def build_group(task: Task, num_aug: int, seed: int) -> Group:
-    """A task and up to num_aug augmentations; (seed, name and pairs of the task) alone say which."""
+    """A task and up to num_aug augmentations, which depend on seed, name and pairs of the task alone."""
     digest = hashlib.sha256(task.name.encode()).digest()
     rng = np.random.default_rng([seed, *np.frombuffer(digest, "<u4").tolist()])
     made = draw(task.pairs, num_aug, rng)
@@ -68,7 +68,7 @@ def build_group(task: Task, num_aug: int, seed: int) -> Group:
 def write_arc(
     folder: str | Path, tasks: Sequence[Task], num_aug: int, seed: int, workers: int = 1
 ) -> list[tuple[str, int]]:
-    """Augment tasks and write the data set; returns the name of each and the puzzles made of it.
+    """Augments tasks and writes the data set; returns each task's name and number of puzzles.
 
     tasks: of different names. The bytes written do not depend on workers, the number of processes. There is
     no test split without evaluation tasks. Raises DatasetError.
@@ -78,7 +78,7 @@ def write_arc(
     with new_dataset(folder) as writer:
         splits = {name: writer.split(name, Shape(SIDE * SIDE, VOCAB_SIZE)) for name in _splits(tasks)}
         groups = _in_order(partial(build_group, num_aug=num_aug, seed=seed), tasks, workers)
-        # A bar that an error passes through must be gone before the error is printed.
+        # The bar closes before an error is printed.
         with tqdm(groups, desc="tasks", total=len(tasks), leave=False) as bar:
             for group in bar:
                 count = len(group.names)
@@ -97,15 +97,14 @@ def write_arc(
 
 
 def distinct(tasks: Iterable[Task]) -> tuple[list[Task], list[Task]]:
-    """The tasks without repetitions, and what was left out: tasks with the same pairs as one that is kept.
+    """The different tasks, and the repetitions that were removed: tasks with the pairs of a kept one.
 
-    An evaluation task is kept rather than a training task. Raises DatasetError for two different tasks of
-    one name.
+    Evaluation tasks are kept before training tasks. Raises DatasetError for two tasks of one name.
     """
     kept: dict[frozenset[tuple[bytes, int]], Task] = {}
     left_out = []
     for task in tasks:
-        # The order of the pairs does not matter, nor which of them are tests.
+        # The order of pairs and their role do not matter.
         pairs = Counter(_key(pair.grids) for pair in task.pairs)
         other = kept.setdefault(frozenset(pairs.items()), task)
         if task.evaluation and not other.evaluation:
@@ -124,7 +123,7 @@ def distinct(tasks: Iterable[Task]) -> tuple[list[Task], list[Task]]:
 
 
 def leaks(tasks: Sequence[Task]) -> list[tuple[str, str]]:
-    """Evaluation tasks that a training task gives away: the names of both.
+    """Evaluation tasks that a training task reveals: the names of both.
 
     Their pairs are the same after one of the eight turns of all grids and a renaming of colours 1 to 9, which
     may differ from pair to pair.
@@ -139,7 +138,7 @@ def _splits(tasks: Sequence[Task]) -> list[str]:
 
 
 def _key(grids: Sequence[np.ndarray]) -> bytes:
-    """Equal for equal grids only: shapes in front of cells."""
+    """Bytes that identify a grid: its shape, then its cells."""
     return b"".join(bytes(grid.shape) + np.ascontiguousarray(grid).tobytes() for grid in grids)
 
 
@@ -168,12 +167,12 @@ def _as_json(task: Task) -> dict[str, Any]:
 
 
 def _in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """The results for the items in their order, made by several processes; few wait at a time."""
+    """The results for the items in order, from several processes that work little ahead."""
     if workers == 1:
         yield from map(function, items)
         return
     waiting: deque[Future[Result]] = deque()
-    # New processes rather than copies: those would hold the locks of threads that they do not have.
+    # Spawn: forked processes would inherit locks of threads that they lack.
     pool = ProcessPoolExecutor(workers, get_context("spawn"))
     try:
         for item in items:
@@ -193,7 +192,7 @@ def _in_order(function: Callable[[Item], Result], items: Iterable[Item], workers
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Processes that start meanwhile never see Ctrl-C, which goes to all: this one answers it."""
+    """Processes started in the context ignore Ctrl-C; this process answers it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
@@ -221,7 +220,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Build a data set as the options say, and print what is in it. Raises DatasetError."""
+    """Builds a data set from the options and prints a summary. Raises DatasetError."""
     check_output(args.output_dir)
     workers = usable_cpus() if args.workers is None else args.workers
     for name, value, low in (("num-aug", args.num_aug, 0), ("seed", args.seed, 0), ("workers", workers, 1)):

@@ -1,15 +1,15 @@
-"""ARC tasks from files: folders of task JSON, or Kaggle's challenges and solutions; every cell is checked.
+"""Reads ARC tasks from folders of JSON files, or Kaggle's challenges and solutions, and checks every cell.
 
 A task is `{"train": [pair, ...], "test": [pair, ...]}`, a pair `{"input": grid, "output": grid}`, a grid a
-list of 1 to 30 rows of as many colours 0 to 9. A task may have a `name`, which else is its file's; other keys
-are passed over. A source is one of
+list of 1 to 30 rows of as many colours 0 to 9. A task may have a `name`; without it, its file's name counts.
+Other keys are ignored. A source is one of
 
 - a folder with sub-folders of task files, as ARC-AGI (training/, evaluation/) and ConceptARC (one a concept);
 - a folder of task files;
-- the prefix of Kaggle's files, `<prefix>_challenges.json` and, where answers are known,
+- the prefix of Kaggle's files, `<prefix>_challenges.json` and, if answers are known,
   `<prefix>_solutions.json`: a list of the tests' outputs for each task.
 
-Tasks are evaluation tasks where their own folder, or the last word of the prefix, begins with `evaluation` or
+Tasks are evaluation tasks if their folder, or the last word of the prefix, begins with `evaluation` or
 `test`, else training tasks. Only tests of evaluation tasks may lack an output.
 """
 
@@ -25,18 +25,18 @@ from hrm.common.text import literal
 from hrm.data.arc.augment import COLOURS, SIDE, Pair, task_of
 from hrm.data.format import DatasetError
 
-# Far above what tasks take, and what a reader of JSON can be given without harm.
+# Limits far above real tasks, at which reading JSON is still harmless.
 MAX_TASK_BYTES = 4 << 20
 MAX_KAGGLE_BYTES = 32 << 20
 MAX_PAIRS = 100
 MAX_NAME = 200
-# The name of identifier 0, which is no puzzle.
+# The name of identifier 0, which belongs to no puzzle.
 BLANK = "<blank>"
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its demonstrations (`train`), its tests, and whether the tests are kept from training."""
+    """A task: demonstrations (`train`), tests, and whether its tests are excluded from training."""
 
     name: str
     where: str
@@ -110,7 +110,7 @@ def _read_kaggle(challenges: Path, solutions: Path) -> Iterator[Task]:
                 raise DatasetError(
                     f"{there}: {len(outputs)} outputs, expected {len(tests)} as {challenges.name} has tests"
                 )
-            # Checked where they come from, so that a fault is sought in the right file.
+            # Checked here, so that messages give the right file.
             for number, grid in enumerate(outputs):
                 _grid(grid, f"{there}: output {number}")
             tests = [
@@ -126,7 +126,7 @@ def _is_evaluation(name: str) -> bool:
 
 
 def read_task(path: Path) -> Task:
-    """The task of one file, as one whose tests may lack an output. Raises DatasetError."""
+    """The task in one file, whose tests may lack an output. Raises DatasetError."""
     return _task(_read(path, MAX_TASK_BYTES), path.stem, str(path), True)
 
 
@@ -174,7 +174,7 @@ def _grid(value: Any, where: str) -> np.ndarray:
             length = f"{len(row)} cells" if isinstance(row, list) else literal(row)
             raise DatasetError(f"{where}, row {number}: {length}, expected {width} cells as in row 0")
         for column, colour in enumerate(row):
-            # A truth value is a number too, and equal to one.
+            # bool is a subclass of int.
             if type(colour) is not int or not 0 <= colour < COLOURS:
                 raise DatasetError(
                     f"{where}, row {number}, column {column}: {literal(colour)}, expected a colour 0 to 9"

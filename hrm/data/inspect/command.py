@@ -1,7 +1,6 @@
-"""A data set looked at: what is in it, some of its puzzles, what is wrong (`python -m hrm.data inspect`).
+"""Inspects a data set: its contents, sample puzzles, violations (`python -m hrm.data inspect`).
 
-Exit status: 0 when every check passes, 1 when something is wrong with the data set, 2 when there is none to
-look at.
+Exit status: 0 if every check passes, 1 if the data set has a fault, 2 if there is no data set.
 """
 
 import argparse
@@ -37,7 +36,7 @@ from hrm.data.puzzle_kinds import Kind
 # Tokens of larger vocabularies are not counted.
 MOST_TOKENS = 1 << 12
 MOST_SAMPLES = 100
-# Boards as wide as this together stand side by side.
+# Widest pair of boards, in characters, that is printed side by side.
 MOST_COLUMNS = 100
 
 
@@ -55,9 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check a data set, and print what is in it and each violation.
+    """Checks a data set, and prints its contents and each violation.
 
-    Raises UserError where there is no data set, and SystemExit with status 1 where something is wrong.
+    Raises UserError if there is no data set, SystemExit with status 1 if it has a fault.
     """
     if not 0 <= args.samples <= MOST_SAMPLES:
         raise UserError(f"samples={args.samples}: expected 0 to {MOST_SAMPLES}")
@@ -91,14 +90,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _folders(path: Path, wanted: str | None) -> tuple[Path, list[Path]]:
-    """The data set's folder and those of its splits."""
+    """The data set's folder and the folders of its splits."""
     if not path.is_dir():
         raise DatasetError(f"{path}: no such folder, expected that of a data set")
     if _is_split(path):
         if wanted not in (None, path.name):
             raise DatasetError(f"{path}: is the split {path.name}, not {wanted}; leave out --split")
         return path.parent, [path]
-    # train before test, as for people.
+    # train before test.
     found = sorted((folder for folder in path.iterdir() if _is_split(folder)), reverse=True)
     folders = [folder for folder in found if wanted in (None, folder.name)]
     if not folders:
@@ -115,8 +114,11 @@ def _is_split(folder: Path) -> bool:
 
 
 def _check_leaks(splits: list[Split], findings: Findings) -> int:
-    """Training labels that are test labels: a violation for Sudoku and mazes, else only counted, as different
-    questions may well have one answer."""
+    """Reports training labels that are also test labels.
+
+    They are violations for Sudoku and mazes; elsewhere different questions may share an answer, so they are
+    only counted.
+    """
     named = {split.folder.name: split for split in splits}
     count = 0
     if {"train", "test"} <= named.keys():
@@ -205,7 +207,7 @@ class Sample:
 
 
 def _samples(split: Split, count: int, seed: int) -> list[Sample]:
-    """Examples at random over all sets, in order."""
+    """Random examples from all sets, in order."""
     usable = [(name, pair) for name in split.sets if (pair := split.examples(name)) is not None]
     ends = np.cumsum([len(inputs) for _, (inputs, _) in usable])
     if not len(ends) or split.kind is None:
@@ -229,7 +231,7 @@ def _texts(split: Split, samples: list[Sample]) -> Iterator[str]:
         yield f"  {sample.name}, row {sample.row}, and its label:"
         left = kind.text(sample.question, color=color).splitlines()
         right = kind.text(sample.answer, sample.question, color).splitlines()
-        # Without the codes of colours, which take no room.
+        # Widths without colour codes.
         room = [len(line) for line in kind.text(sample.question).splitlines()]
         gap = max(room) + 3
         if gap + max(len(line) for line in kind.text(sample.answer).splitlines()) > MOST_COLUMNS:
@@ -244,7 +246,7 @@ def _draw(path: Path, splits: list[Split], drawn: dict[str, list[Sample]]) -> No
     if split is None or split.kind is None:
         raise UserError(f"{path}: there is no sample to draw; raise --samples or mend the data set")
     boards: list[tuple[str, Tokens, Tokens | None]] = []
-    # One kind in a picture: splits that do not fit each other are a violation.
+    # A picture shows one kind; splits of different kinds are a violation.
     for other in splits:
         if other.kind == split.kind:
             for sample in drawn[other.folder.name]:

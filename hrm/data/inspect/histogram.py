@@ -6,18 +6,18 @@ from itertools import pairwise
 import numpy as np
 
 WIDTH = 40
-# Of shares: each bucket reaches up to four times as far as the one before.
+# Upper ends of the buckets of shares; each is four times the one before.
 FIRST_BUCKETS = (0, 1)
 WIDEN = 4
 BAR = 24
 
 
 def histogram(values: np.ndarray, buckets: int = 8) -> list[str]:
-    """Counts of whole numbers in some `buckets` of one round width, a line for each: from, to, bar, count."""
+    """Counts of integers in about `buckets` buckets of equal, round width, as lines: from, to, bar, count."""
     least, most = int(values.min()), int(values.max())
     width = _round_up(-(-(most - least + 1) // buckets))
     first = least // width
-    # Of 64 bits without a sign, not all are int64 before the division.
+    # Unsigned numbers may exceed int64 before the division.
     wide = values if values.dtype == np.uint64 else values.astype(np.int64)
     counts = np.bincount((wide // width - first).astype(np.int64))
     names = []
@@ -33,7 +33,7 @@ def histogram(values: np.ndarray, buckets: int = 8) -> list[str]:
 
 
 def shares(difficulty: dict[str, np.ndarray]) -> Iterator[str]:
-    """Bars of the share of the puzzles in each bucket of difficulty, a column for each split."""
+    """Bars for the share of puzzles in each bucket of difficulty, with a column for each split."""
     everything = np.concatenate(list(difficulty.values()))
     edges = [*FIRST_BUCKETS]
     while edges[-1] <= everything.max():

@@ -1,7 +1,7 @@
-"""Every invariant of a data set on disk, each violation told; what one array lacks does not hide the others.
+"""Checks of every invariant of a data set on disk, which report all violations.
 
-`layout.read_set` stops at the first fault, to train on nothing damaged; here the checks go on, in chunks of
-the memory-mapped arrays, and what cannot be told without a damaged part is left out.
+`format.read_set` stops at the first fault, because training must not start on damaged data. These checks
+continue, in chunks of the memory maps, and skip only what depends on a damaged part.
 """
 
 import math
@@ -32,13 +32,13 @@ from hrm.data.format import (
 )
 from hrm.data.puzzle_kinds import Kind, kind_for
 
-# Violations that are told of one file; the others are counted.
+# Violations of one file that are reported; further ones are counted.
 MOST = 20
 INDICES = {"puzzle_indices": "inputs", "group_indices": "puzzle_identifiers"}
 
 
 class Findings:
-    """What is wrong, file by file: the first MOST violations of each, and how many there are."""
+    """The violations of each file: the first MOST of them, and their number."""
 
     def __init__(self) -> None:
         self.told: dict[Path, list[str]] = {}
@@ -48,7 +48,7 @@ class Findings:
         self.add_rows(path, range(1), lambda _: what)
 
     def add_rows(self, path: Path, rows: Sequence[int] | np.ndarray, tell: Callable[[int], str]) -> None:
-        """One violation for each of `rows`, told by tell(row)."""
+        """Adds one violation for each of `rows`, described by tell(row)."""
         if not len(rows):
             return
         told = self.told.setdefault(path, [])
@@ -60,7 +60,7 @@ class Findings:
         return self.counts.total()
 
     def lines(self, folder: Path) -> Iterator[str]:
-        """A line for each violation, the files named from `folder`."""
+        """A line for each violation, with paths relative to `folder`."""
         for path, told in self.told.items():
             name = path.relative_to(folder)
             yield from (f"{name}: {what}" for what in told)
@@ -70,8 +70,11 @@ class Findings:
 
 @dataclass
 class Split:
-    """A split as far as it can be read: the valid fields of its dataset.json, and of every set the arrays of
-    the right type and number of dimensions, memory-mapped."""
+    """The readable parts of a split.
+
+    facts: the valid fields of dataset.json. sets: by set, the arrays of the right type and number of
+    dimensions, as memory maps.
+    """
 
     folder: Path
     facts: dict[str, Any]
@@ -83,14 +86,14 @@ class Split:
         return kind_for(self.facts["vocab_size"], self.facts["seq_len"]) if known else None
 
     def examples(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """Inputs and labels (N, S) of a set, None where they do not fit each other and dataset.json."""
+        """Inputs and labels (N, S) of a set; None if they contradict each other or dataset.json."""
         inputs, labels = (self.sets[name].get(array) for array in MAPPED)
         if inputs is None or labels is None or inputs.shape != labels.shape:
             return None
         return (inputs, labels) if inputs.shape[1] == self.facts.get("seq_len") else None
 
     def answers(self, inputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Labels (..., S) int64, those without loss taken from the inputs; ARC's, which are padding, stay."""
+        """Labels (..., S) int64; cells without loss take the input's token, except padding in ARC."""
         if self.kind is not None and self.kind.name == "arc":
             return labels.astype(np.int64)
         return np.where(labels == self.facts.get("ignore_label_id"), inputs, labels).astype(np.int64)
@@ -118,7 +121,7 @@ def check_split(folder: Path, findings: Findings) -> Split:
 
 
 def _description(path: Path, findings: Findings) -> dict[str, Any]:
-    """The fields of a dataset.json that are as they should be."""
+    """The valid fields of a dataset.json."""
     values = _json(path, MAX_DESCRIPTION_BYTES, "a split's description", findings)
     if values is None:
         return {}
@@ -224,7 +227,7 @@ def _check_totals(split: Split, findings: Findings) -> None:
 
 
 def _check_sums(folder: Path, names: Sequence[str], findings: Findings) -> None:
-    """Checks the bytes of every file against checksums.json, where there is one."""
+    """Checks the bytes of every file against checksums.json, if there is one."""
     if not (folder / CHECKSUMS).exists():
         return
     paths = [array_path(folder, name, array) for name in names for array in (*ARRAYS, DIFFICULTY)]
@@ -267,7 +270,7 @@ def check_same_task(splits: list[Split], findings: Findings) -> None:
 
 
 def leaks(train: Split, test: Split) -> Iterator[tuple[Path, np.ndarray]]:
-    """The rows of the training labels that are label rows of the test too, file by file, in pieces."""
+    """Rows of the training labels that are also label rows of the test, by file, in chunks."""
     known = np.unique([digest for name in test.sets for _, found in _digests(test, name) for digest in found])
     for name in train.sets:
         for first, found in _digests(train, name):
@@ -276,7 +279,7 @@ def leaks(train: Split, test: Split) -> Iterator[tuple[Path, np.ndarray]]:
 
 
 def _digests(split: Split, name: str) -> Iterator[tuple[int, np.ndarray]]:
-    """First row and 16 bytes for each answer, chunk by chunk; labels of other types are the same labels."""
+    """The first row of each chunk and 16 bytes for each answer, independent of the labels' integer type."""
     if examples := split.examples(name):
         for rows in chunks(examples[1]):
             answers = np.ascontiguousarray(split.answers(*(array[rows] for array in examples)))
@@ -285,7 +288,7 @@ def _digests(split: Split, name: str) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _json(path: Path, limit: int, expected: str, findings: Findings) -> Any:
-    """The contents of a JSON file, None where it has none that can be read."""
+    """The contents of a JSON file; None if it cannot be read."""
     try:
         values = read_description(path, limit, expected)
     except DamagedFile as damage:

@@ -34,8 +34,8 @@ def png(kind: Kind, boards: Sequence[tuple[str, Tokens, Tokens | None]]) -> byte
     """A PNG of boards, four in a row, each with its title.
 
     boards: title, tokens, and the question that the tokens answer (None for a question). Sudoku: clues are
-    bold, digits filled in blue, changed clues red. Maze: coloured cells. ARC: the grid cut from its canvas; a
-    damaged canvas is drawn whole. Raises UserError where matplotlib is missing.
+    bold, filled-in digits blue, changed clues red. Maze: coloured cells. ARC: the grid cut from its canvas,
+    or the whole canvas if it is damaged. Raises UserError if matplotlib is missing.
     """
     columns = min(COLUMNS, len(boards))
     rows = math.ceil(len(boards) / columns)
@@ -114,7 +114,7 @@ def _frame(ax: "Axes", rows: int, columns: int) -> None:
 
 
 def _cells(ax: "Axes", tokens: np.ndarray, colours: Sequence[str], lines: str | None) -> None:
-    """A coloured square for every token, those that have no colour pink; between them lines, where asked."""
+    """A coloured square for every token, pink for tokens without a colour; optional lines between them."""
     from matplotlib.colors import ListedColormap
 
     rows, columns = tokens.shape

@@ -1,10 +1,10 @@
-"""Maze data sets: generated or from files, split, augmented, written (`python -m hrm.data maze`).
+"""Builds maze data sets, generated or from files (`python -m hrm.data maze`).
 
 Tokens: 0 is padding, 1 to 5 are the characters of "# SGo"; labels are the mazes with a shortest path marked.
-A group is one maze, first as it came, then turned and mirrored; every maze is one example, and its difficulty
-is the steps of its path. Mazes that can be turned or mirrored into each other count as one: augmentations
-aside, a data set has each of them once, and training and test share none. Mazes pass through memory in
-chunks; about a hundred bytes stay of each.
+A group is one maze and its turned and mirrored copies; every maze is one example, and its difficulty is the
+length of its path. Mazes that are symmetric to each other count as equal: apart from augmentations a data set
+has each of them once, and training and test share none. Mazes pass through memory in chunks; about a hundred
+bytes of each stay.
 """
 
 import argparse
@@ -27,20 +27,20 @@ from hrm.data.writer import Shape, check_output, new_dataset
 VOCABULARY = 6
 GENERATED = "generated"
 DEFAULTS = {"size": 30, "kind": "perfect", "min_length": 0, "num_train": 1000, "num_test": 1000}
-# Draws for one maze before a path of its length, or one that is new, counts as out of reach.
+# Draws for one maze before its length of path, or a new maze, counts as out of reach.
 ATTEMPTS = 10_000
-# About how many cells a chunk of generated mazes has.
+# Cells, roughly, in a chunk of generated mazes.
 CHUNK_CELLS = 1 << 22
-# Of random numbers: those of the mazes of each split, of augmentations, and of what is chosen.
+# Streams of random numbers: mazes of each split, augmentations, selection.
 STREAMS = {"test": 1, "train": 2}
 AUGMENTING, CHOOSING = 3, 4
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate: mazes of side x side cells, with a path of min_length steps or more.
+    """The mazes to generate: side x side cells, with a path of at least min_length steps.
 
-    braided: without dead ends, hence with loops; see `labyrinth.random_mazes`.
+    braided: without dead ends, so with loops; see `search.random_mazes`.
     """
 
     side: int = 30
@@ -52,10 +52,10 @@ class Request:
 def generate(
     request: Request, split: str, count: int, taken: set[bytes], workers: int = 1
 ) -> Iterator[Mazes]:
-    """Yields `count` random mazes in chunks, none of them in `taken`, which they are added to.
+    """Yields `count` random mazes in chunks, none of them in `taken`, and adds them to `taken`.
 
-    split: "test" or "train", whose mazes are drawn apart. taken: of `maze_files.keys`. workers: threads, on
-    which the mazes do not depend. Raises MazeError when such mazes are not to be had.
+    split: "test" or "train", which have their own random numbers. taken: see `files.keys`. workers: threads;
+    mazes do not depend on their number. Raises MazeError if such mazes are out of reach.
     """
     cells = request.side**2
     size = max(1, CHUNK_CELLS // cells)
@@ -105,7 +105,7 @@ def _out_of_reach(request: Request) -> MazeError:
 
 @dataclass(frozen=True)
 class Selection:
-    """The mazes of a file that go into a split: a bool for each; the number of repetitions, and of tests."""
+    """The mazes of a file for a split: a bool for each; the numbers of repetitions and of test mazes."""
 
     path: Path
     kept: np.ndarray
@@ -121,9 +121,9 @@ class Selection:
 
 
 def select(train: Path, test: Path) -> dict[str, Selection]:
-    """Reads and checks two files: of equal mazes the first stays, and one of the test is not for training.
+    """Reads and checks two files; keeps the first of equal mazes, and no test maze for training.
 
-    Mazes are equal that can be turned or mirrored into each other. Raises MazeError.
+    Mazes that are symmetric to each other are equal. Raises MazeError.
     """
     classes, sides = {}, {}
     for split, path in (("test", test), ("train", train)):
@@ -177,8 +177,8 @@ def _first_of_each(classes: np.ndarray) -> np.ndarray:
 
 
 def augment(mazes: Mazes, num_aug: int, rng: np.random.Generator) -> Mazes:
-    """Every maze followed by `num_aug` of its seven turned and mirrored ones, chosen at random, in the order
-    of `labyrinth.symmetric`."""
+    """Every maze, followed by `num_aug` random ones of its seven symmetric mazes in the order of
+    `search.symmetric`."""
     count, side = len(mazes.lengths), mazes.side
     symmetries = np.zeros((count, 1 + num_aug), np.int64)
     others = rng.random((count, SYMMETRIES - 1)).argsort(axis=1)[:, :num_aug] + 1
@@ -197,7 +197,7 @@ def augment(mazes: Mazes, num_aug: int, rng: np.random.Generator) -> Mazes:
 def write_mazes(
     folder: str | Path, splits: Mapping[str, Iterable[Mazes]], num_aug: int, seed: int
 ) -> dict[str, np.ndarray]:
-    """Writes a data set, the training mazes augmented, and returns the steps of the paths of every split.
+    """Writes a data set with augmented training mazes; returns the lengths of paths of every split.
 
     splits: name to chunks of mazes, all of one side. Raises DatasetError; see `writer.new_dataset`.
     """
@@ -255,7 +255,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Build a data set as the options say, and print what is in it. Raises MazeError or DatasetError."""
+    """Builds a data set from the options and prints a summary. Raises MazeError or DatasetError."""
     check_output(args.output_dir)
     _complete(args)
     splits, notes = _generated(args) if args.source == GENERATED else _from_files(args)
@@ -265,7 +265,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _complete(args: argparse.Namespace) -> None:
-    """Refuses options that are out of range or without meaning, and puts in the others' defaults."""
+    """Refuses options that are out of range or have no effect, and fills in defaults."""
     generated = args.source == GENERATED
     for name, default in {**DEFAULTS, "workers": usable_cpus(), "test_size": 0.1}.items():
         if getattr(args, name) is None:
@@ -288,7 +288,7 @@ def _is_one_file(source: str) -> bool:
 
 def _generated(args: argparse.Namespace) -> tuple[dict[str, Iterable[Mazes]], list[str]]:
     request = Request(args.size, args.kind == "braided", args.min_length, args.seed)
-    # Any random mazes are a random part of more of them.
+    # The first mazes of a larger draw are a draw themselves.
     counts = {"test": args.num_test, "train": min(args.num_train, args.subsample_size or args.num_train)}
     taken: set[bytes] = set()
     return {name: generate(request, name, count, taken, args.workers) for name, count in counts.items()}, []

@@ -1,4 +1,4 @@
-"""Mazes from CSV files of the layout `source,question,answer,rating`; every row is checked."""
+"""Reads mazes from CSV files with columns `source,question,answer,rating`, and checks every row."""
 
 import csv
 from collections.abc import Iterator
@@ -16,18 +16,18 @@ from hrm.common.files import numbered_lines
 from hrm.data.maze.search import PATH, SYMMETRIES, solve, solved, symmetric
 from hrm.data.puzzle_kinds import Kind
 
-# Rows that are in memory at a time.
+# Rows in memory at a time.
 CHUNK_ROWS = 1000
 SMALLEST_SIDE = 5
-# Characters of a line: a question and an answer as long as the csv module takes.
+# Most characters of a line: two fields of the csv module's limit.
 LINE_LIMIT = 2 * csv.field_size_limit() + (1 << 12)
-# The token of every character, 0 for those that are none.
+# The token of every character; 0 for foreign ones.
 TOKENS = np.zeros(256, np.uint8)
 TOKENS[np.frombuffer(b"# SGo.", np.uint8)] = (1, 2, 3, 4, 5, 2)
 
 
 class MazeError(UserError):
-    """A maze, a file or a request that no maze data set can be built from."""
+    """A maze, file or request that no maze data set can be built from."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class Mazes:
 
 
 def keys(questions: np.ndarray) -> np.ndarray:
-    """For mazes (N, S) 16 bytes each, (N,) S16: the same for those that can be turned or mirrored into each
-    other, and for no others."""
+    """A key of 16 bytes for each maze (N, S), (N,) S16, equal exactly for symmetric mazes."""
     side = isqrt(questions.shape[1])
     grids = questions.reshape(-1, side, side)
     turned = (np.ascontiguousarray(symmetric(grids, symmetry)) for symmetry in range(SYMMETRIES))
@@ -61,8 +60,8 @@ def read_mazes(path: Path, *, check: bool = True) -> Iterator[Mazes]:
     """The mazes of a file in order, CHUNK_ROWS at a time, all of one size.
 
     The columns `question` and `answer` hold square grids in a line, of the characters "# SGo" or "." for an
-    open cell; answers that are missing are solved. Raises MazeError with file, line, row, column and fault;
-    check=False leaves the rules alone, for a second reading.
+    open cell; missing answers are solved. Raises MazeError with file, line, row, column and fault;
+    check=False skips the rules, for a second reading.
     """
     try:
         with tqdm(desc=f"reading {path.name}", unit=" mazes", leave=False) as bar:
@@ -80,7 +79,7 @@ def read_mazes(path: Path, *, check: bool = True) -> Iterator[Mazes]:
         raise MazeError(f"{path}: no maze in it, expected rows of source,question,answer,rating")
 
 
-# Line number, question and answer, None where the file has no answers.
+# Line number, question, and answer or None.
 Row = tuple[int, str, str | None]
 
 
@@ -136,7 +135,7 @@ def _tokens(path: Path, kind: Kind, lines: tuple[int, ...], texts: tuple[str, ..
         if len(text) != cells:
             found = f"{what} of {len(text)} characters, expected {cells} as in the first row of the file"
             raise _bad(path, line, found)
-    # One byte a character: foreign ones become '?', which is none of a maze's either.
+    # One byte a character; non-ASCII ones become '?', which is foreign too.
     tokens = TOKENS[np.frombuffer("".join(texts).encode("ascii", "replace"), np.uint8)].reshape(-1, cells)
     foreign = (tokens == 0).any(axis=1)
     if foreign.any():

@@ -16,7 +16,7 @@ SYMMETRIES = 8
 
 
 def distances(passable: np.ndarray, columns: int, start: int) -> np.ndarray:
-    """Steps from `start` to every cell, (S,) int32, -1 where no way leads; a breadth-first search.
+    """Steps from `start` to every cell, (S,) int32, -1 for unreachable ones, by breadth-first search.
 
     passable: (S,) bool, rows of `columns` cells.
     """
@@ -26,10 +26,10 @@ def distances(passable: np.ndarray, columns: int, start: int) -> np.ndarray:
 
 
 def solve(question: np.ndarray, columns: int) -> tuple[np.ndarray, int]:
-    """The maze with a shortest path from START to GOAL marked, (S,) uint8, and its steps; 0 where none leads.
+    """The maze with a shortest path from START to GOAL marked, (S,) uint8, and its steps; 0 without a path.
 
-    Of several shortest paths it takes the one that, followed back from the goal, goes to the first of
-    the cells nearer to the start: above, left, right, below. The maze must have a start and a goal.
+    Among shortest paths it follows, from the goal back, the first cell that is nearer to the start: above,
+    left, right, below. The maze must have a start and a goal.
     """
     answer = question.copy()
     start, goal = int((question == START).argmax()), int((question == GOAL).argmax())
@@ -37,7 +37,7 @@ def solve(question: np.ndarray, columns: int) -> tuple[np.ndarray, int]:
 
 
 def solved(questions: np.ndarray, answers: np.ndarray, columns: int) -> np.ndarray:
-    """Which answers keep every rule that `kinds` tells of, (N,) bool; questions and answers: (N, S) uint8."""
+    """Which answers keep every rule of `MazeRules`, (N,) bool; questions, answers: (N, S) uint8."""
     right = np.zeros(len(questions), np.bool_)
     _judge(questions, answers, columns, right)
     return right
@@ -54,11 +54,11 @@ def random_mazes(
 ) -> None:
     """Fills questions and answers, (N, S) uint8, with random mazes, and lengths (N,) with their paths' steps.
 
-    Corridors one cell wide in a frame of walls, carved by a random depth-first walk: exactly one way leads
-    from any cell to any other. braided: every dead end is opened into another corridor, so there are loops.
-    Start and goal are at random, at least min_length steps apart; where none of `attempts` mazes has such
-    cells, its length and all that follow are 0. S: the square of 5 or more. states: (N,) uint64, not 0; each
-    maze is drawn from its own, which moves on: the same arrays again give further mazes.
+    Corridors one cell wide in a frame of walls, carved by a random depth-first walk, so that exactly one
+    path joins any two cells. braided: every dead end opens into another corridor, which makes loops. Start
+    and goal are random and at least min_length steps apart; if none of `attempts` mazes has such cells, this
+    length and all later ones are 0. S: a square of 5 or more. states: (N,) uint64, not 0: each maze's own
+    random state, which advances, so that a second call with the same arrays gives further mazes.
     """
     side = math.isqrt(questions.shape[1])
     _fill(side, braided, min_length, attempts, states, questions, answers, lengths)
@@ -77,7 +77,7 @@ def symmetric(grids: np.ndarray, symmetry: int) -> np.ndarray:
 
 @compiled
 def _neighbour(cell, way, columns, cells):
-    """The cell above, to the left, to the right or below; -1 outside of the grid."""
+    """The cell above, left, right or below; -1 outside the grid."""
     if way == 0:
         return cell - columns
     if way == 1:
@@ -106,7 +106,7 @@ def _flood(passable, columns, start, steps):
 
 @compiled
 def _solve(maze, columns, start, goal):
-    """Marks the path in place; returns its steps, 0 where there is none."""
+    """Marks the path in place; returns its steps, 0 without a path."""
     steps = np.full(len(maze), -1, np.int32)
     _flood(maze != WALL, columns, start, steps)
     cell = goal
@@ -147,7 +147,7 @@ def _judge(questions, answers, columns, right):
         shortest = steps[goal]
         steps[:] = -1
         _flood((answer == PATH) | (answer == START) | (answer == GOAL), columns, start, steps)
-        # As many marks as the shortest path has cells: connected, they are such a path.
+        # Connected marks, as many as the shortest path has cells, are a shortest path.
         right[row] = shortest > 0 and steps[goal] == shortest and marked == shortest - 1
 
 
@@ -171,14 +171,14 @@ def _fill(side, braided, min_length, attempts, states, questions, answers, lengt
                 answers[row] = questions[row]
                 lengths[row] = _solve(answers[row], side, start, goal)
                 break
-        # Where one is out of reach, the next one would be looked for as long and in vain.
+        # If one maze is out of reach, so are the others.
         if not lengths[row]:
             return
 
 
 @compiled
 def _carve(side, braided, min_length, random, maze):
-    """Fills `maze`; returns its start and goal, -1 where no two cells lie min_length apart.
+    """Fills `maze`; returns its start and goal, -1 if no two cells are min_length apart.
 
     Rooms lie at odd rows and columns of a square of odd side. An even side repeats one inner row and column
     of walls and passages, which lengthens the passages that cross them and changes nothing else.

@@ -1,10 +1,9 @@
-"""Sudoku data sets: generated or from files, split, augmented, written (`python -m hrm.data sudoku`).
+"""Builds Sudoku data sets, generated or from files (`python -m hrm.data sudoku`).
 
-Tokens: 0 is padding, 1 a blank cell, digit d is d + 1. A group is one puzzle, first as it came, then its
-augmentations; every puzzle is one example. Training and test are disjoint in solution grids as they are
-written, every augmentation included: no label row of one is in the other. Up to symmetry they need not be: a
-test grid may be a relabelled or rearranged training grid, which is counted, and left out of training on
-request (`--drop-leaks`).
+Tokens: 0 is padding, 1 a blank cell, digit d is d + 1. A group is the original puzzle and its
+augmentations; every puzzle is one example. Training and test share no solution grid as written, augmentations
+included: no label row of one is in the other. Up to symmetry they may: a test grid can be a relabelled or
+rearranged training grid. Such leaks are counted, and `--drop-leaks` removes them from training.
 """
 
 import argparse
@@ -25,15 +24,15 @@ from hrm.data.sudoku.summary import summary
 from hrm.data.sudoku.symmetry import leaks
 from hrm.data.writer import Shape, cached, check_output, new_dataset
 
-# Part of the name of cached data sets: raise it when the same parameters give other bytes.
+# Part of the name of cached data sets; raise it when equal parameters give different bytes.
 FORMAT = 2
-# Draws for one puzzle before its difficulty, or a new one, counts as out of reach.
+# Draws for one puzzle before its difficulty, or a new puzzle, counts as out of reach.
 ATTEMPTS = 10_000
-# Redraws of augmentations that repeat a puzzle of their group, before the repetitions stay.
+# Redraws of augmentations that repeat a puzzle of their group; then repetitions stay.
 REDRAWS = 32
-# Rows that are augmented at a time: bounds the memory of the index arrays.
+# Rows augmented at a time, which bounds the memory of index arrays.
 CHUNK_ROWS = 1 << 15
-# Tells equal puzzles of different groups apart: an odd number without structure.
+# Makes equal puzzles of different groups differ: an odd number without structure.
 GROUP_KEY = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -46,7 +45,7 @@ def builtin_sudoku(
     min_difficulty: int = 0,
     clues: int = 0,
 ) -> Path:
-    """Folder of a generated data set, built on first use and kept in the cache (see `writer.cached`).
+    """The folder of a generated data set, built on first use and cached (see `writer.cached`).
 
     size: 4, 6 or 9 cells a side; num_train, num_test: puzzles; num_aug: augmentations of each training
     puzzle; min_difficulty, clues: see `generate`. Raises SudokuError or DatasetError.
@@ -74,12 +73,11 @@ def data_folder(config: Config) -> Path:
 def generate(
     size: int, num_train: int, num_test: int, seed: int, min_difficulty: int = 0, clues: int = 0
 ) -> tuple[Puzzles, Puzzles]:
-    """Random training and test puzzles with one solution each, no solution grid in both.
+    """Random training and test puzzles with one solution each; the splits share no solution grid.
 
-    Puzzles are irreducible, or have `clues` clues where that many are left. Grids are new for each puzzle;
-    there are only 288 of 4x4 cells, so those are divided between the splits first, and each gives puzzles in
-    turn. No puzzle is twice in a split unless there are no others. Raises SudokuError when puzzles of
-    min_difficulty guesses are not to be had.
+    Puzzles are irreducible, or keep at least `clues` clues. Each puzzle has a new grid; the 288 grids of 4x4
+    cells are divided between the splits first and reused in turn. A split repeats a puzzle only if there is
+    no other. Raises SudokuError if puzzles of min_difficulty guesses are out of reach.
     """
     _check_request(size, num_train, num_test, 0, seed)
     if not 0 <= clues < size * size:
@@ -88,7 +86,7 @@ def generate(
     pools: dict[str, np.ndarray] = {}
     if size == 4:
         grids = np.random.default_rng([seed, 0]).permutation(solutions(np.zeros(16, np.uint8), 288)[0])
-        # In proportion, but at least a tenth of the grids for the test where it has that many puzzles.
+        # Divide in proportion, with at least a tenth of the grids for a test of that many puzzles.
         cut = max(round(len(grids) * num_test / (num_train + num_test)), min(num_test, len(grids) // 10))
         cut = min(max(cut, 1), len(grids) - 1)
         pools = {"test": grids[:cut], "train": grids[cut:]}
@@ -130,14 +128,14 @@ def _draw(
                 f"min_difficulty={min_difficulty}: none of {ATTEMPTS} random {size}x{size} puzzles needs "
                 "that many guesses; lower it"
             )
-        # The supply is spent: start over, so that none comes a third time before nearly all came twice.
+        # All puzzles are used: start over, so that none comes a third time before nearly all came twice.
         seen.clear()
         return repeated
 
     questions = np.zeros((count, size * size), np.uint8)
     answers = np.zeros_like(questions)
     difficulty = np.zeros(count, np.int32)
-    # A bar that an error passes through must be gone before the error is printed.
+    # The bar closes before an error is printed.
     with tqdm(range(count), desc=f"{split} puzzles", leave=False) as numbers:
         for number in numbers:
             questions[number], answers[number], difficulty[number] = one(number)
@@ -150,14 +148,13 @@ def _draw(
 def augment(
     questions: np.ndarray, answers: np.ndarray, num_aug: int, test_answers: np.ndarray, seed: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Every puzzle followed by `num_aug` random symmetric ones, some whole groups at a time.
+    """Every puzzle followed by `num_aug` random symmetric ones, in chunks of whole groups.
 
     questions, answers: (N, n*n) uint8. Yields pairs of (groups * (1 + num_aug), n*n) uint8 arrays, about
     CHUNK_ROWS rows or one group, so that memory does not grow with N.
-    Symmetries: the digits, the bands and the rows in a band, the stacks and the columns in a stack, and where
-    boxes are square rows against columns. One whose answer is in test_answers (M, n*n) is drawn again until
-    it is in there no more. So is one that repeats a puzzle of its group, at most REDRAWS times, and not for
-    9x9, which has too many symmetries to repeat itself; where there are few, some repetitions stay.
+    Symmetries permute digits, bands, rows in a band, stacks and columns in a stack, and transpose if boxes
+    are square. A puzzle whose answer is in test_answers (M, n*n) is drawn again until it is not. A repetition
+    within a group is drawn again up to REDRAWS times, except for 9x9, where repetitions hardly occur.
     """
     size = int(questions.shape[1] ** 0.5)
     rows = num_aug + 1
@@ -186,7 +183,7 @@ def augment(
 def _transform(
     questions: np.ndarray, answers: np.ndarray, size: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A random symmetry of its own for every puzzle, (M, n*n) each."""
+    """Every puzzle under its own random symmetry, (M, n*n) each."""
     count = len(questions)
     height, width = BOXES[size]
 
@@ -207,7 +204,7 @@ def _transform(
 
 
 def write_sudoku(folder: str | Path, train: Puzzles, test: Puzzles, num_aug: int, seed: int) -> None:
-    """Augment the training puzzles and write the data set; no training answer may be a test answer."""
+    """Augments the training puzzles and writes the data set; no training answer may be a test answer."""
     size = int(train.questions.shape[1] ** 0.5)
     with new_dataset(folder) as data:
         for name, puzzles, copies in (("train", train, num_aug), ("test", test, 0)):
@@ -287,7 +284,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Build a data set as the options say, and print what is in it. Raises SudokuError or DatasetError."""
+    """Builds a data set from the options and prints a summary. Raises SudokuError or DatasetError."""
     check_output(args.output_dir)
     generated = args.source == "generated"
     hub = args.source.startswith(PREFIX)
@@ -309,7 +306,7 @@ def run(args: argparse.Namespace) -> None:
     for option, value in (("workers", workers), ("subsample_size", args.subsample_size)):
         if value is not None and value < 1:
             raise SudokuError(f"{option}={value}: expected at least 1")
-    # Of smaller grids nearly all are equivalent: there are 2 kinds of 4x4 and 49 of 6x6.
+    # Smaller grids are nearly all equivalent: there are 2 classes of 4x4 and 49 of 6x6.
     if args.drop_leaks and args.size < 9:
         raise SudokuError(f"--drop-leaks has no meaning for --size {args.size}; leave it out")
     rng = np.random.default_rng([args.seed, 4])
@@ -348,7 +345,7 @@ def _from_files(
 def _apart(
     args: argparse.Namespace, train: Puzzles, test: Puzzles, workers: int
 ) -> tuple[Puzzles, list[str]]:
-    """The training puzzles that may stay beside the test's, and what is said of those left out."""
+    """The training puzzles without leaks, and a message about the removed ones."""
     notes = list(dict.fromkeys([*train.notes, *test.notes]))
     shared = np.isin(row_keys(train.answers), row_keys(test.answers))
     if count := int(shared.sum()):

@@ -1,4 +1,4 @@
-"""Sudoku puzzles from files: CSV of the Sudoku-Extreme layout, or a puzzle a line; every line is checked."""
+"""Reads Sudoku puzzles from CSV files like Sudoku-Extreme's or from lines, and checks every line."""
 
 import csv
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ from hrm.common.files import numbered_lines
 from hrm.data.sudoku.solver import SudokuError, solve_each, units
 from hrm.data.workers import over_rows
 
-# Lines that are checked at a time: bounds the memory of the checks.
+# Lines checked at a time, which bounds memory.
 CHUNK_LINES = 20_000
-# Characters of a line, more than any puzzle takes; so many lines of them are held at a time.
+# Most characters of a line, more than any puzzle takes; a whole chunk of lines is in memory.
 LINE_LIMIT = 1 << 12
-# Lines that are named of those left out.
+# Most line numbers in a message about skipped lines.
 NAMED_LINES = 5
 # Ratings are written as int32.
 MOST_RATING = 2**31 - 1
@@ -27,8 +27,8 @@ MOST_RATING = 2**31 - 1
 class Puzzles:
     """Puzzles before augmentation: questions and answers (N, n*n) uint8 digits, 0 blank; difficulty (N,).
 
-    From a file, `path` and `lines` (N,) say where each comes from, `solved` whether the solver has seen it,
-    and `notes` what was left out. A 9x9 puzzle takes 174 bytes, and reading a file twice that.
+    For a file, `path` and `lines` (N,) give the origin, `solved` whether the solver has checked each puzzle,
+    and `notes` what was skipped. A 9x9 puzzle takes 174 bytes, and twice that while a file is read.
     """
 
     questions: np.ndarray
@@ -53,9 +53,9 @@ class Puzzles:
 
 
 def row_keys(grids: np.ndarray) -> np.ndarray:
-    """Sums of the cells of every row with random weights, (N, n*n) to (N,) uint64.
+    """A hash of every row: sums of cells with random weights, (N, n*n) to (N,) uint64.
 
-    Equal for equal rows; for others equal once in 2^60.
+    Different rows collide once in 2^60.
     """
     weights = np.random.default_rng(0).integers(1, 1 << 63, grids.shape[1], dtype=np.uint64)
     keys = np.empty(len(grids), np.uint64)
@@ -68,13 +68,13 @@ def row_keys(grids: np.ndarray) -> np.ndarray:
 def read_puzzles(
     path: Path, size: int, min_difficulty: int = 0, *, skip_improper: bool = False, workers: int = 1
 ) -> Puzzles:
-    """Read and check a file of puzzles, and keep those of at least min_difficulty, each question once.
+    """Reads and checks a file of puzzles; keeps those of at least min_difficulty, each question once.
 
-    A `.csv` file has a header with `question`, and `answer` and `rating` where it knows them; any other file
-    has a puzzle a line, with empty lines and lines that begin with # left out. Blank cells are `.` or `0`.
+    A `.csv` file has a header with `question` and, optionally, `answer` and `rating`; any other file has a
+    puzzle on each line, and empty lines and lines that begin with # are skipped. Blank cells are `.` or `0`.
     Missing answers are solved, on `workers` threads; the difficulty is the rating, else the solver's guesses.
-    A puzzle with no or several solutions is left out with skip_improper, else an error, as is any other
-    fault: SudokuError with file, line and fault.
+    A puzzle with no or several solutions is skipped with skip_improper, else an error. Raises SudokuError
+    with file, line and fault.
     """
     puzzles, answered, rated, hardest = _read(path, size, min_difficulty, skip_improper)
     notes = []
@@ -104,19 +104,19 @@ def read_puzzles(
 
 
 def prove_proper(puzzles: Puzzles, workers: int = 1) -> None:
-    """Raise SudokuError for a puzzle that has several solutions, of those the solver has not seen yet."""
+    """Raises SudokuError for a puzzle with several solutions among those that the solver has not checked."""
     if not puzzles.solved:
         _solve(puzzles, workers, improper=False)
 
 
 def hold_out(puzzles: Puzzles, test_size: float, rng: np.random.Generator) -> tuple[Puzzles, Puzzles]:
-    """Divide puzzles into training and test, about `test_size` of them, with no solution grid in both.
+    """Splits puzzles into training and test, about `test_size` of them, without a common solution grid.
 
-    Puzzles with the same solution stay together. Raises SudokuError when there is nothing to divide.
+    Puzzles with the same solution stay together. Raises SudokuError if a split would be empty.
     """
     if not 0 < test_size < 1:
         raise SudokuError(f"test_size={test_size:g}: expected a part of the puzzles, between 0 and 1")
-    # Rows as texts, which sort fast and like the rows.
+    # Rows as byte strings, which sort fast and in the order of rows.
     texts = np.ascontiguousarray(puzzles.answers).view(f"S{puzzles.answers.shape[1]}").ravel()
     _, grid, counts = np.unique(texts, return_inverse=True, return_counts=True)
     if len(counts) < 2:
@@ -130,14 +130,14 @@ def hold_out(puzzles: Puzzles, test_size: float, rng: np.random.Generator) -> tu
     return puzzles.take(~held), puzzles.take(held)
 
 
-# One puzzle of a file: line number, question, answer, rating; the last two None where the file has none.
+# One puzzle of a file: line number, question, and answer and rating or None.
 Row = tuple[int, str, str | None, str | None]
 
 
 def _read(path: Path, size: int, min_difficulty: int, skip_improper: bool) -> tuple[Puzzles, bool, bool, int]:
     """A file's puzzles, unsolved; whether it has answers, and ratings; and the highest rating.
 
-    Those rated too low are left out at once, before they take memory.
+    Puzzles rated too low are skipped at once, to save memory.
     """
     rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _line_rows(path)
     chunks: list[list[np.ndarray | None]] = []
@@ -170,7 +170,7 @@ def _read(path: Path, size: int, min_difficulty: int, skip_improper: bool) -> tu
 
 
 def _joined(chunks: list[list[Any]], field: int) -> Any:
-    """One field of all chunks, which let go of it."""
+    """One field of all chunks, removed from them to free memory."""
     parts = [chunk[field] for chunk in chunks]
     for chunk in chunks:
         chunk[field] = None
@@ -198,7 +198,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
 
 
 def _fields(line: str) -> list[str]:
-    # A line by itself: a quote that is never closed must not swallow the file.
+    # Parse each line by itself: an unclosed quote must not swallow the file.
     return next(csv.reader([line]), [])
 
 
@@ -214,7 +214,7 @@ def _bad(path: Path | None, line: int, what: str) -> SudokuError:
 
 
 def _check(path: Path, size: int, rows: list[Row], skip_improper: bool) -> list[np.ndarray | None]:
-    """Line numbers, questions, answers and ratings of some rows, every rule checked but the solver's."""
+    """Line numbers, questions, answers and ratings of some rows, checked except by the solver."""
     numbers, texts, answer_texts, rating_texts = zip(*rows, strict=True)
     questions = _digits(path, size, numbers, texts, "question")
     clash = _clashes(size, questions)
@@ -225,7 +225,7 @@ def _check(path: Path, size: int, rows: list[Row], skip_improper: bool) -> list[
         answers = _digits(path, size, numbers, answer_texts, "answer")
         _refuse_clash(path, size, numbers, _clashes(size, answers), "answer")
         wrong = ((answers == 0) | ((questions > 0) & (questions != answers))).any(axis=1)
-        # A question that contradicts itself has no solution; that is another fault.
+        # The solver reports contradictory questions as puzzles without a solution.
         wrong &= ~clash.any(axis=1)
         if wrong.any():
             raise _bad(path, numbers[int(wrong.argmax())], "the answer does not solve the question")
@@ -244,12 +244,12 @@ def _check(path: Path, size: int, rows: list[Row], skip_improper: bool) -> list[
 
 
 def _digits(path: Path, size: int, numbers: tuple[int, ...], texts: tuple[str, ...], what: str) -> np.ndarray:
-    """Texts as grids (N, n*n), with their length and their characters checked."""
+    """Texts as grids (N, n*n), after checks of length and characters."""
     cells = size * size
     for number, text in zip(numbers, texts, strict=True):
         if len(text) != cells:
             raise _bad(path, number, f"{what} of {len(text)} characters, expected {cells} for size {size}")
-    # One byte a character: foreign ones become '?', which is none of the digits either.
+    # One byte a character; non-ASCII ones become '?', which is no digit.
     grids = np.frombuffer("".join(texts).replace(".", "0").encode("ascii", "replace"), np.uint8) - ord("0")
     grids = grids.reshape(-1, cells)
     foreign = grids > size
@@ -265,7 +265,7 @@ def _digits(path: Path, size: int, numbers: tuple[int, ...], texts: tuple[str, .
 
 def _clashes(size: int, grids: np.ndarray) -> np.ndarray:
     """Whether a digit is twice in a unit, (N, 3n) bool."""
-    # A bit for every digit, none for a blank: in a unit without repetition the sum is the union.
+    # One bit for each digit, none for a blank: without repetition, sum and union of a unit are equal.
     bits = (1 << grids.astype(np.int16)) & ~1
     digits = bits[:, units(size)[0]]
     return digits.sum(axis=2, dtype=np.int32) != np.bitwise_or.reduce(digits, axis=2)
@@ -279,9 +279,9 @@ def _refuse_clash(path: Path, size: int, numbers: tuple[int, ...], clash: np.nda
 
 
 def _solve(puzzles: Puzzles, workers: int, *, improper: bool) -> tuple[Puzzles, np.ndarray]:
-    """The puzzles with the solver's answers and guesses, and how many solutions each has.
+    """The puzzles with the solver's answers and guesses, and the number of solutions of each.
 
-    Unless `improper` ones are let pass, the first that has none or several is an error.
+    Without `improper`, the first puzzle with no or several solutions is an error.
     """
     answers = np.zeros_like(puzzles.questions)
     guesses = np.zeros(len(answers), np.int32)
@@ -303,7 +303,7 @@ def _solve(puzzles: Puzzles, workers: int, *, improper: bool) -> tuple[Puzzles, 
 
 
 def _improper(puzzles: Puzzles, found: np.ndarray) -> str:
-    """What is said of the puzzles left out."""
+    """The message about skipped puzzles."""
     wrong = np.nonzero(found != 1)[0]
     lines = (wrong if puzzles.lines is None else puzzles.lines[wrong]).tolist()
     named = ", ".join(map(str, lines[:NAMED_LINES]))

@@ -1,4 +1,4 @@
-"""What is said of a Sudoku data set that is built: its puzzles, how hard they are, what the splits share."""
+"""The summary of a built Sudoku data set: puzzles, difficulty, leaks between the splits."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from hrm.data.sudoku.symmetry import Leaks
 
 
 def summary(train: Puzzles, test: Puzzles, num_aug: int, found: Leaks | None) -> Iterator[str]:
-    """Lines on the two splits as they are written, and on what was found that they share up to symmetry."""
+    """Lines about the two splits as written, and about what they share up to symmetry."""
     for split, puzzles, rows in (("train", train, num_aug + 1), ("test", test, 1)):
         clues = (puzzles.questions > 0).sum(axis=1)
         count = len(clues)

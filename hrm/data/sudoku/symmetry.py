@@ -1,10 +1,9 @@
-"""Canonical forms: which Sudoku grids and puzzles are the same one up to relabelling and rearranging.
+"""Canonical forms of Sudoku grids and puzzles, equal exactly for equivalent ones.
 
-Two solved grids are equivalent when one becomes the other by renaming the digits, permuting bands, stacks,
+Two solved grids are equivalent if one becomes the other by renaming the digits, permuting bands, stacks,
 the rows in a band and the columns in a stack, and where boxes are square by transposing. The canonical form
-of a grid is the least, read row by row, of all grids equivalent to it; that of a puzzle is, among the
-rearrangements that take its solution there, the one that leaves the least question. Equal forms mean
-equivalent, and nothing else does.
+of a grid is the least of all equivalent grids, read row by row. The form of a puzzle is the least question
+among the rearrangements that take its solution to its canonical form.
 
 The search: the first row of a form is 1 to n, so a choice of transposition, of first row and of an order of
 the columns names the digits; what is below then has one least order, by the first column. Of a 9x9 grid that
@@ -24,7 +23,7 @@ from hrm.data.workers import compiled, over_rows
 
 
 def canonical_forms(grids: np.ndarray, questions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Canonical forms of solved grids and of puzzles that they solve, both (N, n*n) uint8.
+    """Canonical forms of solved grids and of their puzzles, both (N, n*n) uint8.
 
     grids, questions: (N, n*n) uint8, questions with 0 for a blank cell and else the digit of the grid.
     """
@@ -46,10 +45,10 @@ class Leaks:
 
 
 def leaks(train: Puzzles, test: Puzzles, workers: int) -> Leaks:
-    """Which solutions are equivalent to one of the other split, and which test puzzles are so themselves."""
+    """Which solutions are equivalent to one of the other split, and which test puzzles to training ones."""
 
     def keys(puzzles: Puzzles, name: str) -> np.ndarray:
-        # Of the forms only what tells them apart: 16 bytes a puzzle, however many there are.
+        # Keep only a digest of each form, 16 bytes a puzzle.
         found = np.empty((2, len(puzzles.questions)), np.uint64)
 
         def work(part: slice) -> None:
@@ -116,7 +115,7 @@ def _lower(square, orders, height, best):
                 continue
             for begin in range(0, len(orders), block):
                 for column in range(size):
-                    # What the last stack will name is not known yet, but not less than this.
+                    # A lower bound for the digits that the last stack will name.
                     label[square[0, first, orders[begin, column]]] = min(column, known) + 1
                 above = False
                 for column in range(known):
