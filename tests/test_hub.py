@@ -91,7 +91,7 @@ def test_a_version_that_changes_meanwhile_is_told(fake: FakeHub, monkeypatch: py
         return str(fake.folder.with_name(asked["filename"][0]) / asked["filename"])
 
     monkeypatch.setattr(fake, "hf_hub_download", download)
-    with pytest.raises(DatasetError, match="changed while it was read"):
+    with pytest.raises(DatasetError, match="changed during the download"):
         hub.fetch("hub:someone/puzzles", ["a.csv", "b.csv"])
 
 
