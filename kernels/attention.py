@@ -22,7 +22,8 @@ of 790 TFLOP/s and 4.3 TB/s 0.03 and 0.06 ms against 0.06 and 0.11 ms, so both a
 keys as blocks of 64 and 32 would save a quarter of the arithmetic and none of the bytes, for twice the code.
 
 Longer sequences go to flash-attn or to PyTorch's scaled_dot_product_attention, after the rope kernel: a tiled
-form of our own is left out by choice, since those two are at their best there.
+form of our own is left out by choice, since those two are at their best there. PyTorch's is FlashAttention 2 in
+16 bits (`SDPA_BACKENDS`); on Hopper flash-attn 3, where it is installed, is the faster one.
 """
 
 import importlib
@@ -33,6 +34,7 @@ from contextlib import suppress
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.backend import (
     BackendError,
@@ -57,6 +59,9 @@ from kernels.rope import check_tables, rope, rope_reference, rotate
 ATTENTION_BACKENDS = ("auto", "triton", "flash", "sdpa")
 # Of the Triton kernel: one block of keys and values, and two halves of 64.
 MAX_LENGTH, MAX_HEAD_DIM = 128, 128
+# Of PyTorch's own attention, the first that can take the tensors. cuDNN's is left out: PyTorch prefers it on
+# sm_90 from some lengths on, and its choice of plans, workspaces and sums changes with cuDNN's version.
+SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def _split_heads(
@@ -78,7 +83,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # PyTorch's fused attention for CPUs is several times slower in 16 bits than in float32.
         q, k, v = (x.to(accumulate_dtype(dtype)) for x in (q, k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).to(dtype)
+    with sdpa_kernel(SDPA_BACKENDS):
+        o = F.scaled_dot_product_attention(q, k, v)
+    return o.transpose(1, 2).flatten(2).to(dtype)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

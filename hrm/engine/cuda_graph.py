@@ -38,15 +38,29 @@ class Program:
             self._replay()
 
 
+# By the device's number: `cuda` and `cuda:0` are one device.
+_streams: dict[int, torch.cuda.Stream] = {}
+_pools: dict[int, Any] = {}
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def _stream(device: torch.device) -> torch.cuda.Stream:
     """The stream that warm-up and capture share on a device, so that autograd meets one stream alone."""
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
+    index = _index(device)
+    if index not in _streams:
+        _streams[index] = torch.cuda.Stream(index)
+    return _streams[index]
 
 
-_streams: dict[torch.device, torch.cuda.Stream] = {}
-_pools: dict[torch.device, Any] = {}
+def _pool(device: torch.device) -> Any:
+    """The memory that all graphs of a device share."""
+    index = _index(device)
+    if index not in _pools:
+        _pools[index] = torch.cuda.graph_pool_handle()
+    return _pools[index]
 
 
 def aside(body: Body, device: torch.device) -> None:
@@ -65,9 +79,9 @@ def capture(body: Body, device: torch.device) -> Body:
     is read after the replay that wrote it.
     """
     graph = torch.cuda.CUDAGraph()
-    if device not in _pools:
-        _pools[device] = torch.cuda.graph_pool_handle()
     torch.cuda.synchronize(device)
-    with torch.cuda.graph(graph, pool=_pools[device], stream=_stream(device)):
+    # Only this thread's calls count: another one's, as of NCCL's watchdog, must not end the capture.
+    mode = "thread_local"
+    with torch.cuda.graph(graph, pool=_pool(device), stream=_stream(device), capture_error_mode=mode):
         body()
     return graph.replay

@@ -9,9 +9,11 @@ from torch import Tensor
 from hrm.data.dataset import Batch
 from hrm.model.act import Sequences
 
-# Numbers in front of the data, and the int32 words that hold them in float32 or float64.
+# Numbers in front of the data.
 _NUMBERS = 3
-_WORDS = 2 * _NUMBERS
+# Each tensor starts on a 64-byte boundary, in int32 words: generated code then loads vectors. The numbers fit
+# into the first 64 bytes, as float64 too.
+_ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,10 @@ class Feed:
         self, rows: int, seq_len: int, device: torch.device, rate_dtype: torch.dtype = torch.float32
     ) -> None:
         self.rows, self.seq_len = rows, seq_len
-        self._buffer = torch.zeros(_WORDS + 2 * rows * (seq_len + 1), dtype=torch.int32, device=device)
-        numbers = self._buffer[:_WORDS].view(rate_dtype)[:_NUMBERS]
+        self._sizes = [rows * seq_len, rows * seq_len, rows, rows]
+        words = _ALIGNMENT + sum(map(_aligned, self._sizes))
+        self._buffer = torch.zeros(words, dtype=torch.int32, device=device)
+        numbers = self._buffer[:_ALIGNMENT].view(rate_dtype)[:_NUMBERS]
         self.lr, self.puzzle_emb_lr, self.gate_loss_scale = numbers
         inputs, labels, identifiers, self.min_halt_steps = self._split(self._buffer)
         self.fresh = Sequences(inputs, labels, identifiers)
@@ -88,13 +92,20 @@ class Feed:
     def _write(
         self, host: Tensor, batch: Batch, min_halt_steps: np.ndarray | int, numbers: tuple[float, ...]
     ) -> None:
-        host[:_WORDS].view(self._rate_dtype)[:_NUMBERS].numpy()[:] = numbers
+        host[:_ALIGNMENT].view(self._rate_dtype)[:_NUMBERS].numpy()[:] = numbers
         values = (batch.inputs, batch.labels, batch.puzzle_identifiers, min_halt_steps)
         for target, value in zip(self._split(host), values, strict=True):
             np.copyto(target.numpy(), value)
 
     def _split(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Inputs, labels, puzzle identifiers and fewest steps in a buffer."""
-        cells, rows = self.rows * self.seq_len, self.rows
-        inputs, labels, identifiers, steps = buffer[_WORDS:].split([cells, cells, rows, rows])
-        return inputs.view(rows, -1), labels.view(rows, -1), identifiers, steps
+        padded = buffer[_ALIGNMENT:].split([_aligned(size) for size in self._sizes])
+        inputs, labels, identifiers, steps = (
+            part[:size] for part, size in zip(padded, self._sizes, strict=True)
+        )
+        return inputs.view(self.rows, -1), labels.view(self.rows, -1), identifiers, steps
+
+
+def _aligned(words: int) -> int:
+    """As many words, and those up to the next boundary."""
+    return -(-words // _ALIGNMENT) * _ALIGNMENT

@@ -20,6 +20,10 @@ from hrm.model.subgoal import SubgoalHead
 from kernels.matmul import DEFERRED, use_fused
 from kernels.rope import rope_tables
 
+# Parts of a bfloat16 product are summed in float32. By default PyTorch lets cuBLAS round each part to bfloat16
+# where it splits a long sum, and a weight's gradient is a sum over all tokens. The setting is the process's.
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
 
 class Gated(NamedTuple):
     """A module's gates, one (B, T, D) or (B, T, 1) for each source, and the sources, each (B, T, D)."""
