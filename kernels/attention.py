@@ -22,8 +22,8 @@ of 790 TFLOP/s and 4.3 TB/s 0.03 and 0.06 ms against 0.06 and 0.11 ms, so both a
 keys as blocks of 64 and 32 would save a quarter of the arithmetic and none of the bytes, for twice the code.
 
 Longer sequences go to flash-attn or to PyTorch's scaled_dot_product_attention, after the rope kernel: a tiled
-form of our own is left out by choice, since those two are at their best there. PyTorch's is FlashAttention 2 in
-16 bits (`SDPA_BACKENDS`); on Hopper flash-attn 3, where it is installed, is the faster one.
+form of our own is left out by choice, since those two are at their best there. PyTorch's is FlashAttention 2
+in 16 bits (`SDPA_BACKENDS`); on Hopper flash-attn 3, where it is installed, is the faster one.
 """
 
 import importlib

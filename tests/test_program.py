@@ -294,6 +294,12 @@ def test_a_feed_holds_what_was_pushed_last(rate_dtype):
     assert addresses == [tensor.data_ptr() for tensor in (*feed.fresh, feed.min_halt_steps, feed.lr)]
 
 
+def test_a_feeds_tensors_start_on_boundaries_of_64_bytes():
+    feed = Feed(3, 7, CPU, torch.float64)
+    offsets = [tensor.storage_offset() * 4 for tensor in (*feed.fresh, feed.min_halt_steps)]
+    assert offsets == [64, 192, 320, 384]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures need a CUDA GPU")
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_on_cuda_a_replayed_run_equals_the_compiled_one_bit_for_bit(variant):

@@ -20,7 +20,7 @@ from hrm.model.subgoal import SubgoalHead
 from kernels.matmul import DEFERRED, use_fused
 from kernels.rope import rope_tables
 
-# Parts of a bfloat16 product are summed in float32. By default PyTorch lets cuBLAS round each part to bfloat16
+# Sum the parts of a bfloat16 product in float32. By default PyTorch lets cuBLAS round each part to bfloat16
 # where it splits a long sum, and a weight's gradient is a sum over all tokens. The setting is the process's.
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 

@@ -9,6 +9,7 @@ import torch
 
 from bench.implementations import metadata, random_batches
 from hrm.config.load import parse_args
+from hrm.config.presets import ARCHITECTURES
 from hrm.config.schema import Config
 from hrm.data.dataset import Batch
 from hrm.engine.cuda_graph import WARM_UP
@@ -19,10 +20,17 @@ from kernels.backend import Launch
 from tests.cuda_host.stand_in import Record, StandIn, read_log
 
 # Models that compile in seconds. The published ones come from the same code.
-SMALL = (
-    "preset=full device=cuda global_batch_size=32 arch.hidden_size=128 arch.num_heads=2 arch.H_layers=1 "
-    "arch.L_layers=1 arch.L_cycles=1 arch.halt_max_steps=3"
-).split()
+SMALL = {
+    "preset": "full",
+    "device": "cuda",
+    "global_batch_size": "32",
+    "arch.hidden_size": "128",
+    "arch.num_heads": "2",
+    "arch.H_layers": "1",
+    "arch.L_layers": "1",
+    "arch.L_cycles": "1",
+    "arch.halt_max_steps": "3",
+}
 # Named ranges of a step; what is in none of them prepares or ends it.
 PARTS = ("forward", "backward", "optimiser")
 
@@ -30,12 +38,9 @@ PARTS = ("forward", "backward", "optimiser")
 def configuration(text: str) -> Config:
     """A small model's configuration. text: an architecture, then key=value words, which beat SMALL's."""
     arch, *words = text.split()
-    given = {word.split("=")[0] for word in words}
-    small = [word for word in SMALL if word.split("=")[0] not in given]
-    # The architecture's own values beat SMALL's as well.
-    fixed = {"trm": ("arch.L_cycles", "arch.L_layers"), "balanced": ("arch.halt_max_steps",)}.get(arch, ())
-    small = [word for word in small if word.split("=")[0] not in fixed]
-    return parse_args(["--arch", arch, *small, *words])
+    values = {key: value for key, value in SMALL.items() if key not in ARCHITECTURES[arch]}
+    values |= dict(word.split("=", 1) for word in words)
+    return parse_args(["--arch", arch, *(f"{key}={value}" for key, value in values.items())])
 
 
 def engine_of(config: Config, cells: int = 81) -> tuple[Engine, Iterator[Batch]]:
