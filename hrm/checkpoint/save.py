@@ -1,7 +1,7 @@
-"""Checkpoints, saved whole or not at all; see `hrm.checkpoint.read` for what is in them.
+"""Saves checkpoints atomically; see `hrm.checkpoint.read` for their contents.
 
-A save writes into `.tmp_step_*` beside them, syncs, and renames; so whatever has the name `step_<N>` is
-complete, and a process killed at any moment leaves the earlier checkpoints as they were.
+A save writes into `.tmp_step_*`, syncs and renames, so a folder `step_<N>` is always complete, and a process
+killed at any moment leaves earlier checkpoints intact.
 """
 
 import errno
@@ -47,37 +47,36 @@ _TEMP = ".tmp_step_"
 
 
 class Saver:
-    """The checkpoints of a run, written behind its back, one at a time; a context that ends with the last.
+    """Saves a run's checkpoints in the background, one at a time; the context waits for the last one.
 
-    What is saved is copied at once; hashing, writing and syncing happen in a thread while training goes on.
+    A save copies its state at once; a thread hashes, writes and syncs it while training continues.
     """
 
     def __init__(self, run_dir: str | Path, *, keep: int | None = 3, keep_best: bool = False) -> None:
-        """keep, keep_best: as `save_checkpoint` takes them."""
+        """keep, keep_best: see `save_checkpoint`."""
         self.run_dir, self._keep, self._keep_best = Path(run_dir), keep, keep_best
         self._thread: Thread | None = None
         self._error: BaseException | None = None
 
     def save(self, step: int, **state: Any) -> Path:
-        """Begins to save `step`; returns the folder that will hold it. state: as `save_checkpoint` takes it.
+        """Starts to save `step`; returns the future folder. state: see `save_checkpoint`.
 
-        Waits for the checkpoint before it, so that no more than one copy is in memory. Raises CheckpointError
-        for that one.
+        Waits for the checkpoint before, so that memory holds one copy, and raises its CheckpointError.
         """
         self.wait()
         write = _prepared(self.run_dir, step, keep=self._keep, keep_best=self._keep_best, **state)
-        # No daemon: whatever ends the trainer, what has begun is written.
+        # Not a daemon: a started save finishes even if the trainer ends.
         self._thread = Thread(target=self._run, args=(write,), name="checkpoint")
         self._thread.start()
         return self.run_dir / f"step_{step}"
 
     def check(self) -> None:
-        """Raises CheckpointError if the last checkpoint could not be written; waits for nothing."""
+        """Raises CheckpointError if the last save failed; does not wait."""
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
     def wait(self) -> None:
-        """Returns once the last checkpoint is on the disk. Raises CheckpointError if it cannot be."""
+        """Waits until the last checkpoint is on the disk. Raises CheckpointError if its save failed."""
         if self._thread is not None:
             self._thread.join()
         self._thread, error, self._error = None, self._error, None
@@ -87,7 +86,7 @@ class Saver:
     def _run(self, write: Callable[[], Path]) -> None:
         try:
             write()
-        # Kept for the thread that trains, which raises it.
+        # The training thread raises it.
         except BaseException as error:
             self._error = error
 
@@ -95,23 +94,21 @@ class Saver:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        # Another error is told first.
+        # Do not hide another error.
         with suppress(*[] if kind is None else [CheckpointError]):
             self.wait()
 
 
 def save_checkpoint(run_dir: str | Path, step: int, **state: Any) -> Path:
-    """Saves `run_dir/step_<step>` whole or not at all, then removes all but the last `keep` (None: none).
+    """Saves `run_dir/step_<step>` atomically, then removes all but the last `keep` (None: keep all).
 
-    weights: tensors of any device and layout; views of one flat buffer are copied apart. training: nested
-    dicts, lists and tuples of tensors, numbers, strings and None; anything else is a TypeError that names its
-    place. run: what makes the run the one it is, for `differences`. facts: more fields of the manifest, such
-    as the results at this step (metrics), the configuration (config) and the training data (data). extra:
-    further tensors by the name of their file, as {"ema.safetensors": {...}}.
-    score: how good the step is, higher being better; None or NaN is no score. keep_best: the checkpoint with
-    the best score stays too, however old. An existing `step_<step>` is replaced. Returns the checkpoint's
-    folder.
-    Raises CheckpointError when it cannot be written; the earlier checkpoints stay and no partial one is left.
+    weights: tensors of any device and layout; views of one flat buffer are separated. training: nested dicts,
+    lists and tuples of tensors, numbers, strings and None; anything else raises TypeError with its place.
+    run: the identity of the run, for `differences`. facts: more fields of the manifest, such as results at
+    this step (metrics), configuration (config) and training data (data). extra: further tensors by file name,
+    as {"ema.safetensors": {...}}. score: higher is better; None or NaN is no score. keep_best: also keep the
+    checkpoint with the best score. An existing `step_<step>` is replaced. Returns the checkpoint's folder.
+    Raises CheckpointError if it cannot be written; earlier checkpoints stay, and no partial one remains.
     """
     return _prepared(Path(run_dir), step, **state)()
 
@@ -129,13 +126,13 @@ def _prepared(
     keep: int | None = 3,
     keep_best: bool = False,
 ) -> Callable[[], Path]:
-    """Copies what `save_checkpoint` is given; returns what writes it, in whatever thread and however late."""
+    """Copies the arguments of `save_checkpoint`; returns a function that writes them in any thread, later."""
     if keep is not None and keep < 1:
         raise ValueError(f"keep is {keep}: at least one checkpoint must stay, or None for all")
     for name in extra or ():
         if not TENSORS_NAME.fullmatch(name) or name == WEIGHTS:
             raise ValueError(f"extra: {name!r} is not the name of a further .safetensors file")
-    # Whatever training does next, what is written belongs to one step.
+    # Copy now: all that is written must belong to one step.
     tensors = {
         name: {key: compact(tensor) for key, tensor in group.items()}
         for name, group in {WEIGHTS: weights, **(extra or {})}.items()
@@ -176,7 +173,7 @@ def _write(
         cause = os_error(error)
         if cause is None:
             raise
-        # before the message looks at the free space
+        # before the message reports the free space
         shutil.rmtree(temp, ignore_errors=True)
         raise _save_error(run_dir, nbytes(tensors) + nbytes(state), cause) from error
     finally:
@@ -203,8 +200,8 @@ def _write_files(
 
 
 def _swap_in(temp: Path, final: Path) -> None:
-    # A folder cannot be renamed over another, so the one it replaces steps aside first: killed in between,
-    # `step_<N>.old` is found by readers and put back by the next save.
+    # A rename cannot replace a folder, so move the old one aside. If a kill comes in between, readers
+    # find `step_<N>.old` and the next save restores it.
     old = final.with_name(final.name + ".old")
     if final.is_dir():
         _discard(old)
@@ -215,7 +212,7 @@ def _swap_in(temp: Path, final: Path) -> None:
 
 
 def _clean(run_dir: Path) -> None:
-    """Remove what killed saves left behind, and put back a checkpoint whose replacement never arrived."""
+    """Removes the remains of killed saves, and restores a checkpoint whose replacement is missing."""
     for entry in run_dir.iterdir():
         match = STEP_NAME.fullmatch(entry.name)
         if entry.name.startswith(_TEMP):
@@ -229,7 +226,7 @@ def _clean(run_dir: Path) -> None:
 
 
 def _discard(folder: Path) -> None:
-    # Renamed first: a process killed during the removal leaves a leftover, not a damaged checkpoint.
+    # Rename first, so that a process killed in the removal leaves no damaged checkpoint.
     with suppress(OSError):
         folder.rename(gone := folder.with_name(f"{_TEMP}gone_{secrets.token_hex(4)}"))
         shutil.rmtree(gone, ignore_errors=True)

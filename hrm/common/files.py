@@ -1,4 +1,4 @@
-"""Files that a command reads, however hostile, and those that it writes for its user, whole or not at all."""
+"""Reads files that may be hostile, and writes files atomically."""
 
 import errno
 import io
@@ -16,13 +16,13 @@ from typing import IO, Any, BinaryIO
 from hrm.common.errors import UserError
 from hrm.common.text import size_text
 
-# Levels of lists and objects in JSON: of what is read here an ARC task has the most, six.
+# Most levels of nesting in JSON; an ARC task has six.
 _DEEPEST = 32
 
 
 def open_bounded(path: str | os.PathLike[str], error: type[UserError] = UserError) -> BinaryIO:
     """A regular file to read bytes from. Raises `error` for pipes, devices and folders, OSError as `open`."""
-    # A pipe that nobody writes to would be waited for.
+    # O_NONBLOCK: opening a pipe without a writer would block.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -33,12 +33,12 @@ def open_bounded(path: str | os.PathLike[str], error: type[UserError] = UserErro
 def read_limited(
     path: str | os.PathLike[str], limit: int, expected: str, error: type[UserError] = UserError
 ) -> bytes:
-    """The bytes of a file that has at most `limit` of them, a larger one being refused unread.
+    """The bytes of a file of at most `limit` bytes; a larger one is refused unread.
 
-    expected: what it should be, in words. Raises `error`, and OSError as `open` does.
+    expected: the right contents in words. Raises `error`, and OSError as `open` does.
     """
     with open_bounded(path, error) as file:
-        # One that grows meanwhile is held to the limit as well.
+        # The file may grow while it is read.
         large = os.fstat(file.fileno()).st_size > limit
         content = b"" if large else file.read(limit + 1)
     if large or len(content) > limit:
@@ -59,7 +59,7 @@ def read_text(
 def read_json(
     path: str | os.PathLike[str], limit: int, expected: str, error: type[UserError] = UserError
 ) -> Any:
-    """What a JSON file of at most `limit` bytes holds: strict JSON, no key twice; see `read_limited`."""
+    """The contents of a JSON file of at most `limit` bytes: strict JSON without repeated keys."""
 
     def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(items)
@@ -74,7 +74,7 @@ def read_json(
     text = read_limited(path, limit, expected, error)
     try:
         value = json.loads(text, object_pairs_hook=unique, parse_constant=refused)
-        # Whoever goes through it may do so by functions that call themselves.
+        # Bound the depth, because callers may recurse.
         level = [value]
         for _ in range(_DEEPEST):
             level = [inner for each in level for inner in _inside(each) if isinstance(inner, dict | list)]
@@ -96,7 +96,7 @@ def numbered_lines(
 ) -> Iterator[tuple[int, str]]:
     """The lines of a text file with their ends, from number 1; foreign bytes become U+FFFD.
 
-    A line of more than `longest` characters is refused before it is held: raises `error`, and OSError.
+    A line of more than `longest` characters is refused before it fills memory. Raises `error`, and OSError.
     """
     with io.TextIOWrapper(open_bounded(path, error), "utf-8-sig", "replace", newline="") as file:
         number = 0
@@ -108,9 +108,9 @@ def numbered_lines(
 
 
 def open_own(path: str | os.PathLike[str], mode: str) -> IO[Any]:
-    """Opens a file of a run's own folder to write or append, in UTF-8 where it is text.
+    """Opens a file in a run's folder to write or append; text is UTF-8.
 
-    Raises UserError for a link: in a folder from elsewhere it may lead to any file of the user's.
+    Raises UserError for a link: in a foreign folder it could lead to any of the user's files.
     """
 
     def opener(name: str, flags: int) -> int:
@@ -125,16 +125,16 @@ def open_own(path: str | os.PathLike[str], mode: str) -> IO[Any]:
 
 
 def check_file(path: Path) -> None:
-    """Raise UserError when `new_file` could not write there: to know before hours of work."""
+    """Raises UserError if `new_file` could not write there; call it before long work."""
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"{path}: cannot be written; give a file in a folder that exists")
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A file to write, alone in a folder beside `path`; it takes that name when the block ends well.
+    """A file to write in a temporary folder; it becomes `path` if the block succeeds.
 
-    A link of that name is replaced, not followed.
+    A link at `path` is replaced, not followed.
     """
     check_file(path)
     with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
@@ -144,11 +144,11 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text as UTF-8, whole or not at all."""
+    """Writes a text as UTF-8, atomically."""
     try:
         with new_file(path) as file:
             file.write_text(text, encoding="utf-8")
-    # That of a full disk names no file.
+    # The error of a full disk has no file name.
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
 

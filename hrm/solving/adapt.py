@@ -1,4 +1,4 @@
-"""Learning the puzzle embedding of a task that a model was not trained on, from its demonstrations."""
+"""Learns the puzzle embedding of a new task from its demonstrations."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,15 +26,14 @@ def learn_embedding(
     seed: int = 0,
     report: Callable[[int, float], None] | None = None,
 ) -> Tensor:
-    """One row of the puzzle table for a new task, (puzzle_emb_ndim) in the table's dtype; the model stays.
+    """One row of the puzzle table for a new task, (puzzle_emb_ndim) in the table's dtype; the model is kept.
 
-    inputs, labels: (N, S) integers, the task's demonstrations, labels -100 where they do not count. They
-    are all in every batch and go through ACT steps as in training: halting and exploring by `seed`, each
-    step with its loss (deep supervision), a demonstration that halts begins anew. `steps`: updates. The row
-    starts at zero and moves by the table's own sign-SGD, so that it comes to be as the rows that the model
-    knows did, and needs lr * steps of the order of their entries to get there. report: called with each
-    step, from 1, and its loss, the mean over demonstrations. Gate losses are about the gates and do not
-    count. Raises UserError for a model without a puzzle table or a loss that is not finite.
+    inputs, labels: (N, S) integers, the task's demonstrations; label -100 carries no loss. All demonstrations
+    are in every batch and take ACT steps as in training: halting and exploration by `seed`, a loss at each
+    step (deep supervision), and a restart of each demonstration that halts. steps: updates. The row starts at
+    zero and moves by the puzzle table's sign-SGD, so lr * steps must reach the size of trained entries.
+    report: receives each step, from 1, and its loss, the mean over demonstrations. Gate losses are left out.
+    Raises UserError for a model without a puzzle table or a loss that is not finite.
     """
     if model.puzzle_emb is None:
         raise UserError(
@@ -42,7 +41,7 @@ def learn_embedding(
         )
     table, arch = model.puzzle_emb.weights, model.arch
     device, (N, S) = table.device, inputs.shape
-    # Every demonstration is of puzzle 0 of a table of one.
+    # All demonstrations belong to puzzle 0 of a table with one row.
     identifiers = torch.zeros(N, dtype=torch.int32, device=device)
     fresh = Sequences(inputs.to(device, torch.int32), labels.to(device, torch.int32), identifiers)
     row, rate = table.new_zeros(1, table.shape[1]), torch.tensor(lr, device=device)
@@ -65,7 +64,7 @@ def learn_embedding(
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Within it no parameter takes a gradient, so none is computed."""
+    """No parameter requires a gradient in the context, so none is computed."""
     taught = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in taught:

@@ -1,7 +1,7 @@
-"""A page that plays what a model thought about one puzzle, its style, its script and its data inside.
+"""A self-contained page that plays the trace of a solved puzzle.
 
-What is shown is worked out here; the script (player.js) puts a step of it on the page. Without the script
-the page shows the puzzle, the last board and the verdict.
+This module computes the contents; the script (player.js) shows one step at a time. Without the script the
+page shows the puzzle, the last board and the verdict.
 """
 
 import base64
@@ -22,12 +22,12 @@ from hrm.data.arc.augment import canvas, grid_of
 from hrm.data.sudoku.solver import BOXES
 from hrm.solving.trace import Step, Trace
 
-# How a token is shown: the class of its cell in player.css, the text there, and in words.
+# The display of a token: its cell's class in player.css, its text, and its name.
 Symbol = tuple[str, str, str]
 
 _COLOURS = ("black", "blue", "red", "green", "yellow", "grey", "pink", "orange", "light blue", "maroon")
 _PAD, _FIRST_GIVEN = 0, 2
-# A kind that is missing here, and a token beyond these, is shown as its number.
+# Other kinds and tokens are shown as numbers.
 _SYMBOLS: Mapping[str, Sequence[Symbol]] = {
     "sudoku": [
         ("pad", "pad", "padding"),
@@ -48,18 +48,18 @@ _SYMBOLS: Mapping[str, Sequence[Symbol]] = {
         *((f"c{number}", str(number), name) for number, name in enumerate(_COLOURS)),
     ],
 }
-# Their answers fill in the question, and their rules tell a right one: no problems, no mistake.
+# Kinds whose answers fill in the question and whose rules decide whether an answer is right.
 _RULED = ("sudoku", "maze")
-# What the sources of a level's gates are.
+# The sources of a level's gates in words.
 _SOURCES = {"primary": "its own state", "secondary": "the other level", "input": "the puzzle"}
 
 
 def page(trace: Trace) -> str:
-    """The trace as one HTML page that needs no other file and no network; every text of it is escaped.
+    """The trace as one HTML page that needs no other file and no network, with all text escaped.
 
-    Cells of the answer that are padding (0 or less) count neither as right nor as wrong; of an ARC canvas
-    counts the grid, cropped as the evaluation does. Raises ValueError for a trace without steps, or with a
-    board of another size than rows * cols.
+    Padding in the answer (0 or less) counts neither as right nor as wrong; an ARC canvas is cropped to its
+    grid as in the evaluation. Raises ValueError for a trace without steps, or boards of another size than
+    rows * cols.
     """
     cells = trace.rows * trace.cols
     boards = [
@@ -105,7 +105,7 @@ def page(trace: Trace) -> str:
 
 @dataclass(frozen=True)
 class _View:
-    """A trace, its boards as they are shown: arrays (S,), of an ARC canvas the grid alone."""
+    """A trace with its boards for display, arrays (S,); an ARC canvas keeps its grid only."""
 
     trace: Trace
 
@@ -127,23 +127,23 @@ class _View:
 
     @property
     def compared(self) -> int:
-        """How many cells are compared with the answer's."""
+        """The number of cells that are compared with the answer."""
         return 0 if self.answer is None else int((self.answer > _PAD).sum())
 
     def wrong(self, index: int) -> int | None:
-        """How many cells of a step's board differ from the answer's; None where it is not known."""
+        """The number of wrong cells of a step's board; None without an answer."""
         if self.answer is None:
             return None
         differ = self.boards[index] != self.answer
-        # What lies beyond an ARC grid is gone from both; elsewhere nothing is asked of padding.
+        # ARC boards are already cropped; in other kinds padding does not count.
         return int((differ if self.trace.kind == "arc" else differ & (self.answer > _PAD)).sum())
 
     def before(self, index: int) -> np.ndarray | None:
-        """What a step's board is held against: the one before it; for the first, a question it fills in."""
+        """The board to compare a step's board with: the one before, or the question for a first step."""
         return self.boards[index - 1] if index else self.question if self.ruled else None
 
     def changed(self, index: int) -> np.ndarray | None:
-        """Which cells of a step's board are new, (S,) bool."""
+        """The changed cells of a step's board, (S,) bool."""
         before = self.before(index)
         return None if before is None else self.boards[index] != before
 
@@ -156,7 +156,7 @@ class _View:
 
 
 def _verdict(view: _View) -> tuple[str, str, list[str]]:
-    """How it went: the class of the verdict, its headline, and what it rests on."""
+    """The verdict: its class, headline and findings."""
     steps, last = view.trace.steps, len(view.trace.steps) - 1
     wrong, problems = view.wrong(last), steps[last].problems
     if wrong == 0 or (view.ruled and not problems):
@@ -188,7 +188,7 @@ def _verdict(view: _View) -> tuple[str, str, list[str]]:
 
 
 def _window(view: _View, boards: Sequence[np.ndarray]) -> np.ndarray:
-    """The cells (rows, cols) that show all of these boards: of an ARC canvas the corner with their grids."""
+    """The cells (rows, cols) to show: all, or the corner of an ARC canvas that contains all grids."""
     trace = view.trace
     cells = np.arange(trace.rows * trace.cols).reshape(trace.rows, trace.cols)
     used = np.any([board >= _FIRST_GIVEN for board in boards], axis=0).reshape(cells.shape)
@@ -204,7 +204,7 @@ def _size(name: str, window: np.ndarray) -> str:
 
 
 def _board(view: _View, board: np.ndarray, window: np.ndarray, name: str, title: str) -> str:
-    """A board as a table: `given` for what the puzzle holds, x and y where a box begins."""
+    """A board as a table; class `given` marks the puzzle's cells, x and y the first cells of a box."""
     kind = view.trace.kind
     box = BOXES[view.trace.rows] if kind == "sudoku" else None
     marked = _told(view.trace.steps[-1], view.trace) if name == "last" else set()
@@ -250,7 +250,7 @@ def _told(step: Step, trace: Trace) -> set[int]:
 
 
 def _data(view: _View, window: np.ndarray) -> str:
-    """What the script shows, as JSON that cannot end its element. Cells are places in the window."""
+    """The script's data as JSON that cannot close its element. Cells are indices in the window."""
     trace = view.trace
     cells = window.ravel()
     place = {cell: index for index, cell in enumerate(cells.tolist())}
@@ -281,12 +281,12 @@ def _data(view: _View, window: np.ndarray) -> str:
         "answered": view.answer is not None,
     }
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    # All but ASCII is escaped by now; "<" would let a text close the element or open a comment.
+    # json.dumps escapes non-ASCII text; an unescaped "<" could close the element or open a comment.
     return text.replace("<", "\\u003c")
 
 
 def _gates(trace: Trace, cells: np.ndarray) -> Iterator[dict[str, object]]:
-    """Each gate over the steps; least and most: the range that its heat map spans."""
+    """Each gate over the steps; least and most give the range of its heat map."""
     for module, sources in trace.steps[0].gates.items():
         for source in sources:
             gates = [step.gates[module][source] for step in trace.steps]
@@ -303,14 +303,14 @@ def _gates(trace: Trace, cells: np.ndarray) -> Iterator[dict[str, object]]:
 
 
 def _number(value: float) -> float | None:
-    """A number that JSON can hold; None for one that is not finite."""
+    """A rounded number for JSON; None if it is not finite."""
     return round(float(value), 4) if math.isfinite(value) else None
 
 
 def _percent(probability: float) -> str:
     if not math.isfinite(probability):
         return "not a number"
-    # Rounding would claim certainty.
+    # Rounding to 0 or 100 % would claim certainty.
     if 0 < probability < 0.001 or 0.999 < probability < 1:
         return "below 0.1 %" if probability < 0.5 else "over 99.9 %"
     return f"{100 * probability:.1f} %"
@@ -321,7 +321,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _text(text: str) -> str:
-    # A file's name may hold halves of characters, which no page can.
+    # File names may contain lone surrogates, which UTF-8 cannot encode.
     return escape(text.encode("utf-8", "replace").decode("utf-8"))
 
 
@@ -330,5 +330,5 @@ def _part(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """What the content security policy knows an inline element by."""
+    """The hash of an inline element for the content security policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -1,6 +1,6 @@
-"""Puzzles as somebody gives them to be solved: typed, in a file, or an ARC task; each one that has an answer.
+"""Reads puzzles to solve, typed, from a file, or from an ARC task, and checks that each has an answer.
 
-Nothing here needs PyTorch, which takes seconds to import: what is wrong with a puzzle is told without it.
+Nothing here imports PyTorch, which takes seconds, so that mistakes are reported at once.
 """
 
 import math
@@ -23,16 +23,16 @@ MAX_TEXT_BYTES = 16 << 20
 EXPECTED = "puzzles, one a line"
 # Cells along a maze, far more than any model was trained for.
 MOST_SIDE = 1024
-# Of what is wrong with a puzzle or a board, how much is said.
+# Most problems of a board in one message.
 MOST_TOLD = 5
-# What stands between the cells of a Sudoku that somebody typed.
+# Characters between the cells of a typed Sudoku.
 _RULERS = str.maketrans("", "", "|+- \t")
 _CELLS = frozenset("#SGo0123456789.|+- \t\r\n")
 
 
 @dataclass(frozen=True)
 class Puzzle:
-    """What is to be solved. question, answer: (S) tokens, None where not known. title: a name."""
+    """A puzzle. question, answer: (S) tokens; an unknown answer is None. title: a name."""
 
     question: np.ndarray
     answer: np.ndarray | None
@@ -41,7 +41,7 @@ class Puzzle:
 
 @dataclass(frozen=True)
 class Puzzles:
-    """The puzzles of one file or argument, all of one kind; task: of ARC, what they are the tests of."""
+    """The puzzles of one file or argument, all of one kind. task: the ARC task that they test."""
 
     kind: Kind
     puzzles: Sequence[Puzzle]
@@ -49,12 +49,12 @@ class Puzzles:
 
 
 def read_puzzles(source: str) -> Puzzles:
-    """The puzzles that an argument is or names: cells, a file, `-` for standard input, an ARC task's .json.
+    """The puzzles in an argument: cells, a file, `-` for standard input, or an ARC task's .json.
 
-    Raises UserError for what has no answer, with row and column, or file and cell.
+    Raises UserError for a puzzle without an answer, with row and column, or file and cell.
     """
     if source != "-" and not os.path.isfile(source):
-        # A few wrong characters do not make a file of it: they are told with row and column.
+        # Text with few foreign characters is a mistyped puzzle, not a file name.
         strange = sum(character not in _CELLS for character in source)
         if os.sep in source or 4 * strange > len(source):
             raise UserError(
@@ -76,7 +76,7 @@ def read_puzzles(source: str) -> Puzzles:
 
 
 def _arc_task(path: Path) -> Puzzles:
-    # As a task of evaluation, whose tests need no output.
+    # Read as an evaluation task, whose tests need no output.
     task = read_task(path)
     tests = [
         Puzzle(
@@ -90,7 +90,7 @@ def _arc_task(path: Path) -> Puzzles:
 
 
 def _boards(text: str, where: str) -> Puzzles:
-    """Puzzles of Sudoku or mazes: one board over several lines, or one puzzle in each line."""
+    """Sudokus or mazes: one board over several lines, or one puzzle on each line."""
     is_maze = bool(set(text) & set("#SG"))
     lines = [line for line in text.splitlines() if (line if is_maze else line.translate(_RULERS))]
     if not lines:
@@ -99,7 +99,7 @@ def _boards(text: str, where: str) -> Puzzles:
     sides = [math.isqrt(count) for count in cells]
     sizes = [math.isqrt(size) for _, size in SUDOKU]
     is_side = range(2, MOST_SIDE + 1).__contains__ if is_maze else sizes.__contains__
-    # One board, even if some rows of it are too long or too short: which, the kind tells.
+    # One board; its kind reports rows of wrong length.
     if is_side(len(lines)) and len(lines) in cells:
         side, boards = len(lines), ["\n".join(lines)]
     elif is_side(sides[0]) and all(count == sides[0] ** 2 for count in cells):
@@ -131,13 +131,13 @@ def _questions(kind: Kind, boards: Sequence[str], where: str) -> Iterator[Puzzle
 
 
 def _only_answer(kind: Kind, question: np.ndarray) -> np.ndarray | None:
-    """The answer where there is but one: shortest paths may be several."""
+    """The only answer of a Sudoku; None for mazes, which may have several."""
     if kind.name != "sudoku":
         return None
     return solutions((question - 1).astype(np.uint8))[0][0] + 1
 
 
 def shortened(problems: Sequence[str]) -> str:
-    """The first of some problems in one line, and how many more there are."""
+    """The first problems in one line, and the number of others."""
     more = len(problems) - MOST_TOLD
     return "; ".join(problems[:MOST_TOLD]) + (f"; and {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""What a run has left behind, read back: its metrics as series over steps, and its configuration."""
+"""The metrics of a run as series over steps, and its configuration, read from its folder."""
 
 import json
 from array import array
@@ -27,11 +27,10 @@ _EMPTY: Series = (np.empty(0, np.int64), np.empty(0))
 
 @dataclass(frozen=True, eq=False)
 class History:
-    """A run's metrics and configuration, as far as it has come.
+    """The metrics and configuration of a run, finished or not.
 
-    name: what reports call it. folder: where it lies. config: its config.yaml, nested as there; None where
-    there is none. last_step: the last step that has a line. metrics: steps (n,) int64, ascending, and values
-    (n,) float64 of each key.
+    name: for reports. config: the nested values of config.yaml, or None. last_step: the last step in
+    metrics.jsonl. metrics: ascending steps (n,) int64 and values (n,) float64 of each key.
     """
 
     name: str
@@ -45,9 +44,9 @@ class History:
         return sorted(self.metrics)
 
     def series(self, key: str) -> Series:
-        """Steps (n,) int64, ascending, and values (n,) float64 of a metric; empty where it was never logged.
+        """Steps (n,) int64, ascending, and values (n,) float64 of a metric; empty if it was never logged.
 
-        What was logged as null, a number that was not finite, is NaN.
+        null, which stands for a value that was not finite, becomes NaN.
         """
         return self.metrics.get(key, _EMPTY)
 
@@ -60,12 +59,12 @@ class History:
 
     @property
     def parameters(self) -> int | None:
-        """How many parameters the model has; None where the run does not say."""
+        """The number of the model's parameters; None if the run did not log it."""
         return self._count("model/parameters")
 
     @property
     def total_steps(self) -> int | None:
-        """How many steps the run is to take; None where the run does not say."""
+        """The planned number of steps; None if the run did not log it."""
         return self._count("run/total_steps")
 
     def _count(self, key: str) -> int | None:
@@ -81,14 +80,14 @@ class History:
     def evaluation(self, metric: str = "exact_accuracy", ema: bool = False) -> Series:
         """Steps (n,) and values (n,) of a test metric: its mean over the test sets, weighted by their counts.
 
-        ema: of the averaged weights. A set without a count weighs 1. Empty where it was never logged.
+        ema: of the averaged weights. A set without a count weighs 1. Empty if it was never logged.
         """
         prefix = "eval_ema" if ema else "eval"
         totals: dict[int, tuple[float, float]] = {}
         for name in self.eval_sets:
             counts = dict(zip(*self.series(f"{prefix}/{name}/count"), strict=True))
             for step, value in zip(*self.series(f"{prefix}/{name}/{metric}"), strict=True):
-                # As Python's own, which overflow without a warning.
+                # Floats of Python overflow without a warning.
                 weight = float(counts.get(step, 1.0))
                 total, weights = totals.get(int(step), (0.0, 0.0))
                 totals[int(step)] = (total + weight * float(value), weights + weight)
@@ -101,11 +100,10 @@ class History:
 def read_history(folder: str | Path, name: str | None = None) -> History:
     """The history of the run in `folder`, finished or not.
 
-    name: what reports call it, the folder's name when None. A last line without its end is still being
-    written and is left out; of two lines that give a key at one step the later counts. Memory stays bounded:
-    of a metric with more than 65,536 points every second, fourth, ... and the last are kept. What does not
-    print is spelt out in the name. Raises UserError where there is no run, or where a file holds what no run
-    writes.
+    name: for reports; None for the folder's name. Unprintable characters are escaped. A last line without a
+    newline is still being written and is skipped. The later of two values for a key and step counts. Memory
+    is bounded: a metric with more than 65,536 points keeps every second, fourth, ... and the last. Raises
+    UserError if there is no run, or for contents that no run writes.
     """
     folder = Path(folder)
     path = folder / METRICS
@@ -131,9 +129,9 @@ def read_history(folder: str | Path, name: str | None = None) -> History:
 
 
 def read_histories(folders: Sequence[str | Path]) -> list[History]:
-    """The runs in these folders, each once, under names of their own.
+    """The runs in these folders, each once, under unique names.
 
-    A run is called after its folder; those that share a name by as much of the path as tells them apart.
+    A run has the name of its folder, with as much of the path in front as makes it unique.
     Raises UserError as `read_history` does.
     """
     paths = {Path(folder).resolve(): folder for folder in folders}
@@ -144,7 +142,7 @@ def read_histories(folders: Sequence[str | Path]) -> list[History]:
 
 
 class _Points:
-    """The points of one metric, in arrays; past MOST_POINTS every second one goes, but for the last."""
+    """The points of one metric in arrays; beyond MOST_POINTS it drops every second one but the last."""
 
     def __init__(self) -> None:
         self.steps, self.values = array("q"), array("d")
@@ -167,7 +165,7 @@ class _Points:
         last = [] if self.left_out is None else [self.left_out]
         steps = np.array([*self.steps, *(step for step, _ in last)], np.int64)
         values = np.array([*self.values, *(value for _, value in last)], np.float64)
-        # Of equal steps the last counts: the first in reverse.
+        # np.unique keeps the first of equal steps, which in reverse is the last.
         steps, first = np.unique(steps[::-1], return_index=True)
         return steps, values[::-1][first]
 
@@ -212,7 +210,7 @@ def _config(path: Path) -> dict[str, Any] | None:
     try:
         # A SafeLoader that also refuses aliases.
         found = yaml.load(text, _Loader)  # noqa: S506
-    # A number, a tag or an escape that says nothing surfaces as one of many types.
+    # Invalid numbers, tags and escapes raise errors of many types.
     except Exception:
         found = None
     if not isinstance(found, dict) or not _is_plain(found):
@@ -221,7 +219,7 @@ def _config(path: Path) -> dict[str, Any] | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values, each written out: some aliases of aliases would stand for more than memory holds."""
+    """A SafeLoader that refuses aliases, because nested aliases can expand beyond any memory."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -230,7 +228,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether JSON holds it: keys are texts, and whole numbers of the size that numbers have."""
+    """Whether a value fits into JSON: keys are strings, integers have 64 bits."""
     if isinstance(value, dict):
         return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
     if isinstance(value, list):
@@ -239,7 +237,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _where_runs_are(folder: Path) -> str:
-    """The remedy where a folder is no run: a run at hand, if there is one."""
+    """The remedy for a folder that is no run: a run nearby, if there is one."""
     if not folder.is_dir():
         return "give the folder of a run, such as checkpoints/sudoku-4x4/gated"
     inside = next(
@@ -249,7 +247,7 @@ def _where_runs_are(folder: Path) -> str:
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
-    """The end of each path, as short as tells it from the others."""
+    """The shortest end of each path that makes it unique."""
     lengths = [1] * len(paths)
     while True:
         names = ["/".join(path.parts[-length:]) for path, length in zip(paths, lengths, strict=True)]

@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: its style, its tables and its plots are inside."""
+"""A report as one self-contained HTML page, and its plots as a PNG."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -75,12 +75,11 @@ def write_report(
     tables: Sequence[Table] = (),
     notes: Sequence[str] = (),
 ) -> tuple[Path, Path]:
-    """Writes report.html and report.png into `folder`, made where missing; returns their paths.
+    """Writes report.html and report.png into `folder`, created if missing; returns their paths.
 
-    groups: by name the runs that are drawn as one, such as the seeds of one configuration: their mean, the
-    range from the least to the greatest, and each run thinly. Only panels with data are drawn. tables, notes:
-    what the page says above the plots. A reader never sees a half-written file. Raises UserError where
-    matplotlib is missing.
+    groups: by name, runs that are drawn together, such as the seeds of one configuration, as mean, range and
+    thin single lines. Panels without data are omitted. tables, notes: shown above the plots. Files are
+    written atomically. Raises UserError if matplotlib is missing.
     """
     look = plots.styles(list(groups))
     found = sections(groups)
@@ -146,7 +145,7 @@ def _list(name: str, items: Sequence[str]) -> str:
 
 
 def _table(table: Table, name: str) -> str:
-    """A table that scrolls by itself on a narrow screen, by keyboard as well."""
+    """A table that scrolls on a narrow screen, also by keyboard."""
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.columns)
     body = "".join(
         f"<tr>{''.join(_cell(i, cell) for i, cell in enumerate(row))}</tr>\n" for row in table.rows

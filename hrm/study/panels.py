@@ -1,4 +1,4 @@
-"""What reports show of runs: which panels there are, the curves in them, and the same in words."""
+"""The panels of reports, their curves, and a description of each in words."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +11,10 @@ from hrm.study.history import History, Series
 
 Groups = Mapping[str, Sequence[History]]
 Read = Callable[[History], Series]
-# share: percents; fraction: a number from 0 to 1, its axis from 0; log: a positive number, on such an axis
-# where it spans much.
+# share: percent. fraction: 0 to 1, with an axis from 0. log: positive, on a logarithmic axis for wide ranges.
 Unit = Literal["number", "share", "fraction", "seconds", "log"]
 
-# Points drawn of a curve; of a longer one, means of neighbours.
+# Most points of a drawn curve; longer curves show means of neighbours.
 MOST_DRAWN = 400
 
 
@@ -30,9 +29,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot. x: what its curves run over, None for bars, each over the single values of its runs.
+    """One plot. x: the horizontal axis of its curves; None for bars over single values of runs.
 
-    kinds: what solid and dashed curves are, where a panel has both.
+    kinds: names of solid and dashed curves in a panel with both.
     """
 
     title: str
@@ -44,7 +43,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Section:
-    """Panels that belong together."""
+    """Panels under one heading."""
 
     title: str
     text: str
@@ -55,7 +54,7 @@ class Section:
 
 
 def sections(groups: Groups) -> list[Section]:
-    """The sections that have panels, and of each the panels that have data."""
+    """The sections and panels that have data."""
     found = [
         Section(
             "Learning",
@@ -161,7 +160,7 @@ def _with_data(panels: Sequence[Panel]) -> list[Panel]:
 
 
 def _curves(groups: Groups, read: Read, dashed: bool = False) -> list[Curve]:
-    """A curve for each group with data: of each run that has some, its finite points."""
+    """A curve for each group with data: the finite points of its runs."""
     curves = []
     for group, runs in groups.items():
         series = [(x[finite], y[finite]) for x, y in map(read, runs) if (finite := np.isfinite(x + y)).any()]
@@ -191,9 +190,9 @@ def _single(value: Callable[[History], float | None]) -> Read:
 
 
 def mean_and_range(runs: Sequence[Series]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, least and most over runs, where all of them have come: x, mean, least, most, each (n,).
+    """x, mean, minimum and maximum over runs, each (n,), where all runs have data.
 
-    x: every x of any run from the latest start to the earliest end; between its points a run is straight.
+    x: every x of any run from the latest start to the earliest end; runs are interpolated linearly.
     """
     first, last = max(x[0] for x, _ in runs), min(x[-1] for x, _ in runs)
     x = np.unique(np.concatenate([x for x, _ in runs]))
@@ -208,7 +207,7 @@ def single_values(curve: Curve) -> np.ndarray:
 
 
 def thinned(series: Series) -> Series:
-    """At most MOST_DRAWN points: of a longer curve the means of equal numbers of neighbours."""
+    """At most MOST_DRAWN points; a longer curve becomes means of equal numbers of neighbours."""
     x, y = series
     if len(x) <= MOST_DRAWN:
         return series
@@ -221,7 +220,7 @@ def thinned(series: Series) -> Series:
 
 
 def value_text(value: float, unit: Unit) -> str:
-    """A value as a reader wants it: 93.1 %, 105 ms, 27.3 M."""
+    """A value in a readable unit: 93.1 %, 105 ms, 27.3 M."""
     if not np.isfinite(value):
         return "-"
     if unit == "share":
@@ -235,7 +234,7 @@ def value_text(value: float, unit: Unit) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that suits them."""
+    """Seconds in a readable unit."""
     if not np.isfinite(seconds):
         return "-"
     if seconds < 1:
@@ -246,7 +245,7 @@ def duration(seconds: float) -> str:
 
 
 def description(panel: Panel) -> str:
-    """A panel in words, for those who do not see it: where each curve starts and ends."""
+    """A panel in words for screen readers: start and end of each curve."""
     parts = []
     for curve in panel.curves:
         kind = f" ({panel.kinds[curve.dashed]})" if panel.kinds else ""

@@ -1,4 +1,4 @@
-"""Panels drawn by matplotlib: each as SVG that takes its colours from the page, all of them as one PNG."""
+"""Panels drawn by matplotlib: each as SVG with the page's colours, and all of them as one PNG."""
 
 import io
 import re
@@ -15,7 +15,7 @@ from hrm.study.panels import Panel, Section, mean_and_range, single_values, thin
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# On light and on dark ground: 3:1 or better against it, and told apart with any colour blindness.
+# For light and dark ground: contrast of 3:1 or better, and distinct under any colour blindness.
 COLOURS = (
     ("#115193", "#cfe3fd"),
     ("#d97502", "#c83404"),
@@ -24,19 +24,19 @@ COLOURS = (
     ("#6d4701", "#fbcb23"),
     ("#9584a4", "#6d6a6a"),
 )
-# With six colours these make thirty groups look different.
+# With six colours they distinguish thirty groups.
 MARKERS = "os^Dv"
 # Inches.
 PANEL_SIZE = (4.2, 2.7)
 COLUMNS = 3
 LONGEST_LABEL = 22
-# Ticks lie at multiples of these.
+# Distances of ticks are these times a power of ten.
 ROUND = (1, 2, 2.5, 5, 10)
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a group looks in every panel. colour: its place in COLOURS."""
+    """A group's colour, as an index in COLOURS, and marker in every panel."""
 
     colour: int
     marker: str
@@ -47,23 +47,23 @@ class Style:
 
 
 def styles(groups: Sequence[str]) -> dict[str, Style]:
-    """Each group's colour and marker, by its place."""
+    """The style of each group by its position."""
     pairs = zip(cycle(range(len(COLOURS))), cycle(MARKERS), strict=False)
     return {group: Style(*pair) for group, pair in zip(groups, pairs, strict=False)}
 
 
 def svg(panel: Panel, look: Mapping[str, Style], prefix: str) -> str:
-    """A panel as an `<svg>` element of a page, hidden from screen readers: say it in words beside it.
+    """A panel as an `<svg>` element, hidden from screen readers, so describe it in words beside it.
 
-    prefix: begins its identifiers, which must differ within a page. Text is `currentColor`; the page gives
-    `--grid` and the groups' `--c0`, `--c1`, ... Raises UserError where matplotlib is missing.
+    prefix: starts its identifiers; unique within a page. Text is `currentColor`; the page defines `--grid`
+    and the groups' `--c0`, `--c1`, ... Raises UserError if matplotlib is missing.
     """
     with figures(svg_salt=prefix) as figure:
         canvas = figure(figsize=PANEL_SIZE, layout="constrained")
         _draw(canvas.subplots(), panel, look)
         file = io.StringIO()
         canvas.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    # What stands around the element and inside it for readers of files: a page has its own.
+    # Remove the prologue, metadata and style of a file, which the page replaces.
     text = file.getvalue()
     text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
@@ -110,7 +110,7 @@ def _draw(ax: "Axes", panel: Panel, look: Mapping[str, Style]) -> None:
 
 
 def _lines(ax: "Axes", panel: Panel, look: Mapping[str, Style]) -> None:
-    """Each group's mean over its runs, thick, with the range in which they lie, and the runs, thin."""
+    """Each group's mean as a thick line, the range of its runs as a band, and the runs as thin lines."""
     for curve in panel.curves:
         style = look[curve.group]
         line = "--" if curve.dashed else "-"
@@ -144,7 +144,7 @@ def _vertical_scale(ax: "Axes", panel: Panel, least: float, most: float) -> None
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
     elif panel.unit == "log" and least > 0 and most > 10 * least:
         ax.set_yscale("log")
-        # Plain numbers: the usual ones are formulas, which are not parsed here.
+        # Plain numbers: the default labels are formulas, which the settings do not parse.
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.yaxis.set_minor_formatter(NullFormatter())
 
@@ -189,7 +189,7 @@ def _bars(ax: "Axes", panel: Panel, look: Mapping[str, Style]) -> None:
         ax.annotate(text, (values.max(), place), xytext=(4, 0), textcoords="offset points", va="center")
     size = min(9.5, 95 / len(panel.curves))
     ax.set_yticks(range(len(panel.curves)), [_label(curve.group) for curve in panel.curves], fontsize=size)
-    # From top to bottom; a lone bar does not fill the panel.
+    # The first bar on top; a single bar must not fill the panel.
     middle, half = (len(panel.curves) - 1) / 2, max(3, len(panel.curves)) / 2
     ax.set_ylim(middle + half, middle - half)
     ax.set_xlim(0, 1.35 * max(single_values(curve).max() for curve in panel.curves) or 1)
@@ -207,6 +207,6 @@ def _handle(style: Style) -> Any:
 
 
 def _label(name: str) -> str:
-    """A name that leaves room for the drawing: a long one loses its middle."""
+    """A name of at most LONGEST_LABEL characters; a longer one loses its middle."""
     half = LONGEST_LABEL // 2
     return name if len(name) <= LONGEST_LABEL else f"{name[:half]}…{name[1 - half :]}"

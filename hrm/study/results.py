@@ -1,7 +1,7 @@
-"""What finished runs say about their candidates: scores at equal steps, at equal time, and how fast each is.
+"""Results of finished runs by candidate: scores at equal steps and at equal time, and speed.
 
-A score between two evaluations is the straight line's between them. Differences are paired: a run's score
-less the baseline's with the same seed.
+Scores between two evaluations are interpolated linearly. Differences are paired: a run's score minus the
+baseline's score with the same seed.
 """
 
 import math
@@ -21,13 +21,13 @@ Scores = dict[int, float]
 
 MAIN = "exact_accuracy"
 METRICS = (MAIN, "accuracy", "q_halt_accuracy")
-# Shares of the baseline's last score that the speed of learning is told by.
+# Shares of the baseline's last score; the time to reach each measures the speed of learning.
 SHARES = {"half": 0.5, "90 %": 0.9}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A candidate's runs by seed, tested with their weights as they are or with their moving average."""
+    """A candidate's runs by seed, evaluated with the last weights or, with ema, their moving average."""
 
     candidate: str
     runs: Runs
@@ -35,12 +35,12 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """What a table calls it."""
+        """The name in tables."""
         return f"{self.candidate} (EMA)" if self.ema else self.candidate
 
     @property
     def averages(self) -> bool:
-        """Whether the runs were tested with the average too."""
+        """Whether the runs also evaluated averaged weights."""
         return any(len(run.evaluation(MAIN, ema=True)[0]) for run in self.runs.values())
 
     def at_step(self, metric: str, step: float) -> Scores:
@@ -65,12 +65,12 @@ class Entry:
 
 
 def compare_runs(candidates: Mapping[str, Runs], baseline: str) -> dict[str, Any]:
-    """The results, as JSON holds them, of runs by candidate and seed, each evaluated at least once.
+    """Results as JSON values from runs by candidate and seed, each evaluated at least once.
 
-    equal_steps: the last step that every run has been evaluated at, or past. equal_seconds: the training time
-    of the run that took least, in seconds; a run's training time is its steps times its median seconds per
-    step, so without evaluation, saving and compiling. A candidate that keeps averaged weights has an entry
-    for them too, held against the baseline's where there are such. Without runs an entry has no scores.
+    equal_steps: the last step that the evaluations of every run reach. equal_seconds: the shortest training
+    time of a run, in seconds; training time is steps times the median seconds per step, so it excludes
+    evaluation, saving and compiling. Averaged weights have an entry of their own, compared with the
+    baseline's averaged weights if it has some. Without runs an entry has no scores.
     """
     plain = [Entry(name, runs) for name, runs in candidates.items()]
     base = next(entry for entry in plain if entry.candidate == baseline)
@@ -82,7 +82,7 @@ def compare_runs(candidates: Mapping[str, Runs], baseline: str) -> dict[str, Any
     aims = {share: part * math.fsum(last.values()) / len(last) for share, part in SHARES.items() if last}
     entries = {}
     for entry in [*plain, *(Entry(e.candidate, e.runs, ema=True) for e in plain if e.averages)]:
-        # The baseline itself is held against nothing, its average against its last weights.
+        # The baseline has no comparison; its average is compared with its last weights.
         other = Entry(baseline, base.runs if entry.name != baseline else {}, ema=False)
         if base.averages and entry.ema and entry.candidate != baseline:
             other = Entry(baseline, base.runs, ema=True)
@@ -122,7 +122,7 @@ def compare_runs(candidates: Mapping[str, Runs], baseline: str) -> dict[str, Any
 
 
 def score_at(series: Series, where: float) -> float:
-    """A score at a step, or a time: between two evaluations the straight line's; NaN before the first.
+    """A score at a step or time, interpolated linearly between evaluations; NaN before the first.
 
     series: places (n,) ascending, and values (n,).
     """
@@ -131,10 +131,10 @@ def score_at(series: Series, where: float) -> float:
 
 
 def first_reaching(series: Series, aim: float) -> float:
-    """Where a score first is `aim` or more, by straight lines between evaluations; NaN if it never is.
+    """Where a score first reaches `aim`, interpolated linearly between evaluations; NaN if it never does.
 
-    series: places (n,) ascending, and values (n,). A first evaluation that is there already tells no more
-    than its own place, which is returned.
+    series: places (n,) ascending, and values (n,). Returns the place of the first evaluation if that one
+    already reaches the aim.
     """
     places, values = series
     found = np.flatnonzero(values >= aim)
@@ -229,7 +229,7 @@ def _to_aim(results: Mapping[str, Any], share: str) -> Table:
 
 
 def cautions(results: Mapping[str, Any]) -> list[str]:
-    """What a reader must know before believing the tables, one sentence or two each."""
+    """Cautions for reading the tables, of one or two sentences each."""
     entries, baseline = results["entries"], results["baseline"]
     most = max(len(entry["seeds"]) for entry in entries.values())
     found = []
@@ -254,7 +254,7 @@ def _last(series: Series, step: float) -> float:
 
 
 def _stats(scores: Scores) -> dict[str, Any]:
-    """Scores by seed, null where there is none, their mean and sample deviation."""
+    """Scores by seed (null if missing), their mean and sample deviation."""
     known = _finite(scores)
     summary = summarise(list(known.values())) if known else None
     return {
@@ -265,7 +265,7 @@ def _stats(scores: Scores) -> dict[str, Any]:
 
 
 def _compared(scores: Scores, other: Scores) -> dict[str, Any]:
-    """The same, with the paired difference to the baseline's scores; null without a seed in common."""
+    """`_stats`, with the paired difference to the baseline's scores; null without a common seed."""
     summary = paired_difference(_finite(scores), _finite(other))
     difference = None
     if summary is not None:
@@ -292,7 +292,7 @@ def _relative(difference: Mapping[str, Any] | None, whole: float | None) -> str:
 
 
 def _difference(difference: Mapping[str, Any] | None, factor: float, unit: str) -> str:
-    """A paired difference in words: its mean, its interval, and whether that says anything."""
+    """A paired difference in words: mean, interval, and whether the difference is clear."""
     if difference is None:
         return "-"
     mean = f"{factor * difference['mean']:+.1f}{unit}"

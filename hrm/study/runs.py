@@ -1,11 +1,11 @@
-"""Many runs of the trainer as one piece of work that may be cut off at any moment and gone on with.
+"""A campaign: many runs of the trainer, which can be interrupted at any moment and continued.
 
 Its folder:
 
-    plan.json         every candidate's whole configuration, and the seeds: what the folder is for
-    NAME.yaml         a candidate's configuration, as the runs read it
-    NAME-seedN/       a run as the trainer leaves it; finished.json in it says that the trainer ended well
-    NAME-seedN.log    what that run has said
+    plan.json         every candidate's whole configuration, and the seeds
+    NAME.yaml         a candidate's configuration, as its runs read it
+    NAME-seedN/       a run's folder; a finished.json in it marks a run that ended well
+    NAME-seedN.log    the output of that run
 """
 
 import json
@@ -37,13 +37,13 @@ from hrm.data.sudoku.build import data_folder
 from hrm.study.history import History, read_history
 from hrm.training.run_folder import METRICS, run_lock
 
-# Beside this package, in a checkout and in an installation; a train.py in the current folder is another one.
+# The train.py beside this package, in a checkout and in an installation, not in the current folder.
 TRAINER = Path(__file__).resolve().parents[2] / "train.py"
 PLAN, FINISHED = "plan.json", "finished.json"
-# Bytes of either: a thousand candidates take a quarter.
+# Most bytes of either; a thousand candidates take a quarter.
 RECORD_LIMIT = 1 << 24
 
-# What a campaign sets for each run, and how the user says it.
+# Keys that a campaign sets for each run, and what the user gives instead.
 OWN = {
     "seed": "give --seeds N, or --seeds 0,1,2",
     "output_dir": "give --output DIR",
@@ -56,7 +56,7 @@ OWN = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """A configuration that is run with every seed: the trainer's words, and what they amount to."""
+    """A configuration to run with every seed, with the trainer's words that give it."""
 
     name: str
     words: tuple[str, ...]
@@ -65,7 +65,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Run:
-    """One candidate with one seed, in a folder of its own."""
+    """One candidate with one seed, in its own folder."""
 
     candidate: str
     seed: int
@@ -73,12 +73,12 @@ class Run:
 
     @property
     def title(self) -> str:
-        """How messages and reports call it."""
+        """The name in messages and reports."""
         return f"{self.candidate} seed {self.seed}"
 
     @property
     def log(self) -> Path:
-        """Where what it says goes."""
+        """The file of its output."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
     @property
@@ -87,7 +87,7 @@ class Run:
         return (self.folder / FINISHED).is_file() and (self.folder / METRICS).is_file()
 
     def made_by(self) -> dict[str, Any]:
-        """What finished it, as `surroundings` tells, and whether it shared its device with other runs."""
+        """The `surroundings` that finished it, and whether it shared its device with other runs."""
         path, expected = (
             self.folder / FINISHED,
             "what a finished run leaves; remove it to go on",
@@ -109,7 +109,7 @@ class Campaign:
     """Candidates and seeds, their runs, and the folder that keeps them."""
 
     def __init__(self, folder: str | Path, candidates: Mapping[str, Sequence[str]], seeds: Sequence[int]):
-        """candidates: the trainer's words by name. Raises UserError for what the trainer would refuse."""
+        """candidates: the trainer's words by name. Raises UserError for words that the trainer refuses."""
         self.folder = Path(os.path.abspath(folder))
         self.seeds = list(seeds)
         place = [f"output_dir={self.folder.parent}", f"project_name={self.folder.name}"]
@@ -117,7 +117,7 @@ class Campaign:
         for name, words in candidates.items():
             own = [*place, f"run_name={name}-seed{max(seeds)}", f"seed={max(seeds)}"]
             self.candidates.append(Candidate(name, tuple(words), parse_args([*words, *own])))
-        # Seed by seed: wherever it is cut off, the candidates have had the same chances.
+        # Seed by seed, so that an interrupted campaign has treated the candidates equally.
         self.runs = [
             Run(candidate.name, seed, self.folder / f"{candidate.name}-seed{seed}")
             for seed in seeds
@@ -126,7 +126,7 @@ class Campaign:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """The folder for this process alone, with the plan in it. Raises UserError if it holds another."""
+        """Locks the folder and writes the plan. Raises UserError if the folder holds another plan."""
 
         plan = {"seeds": self.seeds, "candidates": {c.name: settings(c.config) for c in self.candidates}}
         if _held(self.folder):
@@ -151,10 +151,10 @@ class Campaign:
             yield
 
     def carry_out(self, slots: Sequence[Mapping[str, str]]) -> list[Run]:
-        """Does the runs that are unfinished, as many at once as there are slots; returns those that failed.
+        """Trains the unfinished runs, one in each slot at a time; returns those that failed.
 
-        slots: what each adds to the environment. Says when a run starts, how it ends, and what is left. The
-        runs end with this process, unless it is killed outright: what then still trains is waited for.
+        slots: environment variables of each. Prints when a run starts and ends, and the time left. The runs
+        end with this process unless it is killed; the next call waits for runs that still train.
         """
         pending = [run for run in self.runs if not run.finished]
         active: dict[int, _Active] = {}
@@ -226,7 +226,7 @@ class Campaign:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """Every key's value by name, as JSON holds it, but for those that a campaign sets."""
+    """Every key's value by name as JSON values, except the keys that a campaign sets."""
     tree = OmegaConf.to_container(OmegaConf.structured(config))
     values: dict[str, Any] = {}
     for name in KEYS.keys() - OWN.keys():
@@ -238,15 +238,15 @@ def settings(config: Config) -> dict[str, Any]:
 
 
 def planned_steps(config: Config) -> int:
-    """The steps of a run, known from its data, which are made if they are the built-in ones."""
+    """The number of steps of a run; builds the built-in data if the run uses it."""
     steps = steps_in(PuzzleDataset(data_folder(config), "train"), config.epochs, config.global_batch_size)
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
 def slots(device: str, jobs: int | None) -> list[dict[str, str]]:
-    """What the environment of each run at once must add: a GPU of its own, or a share of the processor.
+    """Environment variables for each of the parallel runs, which give it a GPU or a share of the CPU.
 
-    device: as the key. jobs: how many at once; None for one on each GPU, and for one alone elsewhere.
+    device: see the key. jobs: number of parallel runs; None for one on each GPU, else for one.
     """
     gpus: list[str] = []
     if device in ("auto", "cuda"):
@@ -260,11 +260,11 @@ def slots(device: str, jobs: int | None) -> list[dict[str, str]]:
 
 
 def surroundings() -> dict[str, Any]:
-    """What results depend on beside the configuration: the code's commit, versions, the machine."""
+    """The conditions of a result beside its configuration: commit, versions, machine."""
     git = ["git", "-C", str(TRAINER.parent)]
     commit = None
     with suppress(OSError, subprocess.CalledProcessError):
-        # A repository that merely holds the installation is not the code's.
+        # Ignore a repository around an installation that does not track the code.
         tracked = [*git, "ls-files", "--error-unmatch", TRAINER.name]
         subprocess.run(tracked, check=True, capture_output=True)
         described = [*git, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
@@ -301,7 +301,7 @@ def _read_plan(path: Path) -> dict[str, Any]:
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """The first thing in which two plans differ, in words; empty where they are the same."""
+    """The first difference between two plans in words; empty for equal plans."""
     if old["candidates"].keys() != new["candidates"].keys():
         return f"of {one_line(', '.join(old['candidates']))} and not of {', '.join(new['candidates'])}"
     if old["seeds"] != new["seeds"]:
@@ -320,7 +320,7 @@ def _listed(seeds: Sequence[int]) -> str:
 
 
 def _check(job: _Active, made_by: str) -> bool:
-    """Whether an ended process has ended well, which it records; if not, shows its last lines."""
+    """Whether a process ended well, which is recorded; otherwise prints its last lines."""
     run, status = job.run, job.process.returncode
     problem = f"signal {-status}" if status < 0 else f"exit status {status}"
     if status == 0:
@@ -341,7 +341,7 @@ def _check(job: _Active, made_by: str) -> bool:
 
 
 def _left(runs: Sequence[Run], seconds: Mapping[str, Sequence[float]], at_once: int) -> str:
-    """How long the runs may take, by those of this command that have ended, as a message's end."""
+    """The expected time for the runs, from those that this command finished, as the end of a message."""
     known = [taken for of_candidate in seconds.values() for taken in of_candidate]
     if not runs or not known:
         return ""
@@ -352,7 +352,7 @@ def _left(runs: Sequence[Run], seconds: Mapping[str, Sequence[float]], at_once: 
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Within it, a request to terminate, such as a scheduler's, is met as Ctrl-C is."""
+    """Treats SIGTERM, as a scheduler sends it, like Ctrl-C."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -365,7 +365,7 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ends processes and waits for them; a checkpoint that one is writing is left unmade, not half-made."""
+    """Terminates processes and waits for them; checkpoints are atomic, so none is left partial."""
     for process in processes:
         process.terminate()
     for process in processes:
