@@ -97,23 +97,29 @@ def swiglu(s: Shape) -> dict[str, Work]:
     return {"forward": Work(3 * one), "backward": Work(5 * one)}
 
 
+def mean_square(s: Shape) -> int:
+    """Bytes of a deferred norm's parts: one for each 256 columns of a row, in float32."""
+    return 4 * s.tokens * -(-s.D // 256)
+
+
 def linear_scaled(s: Shape) -> dict[str, Work]:
     """The projection to q, k and v, of rows still to be normalised."""
     plain = product(s, s.D, 3 * s.D)["forward"]
-    return {"forward": Work(plain.bytes + 4 * s.tokens, plain.flop)}
+    return {"forward": Work(plain.bytes + mean_square(s), plain.flop)}
 
 
 def linear_swiglu(s: Shape) -> dict[str, Work]:
     """The projection to gate and up, of which only their product is written."""
     elements = s.tokens * (s.D + s.inner) + 2 * s.D * s.inner
     flop = 2 * s.tokens * s.D * 2 * s.inner
-    return {"forward": Work(elements * s.dtype.itemsize + 4 * s.tokens, flop)}
+    return {"forward": Work(elements * s.dtype.itemsize + mean_square(s), flop)}
 
 
 def linear_rms(s: Shape, inner: int | None = None) -> dict[str, Work]:
-    """A projection back to D (SwiGLU's by default), with the residual sum and the norm of its rows."""
+    """A projection back to D (SwiGLU's by default), with the residual sum and the mean square of its rows."""
     plain = product(s, s.inner if inner is None else inner, s.D)["forward"]
-    return {"forward": Work(plain.bytes + s.tokens * (s.D * s.dtype.itemsize + 8), plain.flop, launches=2)}
+    residual = s.tokens * s.D * s.dtype.itemsize
+    return {"forward": Work(plain.bytes + residual + 2 * mean_square(s), plain.flop)}
 
 
 def gate_mix(s: Shape, sources: int = 3) -> dict[str, Work]:

@@ -65,7 +65,9 @@ def rms_norm(T: int) -> Iterator[Case]:
         x = meta(B, T, D, dtype=dtype)
         rstd = meta(B, T, dtype=torch.float32)
         yield Case("rms_norm", f"forward {TYPES[dtype]}", partial(op._forward, x, x, 1e-5), False)
-        yield Case("rms_norm", f"backward {TYPES[dtype]}", partial(op._backward, x, x, rstd), False)
+        for label, dy_residual in (("backward", None), ("backward of a pair", x)):
+            call = partial(op._backward, x, dy_residual, x, rstd)
+            yield Case("rms_norm", f"{label} {TYPES[dtype]}", call, False)
 
 
 def rope(T: int) -> Iterator[Case]:
@@ -123,26 +125,26 @@ def swiglu(T: int) -> Iterator[Case]:
 
 def linear_swiglu(T: int) -> Iterator[Case]:
     op: Any = import_module("kernels.linear_swiglu")
-    rstd = meta(B, T, dtype=torch.float32)
+    mean_square = meta(B, T, 2, dtype=torch.float32)
     for dtype in (torch.bfloat16, torch.float32):
         x, weight = meta(B, T, D, dtype=dtype), meta(2 * INNER, D, dtype=dtype)
         matrix = dtype == torch.bfloat16
         yield Case("linear_swiglu", f"plain {TYPES[dtype]}", partial(op._forward, x, weight, None), matrix)
-        yield Case("linear_swiglu", f"scaled {TYPES[dtype]}", partial(op._forward, x, weight, rstd), matrix)
+        yield Case(
+            "linear_swiglu", f"scaled {TYPES[dtype]}", partial(op._forward, x, weight, mean_square), matrix
+        )
 
 
 def linear_rms(T: int) -> Iterator[Case]:
     op: Any = import_module("kernels.linear_rms")
-    rstd = meta(B, T, dtype=torch.float32)
+    mean_square = meta(B, T, 2, dtype=torch.float32)
     for dtype in (torch.bfloat16, torch.float32):
         x, y = meta(B, T, D, dtype=dtype), meta(B, T, INNER, dtype=dtype)
         out, down, qkv = (meta(*shape, dtype=dtype) for shape in ((D, D), (D, INNER), (3 * D, D)))
         kind, matrix = TYPES[dtype], dtype == torch.bfloat16
-        yield Case("linear_rms", f"out {kind}", partial(op._sum, x, out, x, None), matrix)
-        yield Case("linear_rms", f"down {kind}", partial(op._sum, y, down, x, rstd), matrix)
-        yield Case("linear_rms", f"qkv {kind}", partial(op._scaled, x, qkv, rstd), matrix)
-    squares = meta(2, B * T, dtype=torch.float32)
-    yield Case("linear_rms", "factor", partial(op._factor, squares, D, 1e-5), False)
+        yield Case("linear_rms", f"out {kind}", partial(op._sum, x, out, x, None, 1e-5), matrix)
+        yield Case("linear_rms", f"down {kind}", partial(op._sum, y, down, x, mean_square, 1e-5), matrix)
+        yield Case("linear_rms", f"qkv {kind}", partial(op._scaled, x, qkv, mean_square), matrix)
 
 
 # The published model's parameters, gaps of the alignment included, to the next multiple of its 16.

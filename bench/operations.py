@@ -60,26 +60,31 @@ def activation(s: Shape) -> tuple[Inputs, Call]:
     return {"gate_up": tokens(s, 2 * s.inner, 0)}, kernels.swiglu
 
 
-def factors(s: Shape) -> Tensor:
-    return (0.5 + randn(s.B, s.T, seed=9).abs()).float()
+def mean_square(s: Shape) -> Tensor:
+    """The two parts of each row's mean square, as `kernels.linear_rms` leaves them."""
+    return (0.2 + randn(s.B, s.T, 2, seed=9).abs()).float()
 
 
 def scaled(s: Shape) -> tuple[Inputs, Call]:
-    rstd, inputs = factors(s), {"x": tokens(s, s.D, 0), "weight": weight(3 * s.D, s.D, 1)}
-    return inputs, lambda x, weight: kernels.linear_scaled(x, weight, rstd.to(accumulate_dtype(x.dtype)))
+    parts, inputs = mean_square(s), {"x": tokens(s, s.D, 0), "weight": weight(3 * s.D, s.D, 1)}
+    return inputs, lambda x, weight: kernels.linear_scaled(x, weight, parts.to(accumulate_dtype(x.dtype)))
 
 
 def gated_product(s: Shape) -> tuple[Inputs, Call]:
-    rstd, inputs = factors(s), {"x": tokens(s, s.D, 0), "weight": weight(2 * s.inner, s.D, 1)}
-    return inputs, lambda x, weight: kernels.linear_swiglu(x, weight, rstd.to(accumulate_dtype(x.dtype)))
+    parts, inputs = mean_square(s), {"x": tokens(s, s.D, 0), "weight": weight(2 * s.inner, s.D, 1)}
+    return inputs, lambda x, weight: kernels.linear_swiglu(x, weight, parts.to(accumulate_dtype(x.dtype)))
 
 
 def normed_product(s: Shape) -> tuple[Inputs, Call]:
-    rstd = factors(s)
+    parts = mean_square(s)
     inputs = {"x": tokens(s, s.inner, 0), "weight": weight(s.D, s.inner, 1), "residual": tokens(s, s.D, 2)}
-    return inputs, lambda x, weight, residual: kernels.linear_rms(
-        x, weight, residual, rstd.to(accumulate_dtype(x.dtype))
-    )
+
+    def call(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        h, left = kernels.linear_rms(x, weight, residual, parts.to(accumulate_dtype(x.dtype)))
+        # Implementations leave different numbers of parts.
+        return h, left.sum(-1)
+
+    return inputs, call
 
 
 def gates(s: Shape, sources: str = "zox") -> tuple[Inputs, Call]:

@@ -151,11 +151,8 @@ def block_backward(s: Shape, variant: str) -> dict[str, Works]:
     """The backward launches of one block by name."""
     shapes = ((s.D, 3 * s.D), (s.D, s.D), (s.D, 2 * s.inner), (s.inner, s.D))
     norm = _operation("rms_norm", s, "backward", variant)
-    # A residual has two gradients: the compiler sums them where the norm reads them.
-    if variant == "compiled":
-        norm = (Work(norm[0].bytes + _pass(s, 1, 0)[0].bytes),)
-    else:
-        norm += _pass(s, 2)
+    # A residual has two gradients: the compiler and the kernels sum them where the norm reads them.
+    norm = (*norm, *_pass(s, 2)) if variant == "eager" else (Work(norm[0].bytes + _pass(s, 1, 0)[0].bytes),)
     return {
         "products": tuple(product(s, *shape)["backward"] for shape in shapes),
         "attention": _attention(s, variant)["backward"],

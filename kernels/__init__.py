@@ -12,7 +12,7 @@ from kernels.linear import linear
 from kernels.linear_rms import linear_rms, linear_scaled
 from kernels.linear_swiglu import linear_swiglu
 from kernels.lm_head import lm_head_softmax, lm_head_stablemax
-from kernels.rms_norm import rms_norm
+from kernels.rms_norm import rms_norm, rms_norm_pair
 from kernels.rope import rope
 from kernels.sign_sgd import sign_sgd
 from kernels.stablemax import softmax_cross_entropy, stablemax_cross_entropy
@@ -30,6 +30,7 @@ __all__ = [
     "lm_head_softmax",
     "lm_head_stablemax",
     "rms_norm",
+    "rms_norm_pair",
     "rope",
     "set_backend",
     "sign_sgd",

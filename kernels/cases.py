@@ -12,7 +12,7 @@ from torch import Tensor
 
 import kernels
 from kernels.checks import accumulate_dtype
-from kernels.matmul import DEFERRED, use_fused
+from kernels.matmul import DEFERRED, rstd_of, use_fused
 from kernels.rope import rope_tables
 
 Outputs = Tensor | tuple[Tensor, ...]
@@ -83,12 +83,16 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> dict[
     def tables() -> list[Tensor]:
         return [table.to(device) for table in rope_tables(T, D // heads)]
 
-    def factors() -> Tensor:
-        return 0.5 + torch.rand(B, T, device=device)
+    def mean_square() -> Tensor:
+        return 0.2 + torch.rand(B, T, 2, device=device)
 
     def rms_norm(gradients: tuple[str, ...]) -> Case:
         inputs = {"x": draw(B, T, D), "residual": draw(B, T, D)}
         return Case("rms_norm", inputs, kernels.rms_norm, gradients, libraries=("quack",))
+
+    def rms_norm_pair() -> Case:
+        inputs = {"x": draw(B, T, D), "residual": draw(B, T, D)}
+        return Case("rms_norm_pair", inputs, kernels.rms_norm_pair, (*inputs,), measured_as="rms_norm")
 
     def rope() -> Case:
         cos, sin = tables()
@@ -108,23 +112,23 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> dict[
         return Case("linear", {"x": draw(B, T, D), "weight": weight(3 * D, D)}, kernels.linear)
 
     def linear_scaled() -> Case:
-        rstd, inputs = factors(), {"x": draw(B, T, D), "weight": weight(3 * D, D)}
-        call = lambda x, weight: kernels.linear_scaled(x, weight, rstd.to(accumulate_dtype(x.dtype)))  # noqa: E731
+        parts, inputs = mean_square(), {"x": draw(B, T, D), "weight": weight(3 * D, D)}
+        call = lambda x, weight: kernels.linear_scaled(x, weight, parts.to(accumulate_dtype(x.dtype)))  # noqa: E731
         return Case("linear_scaled", inputs, call, measured_as=DEFERRED)
 
     def linear_rms() -> Case:
-        rstd = factors()
+        parts = mean_square()
         inputs = {"x": draw(B, T, inner), "weight": weight(D, inner), "residual": draw(B, T, D)}
 
         def call(x: Tensor, weight: Tensor, residual: Tensor) -> Outputs:
-            return kernels.linear_rms(x, weight, residual, rstd.to(accumulate_dtype(x.dtype)))
+            return kernels.linear_rms(x, weight, residual, parts.to(accumulate_dtype(x.dtype)))
 
         return Case("linear_rms", inputs, call, measured_as=DEFERRED)
 
     def deferred_norm() -> Case:
         """A block's products around its two norms, deferred or not: what the choice is made for."""
         # Twice h is exactly x, so that both ways start from the same numbers.
-        x, rstd = draw(B, T, D), torch.full((B, T), 2.0, device=device)
+        x, parts = draw(B, T, D), torch.full((B, T, 2), 0.125, device=device)
         inputs = {"x": x, "h": x * 0.5, "attended": draw(B, T, D), "activated": draw(B, T, inner)}
         inputs |= {"qkv": weight(3 * D, D), "out": weight(D, D), "down": weight(D, inner)}
 
@@ -134,7 +138,7 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> dict[
             if not use_fused("linear_rms", h, measured_as=DEFERRED):
                 first = kernels.rms_norm(x, kernels.linear(attended, out))
                 return kernels.linear(x, qkv), first, kernels.rms_norm(x, kernels.linear(activated, down))
-            factor = rstd.to(accumulate_dtype(h.dtype))
+            factor = parts.to(accumulate_dtype(h.dtype))
             sums = (kernels.linear_rms(*each, h, factor) for each in ((attended, out), (activated, down)))
             return (kernels.linear_scaled(h, qkv, factor), *(part for pair in sums for part in pair))
 
@@ -143,13 +147,13 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> dict[
             if len(rest) == 2:
                 return outputs
             norms = zip(rest[::2], rest[1::2], strict=True)
-            return (projected, *((h * rstd[..., None]).to(h.dtype) for h, rstd in norms))
+            return (projected, *((h * rstd_of(left)[..., None]).to(h.dtype) for h, left in norms))
 
         return Case("linear_rms", inputs, call, measured_as=DEFERRED, finish=finish)
 
     def linear_swiglu() -> Case:
-        rstd, inputs = factors(), {"x": draw(B, T, D), "weight": weight(2 * inner, D)}
-        call = lambda x, weight: kernels.linear_swiglu(x, weight, rstd.to(accumulate_dtype(x.dtype)))  # noqa: E731
+        parts, inputs = mean_square(), {"x": draw(B, T, D), "weight": weight(2 * inner, D)}
+        call = lambda x, weight: kernels.linear_swiglu(x, weight, parts.to(accumulate_dtype(x.dtype)))  # noqa: E731
         return Case("linear_swiglu", inputs, call)
 
     def gate_mix(sources: str) -> Case:
@@ -212,6 +216,7 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> dict[
         "adam_atan2": adam_atan2,
         "sign_sgd": sign_sgd,
         "linear": linear,
+        "rms_norm_pair": rms_norm_pair,
         "linear_scaled": linear_scaled,
         "linear_rms": linear_rms,
         "stablemax_cross_entropy": partial(cross_entropy, "stablemax_cross_entropy"),
@@ -220,4 +225,4 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> dict[
 
 
 # Of `cases`, those without a choice of their own, or without a call of their own in a model's step.
-NOT_MEASURED = ("linear", "linear_scaled", "linear_rms")
+NOT_MEASURED = ("linear", "rms_norm_pair", "linear_scaled", "linear_rms")

@@ -1,22 +1,22 @@
-"""The deferred norm: a product that adds the residual, and leaves the norm's factor to whoever reads it.
+"""The deferred norm: a product that adds the residual, and leaves the norm's factor to its readers.
 
-The norm has no weight, so rms_norm(h) @ W^T = rstd * (h @ W^T): h is stored as it is, with rstd beside it,
-and nobody reads h only to scale it. A post-norm block without gradient then is, with z = rstd * h:
+The norm has no weight, so rms_norm(h) @ W^T = rstd * (h @ W^T): h is stored unscaled, with its mean square
+beside it, and no pass over memory scales it. A post-norm block without gradient then is, with z = rstd * h:
 
-    qkv = linear_scaled(h, W_qkv, rstd);                    a = attention(qkv)
-    h', rstd' = linear_rms(a, W_o, h, rstd);                y = linear_swiglu(h', W_gate_up, rstd')
-    h'', rstd'' = linear_rms(y, W_down, h', rstd')
+    qkv = linear_scaled(h, W_qkv, m);                    a = attention(qkv)
+    h', m' = linear_rms(a, W_o, h, m);                   y = linear_swiglu(h', W_gate_up, m')
+    h'', m'' = linear_rms(y, W_down, h', m')
 
-linear_rms:      h = x @ weight^T + rstd * residual;  rstd_out = 1 / sqrt(mean(h^2) + eps)
+linear_rms:      h = x @ weight^T + rstd * residual;  m_p = sum over part p of h^2 / N + eps / P
 linear_scaled:   y = rstd * (x @ weight^T)
+in both:         rstd = 1 / sqrt(sum over p of m_p), of the norm that x or the residual deferred
 
 There is no backward: where a gradient is wanted, the plain operations are composed. The mean is of h before
 rounding, as in `rms_norm`; rounding h shifts it by next to nothing and to neither side.
 
-Bytes, in elements: MK + NK + MN read, MN written, and 4 bytes a row of rstd. Unfused, another MN are
-written and read again. A row of h spans several tiles: each stores its sum of squares, 4 bytes a row, and a
-second launch adds them up in a fixed order. Both together move 20 bytes a row at N = 512, where h and the
-residual move 2 KiB; without the launch every consumer would take sums, N and eps in place of one factor.
+Bytes, in elements: MK + NK + MN read, MN written; unfused, another MN are written and read again. A row of h
+spans P tiles, and the program of each stores its part of the mean square: 4 P bytes a row, written once and
+read once by each reader, which adds them in a fixed order. P = 2 at N = 512.
 """
 
 import torch
@@ -25,33 +25,43 @@ from torch import Tensor
 from kernels.backend import dot, jit, launch, tl, triton, wide
 from kernels.checks import accumulate_dtype, as_rows, check_floating, check_shape
 from kernels.linear import linear
-from kernels.matmul import DEFERRED, check_product, check_rstd, launch_choice, place, product, use_fused
+from kernels.matmul import (
+    DEFERRED,
+    check_mean_square,
+    check_product,
+    deferred_rstd,
+    launch_choice,
+    parts_of,
+    place,
+    product,
+    rstd_of,
+    use_fused,
+)
 
-ROWS_A_PROGRAM = 512
 
-
-def linear_scaled_reference(x: Tensor, weight: Tensor, rstd: Tensor | None) -> Tensor:
-    """The scaled product in plain PyTorch; see `linear_scaled`. rstd may be None, for one."""
+def linear_scaled_reference(x: Tensor, weight: Tensor, mean_square: Tensor | None) -> Tensor:
+    """The scaled product in plain PyTorch; see `linear_scaled`. Without mean_square the factor is 1."""
     y = linear(x, weight)
-    return y if rstd is None else (y * rstd[..., None]).to(x.dtype)
+    return y if mean_square is None else (y * rstd_of(mean_square)[..., None]).to(x.dtype)
 
 
 def linear_rms_reference(
-    x: Tensor, weight: Tensor, residual: Tensor, rstd: Tensor | None, eps: float
+    x: Tensor, weight: Tensor, residual: Tensor, mean_square: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The sum and its factor in plain PyTorch; see `linear_rms`."""
-    dtype = accumulate_dtype(x.dtype)
-    scaled = residual.to(dtype) if rstd is None else residual.to(dtype) * rstd[..., None]
-    h = linear(x, weight).to(dtype) + scaled
-    return h.to(x.dtype), torch.rsqrt(h.square().mean(-1) + eps)
+    """The sum and its mean square in plain PyTorch, in one part; see `linear_rms`."""
+    scaled = residual.to(accumulate_dtype(x.dtype))
+    if mean_square is not None:
+        scaled = scaled * rstd_of(mean_square)[..., None]
+    h = linear(x, weight).to(scaled.dtype) + scaled
+    return h.to(x.dtype), h.square().mean(-1, keepdim=True) + eps
 
 
 @jit
 def _linear_scaled_forward_kernel(
-    x_ptr, weight_ptr, rstd_ptr, y_ptr,
+    x_ptr, weight_ptr, mean_square_ptr, y_ptr,
     M, N, K,
     x_stride_m, weight_stride_n, y_stride_m,
-    WIDE: tl.constexpr, DOT: tl.constexpr, EVEN_K: tl.constexpr,
+    WIDE: tl.constexpr, DOT: tl.constexpr, PARTS: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     row, col, rows_left, cols_left = place(M, N, BLOCK_M, BLOCK_N)
@@ -65,17 +75,19 @@ def _linear_scaled_forward_kernel(
         x_stride_m, weight_stride_n,
         DOT, EVEN_K, BLOCK_K,
     )  # fmt: skip
-    y = (acc * tl.load(rstd_ptr + row + near_rows)[:, None]).to(y_ptr.dtype.element_ty)
+    rstd = deferred_rstd(mean_square_ptr, row + near_rows, PARTS)
+    y = (acc * rstd[:, None]).to(y_ptr.dtype.element_ty)
     mask = (rows < rows_left)[:, None] & (cols < cols_left)[None, :]
     tl.store(y_ptr + row * y_stride_m + col + rows[:, None] * y_stride_m + cols[None, :], y, mask=mask)
 
 
 @jit
 def _linear_rms_forward_kernel(
-    x_ptr, weight_ptr, residual_ptr, rstd_ptr, h_ptr, squares_ptr,
+    x_ptr, weight_ptr, residual_ptr, mean_square_ptr, h_ptr, h_mean_square_ptr,
     M, N, K,
-    x_stride_m, weight_stride_n, residual_stride_m, h_stride_m, squares_stride_n,
-    WIDE: tl.constexpr, DOT: tl.constexpr, EVEN_K: tl.constexpr,
+    x_stride_m, weight_stride_n, residual_stride_m, h_stride_m,
+    part_eps,
+    WIDE: tl.constexpr, DOT: tl.constexpr, PARTS: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     row, col, rows_left, cols_left = place(M, N, BLOCK_M, BLOCK_N)
@@ -83,9 +95,10 @@ def _linear_rms_forward_kernel(
     near_rows, near_cols = tl.minimum(rows, rows_left - 1), tl.minimum(cols, cols_left - 1)
     # The sum starts from the residual: added after the loop it would need registers beside the accumulator.
     residual_ptrs = residual_ptr + row * residual_stride_m + col + near_rows[:, None] * residual_stride_m
-    h = tl.load(residual_ptrs + near_cols[None, :]).to(WIDE)
-    if rstd_ptr is not None:
-        h *= tl.load(rstd_ptr + row + near_rows)[:, None]
+    # Masked, since repeated columns would be loaded one by one.
+    h = tl.load(residual_ptrs + cols[None, :], mask=(cols < cols_left)[None, :], other=0.0).to(WIDE)
+    if mean_square_ptr is not None:
+        h *= deferred_rstd(mean_square_ptr, row + near_rows, PARTS)[:, None]
     h = product(
         h,
         x_ptr + row * x_stride_m, weight_ptr + col * weight_stride_n,
@@ -95,132 +108,113 @@ def _linear_rms_forward_kernel(
         DOT, EVEN_K, BLOCK_K,
     )  # fmt: skip
     squares = tl.sum(tl.where((cols < cols_left)[None, :], h * h, 0.0), axis=1)
-    tl.store(squares_ptr + col // BLOCK_N * squares_stride_n + row + rows, squares, mask=rows < rows_left)
+    h_mean_square_ptrs = h_mean_square_ptr + (row + rows) * tl.cdiv(N, BLOCK_N) + col // BLOCK_N
+    tl.store(h_mean_square_ptrs, squares / N + part_eps, mask=rows < rows_left)
     h = h.to(h_ptr.dtype.element_ty)
     mask = (rows < rows_left)[:, None] & (cols < cols_left)[None, :]
     tl.store(h_ptr + row * h_stride_m + col + rows[:, None] * h_stride_m + cols[None, :], h, mask=mask)
 
 
-@jit
-def _factor_kernel(
-    squares_ptr, rstd_ptr,
-    M, N,
-    squares_stride_n,
-    eps,
-    WIDE: tl.constexpr, TILES_N: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    squares = tl.zeros((BLOCK_M,), dtype=WIDE)
-    for tile in range(TILES_N):
-        squares += tl.load(squares_ptr + tile * squares_stride_n + rows, mask=rows < M, other=0.0)
-    tl.store(rstd_ptr + rows, 1.0 / tl.sqrt(squares / N + eps), mask=rows < M)
-
-
-def _scaled(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+def _scaled(x: Tensor, weight: Tensor, mean_square: Tensor) -> Tensor:
     x_rows, weight_rows = as_rows(x), as_rows(weight)
     (M, K), N = x_rows.shape, weight.shape[0]
     y = x.new_empty(*x.shape[:-1], N)
     choice = launch_choice(x.dtype, N, K)
+    factors, PARTS = parts_of(mean_square)
     launch(
         _linear_scaled_forward_kernel,
         (triton.cdiv(M, choice["BLOCK_M"]) * triton.cdiv(N, choice["BLOCK_N"]),),
-        x_rows, weight_rows, rstd.contiguous(), y,
+        x_rows, weight_rows, factors, y,
         M, N, K,
         x_rows.stride(0), weight_rows.stride(0), N,
-        WIDE=wide(x.dtype), DOT=dot(x.dtype), **choice,
+        WIDE=wide(x.dtype), DOT=dot(x.dtype), PARTS=PARTS, **choice,
     )  # fmt: skip
     return y
 
 
-def _sum(x: Tensor, weight: Tensor, residual: Tensor, rstd: Tensor | None) -> tuple[Tensor, Tensor]:
-    """h, and the sums of its squares: (tiles, M), so that both launches reach neighbouring rows together."""
+def _outputs(x: Tensor, residual: Tensor, N: int, K: int) -> tuple[Tensor, Tensor]:
+    """Memory for h and its mean square, of which every column tile has a part."""
+    parts = triton.cdiv(N, launch_choice(x.dtype, N, K)["BLOCK_N"])
+    h = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    return h, x.new_empty(*x.shape[:-1], parts, dtype=accumulate_dtype(x.dtype))
+
+
+def _sum(
+    x: Tensor, weight: Tensor, residual: Tensor, mean_square: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
     x_rows, weight_rows, residual_rows = as_rows(x), as_rows(weight), as_rows(residual)
     (M, K), N = x_rows.shape, weight.shape[0]
     choice = launch_choice(x.dtype, N, K)
-    tiles_n = triton.cdiv(N, choice["BLOCK_N"])
-    h = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    squares = x.new_empty(tiles_n, M, dtype=accumulate_dtype(x.dtype))
+    h, h_mean_square = _outputs(x, residual, N, K)
+    factors, PARTS = parts_of(mean_square)
     launch(
         _linear_rms_forward_kernel,
-        (triton.cdiv(M, choice["BLOCK_M"]) * tiles_n,),
-        x_rows, weight_rows, residual_rows, None if rstd is None else rstd.contiguous(), h, squares,
+        (triton.cdiv(M, choice["BLOCK_M"]) * triton.cdiv(N, choice["BLOCK_N"]),),
+        x_rows, weight_rows, residual_rows, factors, h, h_mean_square,
         M, N, K,
-        x_rows.stride(0), weight_rows.stride(0), residual_rows.stride(0), N, M,
-        WIDE=wide(x.dtype), DOT=dot(x.dtype), **choice,
+        x_rows.stride(0), weight_rows.stride(0), residual_rows.stride(0), N,
+        eps / h_mean_square.shape[-1],
+        WIDE=wide(x.dtype), DOT=dot(x.dtype), PARTS=PARTS, **choice,
     )  # fmt: skip
-    return h, squares
-
-
-def _factor(squares: Tensor, N: int, eps: float) -> Tensor:
-    """The factor of each row, (M,), of the sums over its tiles."""
-    tiles_n, M = squares.shape
-    rstd = squares.new_empty(M)
-    launch(
-        _factor_kernel,
-        (triton.cdiv(M, ROWS_A_PROGRAM),),
-        squares, rstd,
-        M, N,
-        M,
-        eps,
-        WIDE=wide(squares.dtype), TILES_N=tiles_n, BLOCK_M=ROWS_A_PROGRAM,
-    )  # fmt: skip
-    return rstd
+    return h, h_mean_square
 
 
 @torch.library.custom_op("hrm_kernels::linear_scaled", mutates_args=())
-def _linear_scaled(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
-    return _scaled(x, weight, rstd)
+def _linear_scaled(x: Tensor, weight: Tensor, mean_square: Tensor) -> Tensor:
+    return _scaled(x, weight, mean_square)
 
 
 @_linear_scaled.register_fake
-def _(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+def _(x: Tensor, weight: Tensor, mean_square: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 @torch.library.custom_op("hrm_kernels::linear_rms", mutates_args=())
 def _linear_rms(
-    x: Tensor, weight: Tensor, residual: Tensor, rstd: Tensor | None, eps: float
+    x: Tensor, weight: Tensor, residual: Tensor, mean_square: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    h, squares = _sum(x, weight, residual, rstd)
-    return h, _factor(squares, h.shape[-1], eps).view(x.shape[:-1])
+    return _sum(x, weight, residual, mean_square, eps)
 
 
 @_linear_rms.register_fake
-def _(x: Tensor, weight: Tensor, residual: Tensor, rstd: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    h = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    return h, x.new_empty(x.shape[:-1], dtype=accumulate_dtype(x.dtype))
+def _(
+    x: Tensor, weight: Tensor, residual: Tensor, mean_square: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    return _outputs(x, residual, *weight.shape)
 
 
-def linear_scaled(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
-    """A projection of normalised rows whose norm was deferred: rstd * (x @ weight^T).
+def linear_scaled(x: Tensor, weight: Tensor, mean_square: Tensor) -> Tensor:
+    """A projection of rows whose norm was deferred: rstd * (x @ weight^T), rstd = 1 / sqrt(sum(mean_square)).
 
-    x: (..., K); weight: (N, K), same dtype; rstd: (...) float32 (float64 for float64), of `linear_rms`.
-    Returns (..., N) in x's dtype. Sums and scales in float32 and rounds once. Meant for use without gradient;
-    where one is wanted, the plain product is scaled. Raises ValueError or TypeError naming the argument.
+    x: (..., K); weight: (N, K), same dtype; mean_square: (..., P) float32 (float64 for float64), as
+    `linear_rms` returns it. Returns (..., N) in x's dtype. Sums and scales in float32 and rounds once. Meant
+    for use without gradient; where one is wanted, the plain product is scaled. Raises ValueError or TypeError
+    naming the argument.
     """
-    check_product("linear_scaled", x, weight, rstd)
-    if use_fused("linear_scaled", x, weight, rstd, measured_as=DEFERRED):
-        return _linear_scaled(x, weight, rstd)
-    return linear_scaled_reference(x, weight, rstd)
+    check_product("linear_scaled", x, weight, mean_square)
+    if use_fused("linear_scaled", x, weight, mean_square, measured_as=DEFERRED):
+        return _linear_scaled(x, weight, mean_square)
+    return linear_scaled_reference(x, weight, mean_square)
 
 
 def linear_rms(
-    x: Tensor, weight: Tensor, residual: Tensor, rstd: Tensor | None = None, eps: float = 1e-5
+    x: Tensor, weight: Tensor, residual: Tensor, mean_square: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """A projection plus its residual, with the norm of the sum deferred: rms_norm = h * rstd_out[..., None].
+    """A projection plus its residual, with the norm of the sum deferred: rms_norm(h) = h * rstd_of(parts).
 
-    h = x @ weight^T + rstd * residual and rstd_out = 1 / sqrt(mean(h^2) + eps). x: (..., K); weight: (N, K)
-    and residual: (..., N), same dtype; rstd: (...) float32 (float64 for float64), of the residual's own
-    deferred norm, None where the residual is normalised. Returns h: (..., N) in x's dtype, rounded once, and
-    rstd_out: (...) in rstd's dtype. Meant for use without gradient; where one is wanted, the plain operations
-    are composed. Raises ValueError or TypeError naming the argument. Source: Zhang and Sennrich 2019
-    (arXiv 1910.07467), whose scale commutes with a product.
+    h = x @ weight^T + rstd * residual. x: (..., K); weight: (N, K) and residual: (..., N), same dtype;
+    mean_square: (..., P) float32 (float64 for float64), of the residual's own deferred norm, None where the
+    residual is normalised. Returns h: (..., N) in x's dtype, rounded once, and its mean square (..., P) in
+    float32 (float64): parts whose sum is mean(h^2) + eps, P set by the tiles of the kernel. Meant for use
+    without gradient; where one is wanted, the plain operations are composed. Raises ValueError or TypeError
+    naming the argument. Source: Zhang and Sennrich 2019 (arXiv 1910.07467), whose scale commutes with a
+    product.
     """
     check_product("linear_rms", x, weight, None)
     check_floating("linear_rms", x=x, residual=residual)
     check_shape("linear_rms", "residual", residual, (*x.shape[:-1], weight.shape[0]))
-    if rstd is not None:
-        check_rstd("linear_rms", residual, rstd)
-    if use_fused("linear_rms", residual, x, weight, rstd, measured_as=DEFERRED):
-        return _linear_rms(x, weight, residual, rstd, eps)
-    return linear_rms_reference(x, weight, residual, rstd, eps)
+    if mean_square is not None:
+        check_mean_square("linear_rms", "mean_square", residual, mean_square)
+    if use_fused("linear_rms", residual, x, weight, mean_square, measured_as=DEFERRED):
+        return _linear_rms(x, weight, residual, mean_square, eps)
+    return linear_rms_reference(x, weight, residual, mean_square, eps)

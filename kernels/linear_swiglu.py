@@ -16,21 +16,29 @@ from torch import Tensor
 from kernels.backend import dot, jit, launch, tl, triton, wide
 from kernels.checks import as_rows
 from kernels.linear_rms import linear_scaled_reference
-from kernels.matmul import check_product, launch_choice, place, product, use_fused
+from kernels.matmul import (
+    check_product,
+    deferred_rstd,
+    launch_choice,
+    parts_of,
+    place,
+    product,
+    use_fused,
+)
 from kernels.swiglu import swiglu, swiglu_reference
 
 
-def linear_swiglu_reference(x: Tensor, weight: Tensor, rstd: Tensor | None) -> Tensor:
+def linear_swiglu_reference(x: Tensor, weight: Tensor, mean_square: Tensor | None) -> Tensor:
     """The product, then SwiGLU, in plain PyTorch; see `linear_swiglu`."""
-    return swiglu_reference(linear_scaled_reference(x, weight, rstd))
+    return swiglu_reference(linear_scaled_reference(x, weight, mean_square))
 
 
 @jit
 def _linear_swiglu_forward_kernel(
-    x_ptr, weight_ptr, rstd_ptr, y_ptr,
+    x_ptr, weight_ptr, mean_square_ptr, y_ptr,
     M, N, K,
     x_stride_m, weight_stride_n, y_stride_m,
-    WIDE: tl.constexpr, DOT: tl.constexpr, EVEN_K: tl.constexpr,
+    WIDE: tl.constexpr, DOT: tl.constexpr, PARTS: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     row, col, rows_left, cols_left = place(M, N, BLOCK_M, BLOCK_N // 2)
@@ -47,52 +55,53 @@ def _linear_swiglu_forward_kernel(
         x_stride_m, weight_stride_n,
         DOT, EVEN_K, BLOCK_K,
     )  # fmt: skip
-    if rstd_ptr is not None:
-        acc *= tl.load(rstd_ptr + row + near_rows)[:, None]
+    if mean_square_ptr is not None:
+        acc *= deferred_rstd(mean_square_ptr, row + near_rows, PARTS)[:, None]
     gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
     y = (gate / (1.0 + tl.exp(-gate)) * up).to(y_ptr.dtype.element_ty)
     mask = (rows < rows_left)[:, None] & (cols < cols_left)[None, :]
     tl.store(y_ptr + row * y_stride_m + col + rows[:, None] * y_stride_m + cols[None, :], y, mask=mask)
 
 
-def _forward(x: Tensor, weight: Tensor, rstd: Tensor | None) -> Tensor:
+def _forward(x: Tensor, weight: Tensor, mean_square: Tensor | None) -> Tensor:
     x_rows, weight_rows = as_rows(x), as_rows(weight)
     (M, K), N = x_rows.shape, weight.shape[0] // 2
     y = x.new_empty(*x.shape[:-1], N)
     choice = launch_choice(x.dtype, 2 * N, K)
+    factors, PARTS = parts_of(mean_square)
     launch(
         _linear_swiglu_forward_kernel,
         (triton.cdiv(M, choice["BLOCK_M"]) * triton.cdiv(2 * N, choice["BLOCK_N"]),),
-        x_rows, weight_rows, None if rstd is None else rstd.contiguous(), y,
+        x_rows, weight_rows, factors, y,
         M, N, K,
         x_rows.stride(0), weight_rows.stride(0), N,
-        WIDE=wide(x.dtype), DOT=dot(x.dtype), **choice,
+        WIDE=wide(x.dtype), DOT=dot(x.dtype), PARTS=PARTS, **choice,
     )  # fmt: skip
     return y
 
 
 @torch.library.custom_op("hrm_kernels::linear_swiglu", mutates_args=())
-def _linear_swiglu(x: Tensor, weight: Tensor, rstd: Tensor | None) -> Tensor:
-    return _forward(x, weight, rstd)
+def _linear_swiglu(x: Tensor, weight: Tensor, mean_square: Tensor | None) -> Tensor:
+    return _forward(x, weight, mean_square)
 
 
 @_linear_swiglu.register_fake
-def _(x: Tensor, weight: Tensor, rstd: Tensor | None) -> Tensor:
+def _(x: Tensor, weight: Tensor, mean_square: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
 
 
-def linear_swiglu(x: Tensor, weight: Tensor, rstd: Tensor | None = None) -> Tensor:
+def linear_swiglu(x: Tensor, weight: Tensor, mean_square: Tensor | None = None) -> Tensor:
     """SwiGLU of a packed projection: silu(g) * u with [g | u] = rstd * (x @ weight^T).
 
-    x: (..., K); weight: (2*I, K), gate first, same dtype; rstd: (...) float32 (float64 for float64), the
-    factor that a deferred norm left to its consumer, None for one. Returns (..., I) in x's dtype. Sums and
-    activates in float32 and rounds once. Meant for use without gradient; where one is wanted, the product
-    is rounded, kept and given to `swiglu`. Raises ValueError or TypeError naming the argument.
+    x: (..., K); weight: (2*I, K), gate first, same dtype; mean_square: (..., P) float32 (float64 for
+    float64), of x's deferred norm as `linear_rms` returns it, None for rstd = 1. Returns (..., I) in x's
+    dtype. Sums and activates in float32 and rounds once. Meant for use without gradient; where one is wanted,
+    the product is rounded, kept and given to `swiglu`. Raises ValueError or TypeError naming the argument.
     Source: Shazeer 2020 (arXiv 2002.05202).
     """
-    check_product("linear_swiglu", x, weight, rstd)
+    check_product("linear_swiglu", x, weight, mean_square)
     if weight.shape[0] % 2:
         raise ValueError(f"linear_swiglu: weight must have an even number of rows, got {tuple(weight.shape)}")
-    if use_fused("linear_swiglu", x, weight, rstd, sizes=(weight.shape[0],)):
-        return _linear_swiglu(x, weight, rstd)
-    return swiglu(linear_scaled_reference(x, weight, rstd))
+    if use_fused("linear_swiglu", x, weight, mean_square, sizes=(weight.shape[0],)):
+        return _linear_swiglu(x, weight, mean_square)
+    return swiglu(linear_scaled_reference(x, weight, mean_square))

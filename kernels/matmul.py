@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Tile, jit, tl, triton, tunable, use_triton
-from kernels.checks import accumulate_dtype, check_floating, check_shape
+from kernels.checks import accumulate_dtype, check_floating
 
 
 def _fitted(choice: Tile, N: int, K: int) -> Tile:
@@ -83,21 +83,46 @@ def product(
     return acc
 
 
-def check_product(op: str, x: Tensor, weight: Tensor, rstd: Tensor | None) -> None:
-    """x: (..., K); weight: (N, K), same dtype; rstd: (...) in the dtype that sums are taken in, or None."""
+@jit
+def deferred_rstd(mean_square_ptr, rows, PARTS: tl.constexpr):
+    # The factors of some rows, whose parts lie side by side; see `rstd_of`.
+    mean_square_ptrs = mean_square_ptr + rows * PARTS
+    mean_square = tl.load(mean_square_ptrs)
+    for part in tl.static_range(1, PARTS):
+        mean_square += tl.load(mean_square_ptrs + part)
+    return 1.0 / tl.sqrt(mean_square)
+
+
+def rstd_of(mean_square: Tensor) -> Tensor:
+    """The factor of a deferred norm, (...), from the parts (..., P) that `linear_rms` returns."""
+    return torch.rsqrt(mean_square.sum(-1))
+
+
+def check_product(op: str, x: Tensor, weight: Tensor, mean_square: Tensor | None) -> None:
+    """x: (..., K); weight: (N, K), same dtype; mean_square: (..., P) in the dtype of sums, or None."""
     check_floating(op, x=x, weight=weight)
     if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"{op}: weight must have shape (N, {x.shape[-1]}), got {tuple(weight.shape)}")
-    if rstd is not None:
-        check_rstd(op, x, rstd)
+    if mean_square is not None:
+        check_mean_square(op, "mean_square", x, mean_square)
 
 
-def check_rstd(op: str, rows: Tensor, rstd: Tensor) -> None:
-    """One factor per row, in the dtype that sums are taken in."""
-    check_shape(op, "rstd", rstd, tuple(rows.shape[:-1]))
+def check_mean_square(op: str, name: str, rows: Tensor, mean_square: Tensor) -> None:
+    """At least one part per row, in the dtype that sums are taken in."""
+    shape = tuple(rows.shape[:-1])
+    if tuple(mean_square.shape[:-1]) != shape or not mean_square.shape[-1]:
+        expected = f"({', '.join(map(str, (*shape, 'P')))})"
+        raise ValueError(f"{op}: {name} must have shape {expected}, got {tuple(mean_square.shape)}")
     wanted = accumulate_dtype(rows.dtype)
-    if rstd.dtype != wanted or rstd.device != rows.device:
-        raise TypeError(f"{op}: rstd must be {wanted} on {rows.device}, got {rstd.dtype} on {rstd.device}")
+    if mean_square.dtype != wanted or mean_square.device != rows.device:
+        raise TypeError(
+            f"{op}: {name} must be {wanted} on {rows.device}, got {mean_square.dtype} on {mean_square.device}"
+        )
+
+
+def parts_of(mean_square: Tensor | None) -> tuple[Tensor | None, int]:
+    """What a kernel takes of `mean_square`: its rows one after the other, and the parts of each."""
+    return (None, 0) if mean_square is None else (mean_square.contiguous(), mean_square.shape[-1])
 
 
 # `linear_scaled` and `linear_rms` are measured together: one leaves a factor that the other applies.

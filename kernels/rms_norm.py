@@ -3,14 +3,19 @@
 Forward, per row of D elements:   h = x + residual;  rstd = 1 / sqrt(mean(h^2) + eps);  y = h * rstd
 Backward, the same for both terms:   dx = rstd * (dy - y * mean(y * dy))
 
+In a residual network y has two readers, the next branch and the next residual sum. `rms_norm_pair` returns
+y once for each of them, so dy comes in two parts, which the backward adds as it reads them.
+
 Saved: y, which the next operation keeps anyway, and rstd. Nothing is recomputed.
 Bytes, in elements of x's dtype for N = rows * D: 2N read and N written forward; 2N read and N written
-backward; and 4 bytes of rstd a row.
+backward, N more with a second part of dy, where a sum of its own would read 2N and write N; and 4 bytes of
+rstd a row.
 """
 
 import importlib
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,15 +72,18 @@ def _rms_norm_forward_kernel(
 
 @jit
 def _rms_norm_backward_kernel(
-    dy_ptr, y_ptr, rstd_ptr, dx_ptr,
+    dy_ptr, dy_residual_ptr, y_ptr, rstd_ptr, dx_ptr,
     M, N,
-    dy_stride_m, y_stride_m, dx_stride_m,
+    dy_stride_m, dy_residual_stride_m, y_stride_m, dx_stride_m,
     WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
     mask = (rows < M)[:, None] & (cols < N)[None, :]
     dy = tl.load(dy_ptr + rows[:, None] * dy_stride_m + cols[None, :], mask=mask, other=0.0).to(WIDE)
+    if dy_residual_ptr is not None:
+        dy_residual_ptrs = dy_residual_ptr + rows[:, None] * dy_residual_stride_m + cols[None, :]
+        dy += tl.load(dy_residual_ptrs, mask=mask, other=0.0).to(WIDE)
     y = tl.load(y_ptr + rows[:, None] * y_stride_m + cols[None, :], mask=mask, other=0.0).to(WIDE)
     rstd = tl.load(rstd_ptr + rows, mask=rows < M, other=0.0)
     dx = rstd[:, None] * (dy - y * (tl.sum(y * dy, axis=1) / N)[:, None])
@@ -100,17 +108,18 @@ def _forward(x: Tensor, residual: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return y, rstd
 
 
-def _backward(dy: Tensor, y: Tensor, rstd: Tensor) -> Tensor:
+def _backward(dy: Tensor, dy_residual: Tensor | None, y: Tensor, rstd: Tensor) -> Tensor:
     dy_rows = as_rows(dy)
+    dy_residual_rows = None if dy_residual is None else as_rows(dy_residual)
     M, N = dy_rows.shape
     dx = torch.empty_like(y)
     choice = launch_choice(N)
     launch(
         _rms_norm_backward_kernel,
         (triton.cdiv(M, choice["BLOCK_M"]),),
-        dy_rows, y, rstd, dx,
+        dy_rows, dy_residual_rows, y, rstd, dx,
         M, N,
-        dy_rows.stride(0), N, N,
+        dy_rows.stride(0), 0 if dy_residual_rows is None else dy_residual_rows.stride(0), N, N,
         WIDE=wide(y.dtype), **choice,
     )  # fmt: skip
     return dx
@@ -128,23 +137,27 @@ def _(x: Tensor, residual: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("hrm_kernels::rms_norm_backward", mutates_args=())
-def _rms_norm_backward(dy: Tensor, y: Tensor, rstd: Tensor) -> Tensor:
-    return _backward(dy, y, rstd)
+def _rms_norm_backward(dy: Tensor, dy_residual: Tensor | None, y: Tensor, rstd: Tensor) -> Tensor:
+    return _backward(dy, dy_residual, y, rstd)
 
 
 @_rms_norm_backward.register_fake
-def _(dy: Tensor, y: Tensor, rstd: Tensor) -> Tensor:
+def _(dy: Tensor, dy_residual: Tensor | None, y: Tensor, rstd: Tensor) -> Tensor:
     return torch.empty_like(y)
 
 
 def _save(ctx, inputs, output) -> None:
     y, rstd = output
     ctx.mark_non_differentiable(rstd)
+    # Without this, autograd would write zeros as the gradient of rstd.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(y, rstd)
 
 
-def _differentiate(ctx, dy: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    dx = _rms_norm_backward(dy, *ctx.saved_tensors)
+def _differentiate(ctx, dy: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
+    if dy is None:
+        return None, None, None
+    dx = _rms_norm_backward(dy, None, *ctx.saved_tensors)
     return dx if ctx.needs_input_grad[0] else None, dx if ctx.needs_input_grad[1] else None, None
 
 
@@ -157,6 +170,42 @@ def find_quack() -> Callable[..., Tensor]:
     return importlib.import_module("quack").rmsnorm
 
 
+class _Pair(torch.autograd.Function):
+    """The norm with two outputs that share memory, which an operator may not return."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        y, rstd = _rms_norm(x, residual, eps)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(y, rstd)
+        return y, y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        given = [dy for dy in grads if dy is not None]
+        if not given:
+            return None, None, None
+        dx = _rms_norm_backward(given[0], given[1] if given[1:] else None, *ctx.saved_tensors)
+        return dx if ctx.needs_input_grad[0] else None, dx if ctx.needs_input_grad[1] else None, None
+
+
+def _choice(op: str, x: Tensor, residual: Tensor) -> str:
+    """Checks the arguments; which implementation takes them."""
+    check_floating(op, x=x, residual=residual)
+    check_shape(op, "residual", residual, tuple(x.shape))
+    width = x.shape[-1]
+    too_wide = f"its kernel holds rows of at most {MAX_WIDTH}, got {width}" if width > MAX_WIDTH else None
+    return choose(op, x, too_wide, measured_as="rms_norm")
+
+
+def _normalised(implementation: str, x: Tensor, residual: Tensor, eps: float) -> Tensor:
+    if implementation == "triton":
+        return _rms_norm(x, residual, eps)[0]
+    if implementation == "quack":
+        return find_quack()(x, residual=residual, eps=eps)
+    return rms_norm_reference(x, residual, eps)
+
+
 def rms_norm(x: Tensor, residual: Tensor, eps: float = 1e-5) -> Tensor:
     """Normalised sum of a block's input and output: h / sqrt(mean(h^2) + eps), h = x + residual.
 
@@ -164,13 +213,17 @@ def rms_norm(x: Tensor, residual: Tensor, eps: float = 1e-5) -> Tensor:
     float32 (float64 for float64) and rounds once, on store. Raises ValueError or TypeError naming the
     argument. Source: Zhang and Sennrich 2019 (arXiv 1910.07467).
     """
-    check_floating("rms_norm", x=x, residual=residual)
-    check_shape("rms_norm", "residual", residual, tuple(x.shape))
-    width = x.shape[-1]
-    too_wide = f"its kernel holds rows of at most {MAX_WIDTH}, got {width}" if width > MAX_WIDTH else None
-    taken = choose("rms_norm", x, too_wide)
-    if taken == "triton":
-        return _rms_norm(x, residual, eps)[0]
-    if taken == "quack":
-        return find_quack()(x, residual=residual, eps=eps)
-    return rms_norm_reference(x, residual, eps)
+    return _normalised(_choice("rms_norm", x, residual), x, residual, eps)
+
+
+def rms_norm_pair(x: Tensor, residual: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """`rms_norm` for two readers: y, and y again for the residual sum that follows.
+
+    Arguments, precision and errors are those of `rms_norm`. Both outputs are one tensor (..., D); neither may
+    be changed in place. The backward adds their gradients in float32 (float64) without writing the sum.
+    """
+    taken = _choice("rms_norm_pair", x, residual)
+    if taken == "triton" and torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad):
+        return _Pair.apply(x, residual, eps)
+    y = _normalised(taken, x, residual, eps)
+    return y, y

@@ -89,7 +89,6 @@ def test_launches_of_the_model_by_hand():
     rows = counted()
     for part, plain, taught in (("forward", 16, 8), ("target", 24, 0)):
         assert rows[part, "_attention_forward_kernel"].launches == plain + taught
-        assert rows[part, "_linear_rms_forward_kernel"].launches == rows[part, "_factor_kernel"].launches
         assert rows[part, "_linear_rms_forward_kernel"].launches == 2 * plain
         # The first block of a call has nothing deferred to scale by.
         assert rows[part, "_linear_scaled_forward_kernel"].launches == plain - plain // 4

@@ -40,9 +40,10 @@ def test_embedding_deviation_is_that_of_its_width():
     with torch.no_grad():
         table.reset_parameters(generator())
     assert table.embedding_weight.std().item() == pytest.approx(1 / 16, rel=1e-2)
-    assert torch.equal(
-        table(torch.tensor([3, 3, 7]), torch.bfloat16), table.embedding_weight[[3, 3, 7]].bfloat16()
-    )
+    before = torch.full((1, 2, 256), 3.0, dtype=torch.bfloat16)
+    rows = table(torch.tensor([[3, 3, 7]]), before)
+    assert torch.equal(rows, torch.cat((before, table.embedding_weight[None, [3, 3, 7]].bfloat16()), dim=1))
+    assert torch.equal(table(torch.tensor([[3, 3, 7]]), before, 2.0), 2 * rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -52,11 +53,13 @@ def test_embedding_gradient_sums_over_the_cells_of_a_row(rows, dtype):
     with torch.no_grad():
         table.reset_parameters(generator())
     index = torch.randint(0, 5, (3, 40), generator=generator(), dtype=torch.int32)
-    dy = torch.randn(3, 40, 8, generator=generator(), dtype=torch.float64)
-    table(index, dtype).backward(dy.to(dtype))
+    before = torch.zeros(3, 2, 8, dtype=dtype, requires_grad=True)
+    dy = torch.randn(3, 42, 8, generator=generator(), dtype=torch.float64).to(dtype)
+    table(index, before, 0.5).backward(dy)
+    assert torch.equal(before.grad, 0.5 * dy[:, :2])
     expected = torch.zeros(rows, 8, dtype=torch.float64)
-    for row, gradient in zip(index.flatten().tolist(), dy.to(dtype).double().flatten(0, 1), strict=True):
-        expected[row] += gradient
+    for row, gradient in zip(index.flatten().tolist(), dy[:, 2:].double().flatten(0, 1), strict=True):
+        expected[row] += 0.5 * gradient
     # One rounding of a sum in float32 where the table is narrow, and one for each cell where it is large.
     tolerance = 1e-12 if dtype == torch.float64 else 2**-8 if rows <= ONE_HOT_ROWS else 2**-4
     assert table.embedding_weight.grad is not None

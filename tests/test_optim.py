@@ -15,26 +15,37 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2, bias=False))
 
 
-def test_parameters_and_gradients_are_aligned_views_of_two_buffers():
+def test_parameters_are_aligned_views_of_one_buffer():
     module, untouched = model(), model()
     flat = FlatParameters(module)
     for (name, parameter), expected in zip(module.named_parameters(), untouched.parameters(), strict=True):
         assert torch.equal(parameter, expected)
-        for view, buffer in ((parameter.data, flat.data), (parameter.grad, flat.grad)):
-            assert view is not None
-            assert view.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
-            assert view.storage_offset() % ALIGNMENT == 0
-            assert torch.equal(view, flat.views(buffer)[name])
-    x = torch.randn(4, 3)
-    module(x).square().sum().backward()
-    untouched(x).square().sum().backward()
-    for parameter, expected in zip(module.parameters(), untouched.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, expected.grad)
-    assert flat.grad.norm().item() == pytest.approx(
-        math.sqrt(sum(p.grad.square().sum().item() for p in untouched.parameters())), rel=1e-6
-    )
+        assert parameter.untyped_storage().data_ptr() == flat.data.untyped_storage().data_ptr()
+        assert parameter.storage_offset() % ALIGNMENT == 0
+        assert torch.equal(parameter, flat.views(flat.data)[name])
     flat.data.zero_()
-    assert not module(x).any()
+    assert not module(torch.randn(4, 3)).any()
+
+
+@pytest.mark.parametrize("narrow", [None, torch.bfloat16])
+def test_gradients_are_collected_in_one_buffer(narrow):
+    module, untouched = model(), model()
+    flat = FlatParameters(module, narrow, wide=["1.weight"])
+    assert [leaf.dtype for leaf in flat.leaves] == [narrow or torch.float32] * 2 + [torch.float32]
+    x = torch.randn(4, 3)
+    grads = torch.autograd.grad(untouched(x).square().sum(), list(untouched.parameters()))
+    # A gradient may come transposed.
+    given = [grad.t().clone().t().to(leaf.dtype) for grad, leaf in zip(grads, flat.leaves, strict=True)]
+    flat.grad.fill_(float("nan"))
+    for adds, times in ((False, 1), (True, 2), (False, 1)):
+        flat.collect(given, adds=adds)
+        for view, grad in zip(flat.views(flat.grad).values(), given, strict=True):
+            assert view.dtype == torch.float32 and torch.equal(view, times * grad.float())
+    weight, bias, last = flat.views(flat.grad).values()
+    flat.collect([None, None, given[2]], adds=True)
+    assert torch.equal(weight, given[0].float()) and torch.equal(last, 2 * given[2])
+    flat.collect([None, given[1], None])
+    assert not weight.any() and not last.any() and torch.equal(bias, given[1].float())
 
 
 def test_adam_atan2_updates_every_parameter_by_the_formula():
@@ -47,12 +58,13 @@ def test_adam_atan2_updates_every_parameter_by_the_formula():
         moments = {
             k: {n: v.clone() for n, v in optimizer.state_dict()[k].items()} for k in ("exp_avg", "exp_avg_sq")
         }
-        flat.grad.zero_()
-        module(torch.ones(1, 3, dtype=torch.float64) * t).sum().backward()
+        loss = module(torch.ones(1, 3, dtype=torch.float64) * t).sum()
+        grads = torch.autograd.grad(loss, flat.leaves)
+        flat.collect(grads)
         optimizer.step(lr)
-        for (name, parameter), old in zip(module.named_parameters(), before, strict=True):
-            m = 0.8 * moments["exp_avg"][name] + 0.2 * parameter.grad
-            v = 0.9 * moments["exp_avg_sq"][name] + 0.1 * parameter.grad**2
+        for (name, parameter), grad, old in zip(module.named_parameters(), grads, before, strict=True):
+            m = 0.8 * moments["exp_avg"][name] + 0.2 * grad
+            v = 0.9 * moments["exp_avg_sq"][name] + 0.1 * grad**2
             angle = torch.atan2(m, v.sqrt() / math.sqrt(1 - 0.9**t))
             torch.testing.assert_close(
                 parameter.detach(), old * (1 - 0.05) - 0.1 / (1 - 0.8**t) * angle, rtol=1e-12, atol=1e-12
@@ -72,8 +84,8 @@ def test_optimizer_state_survives_a_round_trip():
                 optimizer = AdamATan2(FlatParameters(module), beta1=0.9, beta2=0.95, weight_decay=0.1)
                 module.load_state_dict(weights)
                 optimizer.load_state_dict(state)
-            optimizer.parameters.grad.zero_()
-            module(torch.full((1, 3), float(t))).sum().backward()
+            loss = module(torch.full((1, 3), float(t))).sum()
+            optimizer.parameters.collect(torch.autograd.grad(loss, optimizer.parameters.leaves))
             optimizer.step(torch.tensor(1e-2))
         runs.append(optimizer.parameters.data)
     assert torch.equal(*runs)

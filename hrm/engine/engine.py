@@ -166,8 +166,8 @@ class Engine:
 
     def _dry_step(self, forward: Callable[..., Any]) -> None:
         """A step's forward and backward on what the buffers hold, which stays as it is."""
-        forward(*self._inputs(slice(self._part_rows)))[1].backward()
-        self.parameters.zero_grad()
+        inputs = self._inputs(slice(self._part_rows))
+        self._differentiate(forward(*inputs)[1], inputs[2])
 
     # ------------------------------------------------------------------------------------------ training
 
@@ -230,7 +230,6 @@ class Engine:
 
     def _compute(self, forward: Callable[..., Any]) -> None:
         """Gradients of the fed sequences, the carry after them, their metric sums."""
-        self.parameters.zero_grad()
         self.tally.begin()
         for first in range(0, self._rows, self._part_rows):
             part = slice(first, first + self._part_rows)
@@ -238,19 +237,26 @@ class Engine:
                 carry, fresh, puzzle_rows, *rest = self._inputs(part)
                 after, loss, sums = forward(carry, fresh, puzzle_rows, *rest)
             with region("backward"):
-                loss.backward()
-                self.parameters.collect_grad()
+                grads, row_grads = self._differentiate(loss, puzzle_rows)
+                self.parameters.collect(grads, adds=first > 0)
             # Only now: until here the backward may go back to what the forward read.
             for old, new in zip(carry, after, strict=True):
                 old.copy_(new)
-            if puzzle_rows is not None and self._row_grads is not None:
-                assert puzzle_rows.grad is not None
-                self._row_grads[part] = puzzle_rows.grad
+            if row_grads is not None and self._row_grads is not None:
+                self._row_grads[part] = row_grads
             self.tally.add({**sums, "loss": loss.detach() * self.config.global_batch_size})
             # Or they would live through the next part.
-            del after, loss, sums, puzzle_rows
+            del after, loss, sums, puzzle_rows, grads, row_grads
         # A loss that is not finite is one for every rank, by the gradient that they exchange.
         self.parameters.grad[:1].add_(self.tally.loss * 0)
+
+    def _differentiate(
+        self, loss: Tensor, puzzle_rows: Tensor | None
+    ) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+        """The loss's gradients by the parameters' leaves, and by the puzzle rows where there are some."""
+        rows = () if puzzle_rows is None else (puzzle_rows,)
+        grads = torch.autograd.grad(loss, (*self.parameters.leaves, *rows), allow_unused=True)
+        return (grads[:-1], grads[-1]) if rows else (grads, None)
 
     def _inputs(self, part: slice) -> tuple[Carry, Sequences, Tensor | None, Tensor, Tensor]:
         """What `_forward` takes for a part of the rows."""

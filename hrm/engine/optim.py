@@ -20,50 +20,43 @@ ALIGNMENT = 16
 
 
 class FlatParameters:
-    """Moves a module's parameters into one buffer and their gradients into another.
+    """Moves a module's parameters into one buffer, with another one for their gradients.
 
     data, grad: (N,) float32 (the parameters' dtype), N counting the zeros of the alignment gaps. The
-    module's parameters and their .grad become views, so zeroing or reducing `grad` is one operation.
+    module's parameters become views of `data`. Their `.grad` is not used: `collect` takes what
+    `torch.autograd.grad` returns for `leaves`, so that no gradient is added to zeros first.
 
     With a narrower `dtype` the module computes with copies instead: all its parameters but those named in
     `wide` become views of `copy` (N,), which an update writes beside `data`, so that no weight is cast at
-    its use. Their gradients are then views of a buffer in that dtype, added to `grad` by `collect_grad`.
+    its use. Their gradients come in that dtype.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype | None = None, wide: Sequence[str] = ()) -> None:
         named = dict(module.named_parameters())
         own = next(iter(named.values()))
-        narrows = dtype is not None and dtype.itemsize < own.dtype.itemsize
-        # The wide ones last, so that the copies that are used have one gradient in one piece.
-        self.names = sorted(named, key=lambda name: narrows and name in wide)
-        self.shapes = [named[name].shape for name in self.names]
-        self.offsets, size, narrow_size = [], 0, 0
-        for name in self.names:
+        self.names, self.leaves = list(named), list(named.values())
+        self.shapes = [leaf.shape for leaf in self.leaves]
+        self.offsets, size = [], 0
+        for leaf in self.leaves:
             self.offsets.append(size)
-            size += -(-named[name].numel() // ALIGNMENT) * ALIGNMENT
-            if narrows and name not in wide:
-                narrow_size = size
+            size += -(-leaf.numel() // ALIGNMENT) * ALIGNMENT
         self.data = own.new_zeros(size)
         self.grad = torch.zeros_like(self.data)
+        narrows = dtype is not None and dtype.itemsize < own.dtype.itemsize
         self.copy = torch.zeros_like(self.data, dtype=dtype) if narrows else None
-        self._copy_grad = None if self.copy is None else torch.zeros_like(self.copy[:narrow_size])
-        masters, grads = self.views(self.data), self.views(self.grad)
-        for name, parameter in named.items():
-            masters[name].copy_(parameter.detach())
-            parameter.data, parameter.grad = masters[name], grads[name]
-        if self.copy is not None and self._copy_grad is not None:
-            copies, copy_grads = self.views(self.copy), self.views(self._copy_grad)
-            for name in [name for name in self.names if name not in wide]:
-                named[name].grad = None
-                named[name].data, named[name].grad = copies[name], copy_grads[name]
-            self.refresh_copy()
+        masters = self.views(self.data)
+        for name, leaf in named.items():
+            masters[name].copy_(leaf.detach())
+        self.refresh_copy()
+        used = masters if self.copy is None else self.views(self.copy)
+        for name, leaf in named.items():
+            leaf.data = masters[name] if name in wide else used[name]
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Each parameter's part of a buffer laid out like `data`, by name, in the parameter's shape."""
         return {
             name: flat[offset : offset + shape.numel()].view(shape)
             for name, offset, shape in zip(self.names, self.offsets, self.shapes, strict=True)
-            if offset < len(flat)
         }
 
     def refresh_copy(self) -> None:
@@ -71,17 +64,23 @@ class FlatParameters:
         if self.copy is not None:
             self.copy.copy_(self.data)
 
-    def zero_grad(self) -> None:
-        """Before the first backward of a step."""
-        self.grad.zero_()
-        if self._copy_grad is not None:
-            self._copy_grad.zero_()
+    @torch.no_grad()
+    def collect(self, grads: Sequence[Tensor | None], *, adds: bool = False) -> None:
+        """Writes the gradients of `leaves` into `grad`, or adds them to it.
 
-    def collect_grad(self) -> None:
-        """After each backward: adds what the copies' gradients have to `grad`."""
-        if self._copy_grad is not None:
-            self.grad[: len(self._copy_grad)].add_(self._copy_grad)
-            self._copy_grad.zero_()
+        grads: one for each leaf, in the leaf's shape and dtype; None for a leaf that was not used.
+        """
+        by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for view, grad in zip(self.views(self.grad).values(), grads, strict=True):
+            if grad is not None:
+                views, given = by_dtype.setdefault(grad.dtype, ([], []))
+                views.append(view)
+                given.append(grad)
+            elif not adds:
+                view.zero_()
+        # One launch for many tensors, if all of a list have one dtype.
+        for views, given in by_dtype.values():
+            (torch._foreach_add_ if adds else torch._foreach_copy_)(views, given)
 
 
 class MovingAverage:

@@ -17,7 +17,7 @@ from hrm.data.format import Metadata
 from hrm.model.gating import Gates, GatingNetwork, make_gating, mix, sources_of
 from hrm.model.layers import Block, Embedding, Linear, PuzzleEmbedding, truncated_normal_
 from hrm.model.subgoal import SubgoalHead
-from kernels.matmul import DEFERRED, use_fused
+from kernels.matmul import DEFERRED, rstd_of, use_fused
 from kernels.rope import rope_tables
 
 # Sum the parts of a bfloat16 product in float32. By default PyTorch lets cuBLAS round each part to bfloat16
@@ -76,19 +76,20 @@ class ReasoningModule(nn.Module):
         looks at the others. bias: (B, 1, D), added to the combined sources. held: what `hold` returned.
         seen: a list that gets the gates and what they gated.
         """
-        h, rstd = self.combine(z, o, x, held, seen), None
+        h, mean_square = self.combine(z, o, x, held, seen), None
         if bias is not None:
             h = h + bias
+        residual = h
         last = len(self.layers) - 1
         defers = not self.mixes_tokens and use_fused("linear_rms", h, measured_as=DEFERRED)
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, Block)
             asked = queries if index == last else None
             if defers:
-                h, rstd = layer.deferred(h, rstd, cos, sin, asked)
+                h, mean_square = layer.deferred(h, mean_square, cos, sin, asked)
             else:
-                h = layer(h, cos, sin, asked)
-        return h if rstd is None else (h * rstd[..., None]).to(h.dtype)
+                h, residual = layer(h, residual, cos, sin, asked)
+        return h if mean_square is None else (h * rstd_of(mean_square)[..., None]).to(h.dtype)
 
 
 class HRM(nn.Module):
@@ -183,13 +184,16 @@ class HRM(nn.Module):
         inputs: (B, S) integer tokens. puzzle_rows: (B, puzzle_emb_ndim), the batch's rows of the puzzle
         table, None without one. Returns (B, T, D) in the model's dtype.
         """
-        e = self.embed_tokens(inputs, self.dtype)
-        if puzzle_rows is not None:
-            padding = self.puzzle_emb_len * e.shape[-1] - puzzle_rows.shape[-1]
-            rows = F.pad(puzzle_rows.to(self.dtype), (0, padding))
-            e = torch.cat((rows.view(-1, self.puzzle_emb_len, e.shape[-1]), e), dim=1)
-        if self.embed_pos is not None:
-            e = math.sqrt(0.5) * (e + self.embed_pos.embedding_weight.to(self.dtype))
+        D = self.arch.hidden_size
+        if puzzle_rows is None:
+            before = self.embed_tokens.embedding_weight.new_empty(len(inputs), 0, D, dtype=self.dtype)
+        else:
+            padding = self.puzzle_emb_len * D - puzzle_rows.shape[-1]
+            before = F.pad(puzzle_rows.to(self.dtype), (0, padding)).view(-1, self.puzzle_emb_len, D)
+        if self.embed_pos is None:
+            return self.embed_tokens(inputs, before, self.embed_scale)
+        e = self.embed_tokens(inputs, before)
+        e = math.sqrt(0.5) * (e + self.embed_pos.embedding_weight.to(self.dtype))
         return self.embed_scale * e
 
     def recur(

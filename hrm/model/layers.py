@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrm.config.schema import ArchConfig
-from kernels import attention, linear, linear_rms, linear_scaled, linear_swiglu, rms_norm
+from kernels import attention, linear, linear_rms, linear_scaled, linear_swiglu, rms_norm, rms_norm_pair
 
 # The standard deviation that is left of a unit normal cut off at two standard deviations.
 TRUNCATED_STD = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
@@ -47,24 +47,30 @@ ONE_HOT_ROWS = 256
 
 
 class _Lookup(torch.autograd.Function):
-    """Rows of a small table, whose gradient is the product of the one-hot index and the rows' gradients.
+    """Rows of a small table behind given ones, with the table's gradient as a one-hot product.
 
-    Adding them row by row would have thousands of cells of a batch wait for the same few rows, on a GPU by
-    atomic additions in no fixed order and in the narrow dtype.
+    Adding the gradient row by row would have thousands of cells of a batch wait for the same few rows, on a
+    GPU by atomic additions in no fixed order and in the narrow dtype. The product runs over the given rows
+    too, which match no row of the table, so that the gradient is read where it lies.
     """
 
     @staticmethod
-    def forward(ctx: Any, index: Tensor, table: Tensor) -> Tensor:
+    def forward(ctx: Any, index: Tensor, table: Tensor, before: Tensor) -> Tensor:
         ctx.save_for_backward(index)
-        ctx.rows = table.shape[0]
-        return F.embedding(index, table)
+        ctx.rows, ctx.before = table.shape[0], before.shape[1]
+        return torch.cat((before, F.embedding(index, table)), dim=1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
         (index,), (dy,) = ctx.saved_tensors, grads
-        rows = torch.arange(ctx.rows, device=index.device, dtype=index.dtype)
-        one_hot = (rows[:, None] == index.flatten()).to(dy.dtype)
-        return None, one_hot @ dy.flatten(0, -2)
+        _, wants_table, wants_before = ctx.needs_input_grad
+        dtable = None
+        if wants_table:
+            rows = torch.arange(ctx.rows, device=index.device, dtype=index.dtype)
+            places = F.pad(index, (ctx.before, 0), value=-1)
+            one_hot = (rows[:, None] == places.flatten()).to(dy.dtype)
+            dtable = one_hot @ dy.flatten(0, -2)
+        return None, dtable, dy[:, : ctx.before] if wants_before else None
 
 
 class Embedding(nn.Module):
@@ -77,9 +83,16 @@ class Embedding(nn.Module):
     def reset_parameters(self, generator: torch.Generator) -> None:
         truncated_normal_(self.embedding_weight, 1 / math.sqrt(self.embedding_weight.shape[1]), generator)
 
-    def forward(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        table = self.embedding_weight.to(dtype)
-        return _Lookup.apply(index, table) if len(table) <= ONE_HOT_ROWS else F.embedding(index, table)
+    def forward(self, index: Tensor, before: Tensor, scale: float = 1.0) -> Tensor:
+        """scale times the rows of `before`, then of the table.
+
+        index: (B, S) integers. before: (B, P, D), P may be 0. Returns (B, P + S, D) in before's dtype.
+        """
+        # Scaling the table is a pass over its rows alone, forward and backward.
+        table, before = scale * self.embedding_weight.to(before.dtype), scale * before
+        if len(table) <= ONE_HOT_ROWS:
+            return _Lookup.apply(index, table, before)
+        return torch.cat((before, F.embedding(index, table)), dim=1)
 
 
 class PuzzleEmbedding(nn.Module):
@@ -150,40 +163,49 @@ class Block(nn.Module):
         self.mlp = SwiGLU(arch.hidden_size, arch.expansion)
 
     def forward(
-        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, queries: int | None = None
-    ) -> Tensor:
-        """x: (B, T, D). Returns (B, T, D), or (B, queries, D) when only the first positions are wanted."""
+        self,
+        x: Tensor,
+        residual: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        queries: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x, residual: (B, T, D), one value for two readers, as `kernels.rms_norm_pair` returns it.
+
+        Returns the same of the block's output: (B, T, D), or (B, queries, D) when only the first positions
+        are wanted.
+        """
         if self.self_attn is not None:
             attended = self.self_attn(x, cos, sin, queries)
-            x = rms_norm(x[:, :queries], attended, self.eps)
+            x, residual = rms_norm_pair(residual[:, :queries], attended, self.eps)
         else:
             assert self.mlp_t is not None
             # Here the norm, too, is over the tokens.
             columns = x.transpose(1, 2).contiguous()
             columns = rms_norm(columns, self.mlp_t(columns), self.eps)
-            x = columns.transpose(1, 2)[:, :queries].contiguous()
-        return rms_norm(x, self.mlp(x), self.eps)
+            x = residual = columns.transpose(1, 2)[:, :queries].contiguous()
+        return rms_norm_pair(residual, self.mlp(x), self.eps)
 
     def deferred(
         self,
         h: Tensor,
-        rstd: Tensor | None,
+        mean_square: Tensor | None,
         cos: Tensor | None,
         sin: Tensor | None,
         queries: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`forward` of x = rstd * h in four products that leave each norm's factor to their reader.
+        """`forward` of x = rstd * h in four products that leave each norm's factor to its readers.
 
-        h: (B, T, D). rstd: (B, T), None for 1. Returns both for the next block. The norms have no weight, so
-        their factor commutes with a product, and no pass over memory is left for them. For blocks without
-        gradient, see `kernels.linear_rms`.
+        h: (B, T, D). mean_square: (B, T, P), None where rstd is 1. Returns both for the next block. The norms
+        have no weight, so their factor commutes with a product, and no pass over memory is left for them. For
+        blocks without gradient, see `kernels.linear_rms`.
         """
         attn, mlp, dtype = self.self_attn, self.mlp, h.dtype
         assert attn is not None, "mixing tokens by a product does not commute with a factor of each token"
         qkv_weight = attn.qkv_proj.weight.to(dtype)
-        qkv = linear(h, qkv_weight) if rstd is None else linear_scaled(h, qkv_weight, rstd)
+        qkv = linear(h, qkv_weight) if mean_square is None else linear_scaled(h, qkv_weight, mean_square)
         attended = attn.attend(qkv, cos, sin, queries)
-        h, rstd = h[:, :queries], None if rstd is None else rstd[:, :queries]
-        h, rstd = linear_rms(attended, attn.o_proj.weight.to(dtype), h, rstd, self.eps)
-        inner = linear_swiglu(h, mlp.gate_up_proj.weight.to(dtype), rstd)
-        return linear_rms(inner, mlp.down_proj.weight.to(dtype), h, rstd, self.eps)
+        h, mean_square = h[:, :queries], None if mean_square is None else mean_square[:, :queries]
+        h, mean_square = linear_rms(attended, attn.o_proj.weight.to(dtype), h, mean_square, self.eps)
+        inner = linear_swiglu(h, mlp.gate_up_proj.weight.to(dtype), mean_square)
+        return linear_rms(inner, mlp.down_proj.weight.to(dtype), h, mean_square, self.eps)

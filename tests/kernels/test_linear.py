@@ -12,7 +12,7 @@ from kernels.attention import attention_reference
 from kernels.checks import accumulate_dtype
 from kernels.linear_rms import linear_rms, linear_scaled
 from kernels.linear_swiglu import linear_swiglu
-from kernels.matmul import launch_choice
+from kernels.matmul import launch_choice, rstd_of
 from tests.kernels.compare import DEVICE, DTYPES, agree, agree_in_every_tile, compiles, randn
 
 # Rows, K, and half of the weight's rows: SwiGLU's width.
@@ -24,7 +24,7 @@ def tensors(rows: tuple[int, ...], K: int, N: int) -> dict[str, Tensor]:
     return {
         "x": randn(*rows, K, seed=K),
         "weight": randn(N, K, seed=N, scale=K**-0.5),
-        "rstd": randn(*rows, seed=7).abs() + 0.5,
+        "mean_square": randn(*rows, 3, seed=7).abs() + 0.2,
     }
 
 
@@ -32,17 +32,23 @@ def with_residual(rows: tuple[int, ...], K: int, N: int) -> dict[str, Tensor]:
     return {**tensors(rows, K, N), "residual": randn(*rows, N, seed=N + 1)}
 
 
-# As the operations take them: the factors in the dtype of sums, whatever the others have.
-def call_swiglu(x, weight, rstd=None):
-    return linear_swiglu(x, weight, None if rstd is None else rstd.to(accumulate_dtype(x.dtype)))
+def parts(x: Tensor, mean_square: Tensor | None) -> Tensor | None:
+    """As the operations take them: in the dtype of sums, whatever the others have."""
+    return None if mean_square is None else mean_square.to(accumulate_dtype(x.dtype))
 
 
-def call_scaled(x, weight, rstd):
-    return linear_scaled(x, weight, rstd.to(accumulate_dtype(x.dtype)))
+def call_swiglu(x, weight, mean_square=None):
+    return linear_swiglu(x, weight, parts(x, mean_square))
 
 
-def call_rms(x, weight, residual, rstd=None, eps=1e-5):
-    return linear_rms(x, weight, residual, None if rstd is None else rstd.to(accumulate_dtype(x.dtype)), eps)
+def call_scaled(x, weight, mean_square):
+    return linear_scaled(x, weight, parts(x, mean_square))
+
+
+def call_rms(x, weight, residual, mean_square=None, eps=1e-5):
+    # Kernel and reference leave their mean squares in different numbers of parts.
+    h, left = linear_rms(x, weight, residual, parts(x, mean_square), eps)
+    return h, rstd_of(left)
 
 
 def without(inputs: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -66,7 +72,7 @@ def test_outputs(call, make, shape, dtype):
     inputs = make(rows, K, 2 * width)
     agree(call, inputs, dtype, gradients=[])
     if call is not call_scaled:
-        agree(call, without(inputs, "rstd"), dtype, gradients=[])
+        agree(call, without(inputs, "mean_square"), dtype, gradients=[])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -99,7 +105,7 @@ def test_strided_inputs(dtype):
         "x": inside(inputs["x"], 2, 5),
         "weight": inside(inputs["weight"], 1, 3),
         "residual": inside(inputs["residual"], 1, 7),
-        "rstd": inside(inputs["rstd"][:, None], 0, 1)[:, 0],
+        "mean_square": inside(inputs["mean_square"], 1, 2),
     }
     agree(call_rms, views, dtype, gradients=[])
     agree(call_swiglu, without(views, "residual"), dtype, gradients=[])
@@ -108,7 +114,7 @@ def test_strided_inputs(dtype):
         "x": randn(40, 5, 7, seed=0).to(dtype).permute(2, 1, 0),
         "weight": randn(40, 64, seed=1, scale=0.2).to(dtype).t(),
         "residual": randn(5, 7, 64, seed=2).to(dtype).transpose(0, 1),
-        "rstd": (randn(5, 7, seed=3).abs() + 0.5).to(dtype).t(),
+        "mean_square": (randn(2, 5, 7, seed=3).abs() + 0.2).to(dtype).permute(2, 1, 0),
     }
     agree(call_rms, turned, dtype, gradients=[])
     agree(call_swiglu, without(turned, "residual"), dtype, gradients=[])
@@ -130,11 +136,11 @@ def normed_block(x, qkv, out, gate_up, down, heads):
     return rms_norm(x, F.linear(swiglu(F.linear(x, gate_up)), down))
 
 
-def deferred_block(h, rstd, qkv, out, gate_up, down, heads):
-    packed = F.linear(h, qkv) if rstd is None else linear_scaled(h, qkv, rstd)
+def deferred_block(h, mean_square, qkv, out, gate_up, down, heads):
+    packed = F.linear(h, qkv) if mean_square is None else linear_scaled(h, qkv, mean_square)
     attended = attention_reference(packed, heads, None, None, None)
-    h, rstd = linear_rms(attended, out, h, rstd)
-    return linear_rms(linear_swiglu(h, gate_up, rstd), down, h, rstd)
+    h, mean_square = linear_rms(attended, out, h, mean_square)
+    return linear_rms(linear_swiglu(h, gate_up, mean_square), down, h, mean_square)
 
 
 @pytest.mark.parametrize("gradients", [False, True])
@@ -151,9 +157,9 @@ def test_two_blocks_in_deferred_form_equal_those_with_norms(dtype, gradients):
     def blocks(x, **weights):
         if backend.get_backend() == "reference":
             return normed_block(normed_block(x, **weights, heads=heads), **weights, heads=heads)
-        h, rstd = deferred_block(x, None, **weights, heads=heads)
-        h, rstd = deferred_block(h, rstd, **weights, heads=heads)
-        return (h * rstd[..., None]).to(h.dtype)
+        h, mean_square = deferred_block(x, None, **weights, heads=heads)
+        h, mean_square = deferred_block(h, mean_square, **weights, heads=heads)
+        return (h * rstd_of(mean_square)[..., None]).to(h.dtype)
 
     agree(blocks, {"x": randn(2, 17, D, seed=9), **weights}, dtype, gradients=None if gradients else [])
 
@@ -163,12 +169,12 @@ def test_two_blocks_in_deferred_form_equal_those_with_norms(dtype, gradients):
 
 def test_one_kernel_unless_a_gradient_is_wanted(monkeypatch):
     x, weight = randn(4, 64, seed=0).bfloat16(), randn(32, 64, seed=1).bfloat16().requires_grad_()
-    rstd = torch.ones(4, device=DEVICE)
+    mean_square = torch.ones(4, 1, device=DEVICE)
 
     def kernels() -> list[str]:
         with backend.recorded() as launches:
-            linear_swiglu(x, weight, rstd)
-            linear_scaled(x, weight, rstd)
+            linear_swiglu(x, weight, mean_square)
+            linear_scaled(x, weight, mean_square)
             linear_rms(x, weight, x[:, :32])
         return [launch.kernel.__name__.strip("_") for launch in launches]
 
@@ -176,7 +182,7 @@ def test_one_kernel_unless_a_gradient_is_wanted(monkeypatch):
     with torch.no_grad():
         assert kernels() == [
             "linear_swiglu_forward_kernel", "linear_scaled_forward_kernel",
-            "linear_rms_forward_kernel", "factor_kernel",
+            "linear_rms_forward_kernel",
         ]  # fmt: skip
         monkeypatch.setattr(matmul, "use_triton", lambda op, tensor, slower, **_: slower is None)
         backend.set_backend("auto")
@@ -192,13 +198,13 @@ def test_gradcheck(call):
 
 
 def test_operator_contract_and_compile():
-    x, weight, rstd, residual = (tensor.float() for tensor in with_residual((2, 5), 32, 24).values())
+    x, weight, mean_square, residual = (tensor.float() for tensor in with_residual((2, 5), 32, 24).values())
     ops = torch.ops.hrm_kernels
-    torch.library.opcheck(ops.linear_swiglu.default, (x, weight, rstd))
+    torch.library.opcheck(ops.linear_swiglu.default, (x, weight, mean_square))
     torch.library.opcheck(ops.linear_swiglu.default, (x, weight, None))
-    torch.library.opcheck(ops.linear_scaled.default, (x, weight, rstd))
-    torch.library.opcheck(ops.linear_rms.default, (x, weight, residual, rstd, 1e-5))
-    inputs = {"x": x, "weight": weight, "residual": residual, "rstd": rstd}
+    torch.library.opcheck(ops.linear_scaled.default, (x, weight, mean_square))
+    torch.library.opcheck(ops.linear_rms.default, (x, weight, residual, mean_square, 1e-5))
+    inputs = {"x": x, "weight": weight, "residual": residual, "mean_square": mean_square}
     for call, taken in ((call_swiglu, without(inputs, "residual")), (call_rms, inputs)):
         compiles(call, taken)
         with torch.no_grad():
@@ -207,16 +213,24 @@ def test_operator_contract_and_compile():
 
 
 def test_wrong_arguments_are_named():
-    x, weight, rstd = torch.zeros(3, 8, device=DEVICE), torch.zeros(6, 8, device=DEVICE), torch.zeros(3)
-    rstd = rstd.to(DEVICE)
+    x, weight, mean_square = (
+        torch.zeros(3, 8, device=DEVICE),
+        torch.zeros(6, 8, device=DEVICE),
+        torch.zeros(3, 2),
+    )
+    mean_square = mean_square.to(DEVICE)
     with pytest.raises(ValueError, match=r"linear_swiglu: weight must have shape \(N, 8\), got \(6, 7\)"):
         linear_swiglu(x, weight[:, :7])
     with pytest.raises(ValueError, match=r"weight must have an even number of rows, got \(5, 8\)"):
         linear_swiglu(x, weight[:5])
-    with pytest.raises(ValueError, match=r"linear_scaled: rstd must have shape \(3,\), got \(2,\)"):
-        linear_scaled(x, weight, rstd[:2])
-    with pytest.raises(TypeError, match=r"linear_rms: rstd must be torch.float32 on .*, got torch.float64"):
-        linear_rms(x, weight, x[:, :6], rstd.double())
+    with pytest.raises(
+        ValueError, match=r"linear_scaled: mean_square must have shape \(3, P\), got \(2, 2\)"
+    ):
+        linear_scaled(x, weight, mean_square[:2])
+    with pytest.raises(
+        TypeError, match=r"linear_rms: mean_square must be torch.float32 on .*, got torch.float64"
+    ):
+        linear_rms(x, weight, x[:, :6], mean_square.double())
     with pytest.raises(ValueError, match=r"linear_rms: residual must have shape \(3, 6\), got \(3, 8\)"):
         linear_rms(x, weight, x)
     with pytest.raises(TypeError, match=r"linear_rms: weight must match x"):

@@ -10,6 +10,7 @@ from hrm.config.load import ArchConfig
 from hrm.data.dataset import Batch
 from hrm.engine.engine import Engine
 from hrm.model.layers import Block, Linear
+from kernels.matmul import rstd_of
 from kernels.rope import rope_tables
 from tests.kernels.compare import DEVICE, randn
 from tests.test_engine import METADATA, batches, make_config
@@ -68,9 +69,10 @@ def test_a_deferred_block_is_the_block(scaled, queries):
                 layer.reset_parameters(generator)
         block.to(DEVICE)
         h, (cos, sin) = randn(2, 10, 32, seed=0).float(), (t.to(DEVICE) for t in rope_tables(10, 16))
-        rstd = 0.5 + randn(2, 10, seed=1).float().abs() if scaled else None
-        y, y_rstd = block.deferred(h, rstd, cos, sin, queries)
+        mean_square = 0.2 + randn(2, 10, 3, seed=1).float().abs() if scaled else None
+        y, y_mean_square = block.deferred(h, mean_square, cos, sin, queries)
         kernels.set_backend("reference")
-        expected = block(h if rstd is None else h * rstd[..., None], cos, sin, queries)
-    assert y.shape == (2, queries or 10, 32) and y_rstd.shape == y.shape[:2]
-    torch.testing.assert_close(y * y_rstd[..., None], expected, rtol=1e-5, atol=1e-5)
+        x = h if mean_square is None else h * rstd_of(mean_square)[..., None]
+        expected, _ = block(x, x, cos, sin, queries)
+    assert y.shape == (2, queries or 10, 32) and y_mean_square.shape[:2] == y.shape[:2]
+    torch.testing.assert_close(y * rstd_of(y_mean_square)[..., None], expected, rtol=1e-5, atol=1e-5)

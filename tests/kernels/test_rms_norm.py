@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels import rms_norm
+from kernels import backend, rms_norm, rms_norm_pair
 from kernels.rms_norm import MAX_WIDTH, launch_choice
 from tests.kernels.compare import DEVICE, DTYPES, agree, compiles, randn
 
@@ -16,6 +16,29 @@ SHAPES = [(1, 1, 64), (1, 17, 96), (2, 82, 512), (3, 100, 64), (5, 40)]
 @pytest.mark.parametrize("shape", SHAPES)
 def test_outputs_and_gradients(shape, dtype):
     agree(rms_norm, {"x": randn(*shape, seed=0), "residual": randn(*shape, seed=1)}, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_pair_for_two_readers(shape, dtype):
+    """`agree` draws a gradient for each output, so the reference adds them outside of the norm."""
+    inputs = {"x": randn(*shape, seed=0), "residual": randn(*shape, seed=1)}
+    agree(rms_norm_pair, inputs, dtype)
+    agree(lambda x, residual: rms_norm_pair(x, residual)[0], inputs, dtype)
+    agree(lambda x, residual: rms_norm_pair(x, residual)[1], inputs, dtype, gradients=["residual"])
+
+
+def test_the_backward_of_a_pair_is_one_launch():
+    x, residual = (randn(3, 8, seed=seed).float().requires_grad_() for seed in (0, 1))
+    first, second = rms_norm_pair(x, residual)
+    assert first.data_ptr() == second.data_ptr()
+    with backend.recorded() as launches:
+        torch.autograd.grad((first, second), (x, residual), (first.detach(), second.detach().t().clone().t()))
+    (launch,) = launches
+    named = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+    assert named["dy_residual_ptr"] is not None and named["dy_residual_ptr"].stride() == (8, 1)
+    with torch.no_grad():
+        assert not any(output.requires_grad for output in rms_norm_pair(x, residual))
 
 
 @given(M=st.integers(1, 40), N=st.integers(2, 200), eps=st.sampled_from([1e-6, 1e-5, 1e-2]))
@@ -43,13 +66,18 @@ def test_only_wanted_gradients_come_back():
 def test_gradcheck():
     inputs = [randn(3, 20, seed=seed).requires_grad_() for seed in (0, 1)]
     assert torch.autograd.gradcheck(rms_norm, inputs)
+    assert torch.autograd.gradcheck(rms_norm_pair, inputs)
 
 
 def test_operator_contract_and_compile():
     inputs = {"x": randn(2, 5, 32, seed=0).float(), "residual": randn(2, 5, 32, seed=1).float()}
     leaves = [tensor.clone().requires_grad_() for tensor in inputs.values()]
     torch.library.opcheck(torch.ops.hrm_kernels.rms_norm.default, (*leaves, 1e-5))
+    ops, rows = torch.ops.hrm_kernels, randn(2, 5, 32, seed=2).float()
+    for dy_residual in (None, randn(2, 5, 32, seed=3).float()):
+        torch.library.opcheck(ops.rms_norm_backward.default, (rows, dy_residual, rows, rows[..., 0].clone()))
     compiles(rms_norm, inputs)
+    compiles(rms_norm_pair, inputs)
 
 
 def test_rows_beyond_the_kernel_are_refused():
