@@ -3,17 +3,21 @@
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic.dataclasses import dataclass
+
 from hrm.common.errors import UserError, run_command
 from hrm.common.files import check_file, to_json
 from hrm.common.tables import Table
-from hrm.config.cli import ConfigError, help_lines, key, keys_of, split_arguments
+from hrm.config.keys import RULES, help_keys, key, keys_of
 from hrm.config.load import resolve_device
-from hrm.config.schema import Config
+from hrm.config.messages import ConfigError
+from hrm.config.read import split_arguments
+from hrm.config.schema import DEVICE, PATH
 from hrm.ranks import place
 
 # PyTorch takes seconds to import: --help and a mistyped key are answered without it.
@@ -23,21 +27,18 @@ if TYPE_CHECKING:
 
 JSON_FLAG = "--json"
 
-_RUN = Config.__dataclass_fields__
-_PATH = {name: _RUN["data_path"].metadata[name] for name in ("pattern", "form")}
 
-
-@dataclass
+@dataclass(config=RULES)
 class EvaluateConfig:
     """What is judged, on what, and how."""
 
     checkpoint: str | None = key(
-        None, "a run's folder or one of its checkpoints; of the official code a step_N file", **_PATH
+        None, "a run's folder or one of its checkpoints; of the official code a step_N file", **PATH
     )
     data_path: str | None = key(
-        None, "folder of a data set; null is the one that the run was trained on", **_PATH
+        None, "folder of a data set; null is the one that the run was trained on", **PATH
     )
-    split: str = key("test", "split of it", pattern=r"[\w-]{1,80}", form="a split's name, such as test")
+    split: str = key("test", "split of it", pattern=r"^[\w-]{1,80}\Z", form="a split's name, such as test")
     ema: bool = key(False, "judge the averaged weights in place of the last")
     eval_act: bool = key(
         False, "also stop each sequence when it halts, and tell the steps saved and the accuracy"
@@ -55,15 +56,15 @@ class EvaluateConfig:
         le=2**20,
     )
     reset_puzzle_emb: bool = key(False, "use a fresh table of puzzle embeddings, for data of other puzzles")
-    device: str = field(default="auto", metadata=_RUN["device"].metadata)
+    device: str = key("auto", "where to run; auto is cuda where there is one, else cpu", **DEVICE)
     dtype: Literal["auto", "float32", "bfloat16"] = key(
         "auto", "precision of the forward pass; auto is as in training"
     )
     mode: Literal["auto", "eager", "compile", "graph"] = key(
         "auto", "how a step is run; auto is graph on cuda, else eager"
     )
-    save_predictions: str | None = key(None, "write every prediction to this .npz file", **_PATH)
-    submission: str | None = key(None, "ARC: write the two best answers to this file, for Kaggle", **_PATH)
+    save_predictions: str | None = key(None, "write every prediction to this .npz file", **PATH)
+    submission: str | None = key(None, "ARC: write the two best answers to this file, for Kaggle", **PATH)
 
 
 KEYS = keys_of(EvaluateConfig)
@@ -82,13 +83,12 @@ def parse_args(argv: Sequence[str]) -> EvaluateConfig:
     --help prints, then exits with status 0. Raises ConfigError for anything wrong.
     """
     args = split_arguments(argv, KEYS, [JSON_FLAG, "--help"])
-    if args.help:
-        print("\n".join([_USAGE, *help_lines(KEYS, {"": str(EvaluateConfig.__doc__)})]))
+    if "--help" in args.flags:
+        print("\n".join([_USAGE, *help_keys(KEYS, {"": EvaluateConfig})]))
         raise SystemExit(0)
-    values = {name: KEYS[name].parse(text) for name, text in args.overrides.items()}
-    if values.get("checkpoint") is None:
+    if args.values.get("checkpoint") is None:
         raise ConfigError("checkpoint is not given: write checkpoint=PATH, a run's folder or a checkpoint")
-    return EvaluateConfig(**values)
+    return EvaluateConfig(**args.values)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,8 +14,8 @@ import numpy as np
 from hrm.common.errors import run_command
 from hrm.common.tables import Table
 from hrm.common.text import printable
-from hrm.config.cli import ConfigError
 from hrm.config.load import load_config
+from hrm.config.messages import ConfigError
 from hrm.study.history import History, read_histories
 from hrm.study.html import write_report
 from hrm.study.panels import duration, value_text

@@ -16,8 +16,8 @@ from hrm.checkpoint.load_model import find_trained, load_trained
 from hrm.checkpoint.read import CheckpointError
 from hrm.checkpoint.save import save_checkpoint
 from hrm.common.errors import UserError
-from hrm.config.cli import ConfigError
 from hrm.config.load import to_yaml
+from hrm.config.messages import ConfigError
 from hrm.config.schema import ArchConfig, Config, LossConfig, StageConfig
 from hrm.data.dataset import Batch
 from hrm.data.format import DatasetError, Metadata

@@ -3,9 +3,9 @@
 import pytest
 
 from hrm.config import load as config_module
-from hrm.config.cli import ConfigError
 from hrm.config.load import load_config, parse_args, to_yaml
-from hrm.config.schema import stage_arch, stage_ends
+from hrm.config.messages import ConfigError
+from hrm.config.schedule import stage_arch, stage_ends
 
 
 @pytest.fixture(autouse=True)

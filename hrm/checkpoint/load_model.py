@@ -1,6 +1,6 @@
 """A trained model, ready for use, from the folder that its training left: this trainer's or the official."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,12 @@ from hrm.checkpoint.read import (
 from hrm.checkpoint.safe_io import read_safetensors, read_training
 from hrm.checkpoint.weights import PUZZLE_TABLE, load_weights, read_weights
 from hrm.common.text import one_line
-from hrm.config.cli import ConfigError, mapping_items, nearest, read_keys, read_yaml, scalar
-from hrm.config.load import KEYS, load_config, validate
-from hrm.config.schema import ArchConfig, Config, LossConfig, SubgoalConfig, stage_arch
+from hrm.config import foreign
+from hrm.config.load import KEYS, config_of, load_config, validate
+from hrm.config.messages import ConfigError, nearest
+from hrm.config.read import Reader, mapping_items, read_yaml, scalar
+from hrm.config.schedule import interval_epochs, stage_arch
+from hrm.config.schema import ArchConfig, Config
 from hrm.data.format import Metadata, read_metadata
 from hrm.engine.kernel_choice import take_measured
 from hrm.engine.modes import resolve_dtype
@@ -40,15 +43,15 @@ _TOKENS = "embed_tokens.embedding_weight"
 # The official models by class, and what makes them of the defaults.
 _CLASSES: dict[str, dict[str, Any]] = {
     "HierarchicalReasoningModel_ACTV1": {},
-    "TinyRecursiveReasoningModel_ACTV1": {"share_levels": True, "gradient": "last_cycle"},
+    "TinyRecursiveReasoningModel_ACTV1": {"arch.share_levels": True, "arch.gradient": "last_cycle"},
 }
-# What of an official configuration says how to evaluate; the other keys are known and of no account here.
-_TAKEN = ("data_path", "global_batch_size", "seed")
+# Keys of an official configuration that evaluation uses, beside arch, and those that it does not.
+_TAKEN = ("data_path", "data_paths", "global_batch_size", "seed")
 _IDLE = {
     *("epochs", "lr", "lr_min_ratio", "lr_warmup_steps", "weight_decay", "beta1", "beta2", "puzzle_emb_lr"),
     *("puzzle_emb_weight_decay", "project_name", "run_name", "checkpoint_path", "checkpoint_every_eval"),
     *("eval_interval", "eval_save_outputs", "data_paths_test", "evaluators", "min_eval_interval", "ema"),
-    *("ema_rate", "freeze_weights", "load_checkpoint"),
+    *("ema_rate", "freeze_weights", "load_checkpoint", "arch.loss.name"),
 }
 
 
@@ -156,9 +159,7 @@ def load_trained(
 
 
 def _dtype(name: str) -> Any:
-    if not KEYS["dtype"].accepts(name):
-        raise ConfigError(f"dtype={one_line(name)} is not allowed: give {KEYS['dtype'].allowed}")
-    return name
+    return KEYS["dtype"].parse(name)
 
 
 def _arch_of_stage(config: Config, training: Path) -> ArchConfig:
@@ -169,8 +170,7 @@ def _arch_of_stage(config: Config, training: Path) -> ArchConfig:
     if not (isinstance(position, list) and len(position) == 2 and all(type(n) is int for n in position)):
         raise CheckpointError(f"{training} does not tell the place in the data; use another checkpoint")
     iteration, batch = position
-    interval = config.eval_interval or config.epochs
-    return stage_arch(config, max(0, iteration * interval - (batch == 0)))
+    return stage_arch(config, max(0, iteration * interval_epochs(config) - (batch == 0)))
 
 
 # --- the shape of the data
@@ -249,26 +249,28 @@ def _average(file: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _official_config(path: Path) -> tuple[Config, list[str]]:
     """The configuration that an official run saved, and a line for each key of it that is not known."""
-    values: dict[str, Any] = {}
+    reader = Reader(KEYS)
     unknown: list[str] = []
-    arch = loss = None
-    for name, node, where in mapping_items(read_yaml(str(path)), str(path)):
-        if name == "arch":
-            arch, loss, dtype = _official_arch(node, str(path))
-            values |= dtype
-        elif name == "data_paths" and isinstance(node, yaml.SequenceNode) and len(node.value) == 1:
-            values["data_path"] = KEYS["data_path"].parse(scalar(node.value[0], name, where), where)
-        elif name in _TAKEN:
-            values[name] = KEYS[name].parse(scalar(node, name, where), where)
-        elif name not in _IDLE:
+    own: dict[str, Any] = {}
+    for name, node, where in _leaves(read_yaml(str(path)), str(path)):
+        if name in _IDLE or (name == "arch.H_layers" and scalar(node, name, where) == "0"):
+            continue
+        if name == "arch.name":
+            own = _class_values(scalar(node, name, where), where)
+        elif name.startswith("arch.") or name in _TAKEN:
+            key, text, _ = foreign.translate(name, _text(node, name, where), KEYS)
+            if key not in KEYS or key is None:
+                near = nearest(name, KEYS)
+                hint = f"; is it {near.removeprefix('arch.')}?" if near else ""
+                raise ConfigError(f"{where}{one_line(name)} is not known here and changes the model{hint}")
+            reader.add(key, text, where)
+        else:
             unknown.append(f"{where}{one_line(name)} is not known here and changes nothing")
-    if arch is None or loss is None:
-        raise ConfigError(
-            f"{path}: no arch with a loss, expected the configuration that an official run saves"
-        )
-    if values.get("data_path") is None:
-        raise ConfigError(f"{path}: no data_path, expected the configuration that an official run saves")
-    config = Config(arch=arch, loss=loss, **values)
+    values = {**own, **reader.result()}
+    for key, what in {"loss.loss_type": "arch.loss.loss_type", "data_path": "data_path"}.items():
+        if values.get(key) is None:
+            raise ConfigError(f"{path}: no {what}, expected the configuration that an official run saves")
+    config = config_of(values)
     try:
         validate(config)
     except ConfigError as error:
@@ -276,58 +278,27 @@ def _official_config(path: Path) -> tuple[Config, list[str]]:
     return config, unknown
 
 
-def _official_arch(node: yaml.Node, path: str) -> tuple[ArchConfig, LossConfig | None, dict[str, Any]]:
-    """The architecture, the loss, and under "dtype" the precision where it is given."""
-    fields: dict[str, Any] = {}
-    other: dict[str, Any] = {}
-    loss = None
-    own: list[tuple[yaml.Node, yaml.Node]] = []
-    entries = dict(_entries(node))
+def _class_values(text: str, where: str) -> dict[str, Any]:
+    """The keys that an official model's class stands for."""
+    name = text.rpartition("@")[2]
+    if name not in _CLASSES:
+        raise ConfigError(
+            f"{where}arch.name ends in {one_line(name)}, expected one of {', '.join(_CLASSES)}: a model of "
+            "another class cannot be evaluated here"
+        )
+    return _CLASSES[name]
+
+
+def _leaves(node: yaml.Node | None, path: str, prefix: str = "") -> Iterator[tuple[str, yaml.Node, str]]:
+    """Each value below a YAML mapping by dotted name, with its place."""
     for name, child, where in mapping_items(node, path):
-        if name == "name":
-            kind = scalar(child, name, where).rpartition("@")[2]
-            if kind not in _CLASSES:
-                raise ConfigError(
-                    f"{where}arch.name ends in {one_line(kind)}, expected one of "
-                    f"{', '.join(_CLASSES)}: a model of another class cannot be evaluated here"
-                )
-            fields |= _CLASSES[kind]
-        elif name == "loss":
-            loss = _official_loss(child, path)
-        elif name == "forward_dtype":
-            other["dtype"] = KEYS["dtype"].parse(scalar(child, name, where), where)
-        elif name == "no_ACT_continue":
-            fields["q_continue"] = not KEYS["arch.q_continue"].parse(scalar(child, name, where), where)
-        # Of one stack for both levels they say 0.
-        elif name == "H_layers" and scalar(child, name, where) == "0":
-            continue
-        elif f"arch.{name}" not in KEYS and name != "subgoal_head":
-            near = nearest(f"arch.{name}", KEYS)
-            hint = f"; is it {near.removeprefix('arch.')}?" if near else ""
-            raise ConfigError(
-                f"{where}arch.{one_line(name)} is not known here, so the model would be another{hint}"
-            )
+        if isinstance(child, yaml.MappingNode) and prefix.count(".") < 2:
+            yield from _leaves(child, path, f"{prefix}{name}.")
         else:
-            own.append(entries[name])
-    node = yaml.MappingNode(node.tag, own, node.start_mark, node.end_mark)
-    goal: dict[str, Any] = {}
-    for name, value in read_keys(node, path, KEYS, "arch.").items():
-        group, field = name.split(".")[1:-1], name.rpartition(".")[2]
-        (goal if group else fields)[field] = value
-    return ArchConfig(**fields, subgoal_head=SubgoalConfig(**goal)), loss, other
+            yield prefix + name, child, where
 
 
-def _entries(node: yaml.Node) -> list[tuple[str, tuple[yaml.Node, yaml.Node]]]:
-    pairs = node.value if isinstance(node, yaml.MappingNode) else []
-    return [(key.value, (key, value)) for key, value in pairs if isinstance(key, yaml.ScalarNode)]
-
-
-def _official_loss(node: yaml.Node, path: str) -> LossConfig:
-    values: dict[str, Any] = {}
-    for name, child, where in mapping_items(node, path):
-        if name == "name":
-            continue
-        if f"loss.{name}" not in KEYS:
-            raise ConfigError(f"{where}arch.loss.{one_line(name)} is not known here")
-        values[name] = KEYS[f"loss.{name}"].parse(scalar(child, name, where), where)
-    return LossConfig(**values)
+def _text(node: yaml.Node, name: str, where: str) -> str:
+    if name == "data_paths" and isinstance(node, yaml.SequenceNode):
+        return f"[{','.join(scalar(child, name, where) for child in node.value)}]"
+    return scalar(node, name, where)

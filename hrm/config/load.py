@@ -1,27 +1,20 @@
-"""The configuration of a run, as `hrm.config.schema` declares it, from the command line that makes one.
+"""The configuration of a run in layers: defaults, preset, architecture, --config file, key=value words.
 
-`parse_args` builds a `Config` from layers, each beating those before it: the defaults below, the preset, the
-architecture (a name, or the user's YAML file), a file given by --config, and the key=value words.
+Each layer overrides those before it. `hrm.config.schema` declares the keys.
 """
 
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from operator import attrgetter
 from typing import Any
 
 from omegaconf import OmegaConf
+from pydantic import TypeAdapter
 
 from hrm.common.text import one_line
-from hrm.config.cli import (
-    Arguments,
-    ConfigError,
-    help_lines,
-    keys_of,
-    read_keys,
-    read_yaml,
-    split_arguments,
-)
+from hrm.config.keys import help_keys
+from hrm.config.messages import ConfigError, Faults
 from hrm.config.presets import (
     ARCHITECTURES,
     DEFAULT_ARCHITECTURE,
@@ -31,7 +24,10 @@ from hrm.config.presets import (
     architecture,
     presets_help,
 )
+from hrm.config.read import Arguments, read_file, split_arguments
+from hrm.config.schedule import fitting_interval, interval_epochs, stage_ends
 from hrm.config.schema import (
+    KEYS,
     ArchConfig,
     AttentionConfig,
     Config,
@@ -39,10 +35,7 @@ from hrm.config.schema import (
     SubgoalConfig,
     SudokuConfig,
     project_name,
-    stage_ends,
 )
-
-KEYS = keys_of(Config)
 
 _USAGE = """\
 usage: python train.py [--arch NAME|FILE.yaml] [--config FILE.yaml] [--print-config] [key=value ...]
@@ -59,17 +52,17 @@ Trains on built-in Sudoku, or on the data set in data_path.
 def parse_args(argv: Sequence[str]) -> Config:
     """The configuration of the command line `argv` (without the program's name), checked and resolved.
 
-    After it, `preset` is quick or full, and `notes` says in one line each what was chosen for the user. With
-    preset=auto: full if data_path is given, on any machine, so that the same command trains the same model
-    everywhere; else full on a CUDA device and quick elsewhere. PyTorch is imported only to look for one.
-    --help and --print-config print, then exit with status 0. Raises ConfigError for anything wrong.
+    Its `preset` is quick or full; its `notes` give each choice made for the user in one line. preset=auto is
+    full with data_path, on any machine, so that one command trains one model everywhere; else full on a CUDA
+    device and quick elsewhere. PyTorch is imported only to look for such a device.
+    --help and --print-config print, then exit with status 0. Raises ConfigError for any mistake.
     """
     args = split_arguments(argv, KEYS)
-    if args.help:
+    if "--help" in args.flags:
         print(help_text())
         raise SystemExit(0)
     config = _resolve(args)
-    if args.print_config:
+    if "--print-config" in args.flags:
         print("".join(f"# {note}\n" for note in config.notes) + to_yaml(config), end="")
         raise SystemExit(0)
     return config
@@ -77,98 +70,97 @@ def parse_args(argv: Sequence[str]) -> Config:
 
 def load_config(path: str | os.PathLike[str]) -> Config:
     """The configuration in a YAML file, such as the config.yaml that a run saves. Raises ConfigError."""
-    return _resolve(Arguments(None, os.fspath(path), False, False, {}))
+    return _resolve(Arguments({"--config": os.fspath(path)}))
 
 
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML (write it as UTF-8); `--config` reads it back to an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    values = asdict(config)
+    del values["notes"]
+    return OmegaConf.to_yaml(OmegaConf.create(values))
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """The value of every key, by dotted name, as JSON holds it."""
+    values = {name: attrgetter(name)(config) for name in KEYS}
+    return {**values, "stages": asdict(config)["stages"]}
 
 
 def validate(config: Config) -> None:
-    """Check every key, and the keys against each other. Raises ConfigError for the first fault."""
-    for name, k in KEYS.items():
-        value = attrgetter(name)(config)
-        if not k.accepts(value):
-            raise ConfigError(f"{name}={one_line(str(value))} is not allowed: give {k.allowed}")
-    arch = config.arch
-    if arch.hidden_size % arch.num_heads:
-        raise ConfigError(
-            f"arch.hidden_size={arch.hidden_size} is not a multiple of "
-            f"arch.num_heads={arch.num_heads}: change one"
+    """Check the keys against each other; each one's own type and range always hold.
+
+    Raises ConfigError that reports every conflict.
+    """
+    faults = Faults(_conflicts(config.arch, config.loss))
+    ends, interval = stage_ends(config), config.eval_interval
+    if ends[-1] != config.epochs:
+        faults.append(f"epochs={config.epochs} is not the sum of the stages' epochs: leave epochs out")
+    for end in [end for end in ends[:-1] if end % interval_epochs(config)][:1]:
+        faults.append(
+            f"stages: one ends after {end} epochs, which eval_interval={interval} does not "
+            "divide: change one, as each stage ends with an evaluation"
         )
-    if arch.pos_encodings == "rope" and not arch.mlp_t and arch.hidden_size // arch.num_heads % 2:
-        raise ConfigError(
-            f"arch.hidden_size={arch.hidden_size} over arch.num_heads={arch.num_heads} gives heads "
-            "of odd width, which rope cannot rotate: change one, or set arch.pos_encodings=learned"
+    if interval is not None and interval > config.epochs:
+        faults.append(
+            f"eval_interval={interval} is more than epochs={config.epochs}: lower it, or set it to null"
+        )
+    if config.checkpoint_path is not None and config.resume not in ("auto", "none"):
+        faults.append(
+            "resume=PATH continues a run, checkpoint_path=PATH starts a new one from its weights: "
+            "leave one out"
+        )
+    faults.raise_any()
+
+
+def _conflicts(arch: ArchConfig, loss: LossConfig) -> Iterator[str]:
+    width, heads, goal = (
+        f"arch.hidden_size={arch.hidden_size}",
+        f"arch.num_heads={arch.num_heads}",
+        arch.subgoal_head,
+    )
+    if arch.hidden_size % arch.num_heads:
+        yield f"{width} is not a multiple of {heads}: change one"
+    elif arch.pos_encodings == "rope" and not arch.mlp_t and arch.hidden_size // arch.num_heads % 2:
+        yield (
+            f"{width} over {heads} gives heads of odd width, which rope cannot rotate: change one, or set "
+            "arch.pos_encodings=learned"
         )
     if arch.use_gating and int(arch.gate_hidden_ratio * arch.hidden_size) < 1:
-        raise ConfigError(
-            f"arch.gate_hidden_ratio={arch.gate_hidden_ratio} of arch.hidden_size={arch.hidden_size} "
-            "leaves the gate network no units: raise one"
-        )
+        ratio = f"arch.gate_hidden_ratio={arch.gate_hidden_ratio}"
+        yield f"{ratio} of {width} leaves the gate network no units: raise one"
     if arch.gate_init_strategy is not None and arch.gate_init_bias != ArchConfig.gate_init_bias:
-        raise ConfigError(
+        yield (
             f"arch.gate_init_strategy={arch.gate_init_strategy} sets the biases that "
             f"arch.gate_init_bias={arch.gate_init_bias:g} would: leave one out"
         )
-    if config.loss.uses_gates and not arch.use_gating:
-        raise ConfigError(
+    if loss.uses_gates and not arch.use_gating:
+        yield (
             "loss.gate_saturation_weight, gate_entropy_weight and gate_stability_weight are for a gated "
             "model: give --arch gated, or leave them out"
         )
     filled = -(-arch.puzzle_emb_ndim // arch.hidden_size)
     if 0 < arch.puzzle_emb_len < filled:
-        raise ConfigError(
-            f"arch.puzzle_emb_ndim={arch.puzzle_emb_ndim} fills {filled} tokens of "
-            f"arch.hidden_size={arch.hidden_size}, more than arch.puzzle_emb_len={arch.puzzle_emb_len}: "
-            "change one"
+        yield (
+            f"arch.puzzle_emb_ndim={arch.puzzle_emb_ndim} fills {filled} tokens of {width}, more than "
+            f"arch.puzzle_emb_len={arch.puzzle_emb_len}: change one"
         )
-    goal = arch.subgoal_head
-    if config.loss.feudal_loss_weight > 0 and not goal.enabled:
-        raise ConfigError(
-            f"loss.feudal_loss_weight={config.loss.feudal_loss_weight:g} needs a subgoal head: give "
+    if loss.feudal_loss_weight > 0 and not goal.enabled:
+        yield (
+            f"loss.feudal_loss_weight={loss.feudal_loss_weight:g} needs a subgoal head: give "
             "--arch feudal or arch.subgoal_head.enabled=true, or set it to 0"
         )
     if goal.enabled and goal.goal_dim > arch.hidden_size:
-        raise ConfigError(
-            f"arch.subgoal_head.goal_dim={goal.goal_dim} is more than arch.hidden_size={arch.hidden_size}, "
-            "the width of the states that follow the goal: lower it, or leave it out"
+        yield (
+            f"arch.subgoal_head.goal_dim={goal.goal_dim} is more than {width}, the width of the states that "
+            "follow the goal: lower it, or leave it out"
         )
-    _check_stages(config)
-    if config.eval_interval is not None and config.eval_interval > config.epochs:
-        raise ConfigError(
-            f"eval_interval={config.eval_interval} is more than epochs={config.epochs}: "
-            "lower it, or set it to null"
-        )
-    if config.checkpoint_path is not None and config.resume not in ("auto", "none"):
-        raise ConfigError(
-            "resume=PATH continues a run, checkpoint_path=PATH starts a new one from its weights: "
-            "leave one out"
-        )
-
-
-def _check_stages(config: Config) -> None:
-    ends = stage_ends(config)[:-1]
-    if config.stages is not None and sum(stage.epochs for stage in config.stages) != config.epochs:
-        raise ConfigError(
-            f"epochs={config.epochs} is not the sum of the stages' epochs: leave epochs out, it follows "
-            "from them"
-        )
-    interval = config.eval_interval or config.epochs
-    for end in ends:
-        if end % interval:
-            raise ConfigError(
-                f"stages: one ends after {end} epochs, which eval_interval={config.eval_interval} does not "
-                "divide: a stage ends with an evaluation, change one"
-            )
 
 
 def resolve_device(name: str) -> str:
-    """The device that `device=name` stands for on this machine: cpu, cuda, cuda:N or mps.
+    """The device that `device=name` means on this machine: cpu, cuda, cuda:N or mps.
 
-    auto is cuda where there is one and cpu elsewhere; mps runs only when it is named. Raises ConfigError for
-    a device that is not there. Imports PyTorch unless the name is cpu.
+    auto is cuda if there is a CUDA GPU, else cpu; it never takes mps. Raises ConfigError for a device that
+    is not there. Imports PyTorch unless the name is cpu.
     """
     if name == "cpu":
         return name
@@ -190,7 +182,7 @@ def resolve_device(name: str) -> str:
 
 def help_text() -> str:
     """The help page: usage, architectures, presets and every key, made from the declarations."""
-    headings = {
+    groups = {
         "": Config,
         "arch": ArchConfig,
         "arch.subgoal_head": SubgoalConfig,
@@ -198,50 +190,37 @@ def help_text() -> str:
         "attention": AttentionConfig,
         "sudoku": SudokuConfig,
     }
-    keys = help_lines(KEYS, {group: str(cls.__doc__) for group, cls in headings.items()})
-    return "\n".join([_USAGE, *presets_help(), *keys])
+    return "\n".join([_USAGE, *presets_help(), *help_keys(KEYS, groups)])
 
 
 def _resolve(args: Arguments) -> Config:
-    overrides = {name: KEYS[name].parse(text) for name, text in args.overrides.items()}
-    saved = read_keys(read_yaml(args.config), args.config, KEYS) if args.config is not None else {}
-    if args.arch is not None and any(name.startswith("arch.") for name in saved):
+    file, arch = args.flags.get("--config"), args.flags.get("--arch")
+    saved = read_file(file, KEYS) if file is not None else {}
+    if arch is not None and any(name.startswith("arch.") for name in saved):
         raise ConfigError(
-            f"{one_line(str(args.config))} already describes the architecture: leave --arch out, or change "
+            f"{one_line(str(file))} already describes the architecture: leave --arch out, or change "
             "single fields with arch.KEY=VALUE"
         )
-    if "preset" in overrides and saved.get("preset", "auto") != "auto":
+    if "preset" in args.values and saved.get("preset", "auto") != "auto":
         raise ConfigError(
-            f"{one_line(str(args.config))} already holds the values of preset={saved['preset']}: "
-            "leave preset= out"
+            f"{one_line(str(file))} already holds the values of preset={saved['preset']}: leave preset= out"
         )
-    given = {**saved, **overrides}
-    idle = [name for name in overrides if name.startswith("sudoku.")]
-    if given.get("data_path") is not None and idle:
-        raise ConfigError(f"{idle[0]} is for the built-in data, which data_path replaces: leave one out")
+    given = {**saved, **args.values}
+    unused = [name for name in args.values if name.startswith("sudoku.")]
+    if given.get("data_path") is not None and unused:
+        raise ConfigError(f"{unused[0]} is for the built-in data, which data_path replaces: leave one out")
 
     preset, note = _preset(given)
     known = QUICK_ARCHITECTURES if preset is QUICK else ARCHITECTURES
-    arch_name, arch_fields = architecture(args.arch or DEFAULT_ARCHITECTURE, KEYS, known)
-    layers = {
-        "run_name": arch_name,
-        "arch.puzzle_emb_ndim": "${.hidden_size}",
-        "arch.subgoal_head.goal_dim": "${..hidden_size}",
-    }
-    layers |= {**preset, **arch_fields, **given, "preset": "quick" if preset is QUICK else "full"}
-    tree = OmegaConf.structured(Config())
-    for name, value in layers.items():
-        OmegaConf.update(tree, name, value)
-    if "project_name" not in given:
-        tree.project_name = project_name(tree.data_path, tree.sudoku.size)
-    config = OmegaConf.to_object(tree)
-    assert isinstance(config, Config)
-    config.notes.append(f"configuration from {one_line(args.config)}" if args.config is not None else note)
+    arch_name, arch_fields = architecture(arch or DEFAULT_ARCHITECTURE, KEYS, known)
+    values = {"run_name": arch_name, **preset, **arch_fields, **given}
+    config = config_of({**values, "preset": "quick" if preset is QUICK else "full"})
+    config.notes.extend([f"configuration from {one_line(file)}" if file is not None else note, *args.notes])
 
-    if config.stages is not None and "epochs" not in overrides:
+    if config.stages is not None and "epochs" not in args.values:
         config.epochs = stage_ends(config)[-1]
-    if "eval_interval" not in overrides and config.eval_interval is not None:
-        fitting = _fitting_interval(config, config.eval_interval)
+    if "eval_interval" not in args.values and config.eval_interval is not None:
+        fitting = fitting_interval(config, config.eval_interval)
         if fitting != config.eval_interval:
             why = "the stages" if config.stages else f"epochs={config.epochs}"
             config.notes.append(
@@ -252,13 +231,25 @@ def _resolve(args: Arguments) -> Config:
     return config
 
 
-def _fitting_interval(config: Config, asked: int) -> int:
-    """The longest interval, no longer than `asked`, that a short run holds and that every stage ends with."""
-    common = math.gcd(*stage_ends(config)[:-1])
-    if not common:
-        return min(asked, config.epochs)
-    small = [number for number in range(1, math.isqrt(common) + 1) if common % number == 0]
-    return max(epochs for number in small for epochs in (number, common // number) if epochs <= asked)
+def config_of(values: Mapping[str, Any]) -> Config:
+    """The configuration with these values, by dotted name, and defaults for the rest.
+
+    A value `${key}` follows that key.
+    """
+    tree = OmegaConf.create(asdict(Config()))
+    follow = {"arch.puzzle_emb_ndim": "${.hidden_size}", "arch.subgoal_head.goal_dim": "${..hidden_size}"}
+    for name, value in {**follow, **values}.items():
+        OmegaConf.update(
+            tree, name, [asdict(stage) for stage in value] if KEYS[name].items and value else value
+        )
+    # Only the command line and files are strict: here a mapping may stand for a group.
+    config: Config = _CONFIG.validate_python(OmegaConf.to_container(tree, resolve=True), strict=False)
+    if "project_name" not in values:
+        config.project_name = project_name(config.data_path, config.sudoku.size)
+    return config
+
+
+_CONFIG = TypeAdapter(Config)
 
 
 def _preset(given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:

@@ -1,29 +1,22 @@
-"""The named choices behind the configuration: architectures, the user's files of them, and presets.
+"""The named choices of a configuration: architectures, a user's files of them, and presets.
 
 A preset is written with the keys of the command line; `${lr}` follows that key.
 """
 
 import os
 import re
-import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
 from hrm.common.text import one_line
-from hrm.config.cli import (
-    ConfigError,
-    Key,
-    mapping_items,
-    nearest,
-    read_keys,
-    read_yaml,
-    scalar,
-    show_value,
-)
+from hrm.config import foreign
+from hrm.config.keys import Key
+from hrm.config.messages import ConfigError, help_entry, nearest, typed
+from hrm.config.read import Reader, mapping_items, read_yaml, scalar
 
-# What each architecture changes in v1, whose values are the defaults of `hrm.config.load`.
+# The changes of each architecture to v1, whose values are the defaults of `hrm.config.schema`.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "v1": {},
     "gated": {"arch.use_gating": True},
@@ -40,11 +33,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "ema": True,
     },
 }
-ARCHITECTURE_ALIASES = {"hrm_v1": "v1", "hrm_v1_gated": "gated", "hrm_v1_balanced": "balanced"}
+ARCHITECTURE_ALIASES = {"hrm": "v1", "hrm_v1": "v1", "hrm_v1_gated": "gated", "hrm_v1_balanced": "balanced"}
 DEFAULT_ARCHITECTURE = "gated"
 
 # A run that shows the whole system learning on a CPU within minutes.
-QUICK: dict[str, object] = {
+QUICK: dict[str, Any] = {
     "sudoku.size": 4,
     "sudoku.num_train": 20_000,
     "sudoku.num_test": 500,
@@ -55,7 +48,7 @@ QUICK: dict[str, object] = {
     "arch.H_layers": 2,
     "arch.L_layers": 2,
     "arch.halt_max_steps": 8,
-    # A puzzle this small is solved in two steps; evaluation takes all eight, so training must know them too.
+    # Two steps solve such a small puzzle; more exploration trains the other six, which evaluation takes.
     "arch.halt_exploration_prob": 0.5,
     "global_batch_size": 64,
     "epochs": 12,
@@ -67,7 +60,7 @@ QUICK: dict[str, object] = {
     "puzzle_emb_lr": "${lr}",
 }
 
-# The same architectures beside those values: half of its thinking steps, and no 16 tokens for 16 cells.
+# The architectures on top of QUICK: balanced halves its eight steps; 16 puzzle tokens would equal the cells.
 QUICK_ARCHITECTURES: dict[str, dict[str, Any]] = {
     **ARCHITECTURES,
     "balanced": {"arch.halt_max_steps": 4},
@@ -92,44 +85,44 @@ FULL_SUDOKU: dict[str, Any] = {
 def architecture(
     name: str, keys: Mapping[str, Key], known: Mapping[str, Mapping[str, Any]], where: str = ""
 ) -> tuple[str, dict[str, Any]]:
-    """The name of an architecture and the values that make it, from its name or the user's YAML file.
+    """The name of an architecture and its values, from its name or from a user's YAML file.
 
-    known: the named architectures. A file's own fields, those of arch, beat those of its `defaults`. Raises
-    ConfigError for an unknown name or a bad file.
+    known: the named architectures. A file's fields, those of arch, override its `defaults`. where: starts the
+    message of an unknown base. Raises ConfigError for an unknown name or a bad file.
     """
     named = ARCHITECTURE_ALIASES.get(name, name)
     if named in known:
         return named, dict(known[named])
     if where or not name.endswith((".yaml", ".yml")):
-        names = [*known, *ARCHITECTURE_ALIASES]
-        # Where Hydra would have looked for it.
-        files = [path for path in (f"{name}.yaml", f"config/arch/{name}.yaml") if os.path.isfile(path)]
-        guess = None if where else next(iter(files), None)
-        guess = guess or nearest(name, names)
-        hint = f"did you mean {guess}? " if guess else ""
-        raise ConfigError(
-            f"{where}unknown architecture {one_line(name)}: {hint}The names are {', '.join(names)}"
-            + ("" if where else "; a file of your own ends in .yaml")
-        )
+        raise ConfigError(f"{where}unknown architecture {one_line(name)}: {_names_known(name, known, where)}")
     values: dict[str, Any] = {}
-    node = read_yaml(name)
-    own = set()
+    node, reader = read_yaml(name), Reader(keys)
     for field, child, line in mapping_items(node, name):
         if field == "defaults":
-            for base in _names(child, line):
+            for base in _bases(child, line):
                 values |= architecture(base, keys, known, line)[1]
         elif field in keys or any(k.startswith(f"{field}.") for k in keys):
             raise ConfigError(f"{line}{field} is not a field of an architecture: give the file by --config")
-        else:
-            own.add(field)
     if isinstance(node, yaml.MappingNode):
-        node.value = [(k, v) for k, v in node.value if k.value in own]
-    values |= read_keys(node, name, keys, "arch.")
-    return folder_name(os.path.splitext(os.path.basename(name))[0]), values
+        node.value = [(field, value) for field, value in node.value if field.value != "defaults"]
+    reader.add_mapping(node, name, "arch.")
+    return folder_name(os.path.splitext(os.path.basename(name))[0]), values | reader.result()
 
 
-def _names(node: yaml.Node, where: str) -> list[str]:
-    """The architectures in a file's `defaults`. Hydra's `_self_`, the file itself, goes without saying."""
+def _names_known(name: str, known: Mapping[str, Any], where: str) -> str:
+    """What to give in place of an unknown architecture."""
+    names = [*known, *ARCHITECTURE_ALIASES]
+    # Hydra looks in config/arch.
+    files = [path for path in (f"{name}.yaml", f"config/arch/{name}.yaml") if os.path.isfile(path)]
+    guess = files[0] if files and not where else nearest(name, names)
+    text = f"did you mean {guess}? " if guess else ""
+    if name in foreign.ARCHITECTURES and guess not in files:
+        text = "that model of TRM's code does not exist here. "
+    return f"{text}The names are {', '.join(names)}" + ("" if where else "; a file of your own ends in .yaml")
+
+
+def _bases(node: yaml.Node, where: str) -> list[str]:
+    """The architectures in a file's `defaults`, without Hydra's `_self_`, which stands for the file."""
     if not isinstance(node, yaml.SequenceNode):
         raise ConfigError(
             f"{where}defaults: expected a list of architectures, as in [{DEFAULT_ARCHITECTURE}]"
@@ -139,39 +132,31 @@ def _names(node: yaml.Node, where: str) -> list[str]:
 
 
 def folder_name(text: str) -> str:
-    """`text` as it can name a run's folder."""
+    """The text as the name of a run's folder."""
     return re.sub(r"[^\w .+=@,()-]", "-", text)[:80].strip(" .") or "run"
 
 
-def words(values: Mapping[str, Any]) -> str:
-    """Keys and values as they would be typed."""
-    return ", ".join(
-        f"{name}={'lr' if value == '${lr}' else show_value(value)}" for name, value in values.items()
-    )
+def _words(values: Mapping[str, Any]) -> str:
+    """Keys and values as a user types them."""
+    return ", ".join(f"{name}={'lr' if value == '${lr}' else typed(value)}" for name, value in values.items())
 
 
 def presets_help() -> Iterator[str]:
-    """The help's lines on architectures and presets."""
+    """The help page's lines on architectures and presets."""
     yield "Architectures:"
     for name, changes in ARCHITECTURES.items():
         also = ", ".join(alias for alias, target in ARCHITECTURE_ALIASES.items() if target == name)
         default = ", the default" if name == DEFAULT_ARCHITECTURE else ""
-        what = f"v1 with {words(changes)}" if changes else "the original model"
-        yield _entry(name, f"{what}{default}" + (f" (also {also})" if also else ""))
+        what = f"v1 with {_words(changes)}" if changes else "the original model"
+        yield from _entry(name, f"{what}{default}" + (f" (also {also})" if also else ""))
     yield "\nPresets:"
     for name, what in {
         "auto": "full with a data_path, on any machine; else full on a CUDA GPU and quick elsewhere",
-        "full": f"the defaults listed below; for the built-in Sudoku, with {words(FULL_SUDOKU)}",
-        "quick": f"a small model and a short run for a CPU, with {words(QUICK)}",
+        "full": f"the defaults listed below; for the built-in Sudoku, with {_words(FULL_SUDOKU)}",
+        "quick": f"a small model and a short run for a CPU, with {_words(QUICK)}",
     }.items():
-        yield _entry(name, what)
+        yield from _entry(name, what)
 
 
-def _entry(name: str, what: str) -> str:
-    return textwrap.fill(
-        f"  {name:<10} {what}",
-        108,
-        subsequent_indent=" " * 13,
-        break_on_hyphens=False,
-        break_long_words=False,
-    )
+def _entry(name: str, text: str) -> Iterator[str]:
+    return help_entry(f"  {name}", text, 12, 95)

@@ -1,24 +1,28 @@
 """The keys of a run's configuration: each with its default, its meaning and the values it takes."""
 
 import os
-from bisect import bisect_right
-from dataclasses import MISSING, asdict, dataclass, field, replace
-from itertools import accumulate
+from dataclasses import field
 from typing import Any, Literal
 
-from hrm.config.cli import key
+from pydantic.dataclasses import dataclass
+
+from hrm.config.keys import RULES, key, keys_of
 from hrm.config.presets import folder_name
 
 _UNPRINTABLE = r"\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"
-_PATH: dict[str, Any] = {"pattern": rf"(?=.*\S)[^{_UNPRINTABLE}]{{1,4000}}", "form": "a path"}
-_RESUME = {**_PATH, "form": "auto, none or a path"}
+PATH: dict[str, Any] = {"pattern": rf"^(?=.*\S)[^{_UNPRINTABLE}]{{1,4000}}\Z", "form": "a path"}
+DEVICE: dict[str, Any] = {
+    "pattern": r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)\Z",
+    "form": "auto, cpu, cuda, cuda:N or mps",
+}
+_RESUME = {**PATH, "form": "auto, none or a path"}
 _NAME: dict[str, Any] = {
-    "pattern": rf"(?=.*\S)(?!\.{{1,2}}$)[^/\\{_UNPRINTABLE}]{{1,80}}",
+    "pattern": rf"^(?=.*\S)(?!\.{{1,2}}\Z)[^/\\{_UNPRINTABLE}]{{1,80}}\Z",
     "form": "a folder name of at most 80 characters without / or \\, other than . and ..",
 }
 
 
-@dataclass
+@dataclass(config=RULES)
 class SubgoalConfig:
     """The subgoal head of feudal HRM."""
 
@@ -31,7 +35,7 @@ class SubgoalConfig:
     temperature: float = key(1.0, "divides the logit of that gate", gt=0, le=1000)
 
 
-@dataclass
+@dataclass(config=RULES)
 class ArchConfig:
     """The model: its size, its recurrence, its halting and its variant. Defaults: HRM v1."""
 
@@ -78,7 +82,7 @@ class ArchConfig:
             self.subgoal_head.goal_dim = self.hidden_size
 
 
-@dataclass
+@dataclass(config=RULES)
 class LossConfig:
     """The loss."""
 
@@ -100,17 +104,17 @@ class LossConfig:
         return max(self.gate_saturation_weight, self.gate_entropy_weight, self.gate_stability_weight) > 0
 
 
-@dataclass
+@dataclass(config=RULES)
 class StageConfig:
     """One stage of a progressive run; what is left out is as in arch."""
 
-    epochs: int = key(MISSING, "epochs of this stage", ge=1, le=10**9)
+    epochs: int = key(..., "epochs of this stage", ge=1, le=10**9)
     halt_max_steps: int | None = key(None, "most ACT steps in this stage", ge=1, le=4096)
     H_cycles: int | None = key(None, "high-level updates in this stage", ge=1, le=1024)
     L_cycles: int | None = key(None, "low-level updates in this stage", ge=1, le=1024)
 
 
-@dataclass
+@dataclass(config=RULES)
 class AttentionConfig:
     """How attention is computed; the model stays the same."""
 
@@ -119,7 +123,7 @@ class AttentionConfig:
     )
 
 
-@dataclass
+@dataclass(config=RULES)
 class SudokuConfig:
     """The built-in Sudoku data, made when data_path is not given."""
 
@@ -132,7 +136,7 @@ class SudokuConfig:
     seed: int = key(0, "seed of the puzzles, apart from the run's", ge=0, le=2**32 - 1)
 
 
-@dataclass
+@dataclass(config=RULES)
 class Config:
     """The run: data, optimiser, length, machine, files."""
 
@@ -141,7 +145,7 @@ class Config:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     sudoku: SudokuConfig = field(default_factory=SudokuConfig)
     preset: Literal["auto", "quick", "full"] = key("auto", "set of defaults, see Presets")
-    data_path: str | None = key(None, "folder of a puzzle data set; null makes Sudoku", **_PATH)
+    data_path: str | None = key(None, "folder of a puzzle data set; null makes Sudoku", **PATH)
     global_batch_size: int = key(768, "sequences in a step, over all devices", ge=1, le=2**20)
     epochs: int = key(100_000, "epochs, each drawing one puzzle of every group", ge=1, le=10**9)
     eval_interval: int | None = key(
@@ -177,10 +181,9 @@ class Config:
     )
     ema: bool = key(False, "keep a moving average of the weights and evaluate it beside them")
     ema_rate: float = key(0.999, "share of the average that stays at a step", ge=0, lt=1)
-    stages: list[StageConfig] | None = key(  # noqa: RUF009
+    stages: list[StageConfig] | None = key(
         None,
         "train by stages, such as '[{halt_max_steps: 4, epochs: 20}, {halt_max_steps: 8, epochs: 40}]'",
-        items=StageConfig,
     )
     puzzle_emb_lr: float = key(1e-2, "learning rate of the puzzle embeddings", ge=0, le=10)
     puzzle_emb_weight_decay: float = key(0.1, "weight decay of the puzzle embeddings", ge=0, le=1000)
@@ -188,8 +191,7 @@ class Config:
     device: str = key(
         "auto",
         "where to run; auto is cuda where there is one, else cpu",
-        pattern=r"auto|cpu|mps|cuda(:[0-9]{1,3})?",
-        form="auto, cpu, cuda, cuda:N or mps",
+        **DEVICE,
     )
     dtype: Literal["auto", "float32", "bfloat16"] = key(
         "auto", "precision of the forward pass; auto is bfloat16 on cuda, else float32"
@@ -211,8 +213,8 @@ class Config:
     )
     project_name: str = key(None, "folder of related runs", shown="(from the data)", **_NAME)
     run_name: str = key(None, "folder of this run", shown="(the architecture)", **_NAME)
-    output_dir: str = key("checkpoints", "a run's files go to output_dir/project_name/run_name", **_PATH)
-    checkpoint_path: str | None = key(None, "start from the weights of this run or checkpoint", **_PATH)
+    output_dir: str = key("checkpoints", "a run's files go to output_dir/project_name/run_name", **PATH)
+    checkpoint_path: str | None = key(None, "start from the weights of this run or checkpoint", **PATH)
     reset_puzzle_emb: bool = key(False, "with checkpoint_path: start a fresh puzzle embedding table")
     resume: str = key("auto", "continue a run: auto the one in this run's folder, a path another", **_RESUME)
     resume_force: bool = key(False, "continue it with other data or options than it was trained with")
@@ -240,10 +242,8 @@ class Config:
     )
     profile_steps: int = key(5, "steps in the profile", ge=1, le=1000)
     profile_after: int = key(20, "steps of this process before the profile", ge=0, le=10**9)
-    # What was chosen for the user, one line each, for the caller to show; neither a key nor saved.
-    notes: list[str] = field(
-        default_factory=list, compare=False, repr=False, metadata={"omegaconf_ignore": True}
-    )
+    # Choices made for the user, one line each, for the caller to print; no key, and not saved.
+    notes: list[str] = field(default_factory=list, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.project_name is None:
@@ -252,22 +252,11 @@ class Config:
             self.run_name = "gated" if self.arch.use_gating else "v1"
 
 
-def stage_ends(config: Config) -> list[int]:
-    """The epoch at which each stage ends; the run is one stage where none are given."""
-    return list(accumulate(stage.epochs for stage in config.stages)) if config.stages else [config.epochs]
-
-
-def stage_arch(config: Config, epoch: int) -> ArchConfig:
-    """The architecture of the stage that trains the epoch `epoch`, counted from 0."""
-    if not config.stages:
-        return config.arch
-    stage = config.stages[min(bisect_right(stage_ends(config), epoch), len(config.stages) - 1)]
-    given = {name: value for name, value in asdict(stage).items() if name != "epochs" and value is not None}
-    return replace(config.arch, **given)
-
-
 def project_name(data_path: str | None, size: int) -> str:
     """The folder of runs on a data set, or on the built-in Sudoku of `size` cells along a side."""
     if data_path is None:
         return f"sudoku-{size}x{size}"
     return folder_name(os.path.basename(os.path.abspath(data_path)))
+
+
+KEYS = keys_of(Config)

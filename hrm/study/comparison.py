@@ -11,9 +11,10 @@ from hrm.common.figures import require_matplotlib
 from hrm.common.files import to_json, write_whole
 from hrm.common.tables import Table
 from hrm.common.text import one_line
-from hrm.config.cli import mapping_items, read_yaml, show_value
 from hrm.config.load import KEYS
+from hrm.config.messages import typed
 from hrm.config.presets import ARCHITECTURE_ALIASES, ARCHITECTURES, folder_name
+from hrm.config.read import mapping_items, read_yaml
 from hrm.study.html import write_report
 from hrm.study.results import cautions, compare_runs, tables
 from hrm.study.runs import OWN, Campaign, Run, planned_steps, settings, slots, surroundings
@@ -37,7 +38,7 @@ def seeds(text: str) -> list[int]:
 def refuse_own(words: Sequence[str]) -> None:
     """Raises UserError for words that a campaign sets itself."""
     for word in words:
-        key = word.partition("=")[0]
+        key = word.partition("=")[0].lstrip("+")
         if key in OWN:
             raise UserError(f"{key} is set for each run: {OWN[key]}")
 
@@ -117,8 +118,8 @@ def check_comparable(campaign: Campaign, swept: Sequence[str] = ()) -> None:
             shared = key in SHARED or (key.startswith("sudoku.") and values["data_path"] is None)
             if shared and key not in swept and values[key] != seen[first.name][key]:
                 raise UserError(
-                    f"{key} is {show_value(seen[first.name][key])} for {first.name} and "
-                    f"{show_value(values[key])} for {other.name}: candidates share data, steps and device, "
+                    f"{key} is {typed(seen[first.name][key])} for {first.name} and "
+                    f"{typed(values[key])} for {other.name}: candidates share data, steps and device, "
                     f"so give {key}=VALUE for all"
                 )
         seen[other.name] = values
@@ -178,7 +179,7 @@ def differing(campaign: Campaign) -> Table:
     """The keys in which candidates differ, with the value of each."""
     values = {candidate.name: settings(candidate.config) for candidate in campaign.candidates}
     keys = [key for key in KEYS if key not in OWN and len({str(v[key]) for v in values.values()}) > 1]
-    rows = [[key, *(show_value(of[key]) for of in values.values())] for key in keys]
+    rows = [[key, *(typed(of[key]) for of in values.values())] for key in keys]
     return Table("What differs", ["", *values], rows)
 
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from hrm.common.errors import UserError
@@ -32,6 +31,7 @@ from hrm.common.machine import processor
 from hrm.common.text import one_line
 from hrm.common.threads import threads_of_each, usable_cpus
 from hrm.config.load import KEYS, Config, parse_args, to_yaml
+from hrm.config.load import settings as config_values
 from hrm.data.dataset import PuzzleDataset, steps_in
 from hrm.data.sudoku.build import data_folder
 from hrm.study.history import History, read_history
@@ -227,14 +227,8 @@ class Campaign:
 
 def settings(config: Config) -> dict[str, Any]:
     """Every key's value by name as JSON values, except the keys that a campaign sets."""
-    tree = OmegaConf.to_container(OmegaConf.structured(config))
-    values: dict[str, Any] = {}
-    for name in KEYS.keys() - OWN.keys():
-        value: Any = tree
-        for part in name.split("."):
-            value = value[part]
-        values[name] = value
-    return dict(sorted(values.items()))
+    values = config_values(config)
+    return {name: values[name] for name in sorted(KEYS.keys() - OWN.keys())}
 
 
 def planned_steps(config: Config) -> int:

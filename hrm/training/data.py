@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from hrm.config.load import Config
+from hrm.config.schedule import interval_epochs
 from hrm.data.dataset import (
     Batch,
     Members,
@@ -62,7 +63,7 @@ class TrainingData:
             source={"path": str(folder), "files": digests(train_set)},
             sample=sample,
             total_steps=steps if config.max_steps is None else min(steps, config.max_steps),
-            epochs_per_iter=config.eval_interval or config.epochs,
+            epochs_per_iter=interval_epochs(config),
         )
 
     @property

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+from hrm.config.schedule import interval_epochs
 from hrm.config.schema import Config
 
 # Log lines in a row that must show a symptom: one line may be chance, ten are a state.
@@ -51,7 +52,7 @@ class Symptoms:
         self._settled, self._should_solve = (max(start, share * total_steps) for share in (SETTLED, UNSOLVED))
         stages = [stage.halt_max_steps for stage in config.stages or []]
         self._limits = {config.arch.halt_max_steps, *(limit for limit in stages if limit)} - {1}
-        epochs = config.eval_interval or config.epochs
+        epochs = interval_epochs(config)
         evaluations = math.ceil(config.epochs / epochs)
         self._patience = min(max(2, math.ceil(EVALUATIONS * evaluations)), evaluations)
         self._evaluations = evaluations

@@ -8,7 +8,8 @@ from typing import Any
 
 from hrm.checkpoint.read import Checkpoint
 from hrm.config.load import Config
-from hrm.config.schema import ArchConfig, stage_arch
+from hrm.config.schedule import interval_epochs, stage_arch
+from hrm.config.schema import ArchConfig
 from hrm.data.dataset import TrainBatch
 from hrm.engine.tally import LONGEST
 from hrm.training.early_stopping import Best
@@ -97,7 +98,7 @@ class Progress:
         iteration, batch = self.position
         if self.evaluation_due and batch == 0:
             iteration -= 1
-        return stage_arch(self.config, iteration * (self.config.eval_interval or self.config.epochs))
+        return stage_arch(self.config, iteration * interval_epochs(self.config))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and dicts."""

@@ -10,6 +10,7 @@ from hrm.checkpoint.safe_io import CheckpointError
 from hrm.checkpoint.weights import load_weights
 from hrm.common.errors import UserError
 from hrm.config.load import Config
+from hrm.config.schedule import interval_epochs
 from hrm.config.schema import ArchConfig, LossConfig, SubgoalConfig
 from hrm.data.checksums import changed_files
 from hrm.engine.engine import Engine
@@ -134,7 +135,7 @@ def _resume(
     )
     progress.checkpoint = checkpoint.path
     if differs(*ORDER):
-        interval = _epochs_done(saved, progress.position[0]) // (config.eval_interval or config.epochs)
+        interval = _epochs_done(saved, progress.position[0]) // interval_epochs(config)
         progress.position = (interval, 0)
         say(f"resume_force=true: batches in another order, from the start of interval {interval} on")
 
