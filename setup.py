@@ -22,6 +22,7 @@ setup(
         "numpy>=1.26",
         "numba>=0.60",
         "omegaconf>=2.3",
+        "pydantic>=2.10",
         "PyYAML>=6",
         "safetensors>=0.4.3",
         "tqdm>=4.60",

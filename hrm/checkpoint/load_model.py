@@ -45,6 +45,7 @@ _CLASSES: dict[str, dict[str, Any]] = {
     "HierarchicalReasoningModel_ACTV1": {},
     "TinyRecursiveReasoningModel_ACTV1": {"arch.share_levels": True, "arch.gradient": "last_cycle"},
 }
+_GROUPS = ("arch", "arch.loss", "arch.subgoal_head")
 # Keys of an official configuration that evaluation uses, beside arch, and those that it does not.
 _TAKEN = ("data_path", "data_paths", "global_batch_size", "seed")
 _IDLE = {
@@ -292,7 +293,7 @@ def _class_values(text: str, where: str) -> dict[str, Any]:
 def _leaves(node: yaml.Node | None, path: str, prefix: str = "") -> Iterator[tuple[str, yaml.Node, str]]:
     """Each value below a YAML mapping by dotted name, with its place."""
     for name, child, where in mapping_items(node, path):
-        if isinstance(child, yaml.MappingNode) and prefix.count(".") < 2:
+        if prefix + name in _GROUPS:
             yield from _leaves(child, path, f"{prefix}{name}.")
         else:
             yield prefix + name, child, where

@@ -17,6 +17,9 @@ WORDS = (
 )
 
 
+FOREIGN = ("arch.name", "+lr", "enable_wandb", "data_paths", "evaluators", "arch.loss.loss_type")
+
+
 def read_words(data: bytes) -> None:
     from hrm.config.load import parse_args
 
@@ -28,7 +31,7 @@ def words_changed(random: Random, data: bytes) -> bytes:
 
     words = data.split(b"\0")
     for _ in range(random.choice((1, 1, 2, 3))):
-        name = random.choice([*KEYS, "--arch", "--config", "arch", "arch.name"])
+        name = random.choice([*KEYS, *FOREIGN, "--arch", "--config", "arch"])
         word = f"{name}={_config_value(random, KEYS.get(name))}".encode("utf-8", "surrogatepass")
         words.insert(random.randrange(len(words) + 1), word)
     return b"\0".join(words)
@@ -38,8 +41,8 @@ def _config_value(random: Random, key: Any) -> str:
     if key is None or random.random() < 0.4:
         return text_changed(random)
     if key.choices:
-        return str(random.choice(key.choices))
-    bounds = [str(bound) for bound in key.meta["bounds"].values() if bound is not None]
+        return random.choice(list(key.choices))
+    bounds = map(str, key.limits.values())
     return random.choice([*bounds, "null", "1", "true", "8", "0.5", "[{epochs: 3}, {epochs: 999999937}]"])
 
 
