@@ -53,6 +53,7 @@ def run(config: Config, ranks: "World", device: "torch.device", stop: StopSignal
     """This rank's part of the run; returns the request of `REASONS` that ended it early, else GO_ON."""
     from hrm.data.format import DatasetError
     from hrm.engine.engine import Engine
+    from hrm.engine.memory_estimate import does_not_fit, enough_memory
     from hrm.engine.profiling import Profile
     from hrm.training.checkpointer import Checkpointer
     from hrm.training.data import TrainingData
@@ -68,9 +69,11 @@ def run(config: Config, ranks: "World", device: "torch.device", stop: StopSignal
         say(note)
     data, run_dir, ended_by = TrainingData.open(config), folder_of(config), GO_ON
     ranks.check_equal({"training data": data.fingerprint})
-    engine = Engine(config, data.metadata, total_steps=data.total_steps, device=device, world=ranks)
+    with enough_memory(lambda: does_not_fit(config, data.metadata, device, ranks=ranks.size)):
+        engine = Engine(config, data.metadata, total_steps=data.total_steps, device=device, world=ranks)
     progress = restore_or_start(config, engine, data, run_dir, say)
-    with stop:
+    # The configuration of the engine is that of the present stage.
+    with stop, enough_memory(lambda: does_not_fit(engine.config, data.metadata, device, ranks=ranks.size)):
         # Everything that can refuse the run comes before its folder is touched.
         profile = Profile(config, run_dir, device, say, captured=engine.mode.captured)
         batches = data.batches(progress.position, ranks)

@@ -30,7 +30,6 @@ from bench.implementations import (
     traced,
 )
 from bench.roofline import MACHINES, Row, measure, step, totals
-from hrm.common.errors import UserError
 from hrm.common.machine import processor
 from hrm.config.load import Config, parse_args
 from hrm.data.format import Metadata
@@ -294,10 +293,6 @@ def time_row(benchmark: Any, program: Program, name: str, model: Model, code: Co
         pytest.skip(reason)
     try:
         _time_row(benchmark, program, name, model, code)
-    except UserError as error:
-        if not str(error).startswith("global_batch_size="):
-            raise
-        pytest.skip(str(error))
     except torch.OutOfMemoryError:
         pytest.skip(f"{code.implementation}, {code.mode}: does not fit into the GPU's memory")
     finally:

@@ -10,7 +10,7 @@ import torch
 
 from bench.implementations import Ours
 from bench.rows import CUDA, Code, clock, machine, published, quick, setting, small
-from hrm.engine.metrics import GATE_STATISTICS, GATES
+from hrm.engine.step_metrics import GATE_STATISTICS, GATES
 
 MODELS = (
     [(f"gated-B{B}-S81", published("gated", B, 81)) for B in (96, 768)]

@@ -322,9 +322,6 @@ def test_what_does_not_fit_is_skipped_and_other_mistakes_are_not(cpu_alone, monk
         monkeypatch.setattr(rows, "_time_row", fail)
         time_row(Benchmark(), TRAINING, "small", quick("v1", 2), OURS)
 
-    text = "global_batch_size=768 needs about 200 GiB: 384 would fit"
-    with pytest.raises(pytest.skip.Exception, match=re.escape(text)):
-        failing(UserError(text))
     with pytest.raises(pytest.skip.Exception, match="ours, eager: does not fit"):
         failing(torch.OutOfMemoryError())
     # A skip would pass through where only the error is expected.

@@ -131,14 +131,14 @@ def test_metrics_of_halted_sequences_are_absent_while_none_has():
 
 def poison(engine: Engine, *steps: int, name: str = "lm_head.weight", value: float = math.nan) -> None:
     """Puts a value into one parameter's gradient in the steps given."""
-    compute = engine._compute
+    compute = engine.program.compute
 
     def poisoned(forward):
         compute(forward)
         if engine.step in steps:
             engine.parameters.views(engine.parameters.grad)[name].view(-1)[3] = value
 
-    setattr(engine, "_compute", poisoned)  # noqa: B010
+    setattr(engine.program, "compute", poisoned)  # noqa: B010
 
 
 CARRY = Carry._fields
@@ -328,4 +328,4 @@ def test_what_was_compiled_to_be_measured_is_what_trains(monkeypatch):
     for _ in range(3):
         # A recompilation would be refused here, from the second call on.
         engine.train_step(next(source))
-    assert compilations == [engine._forward]
+    assert compilations == [engine.program.forward]

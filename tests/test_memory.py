@@ -22,6 +22,7 @@ from hrm.engine.memory_estimate import (
     _Storages,
     available_bytes,
     does_not_fit,
+    enough_memory,
     fewest_parts,
     largest_batch,
     step_memory,
@@ -228,10 +229,13 @@ def test_a_step_that_runs_out_of_memory_says_what_would_fit(monkeypatch):
     def out_of_memory(*_: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(engine, "_compute", out_of_memory)
+    monkeypatch.setattr(engine.program, "compute", out_of_memory)
     monkeypatch.setattr("hrm.engine.memory_estimate.available_bytes", lambda device: 20 * 2**20)
-    with pytest.raises(
-        UserError, match=r"^global_batch_size=8 needs about [\d.]+ MiB .* cpu has 20 MiB: .*fit$"
+    with (
+        pytest.raises(
+            UserError, match=r"^global_batch_size=8 needs about [\d.]+ MiB .* cpu has 20 MiB: .*fit$"
+        ),
+        enough_memory(lambda: does_not_fit(engine.config, SUDOKU, CPU)),
     ):
         engine.train_step(next(random_batches(engine.config, SUDOKU)))
 
@@ -245,11 +249,14 @@ from bench.implementations import metadata
 from hrm.config.load import parse_args
 from hrm.engine.engine import Engine
 from hrm.common.errors import UserError
+from hrm.engine.memory_estimate import does_not_fit, enough_memory
 torch.set_num_threads(1)
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 words = ["--arch", "v1", "preset=full", "device=cpu", "mode=eager", "global_batch_size=65536"]
+config, data = parse_args(words), metadata(81, 11)
 try:
-    Engine(parse_args(words), metadata(81, 11), total_steps=1)
+    with enough_memory(lambda: does_not_fit(config, data, torch.device("cpu"))):
+        Engine(config, data, total_steps=1)
 except UserError as error:
     print(error)
 """

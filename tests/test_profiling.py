@@ -115,6 +115,6 @@ def test_what_ranks_exchange_is_a_part_of_its_own():
 
     engine = make_engine()
     with opened_by(note):
-        engine._exchange()
-    engine._exchange()
+        engine.program.exchange()
+    engine.program.exchange()
     assert opened == ["all-reduce"]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import train
 from hrm.checkpoint.read import load_checkpoint
-from hrm.engine.metrics import GATE_STATISTICS, GATES
+from hrm.engine.step_metrics import GATE_STATISTICS, GATES
 from hrm.model.act import act_step, replace_halted
 from hrm.model.gating import gate_statistics
 from hrm.training import resume
@@ -93,7 +93,7 @@ def test_gates_are_logged_as_a_step_has_them(monkeypatch):
             level, "combine", lambda z, o, x, held, seen, m=level: m.gating_network(z, o, x, held)
         )
     with torch.no_grad():
-        carry, fresh, rows, *_ = engine._inputs(slice(B))
+        carry, fresh, rows, *_ = engine.program.inputs(slice(B))
         act_step(engine.model, replace_halted(engine.model, carry, fresh), rows, None)
     # Two cycles of two L-updates and an H-update; the last of each is what counts.
     assert len(seen) == 6

@@ -1,8 +1,8 @@
-"""The memory that a training step takes on a device, known without running it there.
+"""The memory that a training step needs on a device, estimated without that device.
 
-A rehearsal follows every tensor from its allocation to its release, the workspaces of this project's kernels
-included. Not counted: what libraries take for themselves, the CUDA context, what the allocator rounds up or
-cannot reuse, evaluation. The step is that of mode=eager; compiled, fewer tensors come to be.
+A dry run tracks every tensor from its allocation to its release, including workspaces of this project's
+kernels. It leaves out the memory of libraries and of the CUDA context, what the allocator rounds up or cannot
+reuse, and evaluation. The step is that of mode=eager; a compiled one creates fewer tensors.
 """
 
 import math
@@ -10,6 +10,8 @@ import os
 import resource
 import weakref
 from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -157,14 +159,27 @@ def available_bytes(device: torch.device) -> int:
     return machine if limit == resource.RLIM_INFINITY else min(machine, limit)
 
 
+@contextmanager
+def enough_memory(explanation: Callable[[], str]) -> Iterator[None]:
+    """Turns running out of memory, on CUDA or a CPU, into a UserError with the text of `explanation`."""
+    try:
+        yield
+    except RuntimeError as error:
+        # A CPU's allocator has no error class of its own.
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise UserError(explanation()) from None
+
+
 def does_not_fit(
-    config: Config, metadata: Metadata, device: torch.device, available: int, *, ranks: int = 1
+    config: Config, metadata: Metadata, device: torch.device, available: int | None = None, *, ranks: int = 1
 ) -> str:
     """The error of a training step that ran out of memory: what it needs, what there is, what would fit.
 
-    available: bytes that each of the `ranks` devices has for its process. What is said to fit leaves RESERVE
-    of them.
+    available: bytes of each of the `ranks` devices for its process, None to look. What is said to fit leaves
+    RESERVE of them.
     """
+    available = available_bytes(device) if available is None else available
     rows, budget = config.global_batch_size // ranks, int(available * (1 - RESERVE))
     needed = step_memory(config, metadata, rows, device).peak
     text = (

@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from hrm.checkpoint.load_model import Trained
-from hrm.common.errors import UserError
 from hrm.common.files import new_file, write_whole
 from hrm.data.dataset import IGNORE_LABEL, Batch, PuzzleDataset, test_batches
 from hrm.data.format import PuzzleSet, read_difficulty
 from hrm.data.puzzle_kinds import kind_of
 from hrm.data.sudoku.solver import solutions
 from hrm.engine.inference import Answers, EarlyExit, Inference
-from hrm.engine.metrics import PER_HALTED, means
+from hrm.engine.memory_estimate import enough_memory
 from hrm.engine.modes import Mode
+from hrm.engine.step_metrics import PER_HALTED, means
 from hrm.evaluation.arc_voting import Votes, read_names, read_tests, submission
 
 # Degrees of difficulty in a set, with about as many examples in each.
@@ -93,7 +92,8 @@ def evaluate(
     """
     model, seq_len = trained.model, dataset.metadata.seq_len
     results: dict[str, Metrics] = {}
-    with _enough_memory(batch_size):
+    too_many = f"batch_size={batch_size}: so many sequences do not fit into the device's memory; lower it"
+    with enough_memory(lambda: too_many):
         full = Inference(model, batch_size, seq_len, mode=mode, loss=trained.config.loss)
         early = EarlyExit(model, batch_size, seq_len, mode=mode) if eval_act else None
         for name, taken in taken_of(dataset, examples).items():
@@ -152,19 +152,6 @@ def _shown(answers: Iterable[Answers], name: str, total: int) -> Iterator[Answer
         for each in answers:
             yield each
             bar.update(len(each.places))
-
-
-@contextmanager
-def _enough_memory(batch_size: int) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        # A CPU's allocator has no class of error for it.
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-            raise
-        raise UserError(
-            f"batch_size={batch_size}: so many sequences do not fit into the device's memory; lower it"
-        ) from None
 
 
 # --- difficulty

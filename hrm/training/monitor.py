@@ -7,7 +7,8 @@ from typing import Any
 from hrm.common.errors import UserError
 from hrm.common.files import open_own, to_json
 from hrm.config.load import Config
-from hrm.engine.engine import Engine, Interval
+from hrm.engine.engine import Engine
+from hrm.engine.step_metrics import Interval
 from hrm.training.checkpointer import Checkpointer
 from hrm.training.data import TrainingData
 from hrm.training.logging import MetricsLog
@@ -48,7 +49,7 @@ class Monitor:
         config, engine = self.config, self.engine
         interval = engine.pop()
         self.log.training(progress.step, interval.metrics)
-        slow = engine.world.stragglers(engine.own_time.seconds())
+        slow = engine.world.stragglers(engine.program.own_time.seconds())
         if slow is not None:
             self.log.warn(slow)
         spike = self._record(progress, interval)

@@ -11,7 +11,7 @@ from hrm.config.load import Config
 from hrm.config.schedule import interval_epochs, stage_arch
 from hrm.config.schema import ArchConfig
 from hrm.data.dataset import TrainBatch
-from hrm.engine.tally import LONGEST
+from hrm.engine.step_metrics import LONGEST
 from hrm.training.early_stopping import Best
 from hrm.training.spikes import LossWatch
 

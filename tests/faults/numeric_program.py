@@ -16,12 +16,12 @@ from torch import Tensor
 
 import train
 from hrm.data.dataset import Batch
-from hrm.engine import engine as engine_module
+from hrm.engine import step_program
 from hrm.engine.engine import Engine
 
 kind, first, last, *ranks = sys.argv[1].split(":")
 is_here = not ranks or ranks[0] == os.environ.get("RANK", "0")
-train_step, act_loss = Engine.train_step, engine_module.act_loss
+train_step, act_loss = Engine.train_step, step_program.act_loss
 # The step under way; the engines that have a hook, or have had their noise.
 step = 0
 hooked: list[Engine] = []
@@ -62,5 +62,5 @@ def faulty_step(engine: Engine, batch: Batch) -> None:
 
 
 setattr(Engine, "train_step", faulty_step)  # noqa: B010
-setattr(engine_module, "act_loss", faulty_loss)  # noqa: B010
+setattr(step_program, "act_loss", faulty_loss)  # noqa: B010
 sys.exit(train.main(sys.argv[2:]))

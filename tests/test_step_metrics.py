@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hrm.distributed import World
-from hrm.engine import tally
-from hrm.engine.tally import Tally
+from hrm.engine import step_metrics
+from hrm.engine.step_metrics import Tally
 
 CPU, ALONE = torch.device("cpu"), World()
 
@@ -43,7 +43,7 @@ def test_skipped_steps_are_counted_and_in_no_sum():
 
 
 def test_of_many_steps_the_last_have_their_own_loss(monkeypatch):
-    monkeypatch.setattr(tally, "LONGEST", 4)
+    monkeypatch.setattr(step_metrics, "LONGEST", 4)
     found = Tally(CPU, 1000)
     for n in range(11):
         step(found, float(n), 10.0 + n)

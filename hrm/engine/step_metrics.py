@@ -1,9 +1,10 @@
-"""What the log is made of, kept on the device between two looks at it, and whether each step was sound.
+"""The metrics of training steps: summed on the device, read once for each line of the log.
 
-A step whose loss or gradient is not finite must change nothing that lasts. That is found out and acted on by
-the device alone, inside the captured step; the host learns of it with the next line of the log.
+The device alone decides whether a step is skipped, for a loss or gradient that is not finite; the host learns
+of it with the next line of the log.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -11,16 +12,34 @@ from torch import Tensor
 
 from hrm.distributed import World
 
-# Steps whose own loss and gradient norm are kept, at the most.
+# The most steps whose own loss and gradient norm are kept.
 LONGEST = 4096
+# Sums that are divided by the halted sequences; all others are divided by all sequences.
+PER_HALTED = ("accuracy", "exact_accuracy", "q_halt_accuracy", "steps")
+# Rows and columns of the gates' statistics.
+GATES = ("L/primary", "L/secondary", "L/input", "H/primary", "H/secondary")
+GATE_STATISTICS = ("mean", "std", "low", "high", "contribution")
+
+
+class Interval(NamedTuple):
+    """The steps between two lines of the log.
+
+    metrics: by their names in the log. losses, norms: mean loss and gradient norm of each of the last steps,
+    oldest first; one of them is not finite for a skipped step. skipped_in_a_row: skipped steps at the end.
+    """
+
+    metrics: dict[str, float]
+    losses: list[float]
+    norms: list[float]
+    skipped_in_a_row: int
 
 
 class Reading(NamedTuple):
     """The steps since the last reading.
 
-    sums: of the steps that were not skipped, over all ranks, `grad_norm` among them. losses, norms: of each
-    of the last steps, the oldest first, skipped ones included; a loss is the sum over all ranks. in_a_row:
-    the steps up to the last one that were skipped in a row.
+    sums: over all ranks and all steps that were not skipped, `grad_norm` included. losses, norms: of each of
+    the last steps, oldest first, skipped ones included; a loss is the sum over all ranks. in_a_row: skipped
+    steps at the end.
     """
 
     steps: int
@@ -32,35 +51,35 @@ class Reading(NamedTuple):
 
 
 class Tally:
-    """Sums of a run's metrics, and each step's loss and gradient norm, on the device.
+    """Sums of metrics, and the loss and gradient norm of each step, on the device.
 
-    In a step: `begin`, `add` for each part of the batch, `end`; none of them waits for the device.
+    A step calls `begin`, `add` for each part of the batch, and `end`; none of them waits for the device.
     """
 
     def __init__(self, device: torch.device, steps: int) -> None:
-        """steps: between two readings; of more than LONGEST only the last have their own loss kept."""
+        """steps: between two readings; the last LONGEST of them keep their own loss and norm."""
         self._length = min(steps, LONGEST)
         self._names: list[str] = []
         self._step_sums: Tensor | None = None
-        # This rank's; the norm is that of the whole gradient, on every rank the same.
+        # This rank's sums; the norm is that of the whole gradient, equal on all ranks.
         self._sums: Tensor | None = None
         self._loaded = False
         self._norm_sum = torch.zeros(1, dtype=torch.float32, device=device)
-        # Of the step with the number n since the last reading, at n modulo the length.
+        # Ring buffers: step n since the last reading is at n modulo the length.
         self._losses, self._norms = torch.zeros(2, self._length, dtype=torch.float32, device=device)
         self._slots = torch.arange(self._length, device=device)
         self._count, self._skipped, self._in_a_row = torch.zeros(3, 1, dtype=torch.int64, device=device)
 
     def begin(self) -> None:
-        """Before the first part of a step."""
+        """Starts a step."""
         if self._step_sums is not None:
             self._step_sums.zero_()
 
     def add(self, sums: dict[str, Tensor]) -> None:
-        """The metric sums of a part, `loss` among them, of the same names in every part."""
+        """Adds the metric sums of a part, `loss` included; all parts have the same names."""
         vector = torch.stack([value.to(torch.float32) for value in sums.values()])
         if self._step_sums is None or self._names != list(sums):
-            # A stage may have other metrics than the one before; a reading lies between them.
+            # A new stage may have other metrics; the sums of the earlier one have been read.
             fits = self._loaded and self._sums is not None and self._sums.shape == vector.shape
             self._names, self._step_sums = list(sums), torch.zeros_like(vector)
             self._sums = self._sums if fits else torch.zeros_like(vector)
@@ -68,16 +87,16 @@ class Tally:
 
     @property
     def loss(self) -> Tensor:
-        """This step's loss so far, summed over this rank's sequences: (1,)."""
+        """The loss of this step so far, summed over this rank's sequences: (1,)."""
         assert self._step_sums is not None, "no part of a step was added"
         index = self._names.index("loss")
         return self._step_sums[index : index + 1]
 
     def end(self, norm: Tensor, skip: Tensor) -> None:
-        """The end of a step. norm: (), of the whole gradient. skip: () bool, whether it is left out."""
+        """Ends a step. norm: (), of the whole gradient. skip: () bool, whether the step is skipped."""
         assert self._step_sums is not None and self._sums is not None
         norm = norm.to(torch.float32).reshape(1)
-        # Not by an index: deterministic ways to write there may wait for the device.
+        # A deterministic write by index may wait for the device.
         here = self._slots == self._count % self._length
         self._losses.copy_(torch.where(here, self.loss, self._losses))
         self._norms.copy_(torch.where(here, norm, self._norms))
@@ -88,7 +107,7 @@ class Tally:
         self._in_a_row.add_(1).mul_(skip)
 
     def read(self, world: World) -> Reading:
-        """What has gathered since the last reading, on all ranks, which all call it. Waits for the device."""
+        """Reads and clears the sums of all ranks, which call it together. Waits for the device."""
         assert self._sums is not None, "no step since the last reading"
         places = self._places()
         of_all = world.all_reduce(torch.cat([self._sums, self._losses[places]])).tolist()
@@ -100,12 +119,12 @@ class Tally:
         return Reading(steps, skipped, in_a_row, {**sums, "grad_norm": norm_sum}, of_all[len(sums) :], norms)
 
     def _places(self) -> Tensor:
-        """Where the last steps' losses and norms lie, the oldest step's first."""
+        """The slots of the last steps in the ring buffers, oldest step first."""
         steps = int(self._count.item())
         return self._slots.roll(-steps) if steps > self._length else self._slots[:steps]
 
     def state_dict(self, world: World) -> dict[str, Any]:
-        """What has gathered since the last reading, on all ranks, which all call it: tensors and numbers."""
+        """The sums of all ranks since the last reading, as tensors and numbers; all call it together."""
         places = self._places()
         return {
             "sums": None if self._sums is None else world.all_gather(self._sums[None]),
@@ -116,7 +135,7 @@ class Tally:
         }
 
     def load_state_dict(self, state: dict[str, Any], world: World) -> None:
-        """Goes on from a `state_dict`; of another number of ranks, the first takes what all had gathered."""
+        """Continues from a `state_dict`; if the number of ranks differs, rank 0 takes the sums of all."""
 
         def mine(gathered: Tensor) -> Tensor:
             if len(gathered) == world.size:
@@ -127,7 +146,7 @@ class Tally:
             counter.fill_(count)
         gathered, self._loaded = state["sums"], True
         if self._sums is not None and (gathered is None or gathered.shape[1:] == self._sums.shape):
-            # In place: a captured step goes on adding where it did.
+            # In place, as a captured step adds to this address.
             self._sums.copy_(torch.zeros_like(self._sums) if gathered is None else mine(gathered))
         elif gathered is not None:
             self._sums = mine(gathered).to(self._count.device, copy=True)
@@ -136,3 +155,28 @@ class Tally:
         for target, kept in ((self._losses, mine(state["losses"])), (self._norms, state["norms"])):
             last = min(len(kept), len(places))
             target[places[len(places) - last :]] = kept[len(kept) - last :].to(target.device)
+
+
+def means(sums: dict[str, float], sequences: float) -> dict[str, float]:
+    """Means from sums: PER_HALTED over halted sequences, if there are any, and the others over `sequences`.
+
+    A sum of squares `NAME_square` becomes the standard deviation `NAME_std`, around `NAME_mean`.
+    """
+    halted = sums["count"]
+    found = {name: sums[name] / halted for name in PER_HALTED if halted}
+    for name, value in sums.items():
+        if name not in PER_HALTED and name != "count":
+            found[name] = value / max(sequences, 1)
+    for name in [name for name in found if name.endswith("_square")]:
+        kind = name.removesuffix("_square")
+        found[f"{kind}_std"] = math.sqrt(max(found.pop(name) - found[f"{kind}_mean"] ** 2, 0.0))
+    return {"count": halted, **found}
+
+
+def gate_metrics(table: Tensor) -> dict[str, float]:
+    """The statistics of the gates (5, 5), rows as in GATES, by their names in the log."""
+    return {
+        f"gates/{gate}/{statistic}": value
+        for gate, row in zip(GATES, table.tolist(), strict=True)
+        for statistic, value in zip(GATE_STATISTICS, row, strict=True)
+    }

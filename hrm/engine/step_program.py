@@ -1,0 +1,212 @@
+"""One training step as a program of fixed shape: an ACT step forward and backward, then one update."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hrm.common.errors import UserError
+from hrm.common.regions import region
+from hrm.config.load import Config
+from hrm.distributed import World
+from hrm.engine.cuda_graph import Program
+from hrm.engine.modes import Mode, compiled
+from hrm.engine.optim import AdamATan2, FlatParameters, MovingAverage
+from hrm.engine.profiling import Stopwatch
+from hrm.engine.step_inputs import Feed
+from hrm.engine.step_metrics import Tally
+from hrm.model.act import Carry, Sequences, act_step, initial_carry, replace_halted
+from hrm.model.hrm import HRM
+from hrm.model.losses import act_loss
+from kernels import get_backend, sign_sgd
+from kernels.backend import BackendError
+
+
+class StepProgram:
+    """The buffers of a training step, at addresses that stay, and the computation on them.
+
+    A step takes its inputs from `feed` and reads no value back to the host, so a CUDA graph can replay it.
+    rows: this rank's sequences; part_rows: those of one part with gradient_accumulation. parameters,
+    optimizer, average, carry: its state. row_grads: gradient of each row's puzzle embedding, (rows,
+    puzzle_emb_ndim) float32, all_row_grads the same of all ranks, both None without a puzzle table. own_time:
+    the part of a step that waits for no other rank.
+    """
+
+    def __init__(self, config: Config, model: HRM, seq_len: int, device: torch.device, world: World) -> None:
+        """Raises UserError if gradient_accumulation does not divide the rows."""
+        self.config, self.model, self.device, self.world = config, model, device, world
+        self.rows = config.global_batch_size // world.size
+        self.part_rows, left = divmod(self.rows, config.gradient_accumulation)
+        if left:
+            raise UserError(
+                f"gradient_accumulation={config.gradient_accumulation} does not divide the {self.rows} "
+                f"sequences of each device: change it or global_batch_size={config.global_batch_size}"
+            )
+        self.parameters = FlatParameters(model, model.dtype, model.wide)
+        self.optimizer = AdamATan2(
+            self.parameters, beta1=config.beta1, beta2=config.beta2, weight_decay=config.weight_decay
+        )
+        self.average = MovingAverage(self.parameters, config.ema_rate) if config.ema else None
+        self.feed = Feed(self.rows, seq_len, self.device, self.parameters.data.dtype)
+        keeps_gates = config.loss.gate_stability_weight > 0
+        self.carry = initial_carry(model, self.rows, seq_len, self.device, keeps_gates=keeps_gates)
+        self.row_grads: Tensor | None = None
+        if model.puzzle_emb is not None:
+            self.row_grads = model.puzzle_emb.weights.new_zeros(self.rows, config.arch.puzzle_emb_ndim)
+        # The update needs the rows of every rank.
+        self._identifiers, self.all_row_grads = self.carry.puzzle_identifiers, self.row_grads
+        if world.size > 1:
+            self._identifiers = world.all_gather(self._identifiers)
+            if self.row_grads is not None:
+                self.all_row_grads = world.all_gather(self.row_grads)
+        self.tally = Tally(self.device, config.log_interval)
+        self.own_time = Stopwatch(self.device)
+        self.compiled = compiled(self.forward)
+        self._programs: list[Callable[[], None]] = []
+
+    def run(self, mode: Mode) -> None:
+        """One step on what was pushed to `feed`; the mode is that of the first call."""
+        self._programs = self._programs or self._build(mode)
+        with self.own_time:
+            self._programs[0]()
+        for program in self._programs[1:]:
+            program()
+
+    def reset(self, config: Config) -> None:
+        """Continues with another configuration of the same shapes, which is compiled and captured anew."""
+        self.config = config
+        torch.compiler.reset()
+        self.compiled, self._programs = compiled(self.forward), []
+
+    def rehearse(self, forward: Callable[..., Any]) -> None:
+        """A step's forward and backward on the buffers as they are, without an update."""
+        inputs = self.inputs(slice(self.part_rows))
+        self.differentiate(forward(*inputs)[1], inputs[2])
+
+    def _build(self, mode: Mode) -> list[Callable[[], None]]:
+        """A step's parts in their order: one program, or two around the exchange between ranks."""
+        forward = self.compiled if mode.compiled else self.forward
+        program = partial(Program, device=self.device, captured=mode.captured)
+
+        def whole() -> None:
+            self.compute(forward)
+            self.update()
+
+        if self.world.size == 1:
+            return [program(whole)]
+        return [program(partial(self.compute, forward)), self.exchange, program(self.update)]
+
+    def forward(
+        self,
+        carry: Carry,
+        fresh: Sequences,
+        puzzle_rows: Tensor | None,
+        min_halt_steps: Tensor,
+        gate_loss_scale: Tensor,
+    ) -> tuple[Carry, Tensor, dict[str, Tensor]]:
+        """An ACT step with its loss: the carry after it, the loss () over the batch size, metric sums."""
+        config = self.config
+        carry = replace_halted(self.model, carry, fresh)
+        previous_gates, sees_gates = carry.gates, config.loss.uses_gates
+        carry, outputs = act_step(self.model, carry, puzzle_rows, min_halt_steps, sees_gates=sees_gates)
+        with region("head and loss"):
+            head = self.model.lm_head.weight
+            loss, sums = act_loss(config.loss, head, carry, outputs, previous_gates, gate_loss_scale)
+        return carry, loss / config.global_batch_size, sums
+
+    def inputs(self, part: slice) -> tuple[Carry, Sequences, Tensor | None, Tensor, Tensor]:
+        """The arguments of `forward` for a part of the rows."""
+        carry = Carry(*(tensor[part] for tensor in self.carry))
+        fresh = Sequences(*(tensor[part] for tensor in self.feed.fresh))
+        puzzle_rows = None
+        if self.model.puzzle_emb is not None:
+            # A leaf outside of forward: only these rows get a gradient, not the whole table.
+            identifiers = torch.where(carry.halted, fresh.puzzle_identifiers, carry.puzzle_identifiers)
+            puzzle_rows = self.model.puzzle_emb(identifiers).requires_grad_()
+        return carry, fresh, puzzle_rows, self.feed.min_halt_steps[part], self.feed.gate_loss_scale
+
+    def compute(self, forward: Callable[..., Any]) -> None:
+        """Gradients of the sequences in `feed`, the carry after them, and their metric sums."""
+        self.tally.begin()
+        for first in range(0, self.rows, self.part_rows):
+            part = slice(first, first + self.part_rows)
+            with region("forward"):
+                carry, fresh, puzzle_rows, *rest = self.inputs(part)
+                after, loss, sums = forward(carry, fresh, puzzle_rows, *rest)
+            with region("backward"):
+                grads, row_grads = self.differentiate(loss, puzzle_rows)
+                self.parameters.collect(grads, adds=first > 0)
+            # Overwrite the carry only after backward, which may read it.
+            for old, new in zip(carry, after, strict=True):
+                old.copy_(new)
+            if row_grads is not None and self.row_grads is not None:
+                self.row_grads[part] = row_grads
+            self.tally.add({**sums, "loss": loss.detach() * self.config.global_batch_size})
+            # Free these tensors before the next part allocates its own.
+            del after, loss, sums, puzzle_rows, grads, row_grads
+        # Through the gradient, a loss that is not finite reaches every rank.
+        self.parameters.grad[:1].add_(self.tally.loss * 0)
+
+    def differentiate(
+        self, loss: Tensor, puzzle_rows: Tensor | None
+    ) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+        """Gradients of the loss by the parameters' leaves, and by the puzzle rows if there are any."""
+        rows = () if puzzle_rows is None else (puzzle_rows,)
+        grads = torch.autograd.grad(loss, (*self.parameters.leaves, *rows), allow_unused=True)
+        return (grads[:-1], grads[-1]) if rows else (grads, None)
+
+    def exchange(self) -> None:
+        """Sums the ranks' gradients and gathers their puzzle rows."""
+        with region("all-reduce"):
+            self.world.all_reduce(self.parameters.grad)
+            if self.row_grads is not None and self.all_row_grads is not None:
+                self._identifiers.copy_(self.world.all_gather(self.carry.puzzle_identifiers))
+                self.all_row_grads.copy_(self.world.all_gather(self.row_grads))
+
+    def update(self) -> None:
+        """Updates parameters, average and puzzle table, or none of them if the gradient is not finite."""
+        with region("optimiser"):
+            norm = torch.linalg.vector_norm(self.parameters.grad)
+            if self.all_row_grads is not None:
+                norm = norm + 0 * self.all_row_grads.sum()
+            skip = ~torch.isfinite(norm)
+            if self.config.grad_clip is not None:
+                scale = self.config.grad_clip / norm.clamp(min=self.config.grad_clip)
+                # Do not scale a skipped step: NaN would spread and hide its source.
+                self.parameters.grad.mul_(torch.where(skip, 1, scale))
+            self.optimizer.step(self.feed.lr, skip)
+            if self.average is not None:
+                self.average.update(skip)
+            if self.model.puzzle_emb is not None and self.all_row_grads is not None:
+                sign_sgd(
+                    self.model.puzzle_emb.weights,
+                    self._identifiers,
+                    self.all_row_grads,
+                    self.feed.puzzle_emb_lr,
+                    self.config.puzzle_emb_weight_decay,
+                    skip,
+                )
+            # The states of a skipped step may hold NaN: replace its sequences by fresh ones.
+            self.carry.halted.logical_or_(skip)
+            self.carry.gates.copy_(torch.where(skip, 0, self.carry.gates))
+            self.tally.end(norm, skip)
+
+
+def check_kernels(config: Config, model: HRM, seq_len: int) -> None:
+    """Steps one sequence, if implementations are chosen by name; raises UserError if one cannot run here."""
+    try:
+        named = get_backend() == "triton" or config.attention.backend != "auto"
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if not named:
+        return
+    carry, rows = initial_carry(model, 1, seq_len, model.H_init.device), None
+    if model.puzzle_emb is not None:
+        rows = model.puzzle_emb(carry.puzzle_identifiers)
+    try:
+        after, outputs = act_step(model, carry, rows, torch.zeros_like(carry.steps))
+        act_loss(config.loss, model.lm_head.weight, after, outputs)
+    except BackendError as error:
+        raise UserError(str(error)) from None
