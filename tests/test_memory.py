@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import kernels
+import train
 from bench.implementations import metadata, peak_memory, random_batches
 from hrm.common.errors import UserError
 from hrm.config.load import Config, parse_args
@@ -29,6 +30,7 @@ from hrm.engine.memory_estimate import (
 )
 from kernels import backend
 from kernels.backend import Launch
+from tests.test_train import words
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SUDOKU, MAZE = metadata(81, 11), metadata(900, 12)
@@ -238,6 +240,23 @@ def test_a_step_that_runs_out_of_memory_says_what_would_fit(monkeypatch):
         enough_memory(lambda: does_not_fit(engine.config, SUDOKU, CPU)),
     ):
         engine.train_step(next(random_batches(engine.config, SUDOKU)))
+
+
+@pytest.mark.parametrize("at", ["train_step", "evaluate"])
+def test_the_trainer_says_what_would_fit(tiny_sudoku, tmp_path, capsys, monkeypatch, at):
+    def out_of_memory(engine: Engine, *_: Any) -> None:
+        if engine.step == 12:
+            raise torch.OutOfMemoryError
+        return original(engine, *_)
+
+    original = getattr(Engine, at)
+    monkeypatch.setattr(Engine, at, out_of_memory)
+    monkeypatch.setattr("hrm.engine.memory_estimate.available_bytes", lambda device: 20 * 2**20)
+    assert train.main(words(tiny_sudoku, tmp_path, "run_name=r")) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(
+        r"error: global_batch_size=8 needs about [\d.]+ [KM]iB on each device and cpu has 20", last
+    )
 
 
 def test_memory_that_really_ran_out_is_answered_with_what_would_fit():
