@@ -92,7 +92,7 @@ def test_nvidias_profilers_see_the_steps_between_their_marks(kind, tmp_path, mon
 
 
 def test_what_cannot_be_profiled_is_refused(tmp_path):
-    with pytest.raises(UserError, match="profile=nsys looks at a CUDA device, and this run is on cpu"):
+    with pytest.raises(UserError, match="profile=nsys needs a CUDA device, and this run is on cpu"):
         Profile(make_config(profile="nsys"), tmp_path, CPU, print)
 
 

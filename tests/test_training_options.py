@@ -262,7 +262,7 @@ def test_deterministic_runs_are_the_same_bit_for_bit_and_measure_no_mode(tiny_su
         status, out, err = run_main(*argv, f"run_name={name}", capsys=capsys)
         assert status == 0, err
         assert "mode eager (deterministic=true measures none)" in out
-        assert "deterministic: the same bits with as many threads" in out
+        assert "deterministic: repeat it with OMP_NUM_THREADS=" in out
     # In two parts as well.
     assert run_main(*argv, "run_name=c", "max_steps=12", capsys=capsys)[0] == 0
     status, out, _ = run_main(*argv, "run_name=c", capsys=capsys)

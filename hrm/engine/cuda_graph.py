@@ -1,4 +1,4 @@
-"""A fixed-shape part of a step: called directly, or captured in a CUDA graph once it is warm and replayed."""
+"""A fixed-shape part of a step: called directly, or captured in a CUDA graph after a warm-up and replayed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,16 +7,16 @@ import torch
 
 Body = Callable[[], None]
 
-# Calls that run directly before a capture: kernels are compiled, libraries choose theirs and take workspaces.
+# Direct calls before a capture, in which kernels compile and libraries choose kernels and workspaces.
 WARM_UP = 3
 
 
 class Program:
-    """A function without arguments that reads and writes tensors which stay where they are.
+    """A function without arguments that reads and writes tensors at fixed addresses.
 
-    captured: on CUDA, to record its launches at the call after WARM_UP and to replay them from then on, in
-    place of running its Python. So what it does must depend on those tensors alone, and it must not wait
-    for the device. Every call, warm-up and capture included, has the effect of one.
+    captured: on CUDA, record its launches at the call after WARM_UP and replay them from then on, without
+    running its Python. The function must then depend on those tensors alone and must not wait for the
+    device. Every call has the effect of one, including warm-up and capture.
     """
 
     def __init__(self, body: Body, device: torch.device, *, captured: bool) -> None:
@@ -48,7 +48,7 @@ def _index(device: torch.device) -> int:
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream that warm-up and capture share on a device, so that autograd meets one stream alone."""
+    """The stream of warm-up and capture on a device: one, so that autograd sees a single stream."""
     index = _index(device)
     if index not in _streams:
         _streams[index] = torch.cuda.Stream(index)
@@ -64,7 +64,7 @@ def _pool(device: torch.device) -> Any:
 
 
 def aside(body: Body, device: torch.device) -> None:
-    """Runs a body on the stream of captures, between what this stream has been given and is given next."""
+    """Runs a body on the stream of captures, in order with the work of the current stream."""
     stream, current = _stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
@@ -73,10 +73,10 @@ def aside(body: Body, device: torch.device) -> None:
 
 
 def capture(body: Body, device: torch.device) -> Body:
-    """Records a body's launches as a CUDA graph; returns what replays them.
+    """Records a body's launches as a CUDA graph; returns the function that replays them.
 
-    All graphs of a device share one pool of memory: they run one after the other, and nothing in the pool
-    is read after the replay that wrote it.
+    All graphs of a device share one memory pool: they run one after the other, and nothing in the pool is
+    read after the replay that wrote it.
     """
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize(device)

@@ -1,7 +1,7 @@
-"""A training step rehearsed: the engine's own, on tensors without data, by the operations a device would run.
+"""A dry run of the engine's training step: on meta tensors, with the operations that a device would run.
 
-What a step takes follows from shapes and from the implementations that operations choose, so neither the
-device nor time is needed to know it. A rehearsal goes launch by launch, as mode=eager does.
+Shapes and the choice of implementations determine the memory and the launches of a step, so neither the
+device nor much time is needed to find them. A dry run is eager, launch by launch.
 """
 
 from collections.abc import Iterator
@@ -23,16 +23,16 @@ from hrm.engine.engine import Engine
 from hrm.engine.modes import resolve_dtype
 from kernels.backend import Launch, explained, recorded
 
-# Where the implementation of a custom operation is found, past the fake that stands in for it on meta, and
-# which of PyTorch's operations are kernels of their own.
+# The dispatch key of a custom operation's implementation, which its fake hides on meta, and of the PyTorch
+# operations that are kernels of their own.
 _CPU = torch._C.DispatchKey.CPU
 _IMPLEMENTATION = torch._C.DispatchKeySet(_CPU)
-# A library's attention takes what PyTorch's takes, and the named kernel is the one that auto would choose.
+# On meta, backends that need a device are replaced by one that allocates the same.
 _ATTENTION = {"flash": "sdpa", "triton": "auto"}
 
 
 class Observer(TorchDispatchMode):
-    """Sees every operation of a rehearsal, those inside this project's kernels too.
+    """Receives every operation of a dry run, including those inside this project's kernels.
 
     regions: the named ranges of the step that are open, outermost first.
     """
@@ -45,7 +45,7 @@ class Observer(TorchDispatchMode):
         kwargs = kwargs or {}
         with self:
             if func.namespace == "hrm_kernels":
-                # Not its fake: what it allocates beside its outputs is to be seen, and what it launches.
+                # Run the implementation: its fake would hide workspaces and launches.
                 with recorded() as launches:
                     out = func.redispatch(_IMPLEMENTATION, *args, **kwargs)
                 for launch in launches:
@@ -74,7 +74,7 @@ class Observer(TorchDispatchMode):
 
 
 class _LibraryAttention(TorchFunctionMode):
-    """The attention that PyTorch takes on a device; without data it would take the one that keeps scores."""
+    """PyTorch's choice of attention on a device; on meta it would choose the one that keeps all scores."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -93,19 +93,19 @@ class _LibraryAttention(TorchFunctionMode):
 
 @contextmanager
 def rehearsed(device: torch.device, observer: Observer) -> Iterator[None]:
-    """What runs on tensors without data runs as it would on `device`, watched by the observer."""
+    """Within it, operations on meta tensors run as on `device` and are reported to the observer."""
     with explained(device), _LibraryAttention(device), opened_by(observer.region), observer:
         yield
 
 
 class Rehearsal:
-    """An engine on tensors without data that stand for tensors on `device`, watched by an observer.
+    """An engine on meta tensors in place of tensors on `device`, with an observer of its operations.
 
-    Only what the step computes is there: no other rank, no evaluation, no copy on its way from the host.
+    It covers the computation of a step: no other rank, no evaluation, no copy from the host.
     """
 
     def __init__(self, config: Config, metadata: Metadata, device: torch.device, observer: Observer) -> None:
-        """config: global_batch_size is this one device's; dtype=auto is what it stands for there."""
+        """config: global_batch_size is that of this one device; dtype=auto resolves as on the device."""
         dtype: Any = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
         backend: Any = _ATTENTION.get(config.attention.backend, config.attention.backend)
         attention = replace(config.attention, backend=backend)

@@ -80,7 +80,7 @@ class Engine:
     # ------------------------------------------------------------------------------------------ training
 
     def train_step(self, batch: Batch) -> None:
-        """One ACT step and one update. batch: this rank's rows; those of halted sequences are used."""
+        """One ACT step and one update. batch: this rank's rows; a halted sequence is replaced by its row."""
         config, mode = self.config, self.mode
         with region("step"):
             self.step += 1

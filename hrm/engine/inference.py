@@ -1,4 +1,4 @@
-"""Solving batches of fixed size: every sequence for halt_max_steps ACT steps, or each until it halts."""
+"""Solves batches of fixed size: every sequence for halt_max_steps ACT steps, or each until it halts."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -18,10 +18,10 @@ from hrm.model.losses import act_loss
 
 
 class Answers(NamedTuple):
-    """What n sequences came to.
+    """The answers to n sequences.
 
-    places: (n,) int64, their places in the order they were given in. labels, predictions: (n, S) int32.
-    q_halt: (n,) float32. steps: (n,) int32, ACT steps taken.
+    places: (n,) int64, indices in the order of input. labels, predictions: (n, S) int32. q_halt: (n,)
+    float32. steps: (n,) int32, ACT steps taken.
     """
 
     places: np.ndarray
@@ -32,18 +32,17 @@ class Answers(NamedTuple):
 
 
 class Inference:
-    """The model at one batch size, without gradient: eager, compiled or captured as a mode says.
+    """The model at one batch size, without gradient: eager, compiled or captured, by mode.
 
-    After `run` or `solve`, until the next: predictions (B, S) int32, q_halt (B,), and sums, the metric sums
-    of `act_loss` in float32 in the order of `names`. Weights are read where they are, so what
-    training does to them counts at the next call.
+    `run` and `solve` set predictions (B, S) int32, q_halt (B,), and sums, the metric sums of `act_loss` in
+    float32 in the order of `names`. Weights are read in place, so each call uses the present ones.
     """
 
     def __init__(self, model: HRM, batch_size: int, seq_len: int, *, mode: Mode, loss: LossConfig) -> None:
         device = model.H_init.device
         self.model, self.loss = model, loss
         self._feed = Feed(batch_size, seq_len, device)
-        # All halted, which the first step replaces.
+        # All sequences are halted; the first step replaces them.
         self._blank = initial_carry(model, batch_size, seq_len, device)
         self.predictions = torch.zeros(batch_size, seq_len, dtype=torch.int32, device=device)
         self.q_halt = torch.zeros(batch_size, dtype=torch.float32, device=device)
@@ -73,7 +72,7 @@ class Inference:
 
     @torch.no_grad()
     def run(self, batch: Batch) -> None:
-        """Solves a batch's sequences and counts their metrics; does not wait for the device."""
+        """Solves a batch and sums its metrics; does not wait for the device."""
         self._feed.push(batch)
         self._program()
 
@@ -83,7 +82,7 @@ class Inference:
         Waits for the device. Raises ValueError for arrays of other shapes.
         """
         inputs, puzzle_identifiers = np.asarray(inputs), np.asarray(puzzle_identifiers)
-        # They would be repeated to fill the batch.
+        # Writing to the feed would broadcast other shapes.
         B, S = self.predictions.shape
         if inputs.shape != (B, S) or puzzle_identifiers.shape != (B,):
             raise ValueError(
@@ -94,7 +93,7 @@ class Inference:
         return self.predictions.cpu().numpy().copy(), self.q_halt.cpu().numpy().copy()
 
     def answers(self, batches: Iterable[tuple[Batch, int]]) -> Iterator[Answers]:
-        """The answers to the first rows of each batch, as many as the number beside it, batch by batch."""
+        """The answers to the first `count` rows of each (batch, count), batch by batch."""
         first = 0
         for batch, count in batches:
             self.run(batch)
@@ -106,12 +105,12 @@ class Inference:
 
 
 class EarlyExit:
-    """The model at one batch size, without gradient, each sequence until it halts.
+    """The model at one batch size, without gradient; each sequence stops when it halts.
 
     A sequence halts as in training without exploration: when q_halt is above q_continue (above 0 without
-    one), at the latest after halt_max_steps. Its row then goes on with the next sequence, so the shapes stay,
-    and a step costs what it does in `Inference`; the rows that are left over at the end are counted nowhere.
-    The host looks at who has halted after every step.
+    one), at the latest after halt_max_steps. Its row then takes the next sequence, so shapes and the cost of
+    a step are those of `Inference`; rows without a sequence at the end give no answers. The host reads after
+    every step which sequences have halted.
     """
 
     def __init__(self, model: HRM, batch_size: int, seq_len: int, *, mode: Mode) -> None:
@@ -133,7 +132,7 @@ class EarlyExit:
         puzzle_rows = None
         if model.puzzle_emb is not None:
             puzzle_rows = model.puzzle_emb(carry.puzzle_identifiers)
-        # The fewest steps are pushed as 0.
+        # The feed holds 0 as the minimum of steps.
         carry, outputs = self._step(carry, puzzle_rows, self._feed.min_halt_steps)
         self._predictions.copy_(model.lm_head(outputs.answer).argmax(-1))
         self._q_halt.copy_(outputs.q_halt_logits)
@@ -142,14 +141,14 @@ class EarlyExit:
 
     @torch.no_grad()
     def answers(self, batches: Iterable[tuple[Batch, int]]) -> Iterator[Answers]:
-        """The answers to what `Inference.answers` takes, in the order in which the sequences halt."""
+        """The answers to batches as in `Inference.answers`, in the order in which sequences halt."""
         B, S = self._predictions.shape
         held = Batch(
             np.zeros((B, S), np.int32), np.full((B, S), IGNORE_LABEL, np.int32), np.zeros(B, np.int32)
         )
         fields = [(getattr(held, name), name) for name in vars(held)]
         waiting = ((batch, row) for batch, count in batches for row in range(count))
-        # The place of the sequence in each row, -1 for none.
+        # The index of the sequence in each row, -1 for none.
         places, given = np.full(B, -1), 0
         halted = np.ones(B, bool)
         self._carry.halted.fill_(True)

@@ -30,14 +30,14 @@ from hrm.engine.inference import Inference
 from hrm.engine.modes import EAGER, resolve_dtype
 from hrm.model.hrm import HRM
 
-# Of a device's memory, left for what is not counted.
+# The share of a device's memory that is kept free for memory that is not counted.
 RESERVE = 0.05
-# Sequences, far above where small tensors and tiles of kernels bend the line.
+# Sequences, enough for memory to grow linearly in spite of small tensors and tiles of kernels.
 _FAR = 512
 
 
 class StepMemory(NamedTuple):
-    """Bytes of one device. fixed: what lives between steps. step: what a step takes on top, at its peak."""
+    """Bytes of one device. fixed: of tensors that live between steps. step: the peak of a step on top."""
 
     fixed: int
     step: int
@@ -48,7 +48,7 @@ class StepMemory(NamedTuple):
 
 
 class _Storages(Observer):
-    """Bytes of the storages that are alive, and the most they ever were."""
+    """Bytes of the live storages, and their maximum so far."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class _Storages(Observer):
         self.peak = max(self.peak, self.live)
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
-        # Views and outputs written in place come with a storage that is followed already.
+        # Views and in-place outputs share a storage that is known already.
         if storage._cdata not in self._sizes:
             self._sizes[storage._cdata] = storage.nbytes()
             self.live += storage.nbytes()
@@ -73,10 +73,10 @@ class _Storages(Observer):
 
 
 def step_memory(config: Config, metadata: Metadata, rows: int, device: torch.device) -> StepMemory:
-    """The memory of a training step of `rows` sequences on `device`, which need not be here.
+    """The memory of a training step of `rows` sequences on `device`, which this machine need not have.
 
-    config: gives the model, the forward's dtype, the optimiser and gradient_accumulation, which must divide
-    rows. Takes about a second, whatever the sizes.
+    config: model, dtype, optimiser, and gradient_accumulation, which must divide rows. Takes about a second
+    at any size.
     """
     storages = _Storages()
     rehearsal = Rehearsal(replace(config, global_batch_size=rows), metadata, device, storages)
@@ -88,10 +88,11 @@ def step_memory(config: Config, metadata: Metadata, rows: int, device: torch.dev
 def largest_batch(
     config: Config, metadata: Metadata, budget_bytes: int, device: torch.device, *, multiple: int = 1
 ) -> int:
-    """The most sequences whose training step fits into a device's `budget_bytes`, 0 if none does.
+    """The most sequences whose training step fits into a device's `budget_bytes`, 0 if not even one does.
 
-    A multiple of `multiple` and of gradient_accumulation. The peak is the highest of several sums that grow
-    linearly: a line through one sequence and many lies above it between them, and goes on with it.
+    The result is a multiple of `multiple` and of gradient_accumulation. The peak is a maximum of linear
+    functions, so between one sequence and many it is at most the line through both, and follows that line
+    beyond.
     """
     unit = math.lcm(multiple, config.gradient_accumulation)
     least, far = (step_memory(config, metadata, rows, device).peak for rows in (unit, _FAR * unit))
@@ -101,14 +102,14 @@ def largest_batch(
 
 
 def check_inference(config: Config, metadata: Metadata, rows: int, device: torch.device) -> None:
-    """Raise UserError where solving `rows` sequences at a time would take more memory than there is.
+    """Raises UserError if solving `rows` sequences at a time needs more memory than there is.
 
-    Told beforehand, as a system that has promised more memory than it has ends whoever takes it.
+    Checked in advance, because a system that overcommits memory kills the process that uses it.
     """
     least, far = (_inference_peak(config, metadata, count, device) for count in (1, _FAR))
     each, available = (far - least) / (_FAR - 1), available_bytes(device)
     if (needed := least + (rows - 1) * each) > available:
-        # Half of it: what an allocator keeps in pieces is not counted.
+        # Suggest half of it, as fragmentation is not counted.
         fitting = max(0, int((available / 2 - least) // each) + 1)
         remedy = f"batch_size={fitting} would fit" if fitting else "not even one sequence fits"
         raise UserError(
@@ -134,11 +135,11 @@ def _inference_peak(config: Config, metadata: Metadata, rows: int, device: torch
 def fewest_parts(
     config: Config, metadata: Metadata, rows: int, budget_bytes: int, device: torch.device
 ) -> int | None:
-    """The least gradient_accumulation whose step of `rows` sequences fits, None if none does."""
+    """The smallest gradient_accumulation whose step of `rows` sequences fits, None if none does."""
     fixed = step_memory(replace(config, gradient_accumulation=1), metadata, rows, device).fixed
 
     def fits(parts: int) -> bool:
-        # The second part finds what the first one left, and so does every later one.
+        # Every part after the second has the memory of the second.
         some = min(parts, 2)
         part = replace(config, gradient_accumulation=some)
         return fixed + step_memory(part, metadata, some * rows // parts, device).step <= budget_bytes
@@ -149,8 +150,7 @@ def fewest_parts(
 
 
 def available_bytes(device: torch.device) -> int:
-    """The memory that this process can have: on CUDA what is free or its own already, else the machine's,
-    or what the process is limited to."""
+    """Bytes that this process can use: on CUDA its own and the free ones, else the machine's or its limit."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)

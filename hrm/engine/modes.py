@@ -1,4 +1,4 @@
-"""How a step is run: launch by launch, compiled, or captured in a CUDA graph; and in which precision."""
+"""How a step runs: launch by launch, compiled, or captured in a CUDA graph; and in which precision."""
 
 import time
 from collections.abc import Callable
@@ -10,11 +10,11 @@ from torch.torch_version import TorchVersion
 
 from hrm.common.errors import UserError
 
-# What compiling a small model took on two cores, in seconds, and the share of an eager step that it saved:
-# where a run's steps do not promise as much, it is not tried. Measured, see bench/NOTES.md.
+# Seconds that compiling a small model took on two cores, and the share of an eager step that it saved, as
+# bench/NOTES.md records; a run whose steps cannot save that time is not compiled.
 COMPILE_SECONDS = 40.0
 COMPILE_SAVES = 0.3
-# Of measuring a step: a large model's takes minutes on a CPU.
+# Seconds after which no further step is measured: one of a large model takes minutes on a CPU.
 ENOUGH_SECONDS = 5.0
 
 
@@ -22,7 +22,7 @@ class Mode(NamedTuple):
     """A resolved `mode`.
 
     name: eager, compile or graph. compiled: forward and backward go through torch.compile. captured: the
-    step is replayed from a CUDA graph. note: what a user should know of the choice, empty if nothing.
+    step is replayed from a CUDA graph. note: a remark for the user on the choice, or empty.
     """
 
     name: str
@@ -36,16 +36,16 @@ COMPILE = Mode("compile", compiled=True, captured=False)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The forward dtype that `dtype=name` stands for: auto is bfloat16 on CUDA and float32 elsewhere."""
+    """The dtype of the forward for `dtype=name`: auto is bfloat16 on CUDA and float32 elsewhere."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def resolve_mode(name: str, device: torch.device) -> Mode | None:
-    """The mode that `mode=name` stands for on a device; None where auto has to be measured, on a CPU.
+    """The mode for `mode=name` on a device; None for auto on a CPU, which has to be measured.
 
-    Raises UserError for what cannot run there.
+    Raises UserError for a mode that cannot run there.
     """
     cuda = device.type == "cuda"
     if name == "eager" or (name == "auto" and device.type not in ("cpu", "cuda")):
@@ -66,10 +66,10 @@ def resolve_mode(name: str, device: torch.device) -> Mode | None:
 
 
 def compiler_fault(device: torch.device) -> str | None:
-    """Why torch.compile does not work here, found by trying it on one operation; None when it does."""
+    """Why torch.compile fails on this machine, tried on one operation; None if it works."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-    # A missing compiler, header or library shows in as many ways as there are of each.
+    # A missing compiler, header or library can raise nearly any exception.
     except Exception as error:
         reason = str(error).strip() or type(error).__name__
         return f"torch.compile fails here ({reason.splitlines()[0][:120]})"
@@ -83,10 +83,10 @@ def faster_mode(
     steps: int,
     device: torch.device,
 ) -> Mode:
-    """Eager or compiled, whichever takes less time for that many steps, compiling included.
+    """Eager or compiled, whichever needs less time for `steps` steps, including the time to compile.
 
-    run: makes one step with the function it is given: `function`, or `whole`, which is that `compiled`. Both
-    are timed; compiling is not tried where it is not likely to pay.
+    run: runs one step with the given function: `function`, or `whole`, its compiled version. Both are timed;
+    compiling is not tried if it is unlikely to save time.
     """
     eager = _seconds(run, function)
     if steps * eager * COMPILE_SAVES < COMPILE_SECONDS:
@@ -104,7 +104,7 @@ def faster_mode(
 
 
 def _seconds(run: Callable[[Callable[..., Any]], None], function: Callable[..., Any]) -> float:
-    """The seconds of a step: the least of four, or of fewer where they take long."""
+    """Seconds of a step: the minimum of four, or of fewer if they take long."""
     times: list[float] = []
     while len(times) < 4 and sum(times) < ENOUGH_SECONDS:
         start = time.perf_counter()
@@ -114,12 +114,12 @@ def _seconds(run: Callable[[Callable[..., Any]], None], function: Callable[..., 
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function compiled whole, for one set of shapes.
+    """A function compiled as one graph, for one set of shapes.
 
-    What cannot be traced is an error at the first call, and from the second on so is whatever would have it
-    compiled again: either would make steps slow without a word. Both are UserErrors that name their cause.
+    Raises UserError with the cause at the first call, if the function cannot be traced, and from the second
+    call on, if it would have to be compiled again: either would make steps slow without notice.
     """
-    # None of the compiler is imported before the first call.
+    # The compiler is imported at the first call.
     whole: Callable[..., Any] | None = None
 
     def call(*args: Any) -> Any:
@@ -166,6 +166,6 @@ def _format_arguments_late() -> None:
 
 
 def _cause(error: Exception) -> str:
-    """The compiler's reason on one line, without where it looked first and what it advises after."""
+    """The compiler's reason on one line, without its preamble and its hints."""
     reason = str(error).split("guard failure(s):")[-1].split("Hint:")[0]
     return " ".join(reason.split()).removeprefix("- ")[:300]

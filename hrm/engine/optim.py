@@ -1,8 +1,8 @@
 """Optimisers and the learning-rate schedule.
 
 All dense parameters live in one flat float32 buffer, their gradients in another: one optimiser pass, one
-all-reduce, one norm, and nothing to walk over in Python. The puzzle table has an optimiser of its own that
-touches the rows of the batch alone.
+all-reduce, one norm, no loop in Python. The puzzle table has an optimiser of its own that updates only the
+rows of the batch.
 """
 
 import math
@@ -60,7 +60,7 @@ class FlatParameters:
         }
 
     def refresh_copy(self) -> None:
-        """Makes the copies those of `data`, after it was written by other means than an update."""
+        """Updates the copies after `data` was written by anything but an optimiser step."""
         if self.copy is not None:
             self.copy.copy_(self.data)
 
@@ -94,14 +94,14 @@ class MovingAverage:
         self.data = parameters.data.clone()
 
     def update(self, skip: Tensor | None = None) -> None:
-        """After each update of the parameters. skip: () bool, where it is True the average stays as it is."""
+        """Call after each update of the parameters. skip: () bool; where True, the average stays."""
         weight: Any = 1 - self.rate
         self.data.lerp_(
             self.parameters.data, weight if skip is None else weight * (~skip).to(self.data.dtype)
         )
 
     def restart(self) -> None:
-        """Goes on from the parameters as they are."""
+        """Sets the average to the present parameters."""
         self.data.copy_(self.parameters.data)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -109,14 +109,14 @@ class MovingAverage:
         return self.parameters.views(self.data)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes over a `state_dict`; parameters that are missing keep their average."""
+        """Loads a `state_dict`; parameters that are missing keep their average."""
         for name, view in self.state_dict().items():
             if name in state:
                 view.copy_(state[name])
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within it the module computes with the average in place of its parameters."""
+        """Within it, the module computes with the average instead of its parameters."""
         own = self.parameters.data.clone()
         try:
             self._set(self.data)
@@ -143,9 +143,9 @@ class AdamATan2:
 
     @torch.no_grad()
     def step(self, lr: Tensor, skip: Tensor | None = None) -> None:
-        """One update from the gradients as they stand, or none. lr: () float32, skip: () bool on the device.
+        """One update from the present gradients. lr: () float32, skip: () bool, both on the device.
 
-        Where skip is True parameters, copies and moments keep their bits, and the step is not counted.
+        Where skip is True, parameters, copies and moments keep their bits, and the step is not counted.
         """
         self.count += 1 if skip is None else ~skip
         adam_atan2(
@@ -169,7 +169,7 @@ class AdamATan2:
         return {"count": self.count.item(), **views}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a `state_dict` of the same parameters."""
+        """Loads a `state_dict` of the same parameters."""
         self.count.fill_(state["count"])
         for name, flat in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
             for parameter, view in self.parameters.views(flat).items():

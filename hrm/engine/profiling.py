@@ -16,7 +16,7 @@ Say = Callable[[str], None]
 
 
 class Stopwatch:
-    """The seconds that a part of a step takes, by a CUDA device's own clock or by the host's."""
+    """The duration of a part of a step, by a CUDA device's own clock or by the host's."""
 
     def __init__(self, device: torch.device) -> None:
         self._events: list[torch.cuda.Event] = []
@@ -35,7 +35,7 @@ class Stopwatch:
             self._events[1].record()
 
     def seconds(self) -> float:
-        """Of the last time; waits for the device to have reached its end."""
+        """Seconds of the last run; waits until the device has finished it."""
         if not self._events:
             return self._seconds
         self._events[1].synchronize()
@@ -43,13 +43,13 @@ class Stopwatch:
 
 
 class Profile:
-    """Takes a profile of `config.profile_steps` steps once `config.profile_after` have warmed the run up.
+    """Profiles `config.profile_steps` steps after a warm-up of `config.profile_after` steps.
 
     nsys and ncu: cudaProfilerStart and cudaProfilerStop around those steps and NVTX ranges within, for a run
     under `nsys profile --capture-range=cudaProfilerApi` or `ncu --profile-from-start off`. torch: a trace for
     chrome://tracing or Perfetto and a table of the operations that took longest, in `run_dir`/profile.
-    captured: steps are replayed from a CUDA graph, of which only the kernels are to be seen; that is said.
-    Raises UserError for what cannot be profiled here.
+    captured: steps are replayed from a CUDA graph, which shows its kernels only; a note says so. Raises
+    UserError for a kind of profile that this device or installation cannot take.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Profile:
         if self.kind in ("nsys", "ncu"):
             if device.type != "cuda":
                 raise UserError(
-                    f"profile={self.kind} looks at a CUDA device, and this run is on {device.type}: "
+                    f"profile={self.kind} needs a CUDA device, and this run is on {device.type}: "
                     "use profile=torch"
                 )
             try:

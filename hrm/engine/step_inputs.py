@@ -1,4 +1,4 @@
-"""What a step reads from the host, at addresses that stay: one buffer, filled by one copy a step."""
+"""The inputs of a step from the host: one buffer at a fixed address, filled by one copy a step."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ _ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class _Slot:
-    """A batch on its way to a CUDA device: pinned on the host, then staged beside the buffer."""
+    """A batch in transfer to a CUDA device: pinned on the host, then staged on the device."""
 
     host: Tensor
     staged: Tensor
@@ -27,12 +27,11 @@ class _Slot:
 
 
 class Feed:
-    """Fresh sequences, fewest steps and learning rates, where a program that is replayed looks for them.
+    """Fresh sequences, minimum ACT steps and learning rates, at the addresses that a replayed program reads.
 
     fresh: inputs, labels (B, S) and puzzle_identifiers (B,); min_halt_steps: (B,); all int32. lr,
-    puzzle_emb_lr, gate_loss_scale: () in rate_dtype. On CUDA a batch comes pinned and asynchronously on a
-    stream of its own, so that it travels while the step before runs; the host waits only when it is two
-    batches ahead.
+    puzzle_emb_lr, gate_loss_scale: () in rate_dtype. On CUDA a batch is copied from pinned memory on a stream
+    of its own, while the step before runs; the host waits only when it is two batches ahead.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class Feed:
                 staged = torch.empty_like(self._buffer)
                 host = torch.zeros(self._buffer.shape, dtype=torch.int32, pin_memory=True)
                 self._slots.append(_Slot(host, staged, torch.cuda.Event(), torch.cuda.Event()))
-        # On a CPU the buffer itself, written in place.
+        # On a CPU the host writes to the buffer itself.
         self._host = self._buffer if device.type == "cpu" else torch.zeros_like(self._buffer, device="cpu")
 
     def push(
@@ -66,7 +65,7 @@ class Feed:
         puzzle_emb_lr: float = 0.0,
         gate_loss_scale: float = 0.0,
     ) -> None:
-        """Puts the next step's values in place: behind all that this stream was given, before what follows.
+        """Writes the values of the next step, in order with the work of the current stream.
 
         batch: B rows of S cells. min_halt_steps: (B,), or one number for all.
         """

@@ -1,10 +1,10 @@
-"""Runs that repeat themselves bit for bit on the same machine: `deterministic=true`.
+"""Runs that are reproducible bit for bit on one machine: `deterministic=true`.
 
-Most of a run does so by itself. Weights, batches and exploration are functions of the seed and the step; this
-project's kernels sum in a fixed order, without atomics, and none is chosen by a measurement. What is left is
-PyTorch's and its libraries', on a GPU: products whose sums cuBLAS splits by the workspace it finds, backward
-passes of attention for long sequences and of large tables that add atomically, kernels that the compiler
-chooses by timing them. PyTorch's own switch settles all of these or raises; what it cannot settle is refused.
+Weights, batches and exploration are always functions of the seed and the step. This project's kernels sum in a
+fixed order, without atomics, with blocks chosen by shape and none by measurement. On a GPU, PyTorch and its
+libraries are not deterministic by default: cuBLAS splits sums by workspace, some backward passes add atomically,
+and the compiler chooses kernels by timing them. PyTorch's own switch makes these deterministic or raises an
+error.
 """
 
 import os
@@ -17,17 +17,16 @@ import torch
 from hrm.common.errors import UserError
 from hrm.config.load import Config
 
-# The settings of cuBLAS that PyTorch takes for deterministic; the first is the faster one.
+# Settings of cuBLAS that PyTorch accepts as deterministic, the faster one first.
 WORKSPACE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 
 
 @contextmanager
 def deterministic(config: Config, device: torch.device) -> Iterator[list[str]]:
-    """Within it `deterministic=true` holds; without that key nothing changes.
+    """Makes PyTorch deterministic within the context, if `deterministic=true`; yields notes for the user.
 
-    Yields notes for the user. To be entered before the first product on a CUDA device, when cuBLAS reads its
-    setting. Raises UserError for what configuration or environment ask for and cannot be, and for an
-    operation of PyTorch's that has no deterministic way.
+    Enter it before the first matrix product on a CUDA device, at which cuBLAS reads its setting. Raises
+    UserError for settings that contradict it, and for a PyTorch operation without a deterministic version.
     """
     if not config.deterministic:
         yield []
@@ -41,7 +40,7 @@ def deterministic(config: Config, device: torch.device) -> Iterator[list[str]]:
     filled = memory.fill_uninitialized_memory
     try:
         torch.use_deterministic_algorithms(True)
-        # It shows who reads memory that was never written, by a pass over every new tensor.
+        # Filling every new tensor costs time and only helps to find reads of unwritten memory.
         memory.fill_uninitialized_memory = False
         yield notes
     except RuntimeError as error:
@@ -58,11 +57,11 @@ def deterministic(config: Config, device: torch.device) -> Iterator[list[str]]:
 
 
 def _require(config: Config, device: torch.device) -> list[str]:
-    """Refuses what cannot repeat itself, sets what libraries read from the environment; returns notes."""
+    """Checks the configuration, sets environment variables of libraries, and returns notes."""
     if config.spike_rewinds:
         raise UserError(
-            f"deterministic=true cannot go with spike_rewinds={config.spike_rewinds}: a rewind goes back to "
-            "a checkpoint, and the clock decides when they are saved; set spike_rewinds=0"
+            f"deterministic=true excludes spike_rewinds={config.spike_rewinds}: a rewind returns to a "
+            "checkpoint, and the clock decides when those are saved; set spike_rewinds=0"
         )
     if device.type not in ("cpu", "cuda"):
         raise UserError(
@@ -71,7 +70,7 @@ def _require(config: Config, device: torch.device) -> list[str]:
         )
     if device.type == "cpu":
         threads = torch.get_num_threads()
-        return [f"deterministic: the same bits with as many threads, OMP_NUM_THREADS={threads}"]
+        return [f"deterministic: repeat it with OMP_NUM_THREADS={threads} for the same bits"]
     chosen = os.environ.setdefault(WORKSPACE, WORKSPACES[0])
     if chosen not in WORKSPACES:
         raise UserError(

@@ -1,19 +1,19 @@
-"""Which evaluation is the best so far, and when a run has gone on long enough without a better one."""
+"""The best evaluation so far, and when a run stops for lack of a better one."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# The metrics of which less is better.
+# Metrics that are better when lower.
 LOSSES = ("lm_loss",)
 
 
 def score(results: Mapping[str, Mapping[str, float]], metric: str) -> float:
-    """How good an evaluation is by one metric, higher being better; a loss counts with its sign turned.
+    """The score of an evaluation by one metric; higher is better, so a loss changes its sign.
 
-    results: metrics by set, as `Engine.evaluate` returns them. Returns the mean over the sets, weighted by
-    their counts of sequences; NaN where there are none.
+    results: metrics by set, as `Engine.evaluate` returns them. Returns the mean over all sequences of all
+    sets; NaN without sequences.
     """
     counted = [found for found in results.values() if found["count"]]
     if not counted:
@@ -24,10 +24,9 @@ def score(results: Mapping[str, Mapping[str, float]], metric: str) -> float:
 
 @dataclass
 class Best:
-    """The best score so far, the step it was reached at, and the evaluations since (`stale`).
+    """The best score so far, its step, and the number of evaluations since (`stale`).
 
-    A score is better when it is above the best by more than `min_delta`; the first one is. A score that is
-    not finite never is.
+    A finite score is the new best if it is the first one or exceeds the best by more than `min_delta`.
     """
 
     min_delta: float = 0.0
@@ -36,7 +35,7 @@ class Best:
     stale: int = 0
 
     def update(self, step: int, score: float) -> bool:
-        """Takes in the evaluation of `step`; returns whether it is the best."""
+        """Records the evaluation of `step`; returns whether it is the new best."""
         improved = math.isfinite(score) and (self.score is None or score > self.score + self.min_delta)
         if improved:
             self.score, self.step, self.stale = score, step, 0
@@ -45,7 +44,7 @@ class Best:
         return improved
 
     def should_stop(self, patience: int | None) -> bool:
-        """Whether `patience` evaluations in a row brought no better one; never where it is None."""
+        """Whether the last `patience` evaluations brought no new best; never if patience is None."""
         return patience is not None and self.stale >= patience
 
     def state_dict(self) -> dict[str, Any]:
@@ -53,5 +52,5 @@ class Best:
         return {"score": self.score, "step": self.step, "stale": self.stale}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a `state_dict`; `min_delta` stays this run's own."""
+        """Continues from a `state_dict`; keeps the present `min_delta`."""
         self.score, self.step, self.stale = state["score"], state["step"], state["stale"]

@@ -1,4 +1,4 @@
-"""What goes wrong in a run, seen in its log lines, each with what to try against it."""
+"""Symptoms of a run that goes wrong, recognised in its log lines, with remedies."""
 
 import math
 import re
@@ -8,30 +8,30 @@ from collections.abc import Iterator, Mapping
 from hrm.config.schedule import interval_epochs
 from hrm.config.schema import Config
 
-# Log lines in a row that must show a symptom: one line may be chance, ten are a state.
+# Log lines in a row that must show a symptom; a single line may be chance.
 LINES = 10
-# The share of the run before which a model is still finding its feet, beside the warm-up.
+# No symptom is expected to mean anything before this share of the run and before the end of the warm-up.
 SETTLED = 0.1
-# And before which a model that solves nothing at all may yet begin to.
+# A model that solves nothing before this share of the run may still begin to.
 UNSOLVED = 1 / 3
-# The share of solved sequences from which halting has had something to learn from.
+# Halting can be learnt from this share of solved sequences on.
 SOLVED = 0.2
-# How close to its limit the mean number of steps is, when next to none halts before.
+# The mean number of steps is this close to its limit if almost no sequence halts earlier.
 STEPS_MARGIN = 0.01
-# A gate this far from open, or from shut, hardly lets anything through, or hold anything back. Fresh gates
-# are 0.1 open, or 0.05 at the least by a strategy, so the shares below 0.1 and above 0.9 do not suffice.
+# Below SHUT a gate passes almost nothing, above 1 - SHUT almost everything. Fresh gates are at 0.1, or 0.05
+# with a gate_init_strategy, so the shares below 0.1 and above 0.9 do not suffice.
 SHUT = 0.02
-# And of gates at both ends, the share that is above 0.9: of fresh ones next to none is.
+# The share of values above 0.9 that only a gate saturated at both ends has; fresh gates have almost none.
 OPEN = 0.1
-# The share of a saturated gate's values that are below 0.1 or above 0.9.
+# The share of values below 0.1 or above 0.9 that makes a gate saturated.
 AT_THE_EDGES = 0.95
-# Fresh gates spread by 0.03 or more; below this they are a constant factor.
+# Fresh gates have a standard deviation of 0.03 or more; below UNIFORM a gate is a constant factor.
 UNIFORM = 0.005
-# Evaluations without a solved puzzle that count: this share of all, one alone only where there is one.
+# The share of all evaluations without a solved puzzle that is a symptom; at least two, if there are two.
 EVALUATIONS = 0.5
-# From which share of solved training sequences a test set of which nothing is solved was not generalised to.
+# A model that solves this share of training sequences and no test puzzle does not generalise.
 OVERFITTED = 0.5
-# Fewer thinking steps than this were too few for Sudoku.
+# Fewer ACT steps were too few for Sudoku.
 ENOUGH_STEPS = 8
 
 _EXACT = re.compile(r"eval(_ema)?/.+/exact_accuracy")
@@ -39,10 +39,10 @@ _GATE = re.compile(r"train/gates/(\w+/\w+)/mean")
 
 
 class Symptoms:
-    """Reads a run's log lines one by one and answers what has gone wrong for long, each symptom once.
+    """Reads a run's log lines one by one and reports each lasting symptom once.
 
-    The answers depend on the configuration and the lines alone, so a saved metrics.jsonl gives them again. A
-    resumed run, which shows its later lines only, takes as many of them as a new one.
+    The reports depend on the configuration and the lines alone, so a saved metrics.jsonl reproduces them. A
+    resumed run counts lines from its resumption on.
     """
 
     def __init__(self, config: Config, total_steps: int) -> None:
@@ -62,7 +62,7 @@ class Symptoms:
         self._train_exact: float | None = None
 
     def check(self, step: int, metrics: Mapping[str, float]) -> list[str]:
-        """What the line of `step` adds: a line of text for each new symptom, with its numbers and remedies.
+        """A line of text for each symptom that the line of `step` completes, with numbers and remedies.
 
         metrics: any of the names in metrics.jsonl, `train/...`, `eval/<set>/...`; NaN counts as missing.
         """
@@ -76,7 +76,7 @@ class Symptoms:
         ]
 
     def _lasts(self, symptom: str, shows: bool) -> bool:
-        """Whether a symptom has shown on LINES lines in a row, and was not told before."""
+        """Whether a symptom has shown on LINES lines in a row and was not reported before."""
         self._streaks[symptom] = self._streaks[symptom] + 1 if shows else 0
         return self._streaks[symptom] >= LINES and symptom not in self._told
 
@@ -120,13 +120,13 @@ class Symptoms:
         steps, exact = line.get("train/steps"), line.get("train/exact_accuracy")
         if steps is None or exact is None:
             return
-        # Of the limits, for the stages of a run have their own.
+        # Each stage of a run has its own limit.
         limit = next((limit for limit in self._limits if abs(steps - limit) <= STEPS_MARGIN), None)
         if self._lasts("never solved", step > self._should_solve and limit is not None and exact == 0):
             accuracy = line.get("train/accuracy", math.nan)
             yield from self._tell(
                 "never solved",
-                f"every sequence takes all {limit} ACT steps, for none is solved yet at step {step} "
+                f"every sequence takes all {limit} ACT steps, as none is solved yet at step {step} "
                 f"({accuracy:.1%} of cells right), and only solved ones teach when to halt",
                 *self._learns_nothing(),
             )
@@ -168,7 +168,7 @@ class Symptoms:
         if uniform:
             yield from self._tell(
                 "uniform",
-                f"gates are the same everywhere at step {step}, a mere factor: {', '.join(uniform)}",
+                f"gates are the same everywhere at step {step}, like a constant factor: {', '.join(uniform)}",
                 f"lr={2 * self.config.lr:g}",
                 f"in a new run arch.gate_hidden_ratio={2 * self.config.arch.gate_hidden_ratio:g}",
             )
@@ -197,7 +197,7 @@ class Symptoms:
     # ----------------------------------------------------------------------------------------- remedies
 
     def _learns_nothing(self) -> list[str]:
-        """Against a model that solves nothing: what it needs to think, and what is easier to begin with."""
+        """Remedies for a model that solves nothing: more computation, or easier puzzles to start with."""
         config, arch = self.config, self.config.arch
         thinks_short = arch.halt_max_steps < ENOUGH_STEPS
         easier = "easier puzzles (sudoku.min_difficulty=0, more sudoku.clues)"
@@ -213,5 +213,5 @@ class Symptoms:
         ]
 
     def _calmer(self) -> str:
-        """Against steps that are too large."""
+        """Remedy for steps that are too large."""
         return f"lr={self.config.lr / 2:g} or lr_warmup_steps={max(2 * self.config.lr_warmup_steps, 1000)}"

@@ -1,4 +1,4 @@
-"""Loss spikes: a step whose loss lies far above what is usual for the run, judged from the losses alone."""
+"""Loss spikes: steps with a loss far above the usual one of the run."""
 
 import math
 from collections import deque
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-# Losses that are usual are the last of so many steps, and none is judged by fewer than so many.
+# The usual loss is that of the last WINDOW steps; LEAST steps are needed to judge one.
 WINDOW, LEAST = 200, 50
 # The standard deviation of a normal distribution over its median absolute deviation.
 NORMAL = 1.4826
-# No spread is taken for smaller than this share of the usual loss, nor than so many nats: the losses of a
-# model that has all but learnt its task spread little, and jump by many times that at a hard batch.
+# The spread is at least this share of the usual loss and this many nats: when a model has nearly learnt its
+# task, losses spread little, and a hard batch exceeds them by many times their spread.
 SHARE, NATS = 0.05, 0.05
-# Usual losses in a row after which a spike is over, and the next one is told.
+# Usual losses in a row that end a spike; the next high loss is a new spike.
 CALM = 20
 
 
 @dataclass(frozen=True)
 class Spike:
-    """A step's loss far above the `usual` one, the median of the steps before it, whose `spread` is given."""
+    """A step whose loss exceeds `usual`, the median of earlier steps, by many times their `spread`."""
 
     step: int
     loss: float
@@ -34,28 +34,28 @@ class Spike:
 
 
 class LossWatch:
-    """Tells the steps whose loss is a spike, each spike once.
+    """Finds loss spikes and reports each once.
 
-    A loss is one when it lies above the median of the last WINDOW losses by more than `threshold` times their
-    spread: their median absolute deviation, scaled to a normal distribution's standard deviation. Neither
-    moves for a few outliers, so a spike does not make the next one usual, but a level that stays for half of
-    the window is no spike any more. Losses that are not finite are passed over.
-    On the losses of small v1, gated and TRM runs, in batches of 16 and 64, a healthy one strayed by 6.5
-    spreads at the most, a batch with shuffled labels by 17.7 at the least, and runs at 30 times the learning
-    rate by 11.8 and 14.3. In batches of 4 a single sequence can make 20.
+    A loss is a spike if it exceeds the median of the last WINDOW losses by more than `threshold` times their
+    spread, the median absolute deviation scaled to a normal distribution's standard deviation. A few outliers
+    change neither; a level that lasts for half of the window becomes the usual one. Losses that are not
+    finite are ignored.
+    Measured on small v1, gated and TRM runs with batches of 16 and 64: healthy losses deviate by at most 6.5
+    spreads, batches with shuffled labels by at least 17.7, runs at 30 times the learning rate by 11.8 and
+    14.3. In batches of 4, a single sequence can cause a deviation of 20.
     """
 
     def __init__(self, threshold: float | None) -> None:
-        """threshold: in spreads; None for not looking."""
+        """threshold: in spreads; None to find no spikes."""
         self.threshold = threshold
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._calm = 0
 
     def check(self, steps: Sequence[int], losses: Sequence[float]) -> Spike | None:
-        """Takes in the losses of steps that follow each other; returns the first that is a new spike.
+        """Records the losses of consecutive steps; returns the first new spike among them.
 
-        losses: a mean over the sequences of each step, in nats. The answers depend on the losses alone, not
-        on how they are dealt out to calls.
+        losses: mean over the sequences of each step, in nats. The result does not depend on how losses are
+        split into calls.
         """
         if self.threshold is None:
             return None
@@ -84,6 +84,6 @@ class LossWatch:
         return {"losses": list(self._losses), "calm": self._calm}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a `state_dict` and judges as its run did; `threshold` stays this run's own."""
+        """Continues from a `state_dict`; keeps the present `threshold`."""
         self._losses = deque(state["losses"], maxlen=WINDOW)
         self._calm = state["calm"]
