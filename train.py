@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from hrm.common.errors import run_command
 from hrm.config.load import KEYS, parse_args, resolve_device
 from hrm.config.schema import Config
-from hrm.ranks import one_voice, place
 from hrm.training.signals import GO_ON, REASONS, Stopped, StopSignals
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status: 0, 2 for a user's mistake, or one of `REASONS`."""
     words = sys.argv[1:] if argv is None else argv
     return run_command(
-        lambda: one_voice(lambda: train(parse_args(words))),
+        lambda: train(parse_args(words)),
         "resume=auto continues from the last checkpoint, if one was saved",
     )
 
@@ -30,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: Config) -> int:
     """Trains alone or as one of torchrun's ranks; returns the exit status. Raises UserError."""
     # PyTorch takes seconds to import; --help and a mistyped key are answered without it.
-    from hrm.distributed import joined
-    from hrm.software import versions
+    from hrm.common.versions import versions
+    from hrm.distributed import joined, place
     from hrm.training.determinism import deterministic
 
     is_main = place().rank == 0
@@ -92,7 +91,6 @@ def run(config: Config, ranks: "World", device: "torch.device", stop: StopSignal
                 if progress.evaluation_due:
                     evaluator.evaluate(progress)
                 while not progress.is_over and (batch := next(batches, None)) is not None:
-                    ranks.doing(f"step {progress.step + 1}")
                     profile.before_step()
                     engine.train_step(batch)
                     profile.after_step()

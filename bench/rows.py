@@ -6,8 +6,6 @@ calls and one wait for the device at its end, so that a device which waits for t
 """
 
 import gc
-import importlib.metadata
-import importlib.util
 import os
 import time
 from collections.abc import Callable
@@ -31,6 +29,7 @@ from bench.implementations import (
 )
 from bench.roofline import MACHINES, Row, measure, step, totals
 from hrm.common.machine import processor
+from hrm.common.versions import package_versions
 from hrm.config.load import Config, parse_args
 from hrm.data.format import Metadata
 from hrm.engine.modes import compiler_fault
@@ -260,15 +259,6 @@ def launches(events: list[dict[str, Any]]) -> dict[str, int]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Of what the rows run on, where it is installed."""
-    found = {"torch": str(torch.__version__)}
-    for name in ("triton", "flash_attn", "adam_atan2"):
-        if importlib.util.find_spec(name):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
 def machine() -> dict[str, Any]:
     """Where the rows run: device, processor, threads and versions."""
     return {
@@ -276,7 +266,7 @@ def machine() -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "versions": versions(),
+        "versions": package_versions("triton", "flash_attn", "adam_atan2"),
     }
 
 
@@ -306,7 +296,7 @@ def _time_row(benchmark: Any, program: Program, name: str, model: Model, code: C
     rounds, calls = program.cuda if CUDA else program.cpu
     benchmark.group = f"{program.name}: {name}"
     # Before the official code is there with a stand-in for a package.
-    found = versions()
+    found = package_versions("triton", "flash_attn", "adam_atan2")
     # One class of models, compiled anew for each row.
     torch._dynamo.reset()
     if CUDA:

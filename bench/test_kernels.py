@@ -15,7 +15,6 @@ and the other rows say why they are skipped.
 """
 
 import gc
-import importlib.metadata
 import importlib.util
 import os
 import time
@@ -35,6 +34,7 @@ from bench.implementations import peak_memory
 from bench.operations import CUDA, DTYPE, OPS, Call, Inputs, library_attention, liger
 from bench.roofline import measure, roofline_time
 from hrm.common.machine import processor
+from hrm.common.versions import package_versions
 from hrm.engine.modes import compiler_fault
 from kernels.attention import FLASH2, FLASH3
 from tests.kernels.compare import DEVICE, Outputs, allowed_error, distance, randn, run
@@ -205,14 +205,6 @@ def peak_bytes(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def versions() -> dict[str, str]:
-    found = {"torch": str(torch.__version__)}
-    for name in ("triton", "liger_kernel", "flash_attn"):
-        if importlib.util.find_spec(name):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
 def figures(work: Work, seconds: float, dtype: torch.dtype) -> dict[str, float]:
     """The rates that a time amounts to; on CUDA in 16 bits the share of the measured roofline."""
     rates = {"GB/s": round(work.bytes / seconds / 1e9, 1)}
@@ -252,7 +244,7 @@ def test_operation(benchmark, op, B, direction, implementation):
         "gpu": torch.cuda.get_device_name() if CUDA else None,
         "processor": processor(),
         "cores": os.cpu_count(),
-        "versions": versions(),
+        "versions": package_versions("triton", "liger_kernel", "flash_attn"),
         **errors,
     }
     with chosen_backend(implementation):

@@ -1,43 +1,174 @@
-"""The ranks that train one run together, as torchrun starts them; one rank needs nothing of it."""
+"""The ranks of one run: torchrun starts, ends and restarts them, torch.distributed joins them.
 
+A process started alone is rank 0 of 1 and needs none of it.
+"""
+
+import faulthandler
 import hashlib
 import os
+import re
 import signal
+import socket
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hrm.agreement import Agreement
-from hrm.common.errors import UserError
-from hrm.heartbeat import JOINING, PATIENCE, SILENCE, Heartbeat, meet
-from hrm.ranks import place
+from hrm.common.errors import ENDING, RankLost, UserError
+from hrm.common.versions import differences
 
-# How much longer than the ranks' patience a collective waits by itself: the heartbeats tell who is missing.
-BEYOND = 300.0
-# Names of what differs and digits of a value that are told.
-TOLD, DIGITS = 5, 60
+# Seconds between the starts of ranks: importing torch from a slow disk takes its time.
+JOINING = 120.0
+# Seconds in which a rank that waits answers the roll call after a collective timed out.
+ROLL_CALL = 8.0
+# Seconds after `rank_timeout` at which a rank that is stuck ends itself; its peers name it before.
+SPARE = 40.0
+# Seconds that a rank may take to end after its peers are lost, its last checkpoint being written.
+LAST = 60.0
+REMEDY = "the same command continues from the last checkpoint"
 # PyTorch 2.13 renamed it.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-_heartbeat: Heartbeat | None = None
-_agreement: Agreement | None = None
+
+class Place(NamedTuple):
+    """A process's rank among `size`, and its number on its own node."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+
+def place() -> Place:
+    """This process's place in the environment that torchrun sets. Raises UserError for an impossible one."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return Place()
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    values = [os.environ.get(name, "") for name in names]
+    size, rank, local_rank = (int(value) if value.isdecimal() else -1 for value in values[:3])
+    if not (0 <= rank < size and local_rank >= 0 and all(values)):
+        given = " ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+        raise UserError(
+            f"{given}: not as torchrun sets them; start the ranks with torchrun, or unset WORLD_SIZE for a "
+            "single one"
+        )
+    return Place(rank, size, local_rank)
+
+
+@dataclass
+class _Peers:
+    """What joins this rank to the others: gloo groups between the CPUs, and a store of this attempt's own.
+
+    side: codes, objects and barriers. roll_call: used only after another group has failed, for a failure
+    closes that group's connections. names: each rank with its host and process.
+    """
+
+    rank: int
+    timeout: float
+    store: dist.Store
+    side: dist.ProcessGroup
+    roll_call: dist.ProcessGroup
+    names: list[str]
+    sent: tuple[dist.Work, Tensor] | None = None
+    postponed: float = 0.0
+
+    @contextmanager
+    def collective(self) -> Iterator[None]:
+        """Around a collective: where it fails because a rank is missing, raises RankLost naming the rank."""
+        # A stuck rank that is alone on its node ends itself and prints its threads' tracebacks.
+        if time.monotonic() - self.postponed > 1:
+            self.postponed = time.monotonic()
+            faulthandler.dump_traceback_later(self.timeout + SPARE, exit=True)
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            # Nothing is left to save: torchrun's signal ends this rank at once.
+            with suppress(ValueError):
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            reason = self.told() or self._missing(str(error))
+            if reason is None:
+                raise
+            reason = self.tell(reason)
+            # If the missing rank ended on this node, torchrun prints the cause and ends this rank meanwhile.
+            time.sleep(ENDING)
+            raise RankLost(f"{reason}; {REMEDY}") from None
+
+    def tell(self, reason: str) -> str:
+        """Publishes why the job ends and leaves this process LAST seconds; returns the first such reason."""
+        faulthandler.dump_traceback_later(LAST, exit=True)
+        with suppress(RuntimeError):
+            return self.store.compare_set("reason", "", reason).decode()
+        return reason
+
+    def told(self, seconds: float = 0.0) -> str | None:
+        """The published reason; None if there is none for so many seconds."""
+        deadline = time.monotonic() + seconds
+        with suppress(RuntimeError):
+            while not (told := self.store.check(["reason"])) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            return self.store.get("reason").decode() if told else None
+        return None
+
+    def _missing(self, error: str) -> str | None:
+        """Names the ranks whose connections are closed, or one that does not answer; None if all do."""
+        others = (rank for rank in range(len(self.names)) if rank != self.rank)
+        closed = [self.names[rank] for rank in others if not self._connected(rank)]
+        if closed:
+            return f"{', '.join(closed)}: connection closed, the process has ended"
+        missing = re.search(_MISSING, error)
+        if missing is None:
+            try:
+                dist.monitored_barrier(self.roll_call, timedelta(seconds=ROLL_CALL))
+            except RuntimeError as silence:
+                missing = re.search(_MISSING, str(silence))
+                # Rank 0 collects the answers: without its verdict it is the one that is stuck.
+                if missing is None and (told := self.told(ENDING)):
+                    return told
+            else:
+                return None
+        name = self.names[int(missing[1]) if missing else 0]
+        return f"rank_timeout={self.timeout:g}: waited in vain for {name}"
+
+    def _connected(self, rank: int) -> bool:
+        try:
+            # Posting fails on a closed connection; nothing is sent with this tag.
+            dist.irecv(torch.empty(1), rank, self.roll_call, tag=1 << 20)
+        except RuntimeError:
+            return False
+        return True
+
+    def answer(self) -> int:
+        """The highest of the codes sent last, 0 if none were."""
+        sent, self.sent = self.sent, None
+        if sent is None:
+            return 0
+        sent[0].wait()
+        return int(sent[1])
+
+
+# The words of monitored_barrier on rank 0.
+_MISSING = r"Rank (\d+) failed to pass monitoredBarrier"
 
 
 @dataclass(frozen=True)
 class World:
     """This process among those that share every global batch: its rank in 0..size-1.
 
-    Every method but `rows`, `is_main` and `doing` is for all ranks to call together, in their main threads;
-    where one of them is gone, it raises UserError naming it.
+    All ranks call every method except `rows` together, from their main threads. Where a rank is missing, the
+    others' call raises RankLost with the number of that rank.
     """
 
     rank: int = 0
     size: int = 1
+    _peers: _Peers | None = None
 
     @property
     def is_main(self) -> bool:
@@ -51,173 +182,88 @@ class World:
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sums a tensor over the ranks, in place."""
-        if self.size > 1:
-            with _together():
+        if self._peers:
+            with self._peers.collective():
                 dist.all_reduce(tensor)
         return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """The ranks' tensors of one shape (b, ...), in rank order: (size * b, ...)."""
-        if self.size == 1:
+        if not self._peers:
             return tensor
         wire = _on_the_wire(tensor)
         gathered = wire.new_empty(self.size * len(wire), *wire.shape[1:])
-        with _together():
+        with self._peers.collective():
             _all_gather(gathered, wire)
         return gathered.to(tensor.dtype)
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Gives rank 0's tensor to every rank, in place."""
-        if self.size == 1:
+        if not self._peers:
             return tensor
         wire = _on_the_wire(tensor.detach())
-        with _together():
+        with self._peers.collective():
             dist.broadcast(wire, 0)
         with torch.no_grad():
             tensor.copy_(wire)
         return tensor
 
     def barrier(self) -> None:
-        """Waits for every rank."""
-        if self.size > 1:
-            with _together():
-                dist.barrier()
+        """Waits on the CPU for every rank; rank 0 learns which one does not come."""
+        if self._peers:
+            with self._peers.collective():
+                # Rank 0 gives up before the others, which could not name the rank.
+                dist.monitored_barrier(self._peers.side, timedelta(seconds=0.9 * self._peers.timeout))
 
     def check_equal(self, what: Mapping[str, str]) -> None:
-        """Raises UserError on every rank unless all gave the same names with the same values.
+        """Raises UserError on every rank unless all give the same names with the same values.
 
-        A long value is told by its first digits; of many names that differ the first few are told.
+        The message shortens long values and lists the first few of many names that differ.
         """
-        if _agreement is None:
+        if not self._peers:
             return
-        with _together():
-            given: list[dict[str, str]] = _agreement.all_gather(dict(what))
-        names = dict.fromkeys(name for values in given for name in values)
-        found = [
-            f"{name} ({difference})"
-            for name in names
-            if (difference := _difference([values.get(name, "nothing") for values in given]))
-        ]
-        if found:
-            more = f" and {len(found) - TOLD} more" if len(found) > TOLD else ""
+        given: list[dict[str, str]] = [{}] * self.size
+        with self._peers.collective():
+            dist.all_gather_object(given, dict(what), self._peers.side)
+        if found := differences(given):
             raise UserError(
-                f"the ranks differ in {', '.join(found[:TOLD])}{more}: start all of them from the same code, "
-                "configuration, data and output_dir"
+                f"the ranks differ in {found}: start all of them from the same code, configuration, data and "
+                "output_dir"
             )
 
     def highest(self, code: int) -> int:
         """The highest code (0 or more) that any rank gave at its previous call: the same on every rank.
 
-        Once a step, so that ranks agree where to stop: the answer is one call late, and 0 at the first, for
-        nobody to wait while it travels. A rank alone is given its own code at once. Every rank must have made
-        as many calls when it leaves the ranks.
+        Called once a step, so that ranks agree where to stop. The answer is one call late, and 0 at the
+        first, so that no rank waits while it travels; a rank alone gets its own code at once.
         """
-        if _agreement is None:
+        peers = self._peers
+        if not peers:
             return code
-        with _together():
-            return _agreement.highest(code)
-
-    def stragglers(self, seconds: float) -> str | None:
-        """A line that names ranks which have been slow for some calls in a row, each once; else None.
-
-        seconds: this rank's own time for a step, without what it waited for others.
-        """
-        if _agreement is None:
-            return None
-        with _together():
-            return _agreement.stragglers(seconds)
-
-    def doing(self, what: str) -> None:
-        """Notes what this rank is about to do ("step 120", "saving"), for the others to read if it lasts."""
-        if _heartbeat is not None:
-            _heartbeat.doing(what)
-
-
-def _difference(values: list[str]) -> str:
-    """Which ranks hold which value, the commonest last; empty if all hold the same."""
-    holders: dict[str, list[int]] = {}
-    for rank, value in enumerate(values):
-        holders.setdefault(value, []).append(rank)
-    if len(holders) == 1:
-        return ""
-    groups = sorted(((_short(value), ranks) for value, ranks in holders.items()), key=lambda g: len(g[1]))
-    (common, ranks), rare = groups[-1], groups[:-1]
-    told = [f"{_ranks(held)} {value}" for value, held in rare]
-    others = "the others have" if len(ranks) > 1 else _ranks(ranks)
-    return f"{', '.join(told)}, {others} {common}"
-
-
-def _ranks(ranks: list[int]) -> str:
-    many = len(ranks) > 1
-    return f"rank{'s' if many else ''} {', '.join(map(str, ranks))} {'have' if many else 'has'}"
-
-
-def _short(value: str) -> str:
-    if len(value) <= DIGITS:
-        return value
-    # Long values that begin alike are told apart.
-    return f"{value[: DIGITS - 12]}… ({hashlib.sha256(value.encode()).hexdigest()[:8]})"
-
-
-def _on_the_wire(tensor: Tensor) -> Tensor:
-    # gloo knows no bool
-    return tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.contiguous()
-
-
-@contextmanager
-def _together() -> Iterator[None]:
-    """Around a collective: one that breaks because a rank is gone raises UserError naming the rank."""
-    try:
-        with nullcontext() if _heartbeat is None else _heartbeat.waiting():
-            yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        # There is nothing left to save: torchrun's signal ends this rank at once.
-        with suppress(ValueError):
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        reason = _heartbeat.why_broken() if _heartbeat else None
-        if reason is None:
-            raise
-        raise UserError(reason) from None
-
-
-def digest(tensor: Tensor) -> str:
-    """16 hexadecimal digits of the sha256 of a tensor's bytes, for `World.check_equal`."""
-    flat = tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu()
-    return hashlib.sha256(flat.numpy().data).hexdigest()[:16]
+        with peers.collective():
+            answer, value = peers.answer(), torch.tensor([code])
+            peers.sent = dist.all_reduce(value, dist.ReduceOp.MAX, peers.side, async_op=True), value
+        return answer
 
 
 @contextmanager
 def joined(
-    device: str, global_batch_size: int, rank_timeout: float = PATIENCE, silence: float = SILENCE
+    device: str, global_batch_size: int, rank_timeout: float = 1800.0
 ) -> Iterator[tuple[World, torch.device]]:
-    """`start`, then `stop` when the block ends: where it raises, the other ranks are told why."""
-    try:
-        yield start(device, global_batch_size, rank_timeout, silence)
-    except BaseException as error:
-        stop(error)
-        raise
-    stop()
-
-
-def start(
-    device: str, global_batch_size: int, rank_timeout: float = PATIENCE, silence: float = SILENCE
-) -> tuple[World, torch.device]:
     """Joins the ranks that torchrun started, if it did, and picks this rank's device.
 
-    device: cpu, cuda, cuda:N or mps. Under torchrun each rank takes the GPU of its LOCAL_RANK and they talk
-    by nccl, on a CPU by gloo. rank_timeout: seconds that ranks wait in a collective for one that lives but
-    does not come; silence: seconds after which a rank without a sign of life ends the job.
+    device: cpu, cuda, cuda:N or mps. Under torchrun each rank takes the GPU of its LOCAL_RANK and talks by
+    nccl, on a CPU by gloo. rank_timeout: seconds that ranks wait in a collective for one that does not come.
+    If the block raises, the other ranks are told why.
     Raises UserError for a device or a batch that the ranks cannot share, and for ranks that do not come.
     """
-    global _heartbeat, _agreement
     here = place()
     if here.size == 1:
         alone = torch.device(device)
         if alone.index is not None and alone.type == "cuda":
             torch.cuda.set_device(alone)
-        return World(), alone
+        yield World(), alone
+        return
     # Before the ranks meet: afterwards one that stops leaves the others waiting.
     if global_batch_size % here.size:
         raise UserError(
@@ -231,64 +277,105 @@ def start(
             f"device=cuda: LOCAL_RANK={here.local_rank} on a machine with {torch.cuda.device_count()} GPUs: "
             "lower torchrun's --nproc_per_node"
         )
-    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    waiting = timedelta(seconds=JOINING)
+    target = torch.device("cuda", here.local_rank) if device == "cuda" else torch.device("cpu")
+    peers = _join(here, target, rank_timeout)
     try:
-        store, _, _ = next(iter(dist.rendezvous("env://", timeout=waiting)))
+        yield World(here.rank, here.size, peers), target
+    except BaseException as error:
+        text = (str(error).splitlines() or [""])[0]
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        peers.tell(f"{peers.names[here.rank]} failed: {kind}{text}")
+        raise
+    with peers.collective():
+        peers.answer()
+    dist.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()
+
+
+def _join(here: Place, target: torch.device, rank_timeout: float) -> _Peers:
+    """Connects this rank to the others."""
+    timeout, joining = timedelta(seconds=rank_timeout), timedelta(seconds=JOINING)
+    try:
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=joining)))
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200]
+        address = " ".join(f"{name}={os.environ[name]}" for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise UserError(
-            f"MASTER_ADDR={host} MASTER_PORT={port}: the ranks cannot meet there ({reason}); start them with "
-            "torchrun"
+            f"{address}: the ranks cannot meet there ({_first_line(error)}); start them with torchrun"
         ) from None
-    attempt = meet(store, here)
-
-    def connect() -> dist.Store:
-        return dist.PrefixStore(attempt, dist.TCPStore(host, int(port), timeout=waiting))
-
-    _heartbeat = Heartbeat(connect, f"{host}:{port}", here, silence, rank_timeout)
-    patience = timedelta(seconds=rank_timeout + silence + BEYOND)
-    store, target, backend = dist.PrefixStore(attempt, store), torch.device("cpu"), "gloo"
-    if device == "cuda":
-        target, backend = torch.device("cuda", here.local_rank), "nccl"
+    store = dist.PrefixStore(_attempt(store, here), store)
+    is_gpu = target.type == "cuda"
+    if is_gpu:
         torch.cuda.set_device(target)
-    with _together():
+    try:
         dist.init_process_group(
-            backend,
+            "nccl" if is_gpu else "gloo",
             store=store,
             rank=here.rank,
             world_size=here.size,
-            timeout=patience,
-            device_id=target if device == "cuda" else None,
+            # The CPU-side groups time out first and name the rank, which NCCL's watchdog cannot.
+            timeout=timeout + timedelta(seconds=SPARE) if is_gpu else timeout,
+            device_id=target if is_gpu else None,
         )
-    _agreement = Agreement(_processors(patience))
-    return World(here.rank, here.size), target
-
-
-def _processors(patience: timedelta) -> dist.ProcessGroup:
-    """A gloo group of all ranks, whose devices may talk by nccl."""
-    try:
-        with _together():
-            return dist.new_group(timeout=patience, backend="gloo")
+        side = dist.new_group(timeout=timeout, backend="gloo")
+        roll_call = dist.new_group(timeout=timedelta(seconds=1.5 * ROLL_CALL), backend="gloo")
+        names = [""] * here.size
+        name = f"rank {here.rank} (host {socket.gethostname()}, pid {os.getpid()})"
+        dist.all_gather_object(names, name, side)
     except RuntimeError as error:
         raise UserError(
-            f"the ranks' processors cannot connect ({str(error).splitlines()[0][:200]}): name the network "
-            "between the machines, as in GLOO_SOCKET_IFNAME=eth0"
+            f"the ranks cannot connect ({_first_line(error)}): name the network between the machines, as in "
+            "GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0"
         ) from None
+    return _Peers(here.rank, rank_timeout, store, side, roll_call, names)
 
 
-def stop(error: BaseException | None = None) -> None:
-    """Leaves the ranks again; error: what ended this rank, for the others to name."""
-    global _heartbeat, _agreement
-    if _heartbeat is None:
-        return
-    if error is None:
-        if _agreement is not None:
-            with _together():
-                _agreement.finish()
-        _heartbeat.leave()
-        dist.destroy_process_group()
-    else:
-        text = (str(error).splitlines() or [""])[0]
-        _heartbeat.leave(text if isinstance(error, UserError) else f"{type(error).__name__}: {text}")
-    _heartbeat = _agreement = None
+def _attempt(store: dist.Store, here: Place) -> str:
+    """The prefix of this attempt's keys in the store; every rank calls it once.
+
+    The store outlives ranks that torchrun restarts, and so do their keys; torchrun's count of restarts
+    differs between nodes. So rank 0 draws a name and gives it to each rank that asks with a token of its own,
+    until every rank has confirmed. Raises UserError for ranks that do not come.
+    """
+    token, deadline = uuid4().hex, time.monotonic() + JOINING
+    if here.rank > 0:
+        store.set(f"asks/{here.rank}", token)
+        try:
+            store.wait([f"answer/{token}"], timedelta(seconds=JOINING))
+        except RuntimeError:
+            raise _absent([0], here.size) from None
+        name = store.get(f"answer/{token}").decode()
+        store.set(f"{name}/joined/{here.rank}", "")
+        return name
+    absent, asked = list(range(1, here.size)), set[bytes]()
+    while absent:
+        if time.monotonic() > deadline:
+            raise _absent(absent, here.size)
+        for rank in absent:
+            if store.check([f"asks/{rank}"]) and (asks := store.get(f"asks/{rank}")) not in asked:
+                asked.add(asks)
+                store.set(f"answer/{asks.decode()}", token)
+        time.sleep(0.05)
+        absent = [rank for rank in absent if not store.check([f"{token}/joined/{rank}"])]
+    return token
+
+
+def _absent(ranks: list[int], size: int) -> UserError:
+    return UserError(
+        f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} of {size} did not join within "
+        f"{JOINING:g} s: start all of them, and look for their own errors"
+    )
+
+
+def digest(tensor: Tensor) -> str:
+    """16 hexadecimal digits of the sha256 of a tensor's bytes, for `World.check_equal`."""
+    flat = tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu()
+    return hashlib.sha256(flat.numpy().data).hexdigest()[:16]
+
+
+def _on_the_wire(tensor: Tensor) -> Tensor:
+    # gloo has no bool.
+    return tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.contiguous()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:200]

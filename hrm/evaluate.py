@@ -18,7 +18,6 @@ from hrm.config.load import resolve_device
 from hrm.config.messages import ConfigError
 from hrm.config.read import split_arguments
 from hrm.config.schema import DEVICE, PATH
-from hrm.ranks import place
 
 # PyTorch takes seconds to import: --help and a mistyped key are answered without it.
 if TYPE_CHECKING:
@@ -101,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(config: EvaluateConfig, as_json: bool) -> None:
     """Judges as the configuration says, and prints what came out. Raises UserError."""
+    from hrm.distributed import place
+
     if place().size > 1:
         raise UserError("evaluation is one process: start it without torchrun, by python -m hrm.evaluate")
     device = resolve_device(config.device)

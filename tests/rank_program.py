@@ -1,11 +1,11 @@
 """What torchrun starts in the tests of ranks: the trainer with a fault in one rank, or a few collectives.
 
-usage: rank_program.py train|sums FAULT ONCE SILENCE WORD...   rank_program.py collectives OUT_FOLDER
+usage: rank_program.py train|sums FAULT ONCE WORD...   rank_program.py collectives OUT_FOLDER
 FAULT: `none` or `RANK:STEP:KIND,...`, KIND a signal (KILL, STOP, TERM), mistake, bug, sleep, or agent for a
-SIGTERM to torchrun; each strikes once, as files that begin with ONCE remember. SILENCE: seconds. A word of
-train.py that starts with `RANK:` is for that rank alone. `sums` takes a sum over the ranks for a step, and
-waits 4 s for one that does not come. Where BATCHES names a folder, `train` leaves there what each rank was
-given to train on. SOURCES=RANK:FOLDER gives that rank the project's sources from there.
+SIGTERM to torchrun; each strikes once, as files that begin with ONCE remember. A word of train.py that starts
+with `RANK:` is for that rank alone. `sums` sums over the ranks in each step, the first WORD `barrier` has it
+pass a barrier before, and a rank waits 4 s for another. If BATCHES names a folder, `train` writes there the
+batches of each rank. SOURCES=RANK:FOLDER gives that rank the project's sources from there.
 """
 
 import functools
@@ -24,7 +24,6 @@ import torch  # noqa: E402
 
 from hrm import distributed  # noqa: E402
 from hrm.common.errors import UserError, run_command  # noqa: E402
-from hrm.ranks import one_voice  # noqa: E402
 
 
 def strike(fault: str, once: Path, step: int) -> None:
@@ -50,11 +49,10 @@ def strike(fault: str, once: Path, step: int) -> None:
     os.kill(os.getpid(), getattr(signal, f"SIG{kind}"))
 
 
-def train_with_fault(fault: str, once: Path, silence: float, words: Sequence[str]) -> int:
+def train_with_fault(fault: str, once: Path, words: Sequence[str]) -> int:
     import train
     from hrm.engine.engine import Engine
 
-    distributed.joined = functools.partial(distributed.joined, silence=silence)
     train_step, batches = Engine.train_step, []
 
     def faulty(engine, batch):
@@ -70,11 +68,12 @@ def train_with_fault(fault: str, once: Path, silence: float, words: Sequence[str
     return status
 
 
-def sums_with_fault(fault: str, once: Path, silence: float) -> None:
-    with distributed.joined("cpu", 8, rank_timeout=4, silence=silence) as (world, _):
+def sums_with_fault(fault: str, once: Path, words: Sequence[str]) -> None:
+    with distributed.joined("cpu", 8, rank_timeout=4) as (world, _):
         for step in range(50):
-            world.doing(f"step {step}")
             strike(fault, once, step)
+            if "barrier" in words:
+                world.barrier()
             world.all_reduce(torch.ones(4))
             world.highest(0)
 
@@ -107,7 +106,6 @@ def collectives(out: Path) -> None:
         # Rank 1 sees a reason to stop at its third step, rank 2 a graver one at its fifth.
         codes = [(0, 0, 0), (0, 0, 0), (0, 1, 0), (0, 0, 0), (0, 0, 3), (2, 0, 0), (0, 0, 0)]
         results["highest"] = [world.highest(code[rank]) for code in codes]
-        results["slow"] = [world.stragglers(0.25 if rank == 1 else 0.1) for _ in range(7)]
         torch.save(results, out / f"{rank}.pt")
         # One last code is on its way when the ranks part.
         world.highest(1)
@@ -119,8 +117,8 @@ def collectives(out: Path) -> None:
 if __name__ == "__main__":
     name, *rest = sys.argv[1:]
     if name == "train":
-        sys.exit(train_with_fault(rest[0], Path(rest[1]), float(rest[2]), rest[3:]))
+        sys.exit(train_with_fault(rest[0], Path(rest[1]), rest[2:]))
     command = functools.partial(collectives, Path(rest[0]))
     if name == "sums":
-        command = functools.partial(sums_with_fault, rest[0], Path(rest[1]), float(rest[2]))
-    sys.exit(run_command(lambda: one_voice(command), ""))
+        command = functools.partial(sums_with_fault, rest[0], Path(rest[1]), rest[2:])
+    sys.exit(run_command(command, ""))

@@ -41,7 +41,7 @@ from hrm.checkpoint.safe_io import (
 )
 from hrm.common.files import to_json
 from hrm.common.text import size_text
-from hrm.software import installed
+from hrm.common.versions import installed
 
 _TEMP = ".tmp_step_"
 

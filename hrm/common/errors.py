@@ -1,10 +1,15 @@
 """The mistakes a user of the commands can make, and how every command answers them."""
 
+import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 
 from hrm.common.text import printable
+
+# Seconds that torchrun may take on a busy machine to end a node's ranks after one of them has failed.
+ENDING = 5.0
 
 
 class UserError(Exception):
@@ -13,26 +18,67 @@ class UserError(Exception):
     Its text is one line that names the thing, says what was expected, and gives the remedy.
     """
 
+    status = 2
+
+
+class RankLost(UserError):
+    """Another rank has ended, or does not come: this one cannot continue."""
+
+    status = 1
+
 
 def run_command(command: Callable[[], int | None], interrupted: str) -> int:
     """Runs a command; returns its exit status: its own, 2 for a mistake told in one line, 130 interrupted.
 
     interrupted: what to say after Ctrl-C. A file that the system refuses (no permission, a damaged disk) is
-    the user's to mend as well; any other error is ours and keeps its traceback.
+    the user's to mend as well; any other error is ours and keeps its traceback. Under torchrun an error that
+    every rank meets is printed once for each node, and Ctrl-C by rank 0 alone; the process then ends at once.
     """
     try:
         return command() or 0
     except UserError as error:
-        return _mistake(str(error))
-    except OSError as error:
-        if error.filename is None:
-            raise
-        return _mistake(f"{error.filename}: {error.strerror}; check the path and its permissions")
+        return _mistake(str(error), error.status)
     except KeyboardInterrupt:
-        print(f"interrupted: {interrupted}", file=sys.stderr)
-        return 128 + signal.SIGINT
+        if _number("RANK") == 0:
+            print(f"interrupted: {interrupted}", file=sys.stderr)
+        return _end(128 + signal.SIGINT)
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            return _mistake(f"{error.filename}: {error.strerror}; check the path and its permissions")
+        if _is_alone():
+            raise
+        _let_first_speak()
+        sys.excepthook(type(error), error, error.__traceback__)
+        return _end(1)
 
 
-def _mistake(text: str) -> int:
-    print(f"error: {printable(text)}", file=sys.stderr)
-    return 2
+def _mistake(text: str, status: int = UserError.status) -> int:
+    _let_first_speak()
+    mine = f"rank {rank}: " if (rank := _number("RANK")) and status == UserError.status else ""
+    print(f"error: {mine}{printable(text)}", file=sys.stderr)
+    return _end(status)
+
+
+def _let_first_speak() -> None:
+    """On all but a node's first rank, waits for torchrun to end this process after that rank's error."""
+    if local_rank := _number("LOCAL_RANK"):
+        time.sleep(ENDING + local_rank / 4)
+
+
+def _end(status: int) -> int:
+    """Returns the status; ends one of several ranks here, for gloo's threads may wait for a lost rank."""
+    if not _is_alone():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _is_alone() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+def _number(name: str) -> int:
+    """A rank's number in the environment that torchrun sets; 0 for a process alone."""
+    text = os.environ.get(name, "")
+    return 0 if _is_alone() or not text.isdecimal() else int(text)

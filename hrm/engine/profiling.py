@@ -1,7 +1,6 @@
-"""Profiles of a few warm steps, `profile=torch|nsys|ncu`, and the time that a part of a step takes."""
+"""Profiles of a few warm steps: `profile=torch|nsys|ncu`."""
 
 import importlib
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,33 +12,6 @@ from hrm.common.regions import opened_by
 from hrm.config.load import Config
 
 Say = Callable[[str], None]
-
-
-class Stopwatch:
-    """The duration of a part of a step, by a CUDA device's own clock or by the host's."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._events: list[torch.cuda.Event] = []
-        if device.type == "cuda":
-            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        self._start = self._seconds = 0.0
-
-    def __enter__(self) -> None:
-        if self._events:
-            self._events[0].record()
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._seconds = time.perf_counter() - self._start
-        if self._events:
-            self._events[1].record()
-
-    def seconds(self) -> float:
-        """Seconds of the last run; waits until the device has finished it."""
-        if not self._events:
-            return self._seconds
-        self._events[1].synchronize()
-        return self._events[0].elapsed_time(self._events[1]) / 1000
 
 
 class Profile:

@@ -14,7 +14,6 @@ from hrm.distributed import World
 from hrm.engine.cuda_graph import Program
 from hrm.engine.modes import Mode, compiled
 from hrm.engine.optim import AdamATan2, FlatParameters, MovingAverage
-from hrm.engine.profiling import Stopwatch
 from hrm.engine.step_inputs import Feed
 from hrm.engine.step_metrics import Tally
 from hrm.model.act import Carry, Sequences, act_step, initial_carry, replace_halted
@@ -30,8 +29,7 @@ class StepProgram:
     A step takes its inputs from `feed` and reads no value back to the host, so a CUDA graph can replay it.
     rows: this rank's sequences; part_rows: those of one part with gradient_accumulation. parameters,
     optimizer, average, carry: its state. row_grads: gradient of each row's puzzle embedding, (rows,
-    puzzle_emb_ndim) float32, all_row_grads the same of all ranks, both None without a puzzle table. own_time:
-    the part of a step that waits for no other rank.
+    puzzle_emb_ndim) float32, all_row_grads the same of all ranks, both None without a puzzle table.
     """
 
     def __init__(self, config: Config, model: HRM, seq_len: int, device: torch.device, world: World) -> None:
@@ -62,16 +60,13 @@ class StepProgram:
             if self.row_grads is not None:
                 self.all_row_grads = world.all_gather(self.row_grads)
         self.tally = Tally(self.device, config.log_interval)
-        self.own_time = Stopwatch(self.device)
         self.compiled = compiled(self.forward)
         self._programs: list[Callable[[], None]] = []
 
     def run(self, mode: Mode) -> None:
         """One step on what was pushed to `feed`; the mode is that of the first call."""
         self._programs = self._programs or self._build(mode)
-        with self.own_time:
-            self._programs[0]()
-        for program in self._programs[1:]:
+        for program in self._programs:
             program()
 
     def reset(self, config: Config) -> None:

@@ -27,7 +27,7 @@ class Checkpointer:
     def save(self, progress: Progress) -> None:
         """Starts to save the present state. Raises CheckpointError if the save before it failed."""
         engine = self.engine
-        engine.world.doing(f"saving step {progress.step}")
+        engine.world.barrier()
         # Every rank contributes its part of the state.
         training = {**engine.training_state(), **progress.state_dict()}
         if engine.world.is_main:

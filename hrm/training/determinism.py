@@ -1,10 +1,10 @@
 """Runs that are reproducible bit for bit on one machine: `deterministic=true`.
 
-Weights, batches and exploration are always functions of the seed and the step. This project's kernels sum in a
-fixed order, without atomics, with blocks chosen by shape and none by measurement. On a GPU, PyTorch and its
-libraries are not deterministic by default: cuBLAS splits sums by workspace, some backward passes add atomically,
-and the compiler chooses kernels by timing them. PyTorch's own switch makes these deterministic or raises an
-error.
+Weights, batches and exploration are always functions of the seed and the step. This project's kernels sum in
+a fixed order, without atomics, with blocks chosen by shape and none by measurement. On a GPU, PyTorch and its
+libraries are not deterministic by default: cuBLAS splits sums by workspace, some backward passes add
+atomically, and the compiler chooses kernels by timing them. PyTorch's own switch makes these deterministic or
+raises an error.
 """
 
 import os

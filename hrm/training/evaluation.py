@@ -62,7 +62,7 @@ class Evaluator:
     def measure(self, progress: Progress, *, sampled: bool) -> Evaluations:
         """The test split's metrics by set under `eval`, and with ema=true the average's under `eval_ema`."""
         engine = self.engine
-        engine.world.doing(f"evaluating after step {progress.step}")
+        engine.world.barrier()
         results = {"eval": engine.evaluate(self._batches(progress, sampled))}
         if engine.average is not None:
             with engine.average.in_place():

@@ -1,4 +1,4 @@
-"""Checks the steps behind each line of the log: skipped updates, loss spikes, slow ranks; and rewinds."""
+"""Checks the steps behind each line of the log: skipped updates and loss spikes; and rewinds."""
 
 import math
 from pathlib import Path
@@ -47,11 +47,9 @@ class Monitor:
         if a file cannot be written.
         """
         config, engine = self.config, self.engine
+        engine.world.barrier()
         interval = engine.pop()
         self.log.training(progress.step, interval.metrics)
-        slow = engine.world.stragglers(engine.program.own_time.seconds())
-        if slow is not None:
-            self.log.warn(slow)
         spike = self._record(progress, interval)
         if interval.skipped_in_a_row >= config.max_skipped_steps:
             self.checkpoints.save(progress)

@@ -52,7 +52,7 @@ def check(steps, config, engine: Engine, cells: int = 81) -> None:
 
 def misaligned(nodes: list[Record], engine: Engine) -> list[tuple[str, int]]:
     """Generated kernels that read the batch from addresses which no vector load takes."""
-    fresh = [tensor for tensor in engine._feed.fresh if tensor.numel() * tensor.element_size() >= 16]
+    fresh = [tensor for tensor in engine.program.feed.fresh if tensor.numel() * tensor.element_size() >= 16]
     inside = [range(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in fresh]
     found = []
     for node in nodes:

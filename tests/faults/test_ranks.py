@@ -13,9 +13,8 @@ from hrm.checkpoint.read import load_checkpoint
 from tests.test_train import assert_same_run, words
 from tests.torchrun import PROGRAM, ROOT, Ended, torchrun
 
-# A rank is missed after 6 s without a sign, and after as many in a collective.
-SILENCE = "6"
 RUN = ["max_steps=50", "epochs=20", "log_interval=1", "rank_timeout=6"]
+REMEDY = "the same command continues from the last checkpoint"
 HERE = socket.gethostname()
 
 
@@ -32,12 +31,11 @@ def undisturbed(tiny_sudoku, out) -> Path:
     return out / tiny_sudoku.name / "undisturbed"
 
 
-def sums(fault: str, once: Path, ranks: int, nodes: int = 1, silence: str = SILENCE) -> list[Ended]:
+def sums(fault: str, once: Path, ranks: int, nodes: int = 1, *words: str) -> list[Ended]:
     """Sums for 50 steps with a fault, which must end the job within a minute."""
-    ended = torchrun(ranks // nodes, str(PROGRAM), "sums", fault, str(once), silence, nodes=nodes)
+    ended = torchrun(ranks // nodes, str(PROGRAM), "sums", fault, str(once), *words, nodes=nodes)
     [struck] = once.parent.glob(f"{once.name}*")
     assert all(node.status != 0 for node in ended) and time.time() - struck.stat().st_mtime < 60, ended
-    assert not any("/hrm/" in node.text for node in ended) or "bug" in fault
     return ended
 
 
@@ -46,34 +44,37 @@ def sums(fault: str, once: Path, ranks: int, nodes: int = 1, silence: str = SILE
     [
         pytest.param(
             {
-                "1:16:KILL": "rank 1 .* connection closed and no sign of life",
-                "0:28:STOP": "rank 0 .* has not been heard of for 6 s: killed, stopped or cut off",
-                "1:40:sleep": "rank_timeout=6: waited in vain for rank 1 .*: .* for .* s",
+                "1:16:KILL": "rank 1 .*: connection closed, the process has ended",
+                "0:28:mistake": "rank 0 .* failed: the disk is full",
+                "1:40:sleep": "rank_timeout=6: waited in vain for rank 1 ",
             },
             (),
             id="static",
         ),
-        # Its torchruns tell each other before the ranks do.
-        pytest.param({"1:30:KILL": ""}, ("--rdzv-backend=c10d",), id="c10d"),
+        # torchrun ends a stopped process on another node, too; its nodes learn of an end before the ranks do.
+        pytest.param(
+            {"1:16:KILL": "", "0:30:STOP": "rank_timeout=6: waited in vain for rank 0 "},
+            ("--rdzv-backend=c10d",),
+            id="c10d",
+        ),
     ],
 )
 def test_the_run_goes_on_without_a_difference(
     tiny_sudoku, out, undisturbed, tmp_path, request, faults, options
 ):
-    """Two nodes: each fault is named, and the run started again from the last checkpoint, bit for bit.
+    """Two nodes: each fault is named, and torchrun restarts the run from the last checkpoint, bit for bit.
 
-    On the rendezvous store of the first attempt. A stopped process ends as well, or torchrun would wait.
+    The rendezvous store of the first attempt is used again.
     """
     name = request.node.callspec.id
     argv = words(tiny_sudoku, out, *RUN, f"run_name={name}")
-    program = [str(PROGRAM), "train", ",".join(faults), str(tmp_path / "once"), SILENCE, *argv]
+    program = [str(PROGRAM), "train", ",".join(faults), str(tmp_path / "once"), *argv]
     ended = torchrun(1, *program, nodes=2, options=("--max-restarts=3", *options))
     assert [node.status for node in ended] == [0, 0], ended
     assert sum(node.text.count("\nresuming ") for node in ended) == len(faults)
     told = [line for node in ended for line in node.lines("error: ")]
     for reason in filter(None, faults.values()):
-        assert any(re.search(f"{reason}.*; the same command goes on", line) for line in told), told
-    assert all(str(HERE) in line for line in told)
+        assert any(re.search(f"{reason}.*; {REMEDY}", line) for line in told), told
     assert_same_run(undisturbed, out / tiny_sudoku.name / name)
 
 
@@ -81,7 +82,7 @@ def test_a_run_that_is_asked_to_end_saves_on_all_ranks_and_goes_on(tiny_sudoku, 
     """By a signal to one rank, then to torchrun, which sends it to each: the same step on all ranks."""
     argv = words(tiny_sudoku, out, *RUN, "run_name=asked")
     faults = "1:14:TERM,0:29:agent"
-    program = [str(PROGRAM), "train", faults, str(tmp_path / "once"), SILENCE, *argv]
+    program = [str(PROGRAM), "train", faults, str(tmp_path / "once"), *argv]
     for status, step in ((0, range(15, 18)), (1, range(30, 33)), (0, [50])):
         # For torchrun a status other than 0 would be a failure that starts the ranks again.
         [ended] = torchrun(2, *program, options=("--max-restarts=1",))
@@ -95,31 +96,33 @@ def test_a_killed_rank_ends_the_job(tmp_path):
     assert "rank      : 1" in ended.text and "SIGKILL" in ended.text
 
 
-def test_a_stuck_rank_is_told_of_and_then_named_on_every_node(tmp_path):
-    """Its signs of life go on: of four ranks on two nodes, the one that sleeps ends as well."""
-    ended = sums("2:30:sleep", tmp_path / "once", 4, nodes=2)
-    rank = rf"rank 2 \(host {re.escape(HERE)}, pid \d+\): step 30 for [0-9]+ s"
-    # Four processes on a busy machine may wait for each other before that, too.
-    [told] = [line for node in ended for line in node.lines("waiting for ") if "step 30 " in line]
-    assert re.fullmatch(f"waiting for {rank}", told)
-    for node in ended:
+@pytest.mark.parametrize("stuck", [0, 2])
+def test_a_stuck_rank_is_named_on_every_node(tmp_path, stuck):
+    """Of four ranks on two nodes; torchrun ends the one that sleeps after its neighbour has spoken."""
+    for node in sums(f"{stuck}:30:sleep", tmp_path / "once", 4, 2):
         [line] = node.lines("error: ")
-        assert re.fullmatch(
-            f"error: rank_timeout=4: waited in vain for {rank}; the same command goes on from the last "
-            "checkpoint",
-            line,
-        )
+        name = rf"rank {stuck} \(host {re.escape(HERE)}, pid \d+\)"
+        assert re.fullmatch(f"error: rank_timeout=4: waited in vain for {name}; {REMEDY}", line)
+
+
+def test_a_rank_stuck_before_a_barrier_is_named(tmp_path):
+    [ended] = sums("1:30:sleep", tmp_path / "once", 2, 1, "barrier")
+    assert "Rank 1 failed to pass monitoredBarrier in 3600 ms" in ended.text
+    [line] = ended.lines("error: ")
+    assert line.startswith("error: rank_timeout=4: waited in vain for rank 1 (host ")
 
 
 def test_a_mistake_of_one_rank_is_told_by_it(tmp_path):
-    [ended] = sums("1:30:mistake", tmp_path / "once", 2, silence="40")
+    [ended] = sums("1:30:mistake", tmp_path / "once", 2)
     assert ended.lines("error: ") == ["error: rank 1: the disk is full"]
 
 
 def test_a_bug_of_one_rank_keeps_its_traceback_and_is_named_on_the_other_node(tmp_path):
-    first, second = sums("1:30:bug", tmp_path / "once", 2, nodes=2)
+    first, second = sums("1:30:bug", tmp_path / "once", 2, 2)
     [line] = first.lines("error: ")
-    assert line.startswith("error: rank 1 (host ") and line.endswith(" failed: ZeroDivisionError: a bug")
+    assert line.startswith("error: rank 1 (host ") and line.endswith(
+        f" failed: ZeroDivisionError: a bug; {REMEDY}"
+    )
     assert second.lines("[rank1]: ZeroDivisionError: a bug")
     assert not second.lines("error: ")
 
@@ -134,7 +137,7 @@ def test_ranks_with_other_code_or_configuration_are_refused(tiny_sudoku, out, tm
     argv = words(tiny_sudoku, out, *RUN, "run_name=differ", "global_batch_size=6")
     argv = [word for word in argv if not word.startswith("lr=")]
     argv += ["0:lr=0.1", "1:lr=0.1", "2:lr=0.5", "1:arch.H_cycles=3"]
-    program = [str(PROGRAM), "train", "none", "-", SILENCE, *argv]
+    program = [str(PROGRAM), "train", "none", "-", *argv]
     [ended] = torchrun(3, *program, environment={"SOURCES": f"2:{tmp_path}"})
     assert ended.status != 0 and "/hrm/" not in ended.text
     [line] = ended.lines("error: ")
