@@ -5,6 +5,7 @@ A process started alone is rank 0 of 1 and needs none of it.
 
 import faulthandler
 import hashlib
+import json
 import os
 import re
 import signal
@@ -65,7 +66,7 @@ def place() -> Place:
 class _Peers:
     """What joins this rank to the others: gloo groups between the CPUs, and a store of this attempt's own.
 
-    side: codes, objects and barriers. roll_call: used only after another group has failed, for a failure
+    side: codes and barriers. roll_call: used only after another group has failed, for a failure
     closes that group's connections. names: each rank with its host and process.
     """
 
@@ -76,6 +77,7 @@ class _Peers:
     roll_call: dist.ProcessGroup
     names: list[str]
     sent: tuple[dist.Work, Tensor] | None = None
+    checks: int = 0
     postponed: float = 0.0
 
     @contextmanager
@@ -222,9 +224,12 @@ class World:
         """
         if not self._peers:
             return
-        given: list[dict[str, str]] = [{}] * self.size
-        with self._peers.collective():
-            dist.all_gather_object(given, dict(what), self._peers.side)
+        # As JSON through the store: all_gather_object would unpickle what a peer sends.
+        store, self._peers.checks = self._peers.store, self._peers.checks + 1
+        key = f"check/{self._peers.checks}"
+        store.set(f"{key}/{self.rank}", json.dumps(dict(what)))
+        self.barrier()
+        given = [json.loads(store.get(f"{key}/{rank}")) for rank in range(self.size)]
         if found := differences(given):
             raise UserError(
                 f"the ranks differ in {found}: start all of them from the same code, configuration, data and "
@@ -318,9 +323,9 @@ def _join(here: Place, target: torch.device, rank_timeout: float) -> _Peers:
         )
         side = dist.new_group(timeout=timeout, backend="gloo")
         roll_call = dist.new_group(timeout=timedelta(seconds=1.5 * ROLL_CALL), backend="gloo")
-        names = [""] * here.size
         name = f"rank {here.rank} (host {socket.gethostname()}, pid {os.getpid()})"
-        dist.all_gather_object(names, name, side)
+        store.set(f"name/{here.rank}", name)
+        names = [store.get(f"name/{rank}").decode() for rank in range(here.size)]
     except RuntimeError as error:
         raise UserError(
             f"the ranks cannot connect ({_first_line(error)}): name the network between the machines, as in "

@@ -367,6 +367,7 @@ def test_the_first_rank_of_a_node_speaks_at_once(
 
     monkeypatch.setattr(errors.time, "sleep", naps.append)
     monkeypatch.setattr(errors.os, "_exit", leave)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
     environment(RANK=str(rank), LOCAL_RANK=str(local_rank))
 

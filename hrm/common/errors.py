@@ -45,9 +45,9 @@ def run_command(command: Callable[[], int | None], interrupted: str) -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
             return _mistake(f"{error.filename}: {error.strerror}; check the path and its permissions")
-        if _is_alone():
-            raise
         _let_first_speak()
+        if not _is_joined():
+            raise
         sys.excepthook(type(error), error, error.__traceback__)
         return _end(1)
 
@@ -67,18 +67,20 @@ def _let_first_speak() -> None:
 
 def _end(status: int) -> int:
     """Returns the status; ends one of several ranks here, for gloo's threads may wait for a lost rank."""
-    if not _is_alone():
+    if _is_joined():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     return status
 
 
-def _is_alone() -> bool:
-    return os.environ.get("WORLD_SIZE", "1") == "1"
+def _is_joined() -> bool:
+    # Commands that need no PyTorch do not wait for its import.
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
 
 
 def _number(name: str) -> int:
     """A rank's number in the environment that torchrun sets; 0 for a process alone."""
     text = os.environ.get(name, "")
-    return 0 if _is_alone() or not text.isdecimal() else int(text)
+    return int(text) if os.environ.get("WORLD_SIZE", "1") != "1" and text.isdecimal() else 0
