@@ -5,12 +5,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Of `make gpu`.
+GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 # Of `make cuda-host`: the CUDA build, and its environment, which is kept.
 TORCH ?= 2.14.1
 CUDA_VENV ?= .venv-cuda-$(basename $(TORCH))
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: train test test-fast cuda-host lint bench soak fuzz audit
+.PHONY: train test test-fast cuda-host lint gpu bench soak fuzz audit
 
 train: $(VENV)/.runtime
 	$(VENV)/bin/python train.py $(ARGS)
@@ -28,6 +30,10 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# With the Python that is there: a machine with a GPU has its own build of torch. See bench/README.md.
+gpu:
+	$(GPU_PYTHON) -m bench.first_light $(ARGS)
 
 bench: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest bench/ --benchmark-only $(ARGS)

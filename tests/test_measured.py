@@ -404,11 +404,12 @@ def run_config(*words: str) -> Any:
     return parse_args([*small, "global_batch_size=8", "dtype=bfloat16", "device=cpu", *words])
 
 
-def engine_on(device: torch.device, world: Any, *words: str) -> Any:
+def engine_on(device: torch.device, world: Any, *words: str, total_steps: int) -> Any:
     """What the choice looks at of an engine."""
     return SimpleNamespace(
         config=run_config(*words),
         metadata=metadata(16, 6),
+        total_steps=total_steps,
         device=device,
         world=world,
         model=SimpleNamespace(dtype=torch.bfloat16, length=17, puzzle_emb=None),
@@ -424,8 +425,10 @@ class Measured:
         self.calls += 1
         return self.table
 
-    def choose(self, *words: str, device: torch.device = GPU, world: Any = None, **state: Any) -> str:
-        engine = engine_on(device, world or World(), *words)
+    def choose(
+        self, *words: str, device: torch.device = GPU, world: Any = None, steps: int = 1000, **state: Any
+    ) -> str:
+        engine = engine_on(device, world or World(), *words, total_steps=steps)
         state = {"recorded": None, "resumes": False, **state}
         return choose_kernels(engine, say=self.lines.append, measure=self, **state)
 
@@ -474,6 +477,14 @@ def test_where_nothing_is_measured(maker):
     kernels.set_backend("reference")
     assert measure.choose() == ""
     assert measure.calls == 0
+
+
+def test_a_short_run_takes_what_is_kept(maker):
+    measure = Measured(Table({}, {}))
+    assert measured.from_text(measure.choose(steps=999), MAKER) == kept(table=Table({}, {}), done=[], rows=[])
+    measured.save(kept())
+    measure.choose(steps=999)
+    assert measure.calls == 0 and backend.installed() == TABLE
 
 
 class Rank:

@@ -18,6 +18,8 @@ from kernels import backend, measured
 from kernels.cases import Sizes
 
 NOTHING = backend.Table({}, {})
+# A run of fewer steps would not win back what measuring takes: it takes what is kept.
+LEAST_STEPS = 1000
 Measure = Callable[..., backend.Table]
 
 
@@ -45,8 +47,12 @@ def choose_kernels(
         say("kernels: the checkpoint's choice is of another GPU or other versions, so it is made anew")
     if kept is None and not config.deterministic and (text or not resumes):
         if world.is_main:
-            only, dtype = measured_cases(engine), engine.model.dtype
-            table = measure(sizes(engine), dtype, device, only, say=say)
+            if engine.total_steps < LEAST_STEPS:
+                earlier = measured.load(maker)
+                table = NOTHING if earlier is None else earlier.table
+            else:
+                only, dtype = measured_cases(engine), engine.model.dtype
+                table = measure(sizes(engine), dtype, device, only, say=say)
             text = measured.to_text(measured.Kept(maker, table, [], []))
         text = from_main(world, text, device)
         kept = measured.from_text(text, maker)
