@@ -98,7 +98,7 @@ def test_kernels_take_what_the_profiler_sees(arch, monkeypatch):
 
 
 def test_the_workspace_of_a_kernel_is_counted():
-    """Sums of squares of each row over two tiles of columns, beside 100 x 512 sums and their factors."""
+    """100 x 512 sums and, for each row, its sums of squares over two tiles of columns."""
     kind: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta"}
     shapes = ((100, 32), (512, 32), (100, 512))
     with backend.explained(CUDA), _Storages() as storages:
@@ -106,8 +106,8 @@ def test_the_workspace_of_a_kernel_is_counted():
         before = storages.live
         kept = kernels.linear_rms(*inputs)
     assert before == sum(tensor.nbytes for tensor in inputs)
-    assert storages.live - before == sum(tensor.nbytes for tensor in kept) == 100 * (512 * 2 + 4)
-    assert storages.peak == storages.live + 2 * 100 * 4
+    assert storages.live - before == sum(tensor.nbytes for tensor in kept) == 100 * (512 * 2 + 2 * 4)
+    assert storages.peak == storages.live
 
 
 @pytest.mark.parametrize(("arch", "gate"), [("v1", 0), ("gated", 2)])
@@ -115,22 +115,23 @@ def test_the_workspace_of_a_kernel_is_counted():
 def test_the_published_model_by_hand(arch, gate, data, block):
     """Each of the 8 blocks with gradient keeps, a token, in widths D: q, k, v 3, what attention gives 1, the
     middle norm 1, gate and up 6, their product 3, the last norm 1, and where attention is PyTorch's the
-    rotated q and k, 2. On top comes the target pass, which keeps nothing: its states and one block's.
+    rotated q and k, 2. On top come the target pass, which keeps nothing: its states and one block's, and
+    the second gradient of a norm.
     """
     row = 768 * (data.seq_len + 1) * 512 * 2
     memory = step_memory(full(arch), data, 768, CUDA)
     kept = 8 * block + gate
-    assert kept < memory.step / row < kept + 18
+    assert kept < memory.step / row < kept + 19
     if data is SUDOKU:
         assert memory.peak < 24 * GIB
 
 
 def test_what_lives_between_steps_by_hand():
-    """Weights, gradients, two moments in float32, weights and gradients in bfloat16; carry, batch, rows."""
+    """Weights, gradients, two moments in float32, weights in bfloat16; carry, batch, rows."""
     gaps, D, B, S = 27_275_280, 512, 768, 81
     carry = B * (2 * (S + 1) * D * 2 + 2 * S * 4 + 4 + 1 + 4)
     batch, rows = 4 * B * (2 * S + 2), 4 * B * D
-    expected = gaps * (4 * 4 + 2 * 2) + carry + batch + rows
+    expected = gaps * (4 * 4 + 2) + carry + batch + rows
     assert step_memory(full("v1"), SUDOKU, B, CUDA).fixed == pytest.approx(expected, rel=1e-4)
 
 
@@ -198,11 +199,11 @@ def test_the_error_names_what_is_needed_what_is_there_and_what_would_fit():
     text = does_not_fit(config, MAZE, device, budget, ranks=2)
     batch = 2 * largest_batch(config, MAZE, int(budget * (1 - RESERVE)), CUDA)
     assert batch > 1000 and text == (
-        "global_batch_size=1536 needs about 103 GiB on each device and cuda:0 has 80 GiB: "
+        "global_batch_size=1536 needs about 103.6 GiB on each device and cuda:0 has 80 GiB: "
         f"global_batch_size={batch} or gradient_accumulation=2 would fit"
     )
     # Alone on its device, one rank has all of the sequences.
-    assert "needs about 205.6 GiB" in does_not_fit(config, MAZE, device, budget)
+    assert "needs about 206.8 GiB" in does_not_fit(config, MAZE, device, budget)
 
 
 def test_the_error_where_nothing_or_everything_would_fit():
@@ -212,7 +213,7 @@ def test_the_error_where_nothing_or_everything_would_fit():
         "cuda:1 has 512 MiB: lower arch.hidden_size or the layers, not even one sequence fits"
     )
     everything = does_not_fit(config, SUDOKU, device, 80 * GIB)
-    assert "needs about 8.867 GiB" in everything and "end what else uses it" in everything
+    assert "needs about 8.876 GiB" in everything and "end what else uses it" in everything
 
 
 def test_a_device_has_what_is_free_and_what_the_process_holds(monkeypatch):

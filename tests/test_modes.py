@@ -142,7 +142,10 @@ def test_lowering_a_new_operator_formats_none_of_its_arguments(monkeypatch):
 
 def test_what_is_compiled_replaces_no_fields_of_a_tuple():
     """Dynamo of torch 2.11 traces `_replace` to an empty tuple."""
+    # These run on the host alone.
+    host = {"__main__.py", "fastest.py", "measured.py"}
     sources = [*Path(hrm.model.__file__).parent.glob("*.py"), *Path(kernels.__file__).parent.glob("*.py")]
+    sources = [path for path in sources if path.name not in host]
     nodes = [node for path in sources for node in ast.walk(ast.parse(path.read_text()))]
     assert not [node for node in nodes if isinstance(node, ast.Attribute) and node.attr == "_replace"]
     assert len([node for node in nodes if isinstance(node, ast.ClassDef)]) > 10

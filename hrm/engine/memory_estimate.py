@@ -91,14 +91,23 @@ def largest_batch(
     """The most sequences whose training step fits into a device's `budget_bytes`, 0 if not even one does.
 
     The result is a multiple of `multiple` and of gradient_accumulation. The peak is a maximum of linear
-    functions, so between one sequence and many it is at most the line through both, and follows that line
-    beyond.
+    functions and so convex: where the line between a size that fits and one that does not meets the budget,
+    the step fits.
     """
     unit = math.lcm(multiple, config.gradient_accumulation)
-    least, far = (step_memory(config, metadata, rows, device).peak for rows in (unit, _FAR * unit))
-    if least > budget_bytes:
+
+    def peak(units: int) -> int:
+        return step_memory(config, metadata, units * unit, device).peak
+
+    fits, far = 1, _FAR
+    if (low := peak(fits)) > budget_bytes:
         return 0
-    return unit * (1 + (budget_bytes - least) * (_FAR - 1) // (far - least))
+    while (high := peak(far)) <= budget_bytes:
+        fits, low, far = far, high, 4 * far
+    while more := (budget_bytes - low) * (far - fits) // (high - low):
+        fits += more
+        low = peak(fits)
+    return unit * fits
 
 
 def check_inference(config: Config, metadata: Metadata, rows: int, device: torch.device) -> None:
