@@ -8,6 +8,7 @@ import torch
 from hrm.engine.cuda_graph import WARM_UP, Program
 from hrm.engine.engine import Engine
 from hrm.engine.modes import Mode
+from hrm.engine.step_program import StepProgram
 from hrm.training.determinism import deterministic
 from tests.cuda_host.stand_in import Record, active, read_log
 from tests.cuda_host.steps import configuration, engine_of, rehearsed_launches, train, waits
@@ -85,13 +86,13 @@ def test_a_long_sequence_takes_flash_attention(stand_in, tmp_path):
 def test_a_step_that_reads_a_value_cannot_be_captured(tmp_path, monkeypatch):
     stand_in = active()
     assert stand_in is not None
-    update = Engine._update
+    update = StepProgram.update
 
-    def reads(self: Engine) -> None:
+    def reads(self: StepProgram) -> None:
         update(self)
         self.tally.loss.item()
 
-    monkeypatch.setattr(Engine, "_update", reads)
+    monkeypatch.setattr(StepProgram, "update", reads)
     engine, batches = engine_of(configuration("v1"))
     engine._mode = Mode("graph", compiled=False, captured=True)
     before = stand_in.violations
