@@ -12,7 +12,7 @@ TORCH ?= 2.14.1
 CUDA_VENV ?= .venv-cuda-$(basename $(TORCH))
 PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt
 
-.PHONY: train test test-fast cuda-host lint gpu bench soak fuzz audit
+.PHONY: train test test-fast cuda-host versions lint gpu bench soak fuzz audit
 
 train: $(VENV)/.runtime
 	$(VENV)/bin/python train.py $(ARGS)
@@ -25,6 +25,10 @@ test-fast: $(VENV)/.dev
 
 cuda-host: $(CUDA_VENV)/.cuda-host
 	$(CUDA_VENV)/bin/python -m tests.cuda_host $(ARGS)
+
+# The tests under each version of PyTorch: ARGS="--environments DIR 2.11" names their folder and versions.
+versions: $(VENV)/.dev
+	$(VENV)/bin/python -m bench.versions $(ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from bench.counts import Traffic, Work, stored, tensors_in
 from bench.implementations import metadata
-from bench.roofline import MACHINES, Ceilings, roofline_time
+from bench.roofline import MACHINES, Ceilings, captured, roofline_time
 from hrm.config.load import parse_args
 from hrm.engine.dry_run import Observer, Rehearsal
 from kernels.__main__ import positive
@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
 
     for row in rows:
         line(row.part, row.kernel, [row])
-    print()
+    print(f"\n{captured(options.arch, options.batch, options.length)}")
     for part in PARTS:
         line(part, "", [row for row in rows if row.part == part])
     line("step", "", rows)

@@ -275,16 +275,22 @@ def compiled(source: Source, capability: int) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = _cuobjdump("-res-usage", file.name)
+        registers, stack = registers_and_stack(Path(file.name))
         code = _cuobjdump("-sass", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, usage
     return {
-        "registers": int(found[1]),
-        "stack": int(found[2]),
+        "registers": registers,
+        "stack": stack,
         "shared_memory": kernel.metadata.shared,
         "tensor_core": len(TENSOR_CORE.findall(code)),
     }
+
+
+def registers_and_stack(cubin: Path) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack, which holds what spills."""
+    usage = _cuobjdump("-res-usage", str(cubin))
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    return int(found[1]), int(found[2])
 
 
 def _cuobjdump(flag: str, path: str) -> str:

@@ -48,6 +48,8 @@ from kernels.attention import MAX_LENGTH
 
 RESULTS = Path(__file__).parent / "results" / "roofline.json"
 BATCHES, LENGTHS = (1, 96, 384, 768), (82, 901)
+# Steps as Inductor compiles them and a graph holds them, recorded by bench/captured.py.
+CAPTURED = RESULTS.with_name("captured.json")
 VARIANTS = ("eager", "compiled", "kernels")
 
 
@@ -333,6 +335,20 @@ def predictions(machine: str, ceilings: Ceilings) -> dict[str, Any]:
     }
 
 
+def captured(arch: str, batch: int, length: int) -> str:
+    """One line on the latest recorded step of a model, batch and number of cells, "" if there is none."""
+    steps = json.loads(CAPTURED.read_text())["steps"] if CAPTURED.exists() else {}
+    wanted = (arch, batch, length)
+    rows = [row for label in ("after", "before") for row in steps.get(label, [])]
+    row = next((row for row in rows if (row["arch"], row["B"], row["S"]) == wanted), None)
+    if row is None:
+        return ""
+    return (
+        f"captured, as Inductor compiles it: {arch}, B={batch}, S={length}, {row['launches']} launches, "
+        f"{row['bytes'] / 1e6:.1f} MB, without the bytes of {row['uncounted']} launches"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=__doc__.split("\n\n")[0])
     parser.add_argument(
@@ -370,6 +386,10 @@ def main(argv: list[str] | None = None) -> int:
             f"{head['arch']:<7}{head['B']:>5}{head['T']:>5}{head['flop'] / 1e12:>9.2f}"
             f"{head['arithmetic_floor_s'] * 1e3:>9.2f}{cells}"
         )
+    for arch in ("v1", "gated"):
+        for batch in BATCHES:
+            if line := captured(arch, batch, 81):
+                print(line)
     if options.write:
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     return 0
