@@ -386,10 +386,8 @@ def main(argv: list[str] | None = None) -> int:
             f"{head['arch']:<7}{head['B']:>5}{head['T']:>5}{head['flop'] / 1e12:>9.2f}"
             f"{head['arithmetic_floor_s'] * 1e3:>9.2f}{cells}"
         )
-    for arch in ("v1", "gated"):
-        for batch in BATCHES:
-            if line := captured(arch, batch, 81):
-                print(line)
+    lines = [captured(arch, batch, 81) for arch in ("v1", "gated") for batch in BATCHES]
+    print(*filter(None, lines), sep="\n")
     if options.write:
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     return 0

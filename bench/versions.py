@@ -90,7 +90,7 @@ def counts(report: Path) -> dict[str, Any]:
     return result
 
 
-def tested(python: Path, minutes: float) -> dict[str, Any]:
+def results_under(python: Path, minutes: float) -> dict[str, Any]:
     """What the tests say under an environment's Python."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
@@ -127,7 +127,7 @@ def row(version: str, folder: Path, minutes: float) -> dict[str, Any]:
         python = python_of(version, folder)
     except RuntimeError as error:
         return {**common, "fault": str(error)}
-    return {**common, **installed(python), **tested(python, minutes)}
+    return {**common, **installed(python), **results_under(python, minutes)}
 
 
 def keep(rows: list[dict[str, Any]]) -> None:

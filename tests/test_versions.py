@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import versions
-from bench.versions import counts, keep, main, python_of, tested
+from bench.versions import counts, keep, main, python_of, results_under
 
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.test_act" name="test_one"/>
@@ -31,10 +31,12 @@ def test_a_report_is_counted_by_outcome(tmp_path):
 def test_tests_run_under_the_given_python(monkeypatch, tmp_path):
     (tmp_path / "test_some.py").write_text("def test_a():\n    pass\n\n\ndef test_b():\n    assert 0\n")
     monkeypatch.setattr(versions, "TESTS", (str(tmp_path / "test_some.py"),))
-    found = tested(Path(sys.executable), minutes=5)
+    found = results_under(Path(sys.executable), minutes=5)
     assert (found["passed"], found["failed"], found["skipped"]) == (1, 1, 0)
     assert found["failures"][0].endswith("test_some::test_b") and "fault" not in found
-    assert tested(Path(sys.executable), minutes=0) == {"fault": "the tests did not end within 0 minutes"}
+    assert results_under(Path(sys.executable), minutes=0) == {
+        "fault": "the tests did not end within 0 minutes"
+    }
 
 
 def test_rows_replace_those_of_their_version_in_the_order_of_versions(monkeypatch, tmp_path):
