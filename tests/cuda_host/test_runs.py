@@ -1,0 +1,59 @@
+"""Whole runs of train.py on the stand-in CUDA library: saved and resumed, profiled, on two ranks."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cuda_host.stand_in import ROOT, environment
+from tests.torchrun import torchrun
+
+pytestmark = pytest.mark.cuda_host
+
+# mode=graph without the compiler would be another program: the runs compile what is small.
+WORDS = (
+    "device=cuda global_batch_size=16 arch.hidden_size=64 arch.num_heads=1 arch.H_layers=1 arch.L_layers=1 "
+    "arch.H_cycles=1 arch.L_cycles=1 arch.halt_max_steps=2 epochs=1000 eval_interval=1000 eval_samples=16 "
+    "log_interval=4 lr_warmup_steps=1"
+)
+
+
+def words(data: Path, folder: Path, more: str = "") -> list[str]:
+    where = [f"data_path={data}", f"output_dir={folder}", "project_name=p", "run_name=r"]
+    return ["--arch", "v1", *WORDS.split(), *where, *more.split()]
+
+
+def train(data: Path, folder: Path, more: str = "") -> str:
+    """Runs train.py to its end; returns what it wrote."""
+    command = [sys.executable, "train.py", *words(data, folder, more)]
+    ended = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    text = ended.stdout + ended.stderr
+    assert ended.returncode == 0 and "VIOLATION" not in text, text[-3000:]
+    return text
+
+
+def test_a_run_is_saved_and_resumed(tmp_path, tiny_sudoku):
+    train(tiny_sudoku, tmp_path, "max_steps=6 checkpoint_interval=6")
+    assert (tmp_path / "p/r/step_6").is_dir()
+    text = train(tiny_sudoku, tmp_path, "max_steps=10 resume=auto")
+    assert "step_6" in text and (tmp_path / "p/r/step_10").is_dir()
+
+
+@pytest.mark.parametrize("kind", ["nsys", "ncu", "torch"])
+def test_a_run_is_profiled(tmp_path, tiny_sudoku, kind):
+    text = train(tiny_sudoku, tmp_path, f"max_steps=8 profile={kind} profile_after=5 profile_steps=2")
+    assert "profile" in text
+    if kind == "torch":
+        assert (tmp_path / "p/r/profile/table.txt").read_text()
+
+
+def test_two_ranks_train_and_save(tmp_path, tiny_sudoku):
+    (ended,) = torchrun(
+        2,
+        "train.py",
+        *words(tiny_sudoku, tmp_path, "max_steps=6"),
+        environment=environment(STANDIN_DEVICES="2"),
+    )
+    assert ended.status == 0 and "VIOLATION" not in ended.text, ended.text[-3000:]
+    assert (tmp_path / "p/r/step_6").is_dir()
