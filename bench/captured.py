@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
             names = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
             variables = {name: str(Path(caches) / folder) for name, folder in names.items()}
             words = ["-m", "bench.captured", *(sys.argv[1:] if argv is None else argv)]
-            status = os.spawnve(os.P_WAIT, sys.executable, [sys.executable, *words], environment(**variables))
+            status = os.spawnve(os.P_WAIT, sys.executable, [sys.executable, *words], environment(**variables))  # noqa: S606
         return status
     caches_of_run = Path(os.environ["TRITON_CACHE_DIR"])
     caches_of_run.mkdir(parents=True, exist_ok=True)
