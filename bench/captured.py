@@ -222,7 +222,9 @@ def commit() -> str:
 def keep(row: dict[str, Any], label: str) -> None:
     """Puts a row into RESULTS, in place of the one of the same label, model, batch and length."""
     what = "a compiled step as it is captured, recorded without a GPU; only seconds to compile are measured"
-    document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"what": what, "steps": {}}
+    document: dict[str, Any] = {"what": what, "steps": {}}
+    if RESULTS.exists():
+        document = json.loads(RESULTS.read_text())
     key = [row[name] for name in ("arch", "B", "S")]
     rows = document["steps"].setdefault(label, [])
     rows[:] = [old for old in rows if [old[name] for name in ("arch", "B", "S")] != key] + [row]

@@ -29,7 +29,7 @@ LOG = (
     line("event", "record", "step/backward", event=3),
     line("kernel", "_ZN2at6native7reduce", "step/optimiser", source="aten"),
     line("kernel", "_adam_atan2_kernel", "step/optimiser", source="triton"),
-    line("memcpy", "memcpy", "step", bytes=100, **{"from": "device", "to": "device"}),
+    line("memcpy", "memcpy", "step", graph=1, bytes=100, **{"from": "device", "to": "device"}),
     # What runs beside the graph is no node of it.
     line("memcpy", "memcpy", "step/data", graph=0, bytes=7, **{"from": "pinned", "to": "device"}),
     line("capture", "end", "step"),
