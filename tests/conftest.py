@@ -27,6 +27,21 @@ if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+# Folders and files whose tests compile, start processes or run in Triton's interpreter.
+SLOW = {"cuda_host", "faults", "fuzz", "kernels"}
+SLOW |= {"test_compare", "test_guide_commands", "test_machine_code", "test_memory", "test_profiling"}
+SLOW |= {"test_program", "test_ranks", "test_straight_line", "test_trm", "test_variants"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks slow tests and those that open a browser, for `make test-fast`."""
+    for item in items:
+        if SLOW & {item.path.stem, item.path.parent.name}:
+            item.add_marker("slow")
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def small_heap():
     """What earlier tests left in memory is looked through no more: that halves the interpreter's speed."""
