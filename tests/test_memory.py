@@ -115,8 +115,8 @@ def test_the_workspace_of_a_kernel_is_counted():
 def test_the_published_model_by_hand(arch, gate, data, block):
     """Each of the 8 blocks with gradient keeps, a token, in widths D: q, k, v 3, what attention gives 1, the
     middle norm 1, gate and up 6, their product 3, the last norm 1, and where attention is PyTorch's the
-    rotated q and k, 2. On top come the target pass, which keeps nothing: its states and one block's, and
-    the second gradient of a norm.
+    rotated q and k, 2. On top come at most 19: the target pass, which keeps nothing (its states and one
+    block's), and gradients in flight.
     """
     row = 768 * (data.seq_len + 1) * 512 * 2
     memory = step_memory(full(arch), data, 768, CUDA)

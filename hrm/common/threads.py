@@ -27,7 +27,7 @@ def configure(environ: MutableMapping[str, str] = os.environ, root: Path = _ROOT
     """Sets what OpenMP and the compiler read at their start, where the user has not chosen.
 
     Threads sleep at a barrier. Spinning ones take the processor from the thread that all wait for as soon as
-    another process is busy: a step then takes 4 to 15 times as long. The number of threads follows a cgroup's
+    another process is busy, and steps become several times slower. The number of threads follows a cgroup's
     quota and, under torchrun, this rank's share of the machine; otherwise PyTorch chooses it.
     """
     environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
