@@ -31,7 +31,7 @@ from bench.roofline import MACHINES, Ceilings, measure, step, totals
 from bench.rows import INFERENCE, Code, counted, machine, published, quick, setting
 from hrm.common.files import write_whole
 from kernels import measured
-from tests import official
+from tests.support import official
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"

@@ -27,7 +27,7 @@ from hrm.data.format import Metadata
 from hrm.engine.engine import Engine
 from hrm.engine.kernel_choice import take_measured
 from hrm.model.hrm import HRM
-from tests import official, straight_line
+from tests.support import official, straight_line
 
 TOTAL_STEPS = 10_000
 # Words that take chance and schedule out of training steps.

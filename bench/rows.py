@@ -34,7 +34,7 @@ from hrm.config.load import Config, parse_args
 from hrm.data.format import Metadata
 from hrm.engine.modes import compiler_fault
 from kernels.cpu import cpuinfo
-from tests import official
+from tests.support import official
 
 CUDA = torch.cuda.is_available()
 

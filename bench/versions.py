@@ -22,11 +22,11 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "versions.json"
 VERSIONS = ("2.10", "2.11", "2.12", "2.13", "2.14")
 TESTS = (
-    "tests/test_model.py",
-    "tests/test_act.py",
-    "tests/test_engine.py",
-    "tests/test_program.py",
-    "tests/test_modes.py",
+    "tests/model/test_model.py",
+    "tests/model/test_act.py",
+    "tests/engine/test_engine.py",
+    "tests/engine/test_program.py",
+    "tests/engine/test_modes.py",
     "tests/kernels",
 )
 # Triton 3.6's interpreter fails with numpy 2.4 in loops whose bounds are known at run time only.

@@ -29,7 +29,7 @@ if hasattr(signal, "SIGHUP"):
 
 # Folders and files whose tests compile, start processes or run in Triton's interpreter.
 SLOW = {"cuda_host", "faults", "fuzz", "kernels"}
-SLOW |= {"test_compare", "test_guide_commands", "test_machine_code", "test_memory", "test_profiling"}
+SLOW |= {"test_compare", "test_guide_commands", "test_machine_code", "test_memory_estimate", "test_profiling"}
 SLOW |= {"test_program", "test_ranks", "test_straight_line", "test_trm", "test_variants"}
 
 

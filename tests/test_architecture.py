@@ -1,13 +1,14 @@
 """Imports run one way through the rooms of the project, without a circle."""
 
 import ast
+import re
 from functools import cache
 from graphlib import TopologicalSorter
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
+
 # From below to above; modules of one line may import each other's rooms.
 ROOMS = [
     ["kernels"],
@@ -68,6 +69,14 @@ def test_imports_run_one_way(module):
 def test_no_circle():
     graph = {module: {name for name, _ in imports(module) if name in FILES} for module in FILES}
     assert len(list(TopologicalSorter(graph).static_order())) == len(FILES)
+
+
+def test_shared_test_code_is_in_support():
+    for path in [*ROOT.glob("tests/**/*.py"), *ROOT.glob("bench/*.py")]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        lines = [line for line in map(ast.unparse, found) if re.search(r"\btests\.([\w.]+\.)?test_", line)]
+        assert not lines, f"{path.relative_to(ROOT)}: {lines[0]}: move what is shared to tests/support/"
 
 
 def test_files_stay_short():

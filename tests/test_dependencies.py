@@ -3,12 +3,12 @@
 import ast
 import importlib.metadata
 import re
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support.paths import ROOT
+
 COLUMNS = ["package", "what for", "why it is kept", "licence", "through"]
 # Asked for by extras, and left to who asks.
 NOT_PINNED = {"flash-attn", "wandb"}

@@ -25,10 +25,10 @@ from hrm.config.load import KEYS, Config, load_config, parse_args
 from hrm.data.__main__ import main as build
 from hrm.model.hrm import HRM
 from hrm.sweep import main as sweep
-from tests.test_ranks import torchrun
-from tests.test_trackers import FakeWandb
+from tests.support.fake_wandb import FakeWandb
+from tests.support.paths import ROOT
+from tests.support.torchrun import torchrun
 
-ROOT = Path(train.__file__).parent
 SECTION = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
 
 # The values of a shortened run: 48 puzzles in batches of 16 make 3 steps an epoch.

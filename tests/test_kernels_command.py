@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +17,8 @@ from kernels import backend
 from kernels.__main__ import DTYPES, calls, main
 from kernels.cases import Sizes
 from kernels.linear import linear_choice
+from tests.support.paths import ROOT
 
-ROOT = Path(kernels.__file__).parents[1]
 # As the model calls them, but small.
 SIZES = Sizes(batch_size=2, length=17, hidden_size=64, num_heads=2, parameters=64)
 

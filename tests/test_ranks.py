@@ -8,8 +8,8 @@ import torch
 import train
 from hrm.checkpoint.read import load_checkpoint
 from hrm.engine.engine import Engine
-from tests.test_train import metrics_of, words
-from tests.torchrun import PROGRAM, torchrun
+from tests.support.runs import metrics_of, words
+from tests.support.torchrun import PROGRAM, torchrun
 
 RUN = ["max_steps=50", "epochs=20", "log_interval=1"]
 

@@ -4,17 +4,15 @@ The commands of docs/migrating.md are run in tests/test_guide_commands.py.
 """
 
 import re
-from pathlib import Path
 
 import pytest
 
-import train
 from bench import report
 from hrm.config import foreign
 from hrm.config.load import KEYS
 from hrm.evaluate import KEYS as EVALUATE_KEYS
+from tests.support.paths import ROOT
 
-ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -27,7 +25,7 @@ def test_the_measured_tables_are_those_of_the_results():
 def test_the_tree_names_what_is_there():
     tree = README.split("## The tree")[1].split("```")[1]
     for name in re.findall(r"\b[a-z_]+\.py\b", tree):
-        assert any((ROOT / folder / name).is_file() for folder in ("", "hrm", "tests")), name
+        assert any((ROOT / folder / name).is_file() for folder in ("", "hrm", "tests/support")), name
     for folder in re.findall(r"^(\w+)/", tree, flags=re.MULTILINE):
         assert (ROOT / folder).is_dir(), folder
 

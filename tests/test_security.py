@@ -28,9 +28,9 @@ from hrm.study.history import MOST_METRICS, read_histories, read_history
 from hrm.study.runs import Run, _read_plan
 from hrm.training.logging import MetricsFile
 from hrm.training.run_folder import run_lock
-from tests.browser import chromium
+from tests.support.browser import chromium
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 HOSTILE = "<img src=http%3A x onerror=alert(1)><script>document.title='run'<!--\x1b[31m"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.cuda_host.stand_in import ROOT, environment
-from tests.torchrun import torchrun
+from tests.support.torchrun import torchrun
 
 pytestmark = pytest.mark.cuda_host
 

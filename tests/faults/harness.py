@@ -11,11 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import train
 from hrm.checkpoint.read import latest_checkpoint
-from tests.test_train import words
+from tests.support.paths import ROOT
 
-ROOT = Path(train.__file__).parent
 # A bound on hangs only: nothing here takes a fraction of it, even on a busy machine.
 PATIENCE = 1800.0
 Found = TypeVar("Found")
@@ -125,6 +123,3 @@ def resumed_step(out: str) -> int:
     """The step that a trainer said it went on from, 0 if it started anew."""
     found = re.search(r"resuming .* at step (\d+)", out)
     return int(found[1]) if found else 0
-
-
-__all__ = ["Trainer", "last_step", "newest", "resumed_step", "run_to_end", "saving", "words"]

@@ -25,8 +25,9 @@ import torch
 
 from hrm.common.machine import processor
 from hrm.data.sudoku.build import builtin_sudoku
-from tests.faults.harness import ROOT, Trainer, last_step, newest, resumed_step, run_to_end, saving, words
-from tests.test_train import assert_same_run
+from tests.faults.harness import Trainer, last_step, newest, resumed_step, run_to_end, saving
+from tests.support.paths import ROOT
+from tests.support.runs import assert_same_run, words
 
 # Steps between checkpoints, and the most steps that a process is left to make before the next fault.
 INTERVAL, STRETCH = 12, 20

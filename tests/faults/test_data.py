@@ -10,7 +10,8 @@ import pytest
 
 import train
 from hrm.checkpoint.read import load_checkpoint
-from tests.faults.harness import Trainer, last_step, newest, words
+from tests.faults.harness import Trainer, last_step, newest
+from tests.support.runs import words
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ import pytest
 
 import train
 from hrm.checkpoint.read import load_checkpoint
-from tests.faults.harness import ROOT, Trainer, last_step, newest, resumed_step, run_to_end, saving, words
-from tests.test_train import assert_same_run
+from tests.faults.harness import Trainer, last_step, newest, resumed_step, run_to_end, saving
+from tests.support.paths import ROOT
+from tests.support.runs import assert_same_run, words
 
 # 96 steps, with a checkpoint every 12.
 LONG = "epochs=16"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import train
-from tests.faults.harness import resumed_step, words
-from tests.test_train import assert_same_run, run_main
+from tests.faults.harness import resumed_step
+from tests.support.runs import assert_same_run, run_main, words
 
 STEPS = "max_steps=36"
 FILES = ("model.safetensors", "ema.safetensors", "training.pt", "manifest.json")

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hrm.checkpoint.read import load_checkpoint
-from tests.faults.harness import newest, run_to_end, words
-from tests.test_train import metrics_of, tensors
-from tests.torchrun import torchrun
+from tests.faults.harness import newest, run_to_end
+from tests.support.runs import metrics_of, tensors, words
+from tests.support.torchrun import torchrun
 
 PROGRAM = str(Path(__file__).with_name("numeric_program.py"))
 # Every step is logged and saved.

@@ -10,8 +10,9 @@ import pytest
 
 import train
 from hrm.checkpoint.read import load_checkpoint
-from tests.test_train import assert_same_run, words
-from tests.torchrun import PROGRAM, ROOT, Ended, torchrun
+from tests.support.paths import ROOT
+from tests.support.runs import assert_same_run, words
+from tests.support.torchrun import PROGRAM, Ended, torchrun
 
 RUN = ["max_steps=50", "epochs=20", "log_interval=1", "rank_timeout=6"]
 REMEDY = "the same command continues from the last checkpoint"

@@ -11,16 +11,8 @@ import pytest
 import train
 from hrm.checkpoint.read import load_checkpoint
 from hrm.training.signals import ECHO
-from tests.faults.harness import (
-    Trainer,
-    last_step,
-    newest,
-    resumed_step,
-    run_to_end,
-    saving,
-    words,
-)
-from tests.test_train import assert_same_run, metrics_of
+from tests.faults.harness import Trainer, last_step, newest, resumed_step, run_to_end, saving
+from tests.support.runs import assert_same_run, metrics_of, words
 
 # 96 steps, with an evaluation every 12.
 LONG = ["epochs=16", "log_interval=1", "ema=true"]

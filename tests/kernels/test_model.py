@@ -13,7 +13,7 @@ from hrm.model.layers import Block, Linear
 from kernels.matmul import rstd_of
 from kernels.rope import rope_tables
 from tests.kernels.compare import DEVICE, randn
-from tests.test_engine import METADATA, batches, make_config
+from tests.support.engines import METADATA, batches, make_config
 
 STEPS, ROWS = 20, 3
 SMALL = {"num_heads": 2, "L_cycles": 1, "H_layers": 1, "L_layers": 1}
