@@ -1,6 +1,6 @@
 """A headless Chromium for tests of pages, and a picture of a page:
 
-    python -m tests.browser PAGE.html IMAGE.png [--step N] [--gate N] [--dark] [--size 1200x800]
+    python -m tests.support.browser PAGE.html IMAGE.png [--step N] [--gate N] [--dark] [--size 1200x800]
 
 Chromium is what CHROMIUM names, or else found on the PATH. Without one, or without playwright, the tests that
 need it are skipped; where HRM_BROWSER=1 says that it must be there, they fail.
