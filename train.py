@@ -67,6 +67,8 @@ def run(config: Config, ranks: "World", device: "torch.device", stop: StopSignal
     for note in config.notes:
         say(note)
     data, run_dir, ended_by = TrainingData.open(config), folder_of(config), GO_ON
+    for note in data.notes:
+        say(f"note: {note}")
     ranks.check_equal({"training data": data.fingerprint})
     with enough_memory(lambda: does_not_fit(config, data.metadata, device, ranks=ranks.size)):
         engine = Engine(config, data.metadata, total_steps=data.total_steps, device=device, world=ranks)

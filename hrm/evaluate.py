@@ -120,7 +120,7 @@ def command(config: EvaluateConfig, as_json: bool) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such data set; give data_path=DIR, the folder of one")
     dataset = PuzzleDataset(folder, config.split)
-    is_arc = kind_of(dataset.metadata).name == "arc"
+    is_arc = kind_of(dataset.metadata, dataset.sets).name == "arc"
     if config.submission is not None:
         check_file(Path(config.submission))
         if not is_arc:
@@ -194,6 +194,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     rows, notes = [], []
     for name, metrics in results.items():
         rows.append(_row(name, metrics))
+        if not metrics["count"]:
+            notes.append(f"{name}: no known answers, nothing to score")
         for degree, part in metrics.get("difficulty", {}).items():
             rows.append(_row(f"  difficulty {degree}", part))
         if solved := metrics.get("pass_at"):

@@ -62,6 +62,10 @@ class Rules(ABC):
     @abstractmethod
     def impossible(self, boards: Boards, question: np.ndarray) -> Iterator[str]: ...
 
+    def malformed(self, boards: Boards, question: np.ndarray) -> Iterator[str]:
+        """What shows, without solving it, that a board is no question of this kind."""
+        return self.impossible(boards, question)
+
     def shown(
         self, boards: Boards, board: np.ndarray, question: np.ndarray | None, color: bool
     ) -> list[list[str]]:

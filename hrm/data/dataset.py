@@ -16,39 +16,37 @@ from hrm.data.checksums import CHECKSUMS, Contents, Snapshot, checksum_faults, r
 from hrm.data.format import (
     ARRAYS,
     DIFFICULTY,
+    IGNORE_LABEL,
     MAPPED,
     MAX_DESCRIPTION_BYTES,
+    SCHEDULE_ONLY,
     DamagedFile,
     DatasetError,
     array_path,
-    check_totals,
     first_outside,
+    ignored_labels,
     out_of_range,
     read_description,
     read_metadata,
     read_set,
+    true_totals,
 )
 from hrm.data.order import Drawn, draw
-
-# The label of cells without loss, in every batch.
-IGNORE_LABEL = -100
 
 
 class PuzzleDataset:
     """One split of a data set, checked completely when it is opened, against its checksums if it has any.
 
-    path, split: the data set's folder and the split in it ("train", "test"). metadata: the description.
-    sets: PuzzleSet by name in the order of dataset.json; inputs and labels are memory maps. Raises
-    DatasetError with the file, the first bad row, its value and what was expected.
+    path, split: the data set's folder and the split in it ("train", "test"). metadata: the description, with
+    the totals of the arrays. sets: PuzzleSet by name in the order of dataset.json; inputs and labels are
+    memory maps. notes: totals that dataset.json has otherwise. Raises DatasetError with the file, the first
+    bad row, its value and what was expected.
     """
 
     def __init__(self, path: str | Path, split: str) -> None:
         self.folder = Path(path) / split
         if not self.folder.is_dir():
-            raise DatasetError(
-                f"{self.folder}: no such folder, expected a data set's {split} split (dataset.json and its "
-                f"arrays); build one with `python -m hrm.data sudoku --output-dir {path}`"
-            )
+            raise DatasetError(_missing(Path(path), split))
         description = self.folder / "dataset.json"
         self._opened = Snapshot()
         self._opened.add(description)
@@ -58,7 +56,10 @@ class PuzzleDataset:
         self._files = [description, *arrays]
         self._opened.add(*arrays)
         self.sets = {name: read_set(self.folder, name, self.metadata) for name in names}
-        check_totals(description, self.metadata, self.sets)
+        self.metadata, wrong = true_totals(self.metadata, self.sets)
+        self.notes = [
+            f"{description}: {what}; {SCHEDULE_ONLY}, which follows the arrays here" for what in wrong
+        ]
         self._mapped = {
             name: [str(array_path(self.folder, name, array)) for array in MAPPED] for name in names
         }
@@ -87,6 +88,25 @@ class PuzzleDataset:
             for file, what in checksum_faults(listed, self.contents.sums):
                 remedy = f"build or copy the data set again; after an intended change, delete {CHECKSUMS}"
                 raise DamagedFile(self.folder / file, what, remedy)
+
+
+def _missing(path: Path, split: str) -> str:
+    """What is missing for a split that has no folder, and where it could be instead."""
+    if not path.exists():
+        return (
+            f"{path / split}: no such folder, expected a data set's {split} split (dataset.json and its "
+            f"arrays); build one with `python -m hrm.data sudoku --output-dir {path}`"
+        )
+    if (path / "dataset.json").is_file():
+        return (
+            f"{path}: a split, expected the folder of a whole data set; give {path.parent}, and the arrays "
+            f"of {split} in {path.parent / split}"
+        )
+    there = sorted(file.parent.name for file in path.glob("*/dataset.json"))
+    return (
+        f"{path / split}: no such folder, expected a data set's {split} split (dataset.json and its arrays); "
+        f"{path} has {', '.join(there) if there else 'no split'}"
+    )
 
 
 def check_same_task(train: PuzzleDataset, test: PuzzleDataset) -> None:
@@ -317,7 +337,7 @@ def _tokens(dataset: PuzzleDataset, name: str, array: str, examples: np.ndarray)
     """Rows of a memory-mapped array, int32, checked again to lie in the vocabulary."""
     metadata = dataset.metadata
     values = getattr(dataset.sets[name], array)[examples]
-    also = metadata.ignore_label_id if array == "labels" else None
+    also = ignored_labels(metadata.ignore_label_id) if array == "labels" else ()
     if where := first_outside(values, metadata.vocab_size, also):
         path, row = array_path(dataset.folder, name, array), int(examples[where[0]])
         raise out_of_range(path, row, values[where], metadata.vocab_size, f"vocab_size {metadata.vocab_size}")

@@ -9,8 +9,8 @@ puzzle and its augmentations. The layout is that of the official HRM code: eithe
 
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,12 @@ NUMBERS = {
 MAX_MEAN = 1 << 40
 # Most sets, and most bytes of a set's name: a file name of the set must stay within 255 bytes.
 MAX_SETS, MAX_SET_NAME = 1000, 200
+# The kinds of puzzle that a data set may declare; "tokens" is any sequence task.
+KINDS = ("sudoku", "maze", "arc", "tokens")
+# A label that never carries loss, whatever ignore_label_id is: PyTorch's own index for ignored targets.
+IGNORE_LABEL = -100
+# What a wrong total in dataset.json changes.
+SCHEDULE_ONLY = "it only sets the length of the schedule"
 
 
 class DatasetError(UserError):
@@ -65,7 +71,8 @@ class Metadata:
     """The contents of `dataset.json`.
 
     Labels equal to ignore_label_id carry no loss (None: every label counts). pad_id and blank_identifier_id
-    pad short batches. mean_puzzle_examples is the mean number of examples per puzzle.
+    pad short batches. mean_puzzle_examples is the mean number of examples per puzzle. kind: one of KINDS,
+    None if not declared. columns: cells in a row of a board that is not square, else None.
     """
 
     pad_id: int
@@ -77,6 +84,8 @@ class Metadata:
     total_groups: int
     mean_puzzle_examples: float
     sets: list[str]
+    kind: str | None = None
+    columns: int | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,14 @@ def metadata_faults(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     mean = values.get("mean_puzzle_examples")
     if isinstance(mean, bool) or not isinstance(mean, int | float) or not 0 < mean <= MAX_MEAN:
         yield expected("mean_puzzle_examples", f"a number above 0 and up to {MAX_MEAN}")
+    kind, columns = values.get("kind"), values.get("columns")
+    if kind is not None and kind not in KINDS:
+        yield expected("kind", f"one of {', '.join(KINDS)}, or no such key")
+    cells = values.get("seq_len")
+    if columns is not None and not (
+        _is_whole(columns, 1, NUMBERS["seq_len"][1]) and isinstance(cells, int) and cells % columns == 0
+    ):
+        yield expected("columns", f"a divisor of seq_len {literal(cells)}, or no such key")
     names: Any = values.get("sets")
     listed = isinstance(names, list) and 0 < len(names) <= MAX_SETS and all(map(_is_plain, names))
     if not listed or len(set(names)) != len(names):
@@ -234,7 +251,9 @@ def read_set(folder: Path, name: str, meta: Metadata) -> PuzzleSet:
     _check_indices(paths["group_indices"], arrays["group_indices"], puzzles, "puzzles")
     vocab, ids = f"vocab_size {meta.vocab_size}", f"num_puzzle_identifiers {meta.num_puzzle_identifiers}"
     _check_range(paths["inputs"], arrays["inputs"], meta.vocab_size, vocab)
-    _check_range(paths["labels"], arrays["labels"], meta.vocab_size, vocab, also=meta.ignore_label_id)
+    _check_range(
+        paths["labels"], arrays["labels"], meta.vocab_size, vocab, also=ignored_labels(meta.ignore_label_id)
+    )
     identifiers = arrays["puzzle_identifiers"]
     _check_range(paths["puzzle_identifiers"], identifiers, meta.num_puzzle_identifiers, ids)
     return PuzzleSet(**arrays)
@@ -253,13 +272,16 @@ def read_difficulty(folder: Path, name: str, examples: int) -> np.ndarray | None
     return _in_memory(path, difficulty)
 
 
-def first_outside(values: np.ndarray, limit: int, also: int | None = None) -> tuple[int, ...] | None:
-    """The index of the first integer that is neither in 0 to limit - 1 nor `also`; None without one."""
+def ignored_labels(ignore_label_id: int | None) -> tuple[int, ...]:
+    """The labels that carry no loss. The official reader passes -100 to the loss, which ignores it."""
+    return (IGNORE_LABEL,) if ignore_label_id is None else (IGNORE_LABEL, ignore_label_id)
+
+
+def first_outside(values: np.ndarray, limit: int, also: tuple[int, ...] = ()) -> tuple[int, ...] | None:
+    """The index of the first integer that is neither in 0 to limit - 1 nor in `also`; None without one."""
     if not values.size or (values.max() < limit and (values.dtype.kind == "u" or values.min() >= 0)):
         return None
-    bad = (values < 0) | (values >= limit)
-    if also is not None:
-        bad &= values != also
+    bad = ((values < 0) | (values >= limit)) & ~np.isin(values, also)
     if not bad.any():
         return None
     return tuple(int(index) for index in np.unravel_index(int(bad.argmax()), bad.shape))
@@ -295,7 +317,7 @@ def _check_indices(path: Path, indices: np.ndarray, end: int, of_what: str) -> N
         raise DamagedFile(path, f"ends with {indices[-1]}, expected {end}, the number of {of_what}")
 
 
-def _check_range(path: Path, array: np.ndarray, limit: int, reason: str, also: int | None = None) -> None:
+def _check_range(path: Path, array: np.ndarray, limit: int, reason: str, also: tuple[int, ...] = ()) -> None:
     rows = max(1, CHUNK_BYTES // max(1, array[0].nbytes))
     for first in range(0, len(array), rows):
         chunk = array[first : first + rows]
@@ -303,17 +325,21 @@ def _check_range(path: Path, array: np.ndarray, limit: int, reason: str, also: i
             raise out_of_range(path, first + where[0], chunk[where], limit, reason)
 
 
-def check_totals(path: Path, metadata: Metadata, sets: dict[str, PuzzleSet]) -> None:
-    """Checks the totals of a dataset.json against its sets. Raises DamagedFile."""
+def true_totals(metadata: Metadata, sets: Mapping[str, PuzzleSet]) -> tuple[Metadata, list[str]]:
+    """The metadata with the totals of its arrays, and a line for each total that dataset.json has otherwise.
+
+    The totals serve the length of the schedule alone, so wrong ones damage no data.
+    """
     groups = sum(len(part.group_indices) - 1 for part in sets.values())
-    if groups != metadata.total_groups:
-        raise DamagedFile(
-            path, f"total_groups is {metadata.total_groups}, but the arrays hold {groups} groups"
-        )
     mean = sum(len(part.inputs) for part in sets.values()) / sum(
         len(part.puzzle_identifiers) for part in sets.values()
     )
+    notes = []
+    if groups != metadata.total_groups:
+        notes.append(f"total_groups is {metadata.total_groups}, but the arrays hold {groups} groups")
+        metadata = replace(metadata, total_groups=groups)
     if not math.isclose(mean, metadata.mean_puzzle_examples, rel_tol=1e-4):
-        raise DamagedFile(
-            path, f"mean_puzzle_examples is {metadata.mean_puzzle_examples}, but the arrays give {mean:.6g}"
-        )
+        there = metadata.mean_puzzle_examples
+        notes.append(f"mean_puzzle_examples is {there:g}, but the arrays give {mean:.6g}")
+        metadata = replace(metadata, mean_puzzle_examples=mean)
+    return metadata, notes

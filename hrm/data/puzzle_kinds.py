@@ -1,32 +1,36 @@
-"""The kinds of puzzle, recognised by vocabulary and number of cells, each with its rules.
+"""The kinds of puzzle, each with its rules: declared by a data set, else recognised by sizes and contents.
 
 A board is S = rows * cols tokens, row by row; the rules of each kind say what its tokens mean.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
 from hrm.common.errors import UserError
 from hrm.data.arc.rules import ArcRules
 from hrm.data.boards import CHANGED, PLAIN, Boards, Rules, Tokens
-from hrm.data.format import Metadata
+from hrm.data.format import Metadata, PuzzleSet, ignored_labels
 from hrm.data.maze.rules import MazeRules
 from hrm.data.sudoku.rules import SudokuRules
+from hrm.data.sudoku.solver import BOXES
 
 # (vocab_size, seq_len) of Sudokus of each size, and of ARC.
-SUDOKU = {(n + 2, n * n) for n in (4, 6, 9)}
+SUDOKU = {(n + 2, n * n) for n in BOXES}
 ARC = (12, 900)
 MAZE_VOCABULARY = 6
+# Examples of each set that must keep a kind's rules, by majority, for the kind to be recognised.
+LOOKED_AT = 32
 
 
 @dataclass(frozen=True)
 class Kind(Boards):
     """A kind of puzzle on boards of rows x cols cells.
 
-    name: "sudoku", "maze", "arc" or "other". Its methods take tokens as sequences of rows * cols integers,
+    name: "sudoku", "maze", "arc" or "tokens". Its methods take tokens as sequences of rows * cols integers,
     whatever they hold: a model's prediction is one.
     """
 
@@ -34,7 +38,8 @@ class Kind(Boards):
         """Tokens (S,) uint8 of a puzzle that somebody typed: in one line, or a line for each row.
 
         Sudoku: `.` or `0` is blank, and lines between boxes are passed over. Maze: `#`, `S`, `G` and `o`,
-        with a space or `.` for an open cell. ARC: rows of digits, a grid of up to 30 x 30. Other: numbers.
+        with a space or `.` for an open cell. ARC: rows of digits, a grid that fits the canvas. Tokens:
+        numbers.
         Raises UserError with row, column and what stands there.
         """
         return _RULES[self.name].parse(self, text)
@@ -51,7 +56,7 @@ class Kind(Boards):
         """The rules that an answer breaks, with row, column or box; none when it is right.
 
         Sudoku: clues kept, every digit once in each unit. Maze: cells kept, a shortest path marked from S to
-        G and nothing beside it. ARC: a grid in the upper left corner. Other: tokens of the vocabulary.
+        G and nothing beside it. ARC: a grid in the upper left corner. Tokens: those of the vocabulary.
         """
         return list(_RULES[self.name].problems(self, self.board(question), self.board(answer)))
 
@@ -60,29 +65,81 @@ class Kind(Boards):
         return list(_RULES[self.name].impossible(self, self.board(question)))
 
     def symbol(self, token: int) -> str:
-        """The character of a token, "?" for one that the kind has none of; a number for other kinds."""
+        """The character of a token, "?" for one that the kind has none of; a number for tokens."""
         return _RULES[self.name].symbol(token)
 
 
-def kind_of(metadata: Metadata) -> Kind:
-    """The kind of a data set's puzzles, told by its vocabulary and its number of cells."""
-    return kind_for(metadata.vocab_size, metadata.seq_len)
+def kind_of(metadata: Metadata, sets: Mapping[str, PuzzleSet] | None = None) -> Kind:
+    """The kind of a data set's puzzles.
+
+    It is the declared one, else the one whose sizes the data set has, if most of some examples of `sets` keep
+    its rules; without sets the sizes decide. Raises UserError for a declared kind of other sizes.
+    """
+    kind = kind_for(metadata.vocab_size, metadata.seq_len, metadata.columns)
+    if metadata.kind is not None:
+        return declared(kind, metadata.kind)
+    if sets is None:
+        return kind
+    examples = [(part.inputs, part.labels) for part in sets.values()]
+    return recognised(kind, examples, ignored_labels(metadata.ignore_label_id))
 
 
-def kind_for(vocab_size: int, seq_len: int) -> Kind:
-    """The kind of puzzles of seq_len cells over so many tokens."""
+def declared(sizes: Kind, name: str) -> Kind:
+    """The kind of this name on boards of these sizes. Raises UserError if there is none."""
+    kind = replace(sizes, name=name)
+    rows, columns, vocab_size = kind.rows, kind.cols, kind.vocab_size
+    fits = {
+        "sudoku": rows == columns and rows in BOXES and vocab_size >= rows + 2,
+        "maze": min(rows, columns) > 1 and vocab_size >= MAZE_VOCABULARY,
+        "arc": rows == columns and vocab_size >= ARC[0],
+        "tokens": True,
+    }
+    if not fits[name]:
+        raise UserError(
+            f"kind {name}: {rows} x {columns} cells over {vocab_size} tokens are no board of this kind; the "
+            "kind tokens fits every sequence task"
+        )
+    return kind
+
+
+def kind_for(vocab_size: int, seq_len: int, columns: int | None = None) -> Kind:
+    """The kind of puzzles of seq_len cells over so many tokens. columns: in a row; None for a square."""
     side = math.isqrt(seq_len)
-    square = side * side == seq_len
-    if (vocab_size, seq_len) in SUDOKU:
+    if columns is None:
+        columns = side if side * side == seq_len else seq_len
+    if (vocab_size, seq_len) in SUDOKU and columns == side:
         name = "sudoku"
-    elif (vocab_size, seq_len) == ARC:
+    elif (vocab_size, seq_len) == ARC and columns == side:
         name = "arc"
     else:
-        name = "maze" if vocab_size == MAZE_VOCABULARY and square else "other"
-    return Kind(name, side if square else 1, side if square else seq_len, vocab_size)
+        name = "maze" if vocab_size == MAZE_VOCABULARY and columns < seq_len else "tokens"
+    return Kind(name, seq_len // columns, columns, vocab_size)
 
 
-class OtherRules(Rules):
+def recognised(kind: Kind, sets: Iterable[tuple[np.ndarray, np.ndarray]], ignored: Sequence[int]) -> Kind:
+    """The kind if most of some examples, spread over each set, keep its rules, else plain tokens.
+
+    sets: inputs and labels (N, S) of each. ignored: the labels that carry no loss.
+    """
+    rules, kept, looked_at = _RULES[kind.name], 0, 0
+    for inputs, labels in sets:
+        for row in np.unique(np.linspace(0, len(inputs) - 1, LOOKED_AT).astype(np.int64)):
+            question, label = inputs[row].astype(np.int64), labels[row].astype(np.int64)
+            unknown = np.isin(label, ignored)
+            faults = rules.malformed(kind, question)
+            answer = np.where(unknown, question, label)
+            # Labels that repeat their inputs say nothing of the rules.
+            if not np.array_equal(answer, question):
+                # A training grid of ARC stands anywhere on its canvas.
+                is_arc = kind.name == "arc"
+                right = rules.malformed(kind, label) if is_arc else rules.problems(kind, question, answer)
+                faults = chain(faults, right)
+            kept += next(faults, None) is None
+            looked_at += 1
+    return kind if 2 * kept > looked_at or not looked_at else replace(kind, name="tokens")
+
+
+class TokenRules(Rules):
     """Any board over the vocabulary."""
 
     def symbol(self, token: int) -> str:
@@ -122,5 +179,5 @@ _RULES: Mapping[str, Rules] = {
     "sudoku": SudokuRules(),
     "maze": MazeRules(),
     "arc": ArcRules(),
-    "other": OtherRules(),
+    "tokens": TokenRules(),
 }

@@ -38,6 +38,8 @@ class Shape:
     pad_id: int = 0
     ignore_label_id: int | None = 0
     blank_identifier_id: int = 0
+    kind: str | None = None
+    columns: int | None = None
 
 
 class SplitWriter:
@@ -95,7 +97,12 @@ class SplitWriter:
             mean_puzzle_examples=self.examples / max(1, self.puzzles),
             sets=list(self._files),
         )
-        text = json.dumps(asdict(metadata)) + "\n"
+        values = asdict(metadata)
+        # Leave out what the official layout does not have, unless it says something.
+        for key in ("kind", "columns"):
+            if values[key] is None:
+                del values[key]
+        text = json.dumps(values) + "\n"
         paths[0].write_text(text, encoding="utf-8")
         write_checksums(self._folder, paths)
         return metadata
@@ -287,7 +294,8 @@ def _check_replaceable(folder: Path, replaceable: Callable[[Path], bool]) -> Non
 
 
 def _is_split(folder: Path) -> bool:
-    return (folder / "dataset.json").is_file() and all(
+    # The checksums tell the builders' data sets from those of other writers, which nothing may replace.
+    return all((folder / name).is_file() for name in ("dataset.json", CHECKSUMS)) and all(
         path.name in ("dataset.json", CHECKSUMS) or path.suffix == ".npy" for path in folder.iterdir()
     )
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hrm.config.schema import LossConfig
-from hrm.data.dataset import IGNORE_LABEL, Batch
+from hrm.data.dataset import Batch
+from hrm.data.format import IGNORE_LABEL
 from hrm.engine.cuda_graph import Program
 from hrm.engine.modes import Mode, compiled
 from hrm.engine.step_inputs import Feed

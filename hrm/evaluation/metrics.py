@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from hrm.checkpoint.load_model import Trained
 from hrm.common.files import new_file, write_whole
-from hrm.data.dataset import IGNORE_LABEL, Batch, PuzzleDataset, test_batches
-from hrm.data.format import PuzzleSet, read_difficulty
+from hrm.data.dataset import Batch, PuzzleDataset, test_batches
+from hrm.data.format import IGNORE_LABEL, PuzzleSet, read_difficulty
 from hrm.data.puzzle_kinds import kind_of
 from hrm.data.sudoku.solver import solutions
 from hrm.engine.inference import Answers, EarlyExit, Inference
@@ -167,7 +167,7 @@ def difficulty(dataset: PuzzleDataset, name: str, taken: np.ndarray) -> tuple[np
     if known is not None:
         return known[taken], places
     unknown = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    if kind_of(dataset.metadata).name != "sudoku":
+    if kind_of(dataset.metadata, dataset.sets).name != "sudoku":
         return unknown
     if len(taken) > RATED:
         places = np.sort(np.random.default_rng(0).choice(len(taken), RATED, replace=False))

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hrm.config.schema import LossConfig
-from hrm.data.dataset import IGNORE_LABEL
+from hrm.data.format import IGNORE_LABEL
 from hrm.model.act import Carry, Outputs, Subgoal
 from hrm.model.gating import Gates, entropy_loss, saturation_loss, stability_loss
 from hrm.model.subgoal import feudal_loss

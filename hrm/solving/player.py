@@ -32,7 +32,7 @@ _SYMBOLS: Mapping[str, Sequence[Symbol]] = {
     "sudoku": [
         ("pad", "pad", "padding"),
         ("blank", "", "blank"),
-        *(("digit", str(digit), str(digit)) for digit in range(1, 10)),
+        *(("digit", str(digit), str(digit)) for digit in range(1, max(BOXES) + 1)),
     ],
     "maze": [
         ("pad", "", "padding"),
@@ -224,7 +224,7 @@ def _board(view: _View, board: np.ndarray, window: np.ndarray, name: str, title:
                 names.append("bad")
             line.append(f'<td class="{" ".join(names)}" title="{words}">{text}</td>')
         lines.append(f"<tr>{''.join(line)}</tr>\n")
-    known = kind if kind in _SYMBOLS else "other"
+    known = kind if kind in _SYMBOLS else "tokens"
     return (
         f'<div class="board {known}" id="{name}"><table aria-label="{title}">\n<tbody>'
         f"{''.join(lines)}</tbody></table></div>"

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from hrm.common.errors import UserError
-from hrm.data.dataset import IGNORE_LABEL
-from hrm.data.format import Metadata
+from hrm.data.format import IGNORE_LABEL, Metadata
 from hrm.data.puzzle_kinds import kind_of
 from hrm.model.act import Outputs, Sequences, act_step, initial_carry, replace_halted
 from hrm.model.hrm import HRM
@@ -52,7 +51,7 @@ class Step:
 class Trace:
     """A puzzle and the steps that a model took to solve it.
 
-    kind: a name of `puzzle_kinds` ("sudoku", "maze", "arc", "other"). question, answer: (S) tokens of that
+    kind: a name of `puzzle_kinds` ("sudoku", "maze", "arc", "tokens"). question, answer: (S) tokens of that
     kind, S = rows * cols; answer is None if unknown. model: one line that identifies it. title: the puzzle's.
     """
 

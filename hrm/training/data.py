@@ -1,7 +1,7 @@
 """The data of a run: both splits, their identity, and the batches that training and evaluation draw."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,9 @@ from hrm.data.dataset import (
     test_batches,
     train_batches,
 )
+from hrm.data.deviations import deviations
 from hrm.data.format import Metadata
+from hrm.data.puzzle_kinds import kind_of
 from hrm.data.sudoku.build import data_folder
 from hrm.distributed import World
 
@@ -31,28 +33,36 @@ from hrm.distributed import World
 class TrainingData:
     """The training and the test split of a run, and what follows from them.
 
-    fingerprint: sha256 of the training split. source: its `path` and the digest of each of its `files`, as
-    checkpoints record them. sample: the test examples of each set that evaluations use; None for all.
-    total_steps: length of the run. epochs_per_iter: epochs between two evaluations.
+    test_set: None for a data set without a test split, whose run is not evaluated. fingerprint: sha256 of the
+    training split. source: its `path` and the digest of each of its `files`, as checkpoints record them.
+    sample: the test examples of each set that evaluations use; None for all. total_steps: length of the run.
+    epochs_per_iter: epochs between two evaluations. notes: what the data set does in its own way.
     """
 
     config: Config
     train_set: PuzzleDataset
-    test_set: PuzzleDataset
+    test_set: PuzzleDataset | None
     fingerprint: str
     source: dict[str, Any]
     sample: dict[str, np.ndarray] | None
     total_steps: int
     epochs_per_iter: int
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, config: Config) -> "TrainingData":
         """Opens and checks the data set of a run. Raises DatasetError with the file and the fault."""
         folder = data_folder(config)
-        train_set, test_set = PuzzleDataset(folder, "train"), PuzzleDataset(folder, "test")
-        check_same_task(train_set, test_set)
+        train_set = PuzzleDataset(folder, "train")
+        test_set = PuzzleDataset(folder, "test") if (folder / "test").exists() else None
+        notes = list(deviations(train_set))
         sample = None
-        if config.eval_samples is not None:
+        if test_set is None:
+            notes.append(f"{folder}: there is no test split, so the run is not evaluated")
+        else:
+            check_same_task(train_set, test_set)
+            notes += deviations(test_set)
+        if test_set is not None and config.eval_samples is not None:
             sample = subset(test_set, config.eval_samples, config.seed)
         steps = steps_in(train_set, config.epochs, config.global_batch_size)
         return cls(
@@ -64,12 +74,14 @@ class TrainingData:
             sample=sample,
             total_steps=steps if config.max_steps is None else min(steps, config.max_steps),
             epochs_per_iter=interval_epochs(config),
+            notes=tuple(notes),
         )
 
     @property
     def metadata(self) -> Metadata:
-        """The metadata of the training split."""
-        return self.train_set.metadata
+        """The metadata of the training split, with its kind."""
+        found = self.train_set.metadata
+        return replace(found, kind=kind_of(found, self.train_set.sets).name)
 
     def batches(self, position: tuple[int, int], world: World) -> Iterator[TrainBatch]:
         """The training batches from `position` on, this rank's rows of each.
@@ -101,7 +113,12 @@ class TrainingData:
         )
 
     def test_batches(self, world: World, *, sampled: bool) -> Iterator[tuple[str, Batch, int]]:
-        """The test batches, this rank's rows of each; sampled: of `sample` alone."""
+        """The test batches, this rank's rows of each; sampled: of `sample` alone.
+
+        There are none without a test split.
+        """
+        if self.test_set is None:
+            return iter(())
         return test_batches(
             self.test_set,
             global_batch_size=self.config.global_batch_size,

@@ -39,7 +39,9 @@ class Evaluator:
         progress.score = score(progress.results["eval_ema" if config.ema else "eval"], config.best_metric)
         if sampled and progress.at_end:
             progress.results = self.measure(progress, sampled=False)
-        is_better = progress.best.update(progress.step, progress.score)
+        # Without a known answer there is nothing to compare, nor to stop early for.
+        is_scored = any(metrics["count"] for metrics in progress.results["eval"].values())
+        is_better = is_scored and progress.best.update(progress.step, progress.score)
         self._log(progress, is_whole=not sampled or progress.at_end)
         progress.evaluation_due = False
         asked = config.checkpoint_every_eval or progress.at_end or (is_better and config.keep_best)

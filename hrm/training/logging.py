@@ -280,12 +280,16 @@ class ProgressBar:
 def evaluation_line(step: int, results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """The results of an evaluation on one line. results: metrics by eval or eval_ema, then by set."""
     averaged = {"eval": "", "eval_ema": ", averaged weights"}
-    return f"step {step}: " + "; ".join(
-        f"{name}{averaged[kind]}: {m.get('exact_accuracy', 0):.1%} exact, {m.get('accuracy', 0):.1%} of "
-        f"cells right, on {m['count']:.0f} test puzzles"
+    lines = [
+        f"{name}{averaged[kind]}: {metrics['exact_accuracy']:.1%} exact, {metrics['accuracy']:.1%} of cells "
+        f"right, on {metrics['count']:.0f} test puzzles"
+        # Without a sequence to score there are no shares.
+        if metrics["count"]
+        else f"{name}{averaged[kind]}: no known answers, nothing to score"
         for kind, sets in results.items()
-        for name, m in sets.items()
-    )
+        for name, metrics in sets.items()
+    ]
+    return f"step {step}: " + ("; ".join(lines) or "not evaluated, there is no test split")
 
 
 class MetricsLog:
@@ -348,8 +352,9 @@ class MetricsLog:
             for name, metrics in sets.items()
             for metric, value in metrics.items()
         }
-        self._log(flat, step)
-        if self._bar is not None:
+        if flat:
+            self._log(flat, step)
+        if self._bar is not None and any(results.values()):
             self._bar.write(evaluation_line(step, results))
 
     def resume_clock(self) -> None:

@@ -26,13 +26,16 @@ def start_line(engine: Engine, data: TrainingData) -> str:
     ranks = f" x {world.size} ranks" if world.size > 1 else ""
     threads = f", {threads_note(torch.get_num_threads())}" if engine.device.type == "cpu" else ""
     note = f" ({engine.mode.note})" if engine.mode.note else ""
-    splits = (data.train_set, data.test_set)
-    examples = [sum(len(part.inputs) for part in split.sets.values()) for split in splits]
+    splits = {"training": data.train_set, "test": data.test_set}
+    examples = " and ".join(
+        f"{sum(len(part.inputs) for part in split.sets.values()) if split else 0:,} {name}"
+        for name, split in splits.items()
+    )
     return (
         f"{model_name(config.arch)}, {parameter_count(engine):,} parameters, "
         f"{engine.device}{ranks}{threads}, {str(engine.model.dtype).removeprefix('torch.')}, "
         f"mode {engine.mode.name}{note}; "
-        f"{data.source['path']}: {examples[0]:,} training and {examples[1]:,} test examples; "
+        f"{data.source['path']}: {examples} examples; "
         f"{engine.total_steps:,} steps of {config.global_batch_size}"
     )
 

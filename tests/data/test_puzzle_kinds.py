@@ -53,9 +53,9 @@ def plain(text: str) -> str:
         (12, 900, "arc", 30, 30),
         (6, 900, "maze", 30, 30),
         (6, 25, "maze", 5, 5),
-        (6, 24, "other", 1, 24),
-        (11, 900, "other", 30, 30),
-        (12, 81, "other", 9, 9),
+        (6, 24, "tokens", 1, 24),
+        (11, 900, "tokens", 30, 30),
+        (12, 81, "tokens", 9, 9),
     ],
 )
 def test_the_kind_is_told_by_vocabulary_and_cells(
@@ -118,11 +118,11 @@ def test_a_damaged_canvas_is_written_whole() -> None:
 
 
 def test_other_tokens_are_numbers() -> None:
-    kind = Kind("other", 1, 3, 300)
+    kind = Kind("tokens", 1, 3, 300)
     tokens = kind.parse("7, 299 0")
     assert tokens.tolist() == [7, 299, 0] and tokens.dtype == np.uint16
     assert kind.parse(kind.text(tokens)).tolist() == [7, 299, 0]
-    assert Kind("other", 1, 1).parse("255").dtype == np.uint8
+    assert Kind("tokens", 1, 1).parse("255").dtype == np.uint8
 
 
 @pytest.mark.parametrize(
@@ -151,9 +151,9 @@ def test_other_tokens_are_numbers() -> None:
         (ARC, "012\n34", "row 2 has 2 cells, expected 3"),
         (ARC, "\n", "0 lines, expected a grid of 1 to 30 rows and 1 to 30 columns"),
         (ARC, "0" * 31, "1 lines of 31, expected a grid of 1 to 30 rows"),
-        (Kind("other", 1, 2, 5), "1 5", "row 1, column 2 is '5', expected a whole number from 0 to 4"),
-        (Kind("other", 1, 2, 5), "1 ²", "row 1, column 2 is '²'"),
-        (Kind("other", 1, 2, 5), "1", "1 numbers, expected 2"),
+        (Kind("tokens", 1, 2, 5), "1 5", "row 1, column 2 is '5', expected a whole number from 0 to 4"),
+        (Kind("tokens", 1, 2, 5), "1 ²", "row 1, column 2 is '²'"),
+        (Kind("tokens", 1, 2, 5), "1", "1 numbers, expected 2"),
     ],
 )
 def test_what_cannot_be_read_is_named(kind: Kind, text: str, message: str) -> None:
@@ -440,7 +440,7 @@ def test_a_sudoku_is_drawn_with_its_clues_bold_and_answers_blue() -> None:
     assert (cells[2:] == 255).all()
 
 
-@pytest.mark.parametrize("kind", [sudoku(4), MAZE, ARC, Kind("other", 1, 7, 30)])
+@pytest.mark.parametrize("kind", [sudoku(4), MAZE, ARC, Kind("tokens", 1, 7, 30)])
 def test_boards_become_a_png(kind: Kind, tmp_path: Path) -> None:
     from matplotlib.image import imread
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from hrm.data.dataset import IGNORE_LABEL, PuzzleDataset, subset, test_batches
-from hrm.data.format import DatasetError, PuzzleSet
+from hrm.data.dataset import PuzzleDataset, subset, test_batches
+from hrm.data.format import IGNORE_LABEL, DatasetError, PuzzleSet
 from hrm.data.writer import Shape, new_dataset
 
 # pytest takes the name for a test's.

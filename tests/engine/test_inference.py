@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hrm.config.schema import LossConfig, SubgoalConfig
-from hrm.data.dataset import IGNORE_LABEL, Batch
+from hrm.data.dataset import Batch
+from hrm.data.format import IGNORE_LABEL
 from hrm.engine import cuda_graph as program
 from hrm.engine.inference import Answers, EarlyExit, Inference
 from hrm.engine.modes import COMPILE, EAGER, Mode

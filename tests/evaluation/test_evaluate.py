@@ -18,8 +18,8 @@ from hrm.common.files import new_file
 from hrm.config.schema import ArchConfig
 from hrm.data.arc.build import write_arc
 from hrm.data.arc.files import read_source
-from hrm.data.dataset import IGNORE_LABEL, PuzzleDataset
-from hrm.data.format import Metadata, PuzzleSet
+from hrm.data.dataset import PuzzleDataset
+from hrm.data.format import IGNORE_LABEL, Metadata, PuzzleSet
 from hrm.data.sudoku.solver import solutions
 from hrm.data.writer import Shape, new_dataset
 from hrm.engine.inference import Answers, EarlyExit, Inference

@@ -51,7 +51,7 @@ def kinds() -> tuple[Any, ...]:
         *(Kind("sudoku", side, side, side + 2) for side in (4, 6, 9)),
         *(Kind("maze", side, side, 6) for side in (1, 2, 5)),
         Kind("arc", 30, 30, 12),
-        Kind("other", 1, 3, 300),
+        Kind("tokens", 1, 3, 300),
     )
 
 
@@ -61,7 +61,7 @@ def read_board(data: bytes) -> None:
     tokens = kind.parse(text(data[1:]))
     if tokens.max(initial=0) >= kind.vocab_size:
         raise AssertionError("a token beyond the vocabulary")
-    if kind.name != "other":
+    if kind.name != "tokens":
         again = kind.parse(kind.text(tokens))
         if (again != tokens).any():
             raise AssertionError("a board that is shown is read as another one")

@@ -102,7 +102,7 @@ def maze() -> Trace:
 
 def other(count: int = 2) -> Trace:
     steps = [Step([k, 7, 300, -1, 5, 6], 0.5, None, False, []) for k in range(count)]
-    return Trace("other", 2, 3, [1, 2, 3, 4, 5, 6], None, steps, "v1", "Numbers")
+    return Trace("tokens", 2, 3, [1, 2, 3, 4, 5, 6], None, steps, "v1", "Numbers")
 
 
 # --- contents
@@ -194,7 +194,7 @@ def test_gates_over_the_steps_and_their_range_over_the_cells():
 
 ENDS = ["over 99.9 % sure", "would stop after step 2 of 3", "unchanged since step 2"]
 BROKEN = ["1 rule broken", "below 0.1 % sure", "would not stop by itself in 1 step"]
-PADDED = Trace("other", 1, 3, [1, 2, 3], [5, 0, -1], [Step([5, 7, 7], 1.0, None, True, [])], "", "")
+PADDED = Trace("tokens", 1, 3, [1, 2, 3], [5, 0, -1], [Step([5, 7, 7], 1.0, None, True, [])], "", "")
 
 
 @pytest.mark.parametrize(

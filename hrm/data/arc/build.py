@@ -76,7 +76,8 @@ def write_arc(
     made: list[tuple[str, int]] = []
     identifiers = [BLANK]
     with new_dataset(folder) as writer:
-        splits = {name: writer.split(name, Shape(SIDE * SIDE, VOCAB_SIZE)) for name in _splits(tasks)}
+        shape = Shape(SIDE * SIDE, VOCAB_SIZE, kind="arc")
+        splits = {name: writer.split(name, shape) for name in _splits(tasks)}
         groups = _in_order(partial(build_group, num_aug=num_aug, seed=seed), tasks, workers)
         # The bar closes before an error is printed.
         with tqdm(groups, desc="tasks", total=len(tasks), leave=False) as bar:

@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -18,7 +19,10 @@ from hrm.common.figures import require_matplotlib
 from hrm.common.files import check_file, new_file
 from hrm.common.text import size_text
 from hrm.data.boards import Tokens
-from hrm.data.format import DIFFICULTY, DatasetError
+from hrm.data.checksums import CHECKSUMS
+from hrm.data.dataset import PuzzleDataset
+from hrm.data.deviations import deviations
+from hrm.data.format import DIFFICULTY, KINDS, DatasetError
 from hrm.data.inspect.histogram import histogram
 from hrm.data.inspect.invariants import (
     Findings,
@@ -46,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("path", type=Path, help="folder of a data set, or of one of its splits")
     add("--split", help="the one split to look at: train or test (default: all)")
     add("--samples", type=int, default=2, help="puzzles of each split to show, at random (default 2)")
+    add("--kind", choices=KINDS, help="the kind of puzzle, in place of the data set's own or its sizes'")
     add("--png", type=Path, metavar="FILE", help="draw the samples into this file as well")
     add("--seed", type=int, default=0, help="chooses the samples (default 0)")
     add("--deep", action="store_true", help="solve every Sudoku, to prove that it has one solution")
@@ -67,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
         check_file(args.png)
     root, folders = _folders(args.path, args.split)
     findings = Findings()
-    splits = [check_split(folder, findings) for folder in folders]
+    splits = [check_split(folder, findings, args.kind) for folder in folders]
     check_same_task(splits, findings)
     check_identifiers(root, splits, findings)
     for split in splits:
@@ -84,9 +89,18 @@ def run(args: argparse.Namespace) -> None:
         print(f"{shared:,} label rows of the training are in the test too")
     if args.png is not None:
         _draw(args.png, splits, drawn)
+    print("\n".join(_notes(root, splits)))
     print("\n".join([*findings.lines(root), f"violations: {findings.total:,}"]))
     if findings.total:
         raise SystemExit(1)
+
+
+def _notes(root: Path, splits: list[Split]) -> Iterator[str]:
+    """What deviates without being a violation, in splits of other writers, which have no checksums."""
+    for split in splits:
+        if split.asked is None and not (split.folder / CHECKSUMS).exists():
+            with suppress(DatasetError):
+                yield from (f"note: {text}" for text in deviations(PuzzleDataset(root, split.folder.name)))
 
 
 def _folders(path: Path, wanted: str | None) -> tuple[Path, list[Path]]:
@@ -169,7 +183,7 @@ def _statistics(split: Split) -> Iterator[str]:
 
 def _kind_text(kind: Kind | None) -> str:
     if kind is None:
-        return "puzzles of an unknown kind"
+        return "puzzles of unknown sizes"
     return f"{kind.name}, {kind.rows} x {kind.cols} cells, vocabulary {kind.vocab_size}"
 
 

@@ -7,13 +7,16 @@ continue, in chunks of the memory maps, and skip only what depends on a damaged 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hrm.common.errors import UserError
 from hrm.common.text import literal
 from hrm.data.checksums import CHECKSUMS, checksum_faults, read_contents
 from hrm.data.format import (
@@ -26,11 +29,12 @@ from hrm.data.format import (
     DamagedFile,
     Metadata,
     array_path,
+    ignored_labels,
     metadata_faults,
     open_array,
     read_description,
 )
-from hrm.data.puzzle_kinds import Kind, kind_for
+from hrm.data.puzzle_kinds import Kind, declared, kind_for, recognised
 
 # Violations of one file that are reported; further ones are counted.
 MOST = 20
@@ -73,17 +77,37 @@ class Split:
     """The readable parts of a split.
 
     facts: the valid fields of dataset.json. sets: by set, the arrays of the right type and number of
-    dimensions, as memory maps.
+    dimensions, as memory maps. asked: the kind that the user gave, in place of dataset.json's.
     """
 
     folder: Path
     facts: dict[str, Any]
     sets: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    asked: str | None = None
+
+    @cached_property
+    def kind(self) -> Kind | None:
+        """The kind of the puzzles, as `puzzle_kinds.kind_of` tells it; None without their sizes.
+
+        Raises UserError if the user gave a kind of other sizes.
+        """
+        if not {"vocab_size", "seq_len"} <= self.facts.keys():
+            return None
+        kind = kind_for(self.facts["vocab_size"], self.facts["seq_len"], self.facts.get("columns"))
+        if self.asked is not None:
+            return declared(kind, self.asked)
+        if name := self.facts.get("kind"):
+            # `check_split` reports a kind that does not fit.
+            with suppress(UserError):
+                return declared(kind, name)
+            return replace(kind, name="tokens")
+        examples = [pair for name in self.sets if (pair := self.examples(name)) is not None]
+        return recognised(kind, examples, self.ignored)
 
     @property
-    def kind(self) -> Kind | None:
-        known = {"vocab_size", "seq_len"} <= self.facts.keys()
-        return kind_for(self.facts["vocab_size"], self.facts["seq_len"]) if known else None
+    def ignored(self) -> tuple[int, ...]:
+        """The labels that carry no loss."""
+        return ignored_labels(self.facts.get("ignore_label_id"))
 
     def examples(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
         """Inputs and labels (N, S) of a set; None if they contradict each other or dataset.json."""
@@ -96,7 +120,7 @@ class Split:
         """Labels (..., S) int64; cells without loss take the input's token, except padding in ARC."""
         if self.kind is not None and self.kind.name == "arc":
             return labels.astype(np.int64)
-        return np.where(labels == self.facts.get("ignore_label_id"), inputs, labels).astype(np.int64)
+        return np.where(np.isin(labels, self.ignored), inputs, labels).astype(np.int64)
 
 
 def chunks(array: np.ndarray) -> Iterator[slice]:
@@ -106,9 +130,9 @@ def chunks(array: np.ndarray) -> Iterator[slice]:
         yield slice(first, min(first + step, len(array)))
 
 
-def check_split(folder: Path, findings: Findings) -> Split:
-    """Checks the files of a split against each other."""
-    split = Split(folder, _description(folder / "dataset.json", findings))
+def check_split(folder: Path, findings: Findings, kind: str | None = None) -> Split:
+    """Checks the files of a split against each other. kind: see `Split.asked`."""
+    split = Split(folder, _description(folder / "dataset.json", findings), asked=kind)
     names = split.facts.get("sets")
     if names is None:
         names = sorted({path.name.split("__")[0] for path in folder.glob("?*__inputs.npy")})
@@ -116,6 +140,7 @@ def check_split(folder: Path, findings: Findings) -> Split:
         split.sets[name] = _arrays(folder, name, findings)
         _check_set(split, name, findings)
     _check_totals(split, findings)
+    _check_kind(split, findings)
     _check_sums(folder, names, findings)
     return split
 
@@ -171,7 +196,7 @@ def _check_set(split: Split, name: str, findings: Findings) -> None:
     limits = {"inputs": "vocab_size", "labels": "vocab_size", "puzzle_identifiers": "num_puzzle_identifiers"}
     for array, bound in limits.items():
         if array in arrays and bound in facts:
-            also = facts.get("ignore_label_id") if array == "labels" else None
+            also = split.ignored if array == "labels" else ()
             _check_range(paths[array], arrays[array], bound, facts[bound], also, findings)
 
 
@@ -191,13 +216,11 @@ def _check_indices(
 
 
 def _check_range(
-    path: Path, array: np.ndarray, bound: str, limit: int, also: int | None, findings: Findings
+    path: Path, array: np.ndarray, bound: str, limit: int, also: tuple[int, ...], findings: Findings
 ) -> None:
     for rows in chunks(array):
         chunk = array[rows].reshape(rows.stop - rows.start, -1)
-        bad = (chunk < 0) | (chunk >= limit)
-        if also is not None:
-            bad &= chunk != also
+        bad = ((chunk < 0) | (chunk >= limit)) & ~np.isin(chunk, also)
 
         def tell(row: int, first: int = rows.start, chunk: np.ndarray = chunk, bad: np.ndarray = bad) -> str:
             cell = int(bad[row].argmax())
@@ -224,6 +247,14 @@ def _check_totals(split: Split, findings: Findings) -> None:
         if not math.isclose(mean, facts["mean_puzzle_examples"], rel_tol=1e-4):
             said = facts["mean_puzzle_examples"]
             findings.add(path, f"mean_puzzle_examples is {said}, but the arrays give {mean:.6g}")
+
+
+def _check_kind(split: Split, findings: Findings) -> None:
+    if split.kind is not None and any(split.examples(name) for name in split.sets):
+        try:
+            declared(split.kind, split.facts.get("kind") or split.kind.name)
+        except UserError as fault:
+            findings.add(split.folder / "dataset.json", str(fault))
 
 
 def _check_sums(folder: Path, names: Sequence[str], findings: Findings) -> None:

@@ -210,7 +210,7 @@ def write_mazes(
             for mazes in chunks:
                 if not len(mazes.lengths):
                     continue
-                writer = writer or data.split(split, Shape(mazes.side**2, VOCABULARY))
+                writer = writer or data.split(split, Shape(mazes.side**2, VOCABULARY, kind="maze"))
                 lengths[split].append(mazes.lengths)
                 mazes = augment(mazes, rows - 1, rng)
                 count = len(mazes.lengths)

@@ -25,7 +25,7 @@ from hrm.data.sudoku.symmetry import leaks
 from hrm.data.writer import Shape, cached, check_output, new_dataset
 
 # Part of the name of cached data sets; raise it when equal parameters give different bytes.
-FORMAT = 2
+FORMAT = 3
 # Draws for one puzzle before its difficulty, or a new puzzle, counts as out of reach.
 ATTEMPTS = 10_000
 # Redraws of augmentations that repeat a puzzle of their group; then repetitions stay.
@@ -208,7 +208,7 @@ def write_sudoku(folder: str | Path, train: Puzzles, test: Puzzles, num_aug: int
     size = int(train.questions.shape[1] ** 0.5)
     with new_dataset(folder) as data:
         for name, puzzles, copies in (("train", train, num_aug), ("test", test, 0)):
-            split = data.split(name, Shape(seq_len=size * size, vocab_size=size + 2))
+            split = data.split(name, Shape(size * size, size + 2, kind="sudoku"))
             for inputs, labels in augment(puzzles.questions, puzzles.answers, copies, test.answers, seed):
                 part = _groups(inputs, labels, copies + 1)
                 difficulty = puzzles.difficulty[split.groups :][: len(part.group_indices) - 1]

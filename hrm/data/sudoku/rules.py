@@ -45,13 +45,15 @@ class SudokuRules(Rules):
             yield f"{boards.at(cell)} has no digit"
         yield from self.repetitions(boards, answer)
 
-    def impossible(self, boards: Boards, question: np.ndarray) -> Iterator[str]:
-        foreign = np.nonzero((question != self.blank) & ~self.is_digit(boards, question))[0].tolist()
-        for cell in foreign:
+    def malformed(self, boards: Boards, question: np.ndarray) -> Iterator[str]:
+        for cell in np.nonzero((question != self.blank) & ~self.is_digit(boards, question))[0].tolist():
             yield f"{boards.at(cell)} is neither a digit nor blank"
-        repetitions = list(self.repetitions(boards, question))
-        yield from repetitions
-        if not foreign and not repetitions:
+        yield from self.repetitions(boards, question)
+
+    def impossible(self, boards: Boards, question: np.ndarray) -> Iterator[str]:
+        wrong = list(self.malformed(boards, question))
+        yield from wrong
+        if not wrong:
             found, _ = solutions((question - 1).astype(np.uint8))
             if len(found) != 1:
                 yield "the puzzle has several solutions" if len(found) else "the puzzle has no solution"
