@@ -20,9 +20,9 @@ from hrm.checkpoint.weights import read_weights
 from hrm.common.errors import UserError
 from hrm.common.files import numbered_lines, open_own, read_json, read_text, write_whole
 from hrm.data.arc.files import read_source, read_task
+from hrm.data.format import read_names
 from hrm.data.maze.files import read_mazes
 from hrm.data.sudoku.files import read_puzzles
-from hrm.evaluation.arc_voting import read_names
 from hrm.report import differences, report
 from hrm.study.history import MOST_METRICS, read_histories, read_history
 from hrm.study.runs import Run, _read_plan
@@ -131,8 +131,7 @@ def test_plain_checkpoints_are_still_read(tmp_path):
 
 READERS: dict[str, str] = {
     "a.json": "from hrm.data.arc.files import read_task as read",
-    "identifiers.json": "from hrm.evaluation.arc_voting import read_names; "
-    "read = lambda path: read_names(path.parent)",
+    "identifiers.json": "from hrm.data.format import read_names; read = lambda path: read_names(path.parent)",
     "a.csv": "from hrm.data.sudoku.files import read_puzzles; read = lambda path: read_puzzles(path, 9)",
     "a.txt": "from hrm.data.sudoku.files import read_puzzles; read = lambda path: read_puzzles(path, 9)",
     "maze.csv": "from hrm.data.maze.files import read_mazes; read = lambda path: list(read_mazes(path))",

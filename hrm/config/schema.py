@@ -152,8 +152,15 @@ class Config:
         10_000, "epochs between evaluations; null for one at the end", ge=1, le=10**9
     )
     eval_samples: int | None = key(
-        None, "test examples, drawn once, that evaluations look at; null and the end take all", ge=1, le=10**9
+        None, "examples, drawn once, that evaluations look at; null and the end take all", ge=1, le=10**9
     )
+    valid_fraction: float = key(
+        0.0,
+        "share of the training groups held out as the split valid, which best_metric then looks at",
+        ge=0,
+        lt=1,
+    )
+    augment: bool = key(False, "draw every training example under a fresh random symmetry: Sudoku, maze, ARC")
     max_steps: int | None = key(None, "stop after this many training steps", ge=1, le=10**9)
     max_seconds: float | None = key(
         None, "save and end this process after so long; the same command goes on", gt=0, le=1e9
@@ -228,7 +235,7 @@ class Config:
     keep_checkpoints: int | None = key(3, "newest checkpoints that stay; null keeps all", ge=1, le=10**9)
     best_metric: Literal["exact_accuracy", "accuracy", "lm_loss"] = key(
         "exact_accuracy",
-        "test metric by which evaluations are ranked, of the average with ema=true",
+        "metric by which evaluations are ranked, of the average with ema=true; of valid, or else of the test",
     )
     keep_best: bool = key(True, "never remove the checkpoint of the best evaluation")
     early_stop_patience: int | None = key(

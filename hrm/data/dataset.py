@@ -4,7 +4,7 @@ A seed fixes the order of training, which can restart at any batch; a test split
 read checks first that the files have not changed since they were opened, then that tokens are valid.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -168,10 +168,19 @@ class Members(NamedTuple):
     puzzle_identifiers: np.ndarray
 
 
-def steps_in(dataset: PuzzleDataset, epochs: int, global_batch_size: int) -> int:
+# Replaces this rank's rows of a global batch by symmetric ones; see `hrm.data.symmetries`.
+Augment = Callable[[Batch, Drawn, slice], Batch]
+# The numbers of some groups, by set.
+Groups = Mapping[str, np.ndarray]
+
+
+def steps_in(
+    dataset: PuzzleDataset, epochs: int, global_batch_size: int, groups: Groups | None = None
+) -> int:
     """The official code's estimate of the steps of a run, which also sets its schedule's length."""
     metadata = dataset.metadata
-    return int(epochs * metadata.total_groups * metadata.mean_puzzle_examples / global_batch_size)
+    count = metadata.total_groups if groups is None else sum(map(len, groups.values()))
+    return int(epochs * count * metadata.mean_puzzle_examples / global_batch_size)
 
 
 def train_batches(
@@ -184,6 +193,8 @@ def train_batches(
     rank: int = 0,
     world_size: int = 1,
     start: tuple[int, int] = (0, 0),
+    groups: Groups | None = None,
+    augment: Augment | None = None,
 ) -> Iterator[TrainBatch]:
     """Iterate over the training batches of a run; yields this rank's rows of each.
 
@@ -195,8 +206,9 @@ def train_batches(
 
     Groups and puzzles come in the official reader's order for the same seed, epochs_per_iter and global
     batch size. The examples inside a puzzle come from a generator of their own; the official reader uses
-    NumPy's global one. Skipping to `start` reads no example. Raises DatasetError if world_size does not
-    divide the batch, an iteration has no full batch, or `start` is not in the run.
+    NumPy's global one. Skipping to `start` reads no example. groups: the groups of each set that train, None
+    for all. augment: applied to every batch. Raises DatasetError if world_size does not divide the batch, an
+    iteration has no full batch, or `start` is not in the run.
     """
     local = _local_batch_size(global_batch_size, rank, world_size)
     rows = slice(rank * local, (rank + 1) * local)
@@ -204,6 +216,8 @@ def train_batches(
     def walk(drawn: Iterator[Drawn]) -> Iterator[TrainBatch]:
         for each in drawn:
             batch = _batch(dataset, each.set_name, each.examples[rows], each.puzzles[rows])
+            if augment is not None:
+                batch = augment(batch, each, rows)
             arrays = (batch.inputs, batch.labels, batch.puzzle_identifiers)
             yield TrainBatch(*arrays, each.index, each.position)
 
@@ -216,6 +230,7 @@ def train_batches(
             epochs_per_iter=epochs_per_iter,
             global_batch_size=global_batch_size,
             start=start,
+            groups=groups,
         )
     )
 
@@ -228,6 +243,7 @@ def batch_members(
     epochs_per_iter: int,
     global_batch_size: int,
     position: tuple[int, int],
+    groups: Groups | None = None,
 ) -> Members:
     """The contents of the training batch at a place of a run, drawn again from the seed.
 
@@ -241,6 +257,7 @@ def batch_members(
         epochs_per_iter=epochs_per_iter,
         global_batch_size=global_batch_size,
         start=position,
+        groups=groups,
     )
     found = next(drawn, None)
     if found is None or found.index != position:
@@ -277,15 +294,20 @@ def test_batches(
     return walk()
 
 
-def subset(dataset: PuzzleDataset, samples: int, seed: int) -> dict[str, np.ndarray]:
+def subset(
+    dataset: PuzzleDataset, samples: int, seed: int, examples: Mapping[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
     """A random part of a split, fixed by the seed: increasing numbers of examples by set, for `test_batches`.
 
-    Each set gets its share of `samples`, rounded by the largest remainders; a split with fewer examples gives
-    them all. Raises DatasetError for samples < 1.
+    examples: by set, the increasing numbers to choose from, None for all. Each set gets its share of
+    `samples`, rounded by the largest remainders; fewer examples are all taken. Raises DatasetError for
+    samples < 1.
     """
     if samples < 1:
         raise DatasetError(f"{dataset.folder}: samples is {samples}, expected at least 1")
-    sizes = np.array([len(part.inputs) for part in dataset.sets.values()])
+    if examples is None:
+        examples = {name: np.arange(len(part.inputs)) for name, part in dataset.sets.items()}
+    sizes = np.array([len(examples[name]) for name in dataset.sets])
     total = int(sizes.sum())
     samples = min(samples, total)
     shares, remainders = np.divmod(sizes * samples, total)
@@ -293,7 +315,7 @@ def subset(dataset: PuzzleDataset, samples: int, seed: int) -> dict[str, np.ndar
     shares[largest] += 1
     rng = np.random.default_rng(seed)
     return {
-        name: np.sort(rng.choice(size, share, replace=False))
+        name: examples[name][np.sort(rng.choice(size, share, replace=False))]
         for name, size, share in zip(dataset.sets, sizes, shares, strict=True)
     }
 

@@ -119,6 +119,19 @@ def read_description(path: Path, limit: int, expected: str) -> Any:
         raise DamagedFile(path, str(fault).removeprefix(f"{path}: ")) from None
 
 
+def read_names(folder: str | Path) -> list[str]:
+    """The name of every puzzle identifier of a data set, from its identifiers.json. Raises DatasetError."""
+    path = Path(folder) / "identifiers.json"
+    expected = "the list of names that the builder of the data set wrote; build or copy it again"
+    try:
+        names = read_json(path, MAX_NAMES_BYTES, expected, DatasetError)
+    except FileNotFoundError:
+        raise DatasetError(f"{path}: no such file, expected {expected}") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DatasetError(f"{path}: no list of names, expected {expected}")
+    return names
+
+
 def read_metadata(path: Path) -> Metadata:
     """Reads and checks a dataset.json, ignoring unknown keys. Raises DamagedFile."""
     values = read_description(path, MAX_DESCRIPTION_BYTES, "a split's description")

@@ -1,4 +1,4 @@
-"""The order of training: which examples make up each global batch, drawn from the seed alone."""
+"""The order of training: which examples make up each global batch or are held out, from the seed alone."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from hrm.data.format import DatasetError, PuzzleSet
+
+# The stream of random numbers that divides the groups of training.
+_HELD_OUT = 5
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,21 @@ def draw(
     epochs_per_iter: int,
     global_batch_size: int,
     start: tuple[int, int],
+    groups: Mapping[str, np.ndarray] | None = None,
 ) -> Iterator[Drawn]:
     """The global batches of a run from `start`, as `dataset.train_batches` describes; reads no example.
 
-    folder: of the split with these sets, for messages. Raises DatasetError.
+    folder: of the split with these sets, for messages. groups: the numbers of the groups to draw from in each
+    set, None for all. Raises DatasetError.
     """
     if epochs < 1 or epochs_per_iter < 1 or seed < 0:
         raise DatasetError(
             f"epochs={epochs}, epochs_per_iter={epochs_per_iter}, seed={seed}: expected at least 1, 1 and 0"
         )
     longest = min(epochs, epochs_per_iter)
-    most = max(longest * _most_examples(part) for part in sets.values())
+    if groups is None:
+        groups = {name: np.arange(len(part.group_indices) - 1) for name, part in sets.items()}
+    most = max(longest * _most_examples(part, groups[name]) for name, part in sets.items())
     if most < global_batch_size:
         raise _too_small(folder, most, longest, global_batch_size)
 
@@ -54,7 +61,8 @@ def draw(
             for number, (name, part) in enumerate(sets.items()):
                 # The official reader counts one iteration for each set.
                 count = iteration * len(sets) + number + 1
-                puzzles = _draw_puzzles(part, np.random.Generator(np.random.Philox(seed=seed + count)), span)
+                rng = np.random.Generator(np.random.Philox(seed=seed + count))
+                puzzles = _draw_puzzles(part, groups[name], rng, span)
                 ends = np.cumsum(part.puzzle_indices[puzzles + 1] - part.puzzle_indices[puzzles])
                 most = max(most, int(ends[-1]))
                 plan += [(name, puzzles[first:last]) for first, last in _pack(ends, global_batch_size)]
@@ -76,10 +84,36 @@ def draw(
     return walk()
 
 
-def _draw_puzzles(part: PuzzleSet, rng: np.random.Generator, epochs: int) -> np.ndarray:
-    """One puzzle of every group for every epoch in training order, (epochs * groups,) int64."""
-    groups = len(part.group_indices) - 1
-    order = np.concatenate([rng.permutation(groups) for _ in range(epochs)])
+def held_out(
+    folder: Path, sets: Mapping[str, PuzzleSet], fraction: float, seed: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Divides the groups of a split at random: those that train, and the examples to validate on, by set.
+
+    About `fraction` of each set's groups are held out, at least one and not all; the seed fixes them. A
+    group's first puzzle stands for it, as the others are its augmentations. folder: of the split with these
+    sets, for messages. Raises DatasetError for a set of one group.
+    """
+    training: dict[str, np.ndarray] = {}
+    examples: dict[str, np.ndarray] = {}
+    for number, (name, part) in enumerate(sets.items()):
+        count = len(part.group_indices) - 1
+        if count < 2:
+            raise DatasetError(
+                f"{folder}: valid_fraction={fraction:g} holds out whole groups, and the set {name} is "
+                "a single one; set valid_fraction=0"
+            )
+        order = np.random.default_rng([seed, number, _HELD_OUT]).permutation(count)
+        held = min(max(round(fraction * count), 1), count - 1)
+        training[name] = np.sort(order[held:])
+        first = part.group_indices[np.sort(order[:held])]
+        bounds = zip(part.puzzle_indices[first], part.puzzle_indices[first + 1], strict=True)
+        examples[name] = np.concatenate([np.arange(*each) for each in bounds])
+    return training, examples
+
+
+def _draw_puzzles(part: PuzzleSet, groups: np.ndarray, rng: np.random.Generator, epochs: int) -> np.ndarray:
+    """One puzzle of each of the groups for every epoch in training order, (epochs * groups,) int64."""
+    order = np.concatenate([groups[rng.permutation(len(groups))] for _ in range(epochs)])
     # Bounds as arrays draw the same numbers as one call for each group; pieces bound the memory.
     for first in range(0, len(order), 1 << 20):
         piece = order[first : first + (1 << 20)]
@@ -112,9 +146,9 @@ def _draw_examples(
     return examples[shuffle], puzzles[slots]
 
 
-def _most_examples(part: PuzzleSet) -> int:
-    """The most examples that one epoch can give: those of the largest puzzle of every group."""
-    return int(np.maximum.reduceat(np.diff(part.puzzle_indices), part.group_indices[:-1]).sum())
+def _most_examples(part: PuzzleSet, groups: np.ndarray) -> int:
+    """The most examples that one epoch can give: those of the largest puzzle of each of the groups."""
+    return int(np.maximum.reduceat(np.diff(part.puzzle_indices), part.group_indices[:-1])[groups].sum())
 
 
 def _too_small(folder: Path, examples: int, epochs: int, global_batch_size: int) -> DatasetError:

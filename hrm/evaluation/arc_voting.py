@@ -7,14 +7,12 @@ its answer is among the first k.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from hrm.common.files import read_json
 from hrm.data.arc.augment import Pair, grid_of, inverse, task_of
 from hrm.data.dataset import PuzzleDataset
-from hrm.data.format import MAX_NAMES_BYTES, DatasetError
+from hrm.data.format import DatasetError
 
 # Sort keys of a grid, from its votes and the sum of their q_halt.
 RANKINGS = {
@@ -120,23 +118,10 @@ def submission(votes: Votes) -> dict[str, list[dict[str, list[list[int]]]]]:
     return result
 
 
-def read_names(folder: str | Path) -> list[str]:
-    """The name of every puzzle identifier of a data set, from its identifiers.json. Raises DatasetError."""
-    path = Path(folder) / "identifiers.json"
-    expected = "the list of names that the builder of the data set wrote; build or copy it again"
-    try:
-        names = read_json(path, MAX_NAMES_BYTES, expected, DatasetError)
-    except FileNotFoundError:
-        raise DatasetError(f"{path}: no such file, expected {expected}") from None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DatasetError(f"{path}: no list of names, expected {expected}")
-    return names
-
-
 def read_tests(dataset: PuzzleDataset, names: Sequence[str]) -> dict[str, list[Pair]]:
     """The tests of every task of an ARC test split, in its order: its puzzles that are not augmented.
 
-    names: see `read_names`. Works on data sets of this project, of HRM and of TRM. Raises DatasetError.
+    names: see `format.read_names`. Works on data sets of this project, of HRM and TRM. Raises DatasetError.
     """
     where = dataset.folder
     if len(names) != dataset.metadata.num_puzzle_identifiers:

@@ -14,14 +14,14 @@ from tqdm import tqdm
 from hrm.checkpoint.load_model import Trained
 from hrm.common.files import new_file, write_whole
 from hrm.data.dataset import Batch, PuzzleDataset, test_batches
-from hrm.data.format import IGNORE_LABEL, PuzzleSet, read_difficulty
+from hrm.data.format import IGNORE_LABEL, PuzzleSet, read_difficulty, read_names
 from hrm.data.puzzle_kinds import kind_of
 from hrm.data.sudoku.solver import solutions
 from hrm.engine.inference import Answers, EarlyExit, Inference
 from hrm.engine.memory_estimate import enough_memory
 from hrm.engine.modes import Mode
 from hrm.engine.step_metrics import PER_HALTED, means
-from hrm.evaluation.arc_voting import Votes, read_names, read_tests, submission
+from hrm.evaluation.arc_voting import Votes, read_tests, submission
 
 # Degrees of difficulty in a set, with about as many examples in each.
 BUCKETS = 5

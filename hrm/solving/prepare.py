@@ -14,9 +14,8 @@ from hrm.common.text import one_line
 from hrm.config.load import resolve_device
 from hrm.data.arc.augment import Pair, canvas
 from hrm.data.arc.files import Task
-from hrm.data.format import IGNORE_LABEL, Metadata
+from hrm.data.format import IGNORE_LABEL, Metadata, read_names
 from hrm.data.puzzle_kinds import Kind, kind_of
-from hrm.evaluation.arc_voting import read_names
 from hrm.solving.adapt import learn_embedding
 
 # Receives one line that the user should know.

@@ -24,8 +24,10 @@ from hrm.data.dataset import (
 )
 from hrm.data.deviations import deviations
 from hrm.data.format import Metadata
+from hrm.data.order import held_out
 from hrm.data.puzzle_kinds import kind_of
 from hrm.data.sudoku.build import data_folder
+from hrm.data.symmetries import FreshSymmetries, Held
 from hrm.distributed import World
 
 
@@ -33,10 +35,12 @@ from hrm.distributed import World
 class TrainingData:
     """The training and the test split of a run, and what follows from them.
 
-    test_set: None for a data set without a test split, whose run is not evaluated. fingerprint: sha256 of the
-    training split. source: its `path` and the digest of each of its `files`, as checkpoints record them.
-    sample: the test examples of each set that evaluations use; None for all. total_steps: length of the run.
-    epochs_per_iter: epochs between two evaluations. notes: what the data set does in its own way.
+    test_set: None for a data set without a test split. fingerprint: sha256 of the training split. source: its
+    `path` and the digest of each of its `files`, as checkpoints record them. groups: of each training set,
+    those that train; None for all. valid: the examples of the others, None without valid_fraction. sample:
+    the valid or test examples of each set that evaluations before the end use; None for all. augment: see
+    `dataset.train_batches`. total_steps: length of the run. epochs_per_iter: epochs between two evaluations.
+    notes: what the data set does in its own way, and what follows for the run.
     """
 
     config: Config
@@ -44,7 +48,10 @@ class TrainingData:
     test_set: PuzzleDataset | None
     fingerprint: str
     source: dict[str, Any]
+    groups: dict[str, np.ndarray] | None
+    valid: dict[str, np.ndarray] | None
     sample: dict[str, np.ndarray] | None
+    augment: FreshSymmetries | None
     total_steps: int
     epochs_per_iter: int
     notes: tuple[str, ...] = ()
@@ -56,22 +63,33 @@ class TrainingData:
         train_set = PuzzleDataset(folder, "train")
         test_set = PuzzleDataset(folder, "test") if (folder / "test").exists() else None
         notes = list(deviations(train_set))
-        sample = None
-        if test_set is None:
-            notes.append(f"{folder}: there is no test split, so the run is not evaluated")
-        else:
+        if test_set is not None:
             check_same_task(train_set, test_set)
             notes += deviations(test_set)
-        if test_set is not None and config.eval_samples is not None:
+        groups = valid = sample = augment = None
+        if config.valid_fraction:
+            groups, valid = held_out(train_set.folder, train_set.sets, config.valid_fraction, config.seed)
+        if config.eval_samples is not None and valid is not None:
+            sample = subset(train_set, config.eval_samples, config.seed, valid)
+        elif config.eval_samples is not None and test_set is not None:
             sample = subset(test_set, config.eval_samples, config.seed)
-        steps = steps_in(train_set, config.epochs, config.global_batch_size)
+        if config.augment:
+            held = [Held(test_set)] if test_set is not None else []
+            held += [Held(train_set, valid)] if valid is not None else []
+            kind = kind_of(train_set.metadata, train_set.sets)
+            augment = FreshSymmetries(train_set, kind, config.seed, held)
+        notes += _notes_on_ranking(config, train_set, test_set, valid)
+        steps = steps_in(train_set, config.epochs, config.global_batch_size, groups)
         return cls(
             config,
             train_set,
             test_set,
             fingerprint=fingerprint(train_set),
             source={"path": str(folder), "files": digests(train_set)},
+            groups=groups,
+            valid=valid,
             sample=sample,
+            augment=augment,
             total_steps=steps if config.max_steps is None else min(steps, config.max_steps),
             epochs_per_iter=interval_epochs(config),
             notes=tuple(notes),
@@ -98,6 +116,8 @@ class TrainingData:
             rank=world.rank,
             world_size=world.size,
             start=position,
+            groups=self.groups,
+            augment=self.augment,
         )
 
     def members(self, index: tuple[int, int]) -> Members:
@@ -110,12 +130,33 @@ class TrainingData:
             epochs_per_iter=self.epochs_per_iter,
             global_batch_size=config.global_batch_size,
             position=index,
+            groups=self.groups,
         )
 
-    def test_batches(self, world: World, *, sampled: bool) -> Iterator[tuple[str, Batch, int]]:
-        """The test batches, this rank's rows of each; sampled: of `sample` alone.
+    def ranking_batches(self, world: World) -> Iterator[tuple[str, Batch, int]]:
+        """The batches whose results rank evaluations: of `sample`, else of `valid` or of the test split.
 
-        There are none without a test split.
+        This rank's rows of each. A set of `valid` is called valid, with the training set's own name behind it
+        where there are several.
+        """
+        if self.valid is None:
+            return self.test_batches(world, self.sample)
+        several = len(self.train_set.sets) > 1
+        batches = test_batches(
+            self.train_set,
+            global_batch_size=self.config.global_batch_size,
+            rank=world.rank,
+            world_size=world.size,
+            examples=self.valid if self.sample is None else self.sample,
+        )
+        return ((f"valid-{name}" if several else "valid", rows, count) for name, rows, count in batches)
+
+    def test_batches(
+        self, world: World, examples: dict[str, np.ndarray] | None = None
+    ) -> Iterator[tuple[str, Batch, int]]:
+        """The test batches, this rank's rows of each; none without a test split.
+
+        examples: see `dataset.test_batches`.
         """
         if self.test_set is None:
             return iter(())
@@ -124,5 +165,31 @@ class TrainingData:
             global_batch_size=self.config.global_batch_size,
             rank=world.rank,
             world_size=world.size,
-            examples=self.sample if sampled else None,
+            examples=examples,
+        )
+
+    @property
+    def is_ranked_by_all_tests(self) -> bool:
+        """Whether every evaluation takes the whole test split."""
+        return self.valid is None and self.sample is None
+
+
+def _notes_on_ranking(
+    config: Config,
+    train_set: PuzzleDataset,
+    test_set: PuzzleDataset | None,
+    valid: dict[str, np.ndarray] | None,
+) -> Iterator[str]:
+    """What the examples that rank evaluations are worth, where a user should know it."""
+    folder = train_set.folder.parent
+    if valid is not None:
+        yield f"valid: {sum(map(len, valid.values())):,} examples of training groups are held out"
+        if any(len(np.unique(part.puzzle_identifiers)) > 1 for part in train_set.sets.values()):
+            yield "valid: the puzzle embeddings of held-out groups do not train, which lowers their accuracy"
+    elif test_set is None:
+        yield f"{folder}: there is no test split, so the run is not evaluated"
+    elif config.early_stop_patience is not None or (config.keep_best and config.eval_interval is not None):
+        yield (
+            "the best checkpoint is the best one on the test set, which flatters its accuracy; "
+            "valid_fraction=0.1 ranks by training groups held out"
         )

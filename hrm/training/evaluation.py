@@ -1,9 +1,10 @@
-"""Evaluation within a run: of a sample or the whole test split, of the weights and of their average."""
+"""Evaluation within a run, of the weights and of their average: valid, a sample, or the whole test split."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from hrm.config.load import Config
 from hrm.data.dataset import Batch
+from hrm.distributed import World
 from hrm.engine.engine import Engine
 from hrm.training.checkpointer import Checkpointer
 from hrm.training.data import TrainingData
@@ -12,9 +13,11 @@ from hrm.training.logging import MetricsLog
 from hrm.training.progress import Evaluations, Progress
 from hrm.training.signals import HANG_UP, StopSignals
 
+Draw = Callable[[World], Iterator[tuple[str, Batch, int]]]
+
 
 class Evaluator:
-    """Evaluates a run on its test split, logs the results and saves the checkpoints that follow from them.
+    """Evaluates a run, logs the results and saves the checkpoints that follow from them.
 
     All ranks call its methods together. They raise Stopped after a signal, at the next batch.
     """
@@ -32,17 +35,17 @@ class Evaluator:
         self.log, self.checkpoints, self.stop = log, checkpoints, stop
 
     def evaluate(self, progress: Progress) -> None:
-        """The evaluation that is due: of the sample, if there is one, and at the end also of all examples."""
-        config, sampled = self.config, self.data.sample is not None
-        progress.results = self.measure(progress, sampled=sampled)
+        """The evaluation that is due; at the end also that of the whole test split."""
+        config, is_whole = self.config, self.data.is_ranked_by_all_tests
+        progress.results = self.measure(progress, self.data.ranking_batches)
         # The score is always that of the same examples, so that evaluations can be compared.
         progress.score = score(progress.results["eval_ema" if config.ema else "eval"], config.best_metric)
-        if sampled and progress.at_end:
-            progress.results = self.measure(progress, sampled=False)
         # Without a known answer there is nothing to compare, nor to stop early for.
         is_scored = any(metrics["count"] for metrics in progress.results["eval"].values())
         is_better = is_scored and progress.best.update(progress.step, progress.score)
-        self._log(progress, is_whole=not sampled or progress.at_end)
+        if progress.at_end and not is_whole:
+            self._measure_tests(progress)
+        self._log(progress, is_whole=is_whole or progress.at_end)
         progress.evaluation_due = False
         asked = config.checkpoint_every_eval or progress.at_end or (is_better and config.keep_best)
         if asked or progress.checkpoint_due:
@@ -57,22 +60,31 @@ class Evaluator:
         has no results in memory.
         """
         if not (progress.is_whole and progress.results):
-            progress.results = self.measure(progress, sampled=False)
+            self._measure_tests(progress)
         if not progress.is_whole:
             self._log(progress, is_whole=True)
 
-    def measure(self, progress: Progress, *, sampled: bool) -> Evaluations:
-        """The test split's metrics by set under `eval`, and with ema=true the average's under `eval_ema`."""
+    def measure(self, progress: Progress, draw: Draw) -> Evaluations:
+        """The metrics by set under `eval`, and with ema=true those of the average under `eval_ema`.
+
+        draw: the batches for a World.
+        """
         engine = self.engine
         engine.world.barrier()
-        results = {"eval": engine.evaluate(self._batches(progress, sampled))}
+        results = {"eval": engine.evaluate(self._batches(progress, draw))}
         if engine.average is not None:
             with engine.average.in_place():
-                results["eval_ema"] = engine.evaluate(self._batches(progress, sampled))
+                results["eval_ema"] = engine.evaluate(self._batches(progress, draw))
         return results
 
-    def _batches(self, progress: Progress, sampled: bool) -> Iterator[tuple[str, Batch, int]]:
-        for batch in self.data.test_batches(self.engine.world, sampled=sampled):
+    def _measure_tests(self, progress: Progress) -> None:
+        """Measures the whole test split, beside the results of `valid` if there are any."""
+        valid = progress.results if self.data.valid is not None else {}
+        found = self.measure(progress, self.data.test_batches)
+        progress.results = {kind: {**valid.get(kind, {}), **sets} for kind, sets in found.items()}
+
+    def _batches(self, progress: Progress, draw: Draw) -> Iterator[tuple[str, Batch, int]]:
+        for batch in draw(self.engine.world):
             self.checkpoints.raise_if_failed()
             # max_seconds does not interrupt an evaluation: one longer than that would never end.
             progress.save_due |= self.stop.check(self.engine.world, HANG_UP)

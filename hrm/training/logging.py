@@ -282,7 +282,7 @@ def evaluation_line(step: int, results: Mapping[str, Mapping[str, Mapping[str, f
     averaged = {"eval": "", "eval_ema": ", averaged weights"}
     lines = [
         f"{name}{averaged[kind]}: {metrics['exact_accuracy']:.1%} exact, {metrics['accuracy']:.1%} of cells "
-        f"right, on {metrics['count']:.0f} test puzzles"
+        f"right, on {metrics['count']:.0f} {'held-out' if name.startswith('valid') else 'test'} puzzles"
         # Without a sequence to score there are no shares.
         if metrics["count"]
         else f"{name}{averaged[kind]}: no known answers, nothing to score"

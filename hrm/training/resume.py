@@ -19,13 +19,15 @@ from hrm.training.data import TrainingData
 from hrm.training.progress import Progress
 
 # The entries of an identity that the order of batches, and the score of an evaluation, depend on.
-ORDER = ("data_fingerprint", "seed", "global_batch_size", "eval_interval", "epochs")
-RANKING = ("data_fingerprint", "best_metric", "eval_samples", "seed")
+ORDER = ("data_fingerprint", "seed", "global_batch_size", "eval_interval", "epochs", "valid_fraction")
+# Newer entries, which older checkpoints lack.
+ADDED = ("best_metric", "eval_samples", "valid_fraction", "augment")
+RANKING = ("data_fingerprint", "best_metric", "eval_samples", "valid_fraction", "seed")
 
 
 def run_identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
     """The settings that a checkpoint must share with the run that resumes it; all others may change."""
-    names = ("seed", "global_batch_size", "eval_interval", "best_metric", "eval_samples")
+    names = ("seed", "global_batch_size", "eval_interval", *ADDED)
     same = {name: getattr(config, name) for name in names}
     # A shorter last interval has an order of its own.
     if config.eval_interval is None or config.epochs % config.eval_interval:
@@ -181,7 +183,7 @@ def with_defaults(run: dict[str, Any]) -> dict[str, Any]:
         arch = dict(run["arch"])
         arch["subgoal_head"] = SubgoalConfig(**arch.get("subgoal_head", {}))
         known = {"arch": asdict(ArchConfig(**arch)), "loss": asdict(LossConfig(**run["loss"]))}
-        added = {name: getattr(Config, name) for name in ("best_metric", "eval_samples")}
+        added = {name: getattr(Config, name) for name in ADDED}
         return {**added, **run, **known}
     # From a later version or another program: comparing the identities reports what differs.
     except (KeyError, TypeError, ValueError):

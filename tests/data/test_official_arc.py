@@ -26,8 +26,8 @@ from hrm.data.arc.augment import canvas, inverse, task_of
 from hrm.data.arc.build import write_arc
 from hrm.data.arc.files import read_source
 from hrm.data.dataset import PuzzleDataset
-from hrm.data.format import read_metadata
-from hrm.evaluation.arc_voting import Votes, read_names, read_tests, submission
+from hrm.data.format import read_metadata, read_names
+from hrm.evaluation.arc_voting import Votes, read_tests, submission
 from tests.support.arc_tasks import held_pairs, key, random_grid, random_task, write_kaggle, write_tasks
 
 HRM, TRM = os.environ.get("HRM_REPO", ""), os.environ.get("TRM_REPO", "")

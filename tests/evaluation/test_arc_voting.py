@@ -12,8 +12,8 @@ from hrm.data.arc.augment import TURNS, Pair, canvas
 from hrm.data.arc.build import write_arc
 from hrm.data.arc.files import read_source
 from hrm.data.dataset import PuzzleDataset
-from hrm.data.format import DatasetError
-from hrm.evaluation.arc_voting import Votes, read_names, read_tests, submission
+from hrm.data.format import DatasetError, read_names
+from hrm.evaluation.arc_voting import Votes, read_tests, submission
 from tests.support.arc_tasks import key, random_task, write_kaggle, write_tasks
 
 

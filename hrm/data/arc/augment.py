@@ -38,6 +38,7 @@ INVERSE_TURNS = (0, 3, 2, 1, 4, 5, 6, 7)
 _AUGMENTED = re.compile(
     r"(?P<task>.+)(?P<rule>_|\|\|\|)t(?P<turn>[0-7])(?P=rule)(?P<colours>0[1-9]{9})", re.S
 )
+_SAME_COLOURS = "".join(map(str, range(COLOURS)))
 
 # Random weights of cells and colours that identify pairs; a fixed seed keeps augmentations reproducible.
 _weights = np.random.default_rng(0)
@@ -90,17 +91,26 @@ def inverse(name: str) -> Callable[[np.ndarray], np.ndarray]:
     Names are this project's, the official code's or TRM's (`<task>|||t<k>|||<perm>`). Raises DatasetError for
     a name whose last part is no permutation.
     """
+    _, number, digits = symmetry_of(name)
+    colours = np.array([int(digit) for digit in digits], np.uint8)
+    back, turn = np.argsort(colours).astype(np.uint8), TURNS[INVERSE_TURNS[number]]
+    return lambda grid: back[turn(grid)]
+
+
+def symmetry_of(name: str) -> tuple[str, int, str]:
+    """The task, the turn and the new colour of each colour, as digits, in the name of a puzzle.
+
+    Takes the names that `inverse` takes, and raises as it does.
+    """
     found = _AUGMENTED.fullmatch(name)
     if found is None:
-        return lambda grid: grid
-    colours = np.array([int(digit) for digit in found["colours"]], np.uint8)
-    if len(set(colours.tolist())) < COLOURS:
+        return name, 0, _SAME_COLOURS
+    if len(set(found["colours"])) < COLOURS:
         raise DatasetError(
             f"puzzle {name!r}: {found['colours']} holds a colour twice, expected every digit once; build the "
             "data set again"
         )
-    back, turn = np.argsort(colours).astype(np.uint8), TURNS[INVERSE_TURNS[int(found["turn"])]]
-    return lambda grid: back[turn(grid)]
+    return found["task"], int(found["turn"]), found["colours"]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from hrm.data.hub import PREFIX, fetch
 from hrm.data.sudoku.files import Puzzles, hold_out, prove_proper, read_puzzles, row_keys
 from hrm.data.sudoku.solver import BOXES, SudokuError, random_grid, random_puzzle, solutions
 from hrm.data.sudoku.summary import summary
-from hrm.data.sudoku.symmetry import leaks
+from hrm.data.sudoku.symmetry import leaks, random_symmetries
 from hrm.data.writer import Shape, cached, check_output, new_dataset
 
 # Part of the name of cached data sets; raise it when equal parameters give different bytes.
@@ -184,21 +184,7 @@ def _transform(
     questions: np.ndarray, answers: np.ndarray, size: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Every puzzle under its own random symmetry, (M, n*n) each."""
-    count = len(questions)
-    height, width = BOXES[size]
-
-    def lines(inside: int) -> np.ndarray:
-        outer = rng.random((count, size // inside)).argsort(axis=1)
-        inner = rng.random((count, size // inside, inside)).argsort(axis=2)
-        return (outer[:, :, None] * inside + inner).reshape(count, size)
-
-    row, column = lines(height)[:, :, None], lines(width)[:, None, :]
-    cells = row * size + column
-    if height == width:
-        cells = np.where(rng.random((count, 1, 1)) < 0.5, column * size + row, cells)
-    cells = cells.reshape(count, -1)
-    digits = np.zeros((count, size + 1), np.uint8)
-    digits[:, 1:] = rng.random((count, size)).argsort(axis=1) + 1
+    cells, digits = random_symmetries(len(questions), size, rng)
     new_answers = np.take_along_axis(digits, np.take_along_axis(answers, cells, axis=1), axis=1)
     return np.where(np.take_along_axis(questions, cells, axis=1) > 0, new_answers, np.uint8(0)), new_answers
 

@@ -35,6 +35,28 @@ def canonical_forms(grids: np.ndarray, questions: np.ndarray) -> tuple[np.ndarra
     return flat[:, 0], flat[:, 0] * flat[:, 1]
 
 
+def random_symmetries(count: int, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Random symmetries of grids with n = `size`: cells (count, n*n) and digits (count, n + 1) uint8.
+
+    Cell i of the symmetric grid holds digits[d], where d is the digit in cell cells[i]; a blank stays one.
+    They permute bands, rows in a band, stacks and columns in a stack, and transpose where boxes are square.
+    """
+    height, width = BOXES[size]
+
+    def lines(inside: int) -> np.ndarray:
+        outer = rng.random((count, size // inside)).argsort(axis=1)
+        inner = rng.random((count, size // inside, inside)).argsort(axis=2)
+        return (outer[:, :, None] * inside + inner).reshape(count, size)
+
+    row, column = lines(height)[:, :, None], lines(width)[:, None, :]
+    cells = row * size + column
+    if height == width:
+        cells = np.where(rng.random((count, 1, 1)) < 0.5, column * size + row, cells)
+    digits = np.zeros((count, size + 1), np.uint8)
+    digits[:, 1:] = rng.random((count, size)).argsort(axis=1) + 1
+    return cells.reshape(count, -1), digits
+
+
 @dataclass(frozen=True)
 class Leaks:
     """What training and test puzzles share up to symmetry; (N,) and (M,) bool."""
