@@ -33,6 +33,7 @@ from hrm.common.threads import threads_of_each, usable_cpus
 from hrm.config.load import KEYS, Config, parse_args, to_yaml
 from hrm.config.load import settings as config_values
 from hrm.data.dataset import PuzzleDataset, steps_in
+from hrm.data.order import held_out
 from hrm.data.sudoku.build import data_folder
 from hrm.study.history import History, read_history
 from hrm.training.run_folder import METRICS, run_lock
@@ -233,7 +234,10 @@ def settings(config: Config) -> dict[str, Any]:
 
 def planned_steps(config: Config) -> int:
     """The number of steps of a run; builds the built-in data if the run uses it."""
-    steps = steps_in(PuzzleDataset(data_folder(config), "train"), config.epochs, config.global_batch_size)
+    data, groups = PuzzleDataset(data_folder(config), "train"), None
+    if config.valid_fraction:
+        groups, _ = held_out(data.folder, data.sets, config.valid_fraction, config.seed)
+    steps = steps_in(data, config.epochs, config.global_batch_size, groups)
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 

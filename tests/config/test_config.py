@@ -100,6 +100,8 @@ DEFAULTS = {
     "epochs": 100_000,
     "eval_interval": 10_000,
     "eval_samples": None,
+    "valid_fraction": 0.0,
+    "augment": False,
     "max_steps": None,
     "max_seconds": None,
     "lr": 1e-4,
