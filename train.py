@@ -32,6 +32,7 @@ def train(config: Config) -> int:
     from hrm.common.versions import versions
     from hrm.distributed import joined, place
     from hrm.training.determinism import deterministic
+    from hrm.training.messages import compiling_ended_line
 
     is_main = place().rank == 0
     save_seconds = config.checkpoint_seconds if is_main else None
@@ -43,14 +44,23 @@ def train(config: Config) -> int:
         ranks.check_equal({**shared, **versions(device)})
         with deterministic(config, device) as notes:
             config.notes.extend(notes)
-            ended_by = run(config, ranks, device, stop)
+            try:
+                ended_by = run(config, ranks, device, stop)
+            except Stopped as stopped:
+                ended_by = stopped.code
+                if is_main:
+                    print(compiling_ended_line(ended_by), flush=True)
     # torchrun takes any other status for a failure and may restart the ranks.
     return REASONS[ended_by][1] if ended_by and ranks.size == 1 else 0
 
 
 def run(config: Config, ranks: "World", device: "torch.device", stop: StopSignals) -> int:
-    """This rank's part of the run; returns the request of `REASONS` that ended it early, else GO_ON."""
+    """This rank's part of the run; returns the request of `REASONS` that ended it early, else GO_ON.
+
+    Raises Stopped if it ends while it compiles, before its first step.
+    """
     from hrm.data.format import DatasetError
+    from hrm.engine.compilation import Compilation
     from hrm.engine.engine import Engine
     from hrm.engine.memory_estimate import does_not_fit, enough_memory
     from hrm.engine.profiling import Profile
@@ -71,7 +81,8 @@ def run(config: Config, ranks: "World", device: "torch.device", stop: StopSignal
         say(f"note: {note}")
     ranks.check_equal({"training data": data.fingerprint})
     with enough_memory(lambda: does_not_fit(config, data.metadata, device, ranks=ranks.size)):
-        engine = Engine(config, data.metadata, total_steps=data.total_steps, device=device, world=ranks)
+        compilation = Compilation(say, stop.at_once)
+        engine = Engine(config, data.metadata, data.total_steps, device, ranks, compilation)
     progress = restore_or_start(config, engine, data, run_dir, say)
     # The configuration of the engine is that of the present stage.
     with stop, enough_memory(lambda: does_not_fit(engine.config, data.metadata, device, ranks=ranks.size)):
@@ -79,6 +90,8 @@ def run(config: Config, ranks: "World", device: "torch.device", stop: StopSignal
         profile = Profile(config, run_dir, device, say, captured=engine.mode.captured)
         batches = data.batches(progress.position, ranks)
         say(start_line(engine, data))
+        if not progress.is_over:
+            engine.prepare()
         with (
             run_folder(config, progress.checkpoint, ranks, say),
             Checkpointer(config, engine, data, run_dir, stop) as checkpoints,
@@ -97,6 +110,7 @@ def run(config: Config, ranks: "World", device: "torch.device", stop: StopSignal
                     engine.train_step(batch)
                     profile.after_step()
                     progress.advance(batch)
+                    log.advance(progress.step)
                     if progress.log_due:
                         monitor.check(progress)
                     if progress.evaluation_due:

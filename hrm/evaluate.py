@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 from hrm.common.errors import UserError, run_command
 from hrm.common.files import check_file, to_json
 from hrm.common.tables import Table
+from hrm.common.threads import THREADS_HELP
 from hrm.config.keys import RULES, help_keys, key, keys_of
 from hrm.config.load import resolve_device
 from hrm.config.messages import ConfigError
@@ -83,7 +84,7 @@ def parse_args(argv: Sequence[str]) -> EvaluateConfig:
     """
     args = split_arguments(argv, KEYS, [JSON_FLAG, "--help"])
     if "--help" in args.flags:
-        print("\n".join([_USAGE, *help_keys(KEYS, {"": EvaluateConfig})]))
+        print("\n".join([_USAGE, *help_keys(KEYS, {"": EvaluateConfig}), THREADS_HELP]))
         raise SystemExit(0)
     if args.values.get("checkpoint") is None:
         raise ConfigError("checkpoint is not given: write checkpoint=PATH, a run's folder or a checkpoint")
@@ -111,6 +112,7 @@ def command(config: EvaluateConfig, as_json: bool) -> None:
     from hrm.data.format import DatasetError
     from hrm.data.puzzle_kinds import kind_of
     from hrm.data.sudoku.build import data_folder
+    from hrm.engine.compilation import Compilation
     from hrm.engine.memory_estimate import check_inference
     from hrm.engine.modes import EAGER, resolve_mode
     from hrm.evaluation.metrics import Listener, Voting, evaluate, predictions_file, taken_of
@@ -170,6 +172,7 @@ def command(config: EvaluateConfig, as_json: bool) -> None:
             examples=examples,
             eval_act=config.eval_act,
             listeners=listeners,
+            compilation=Compilation(say),
         )
     if voting is not None:
         # ARC's data sets have one set.

@@ -13,6 +13,7 @@ import numpy as np
 
 from hrm.common.errors import UserError, run_command
 from hrm.common.files import check_file, write_whole
+from hrm.common.threads import THREADS_HELP
 from hrm.data.arc.augment import grid_of
 from hrm.data.puzzle_kinds import Kind
 from hrm.solving.read_puzzles import Puzzle, read_puzzles, shortened
@@ -29,8 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns 0 when no answer is wrong, 1 when one is, else as `run_command` does."""
     parser = argparse.ArgumentParser(
         prog="python -m hrm.solve",
-        description="Solve puzzles with a trained model. Exit status: 1 when an answer is wrong, 2 when a "
-        "puzzle has none.",
+        description="Solve puzzles with a trained model.\n"
+        "Exit status: 1 when an answer is wrong, 2 when a puzzle has none.",
+        epilog=THREADS_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints")
     parser.add_argument(

@@ -21,6 +21,17 @@ class UserError(Exception):
     status = 2
 
 
+class Stopped(BaseException):
+    """Ends the work after a signal or a time limit; code: which, a key of `hrm.training.signals.REASONS`.
+
+    No Exception, so that no library takes it for a failure of its own.
+    """
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
 class RankLost(UserError):
     """Another rank has ended, or does not come: this one cannot continue."""
 

@@ -9,6 +9,11 @@ from collections.abc import Iterator, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 
+THREADS_HELP = """
+Environment:
+  OMP_NUM_THREADS  threads on a CPU; unset, as many as this process may use: its affinity and its cgroup's
+                   quota, shared among the ranks that torchrun starts on one machine
+  OMP_WAIT_POLICY  PASSIVE if unset: threads sleep while they wait; ACTIVE lets them spin"""
 _ROOT = Path("/")
 # The OMP_NUM_THREADS that `configure` set; empty when it set none.
 _configured = [""]

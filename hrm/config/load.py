@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from pydantic import TypeAdapter
 
 from hrm.common.text import one_line
+from hrm.common.threads import THREADS_HELP
 from hrm.config.keys import help_keys
 from hrm.config.messages import ConfigError, Faults
 from hrm.config.presets import (
@@ -190,7 +191,7 @@ def help_text() -> str:
         "attention": AttentionConfig,
         "sudoku": SudokuConfig,
     }
-    return "\n".join([_USAGE, *presets_help(), *help_keys(KEYS, groups)])
+    return "\n".join([_USAGE, *presets_help(), *help_keys(KEYS, groups), THREADS_HELP])
 
 
 def _resolve(args: Arguments) -> Config:

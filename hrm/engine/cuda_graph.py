@@ -63,7 +63,7 @@ def _pool(device: torch.device) -> Any:
     return _pools[index]
 
 
-def aside(body: Body, device: torch.device) -> None:
+def aside(body: Callable[[], object], device: torch.device) -> None:
     """Runs a body on the stream of captures, in order with the work of the current stream."""
     stream, current = _stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(current)

@@ -5,19 +5,22 @@ the tensors in `weights` and `training_state` and a step number.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hrm.common.errors import Stopped
 from hrm.common.regions import region
 from hrm.config.load import Config
 from hrm.config.schema import ArchConfig
 from hrm.data.dataset import Batch
 from hrm.data.format import Metadata
 from hrm.distributed import World, digest
+from hrm.engine.compilation import Compilation
 from hrm.engine.inference import Inference
 from hrm.engine.modes import COMPILE, EAGER, Mode, compiler_fault, faster_mode, resolve_dtype, resolve_mode
 from hrm.engine.optim import learning_rate
@@ -38,14 +41,18 @@ class Engine:
         self,
         config: Config,
         metadata: Metadata,
-        *,
         total_steps: int,
         device: torch.device | str = "cpu",
         world: World | None = None,
+        compilation: Compilation | None = None,
     ) -> None:
-        """total_steps: the schedule's length. Every rank builds the same model from config.seed."""
+        """total_steps: the schedule's length. compilation: what surrounds the compiler.
+
+        Every rank builds the same model from config.seed.
+        """
         self.config, self.metadata, self.total_steps = config, metadata, total_steps
         self.device, self.world = torch.device(device), world or World()
+        self._compilation, self._is_prepared = compilation or Compilation(), False
         self._mode = resolve_mode(config.mode, self.device)
         if self._mode is None and config.deterministic:
             # A measurement may choose another mode the next time.
@@ -63,7 +70,7 @@ class Engine:
 
     @property
     def mode(self) -> Mode:
-        """How steps run; on a CPU, mode=auto measures it at the first access."""
+        """How steps run; on a CPU, mode=auto measures it at the first access, which may raise Stopped."""
         if self._mode is None:
             self._mode = self._measured_mode()
         return self._mode
@@ -71,16 +78,43 @@ class Engine:
     def _measured_mode(self) -> Mode:
         """The faster mode for the remaining steps, measured by the main rank without any update."""
         mode, program = EAGER, self.program
-        if self.world.is_main:
-            steps = self.total_steps - self.step
-            mode = faster_mode(program.forward, program.compiled, program.rehearse, steps, self.device)
+
+        def measure() -> None:
+            nonlocal mode
+            steps, compiling = self.total_steps - self.step, partial(program.compiling, self._compilation)
+            mode = faster_mode(
+                program.forward, program.compiled, program.rehearse, steps, self.device, compiling
+            )
+
+        self._together(measure if self.world.is_main else lambda: None)
         compiles = self.world.broadcast(torch.tensor([mode.compiled], dtype=torch.int32)).item()
         return mode if self.world.is_main else (COMPILE if compiles else EAGER)
 
+    def _together(self, work: Callable[[], None]) -> None:
+        """Does work that a stop may end by raising Stopped; all ranks then raise it."""
+        code = 0
+        try:
+            work()
+        except Stopped as stopped:
+            code = stopped.code
+        code = int(self.world.all_gather(torch.tensor([code], device=self.device)).max())
+        if code:
+            raise Stopped(code)
+
     # ------------------------------------------------------------------------------------------ training
+
+    def prepare(self) -> None:
+        """Compiles the step, if its mode asks for it and it is not; all ranks call it together.
+
+        Raises Stopped, and has changed no state, if a stop ends the compilation.
+        """
+        if self.mode.compiled and not self._is_prepared:
+            self._together(lambda: self.program.prepare(self.mode, self._compilation))
+        self._is_prepared = True
 
     def train_step(self, batch: Batch) -> None:
         """One ACT step and one update. batch: this rank's rows; a halted sequence is replaced by its row."""
+        self.prepare()
         config, mode = self.config, self.mode
         with region("step"):
             self.step += 1
@@ -172,15 +206,21 @@ class Engine:
     # ---------------------------------------------------------------------------------------- evaluation
 
     def inference(self, batch_size: int) -> Inference:
-        """The program that solves `batch_size` sequences at a time, with the weights of each call."""
+        """The program that solves `batch_size` sequences at a time, with the weights of each call.
+
+        Raises Stopped if a stop ends its compilation.
+        """
         if batch_size not in self._inferences:
-            self._inferences[batch_size] = Inference(
+            inference = Inference(
                 self.model,
                 batch_size,
                 self.metadata.seq_len,
                 mode=self.mode,
                 loss=self.config.loss,
             )
+            if self.mode.compiled:
+                self._together(lambda: inference.prepare(self._compilation))
+            self._inferences[batch_size] = inference
         return self._inferences[batch_size]
 
     @torch.no_grad()
@@ -215,7 +255,7 @@ class Engine:
         self.model.arch = arch
         # Compiled code and graphs hold the earlier stage's numbers as constants.
         self.program.reset(self.config)
-        self._inferences = {}
+        self._inferences, self._is_prepared = {}, False
 
     # --------------------------------------------------------------------------------------------- state
 

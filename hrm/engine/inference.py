@@ -1,6 +1,6 @@
 """Solves batches of fixed size: every sequence for halt_max_steps ACT steps, or each until it halts."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +10,8 @@ from torch import Tensor
 from hrm.config.schema import LossConfig
 from hrm.data.dataset import Batch
 from hrm.data.format import IGNORE_LABEL
-from hrm.engine.cuda_graph import Program
+from hrm.engine.compilation import Compilation
+from hrm.engine.cuda_graph import Program, aside
 from hrm.engine.modes import Mode, compiled
 from hrm.engine.step_inputs import Feed
 from hrm.model.act import Carry, Outputs, act_step, initial_carry, replace_halted
@@ -50,17 +51,31 @@ class Inference:
         self.names: list[str] = []
         self.sums = torch.zeros(0, device=device)
         self._step = compiled(self._act_step) if mode.compiled else self._act_step
+        self._mode = mode
         self._program = Program(self._solve, device, captured=mode.captured)
 
     def _act_step(self, carry: Carry, puzzle_rows: Tensor | None) -> tuple[Carry, Outputs]:
         return act_step(self.model, carry, puzzle_rows, None)
 
+    def prepare(self, compilation: Compilation) -> None:
+        """Compiles the step, if its mode asks for it; the first run would do so unannounced."""
+        _prepare(
+            lambda: self._step(*self._start()),
+            "the evaluation",
+            self.model,
+            self._feed,
+            self._mode,
+            compilation,
+        )
+
+    def _start(self) -> tuple[Carry, Tensor | None]:
+        """Carry and puzzle rows of the sequences in the feed, before their first step."""
+        carry, table = replace_halted(self.model, self._blank, self._feed.fresh), self.model.puzzle_emb
+        return carry, None if table is None else table(carry.puzzle_identifiers)
+
     def _solve(self) -> None:
         model = self.model
-        carry = replace_halted(model, self._blank, self._feed.fresh)
-        puzzle_rows = None
-        if model.puzzle_emb is not None:
-            puzzle_rows = model.puzzle_emb(carry.puzzle_identifiers)
+        carry, puzzle_rows = self._start()
         for _ in range(model.arch.halt_max_steps):
             carry, outputs = self._step(carry, puzzle_rows)
         self.predictions.copy_(model.lm_head(outputs.answer).argmax(-1))
@@ -105,6 +120,21 @@ class Inference:
             first += count
 
 
+@torch.no_grad()
+def _prepare(
+    step: Callable[[], object], what: str, model: HRM, feed: Feed, mode: Mode, compilation: Compilation
+) -> None:
+    """Takes a step for the first time, if its mode compiles it."""
+    if not mode.compiled:
+        return
+    inputs = feed.fresh.inputs
+    with compilation.of(what, model.arch, tuple(inputs.shape), model.dtype, inputs.device.type):
+        if mode.captured:
+            aside(step, inputs.device)
+        else:
+            step()
+
+
 class EarlyExit:
     """The model at one batch size, without gradient; each sequence stops when it halts.
 
@@ -122,19 +152,26 @@ class EarlyExit:
         self._predictions = torch.zeros(batch_size, seq_len, dtype=torch.int32, device=device)
         self._q_halt = torch.zeros(batch_size, dtype=torch.float32, device=device)
         self._step = compiled(self._act_step) if mode.compiled else self._act_step
+        self._mode = mode
         self._program = Program(self._turn, device, captured=mode.captured)
 
     def _act_step(self, carry: Carry, puzzle_rows: Tensor | None, least: Tensor) -> tuple[Carry, Outputs]:
         return act_step(self.model, carry, puzzle_rows, least, with_target=False)
 
+    def prepare(self, compilation: Compilation) -> None:
+        """Compiles the step, if its mode asks for it; the first answers would do so unannounced."""
+        _prepare(self._take_step, "the early exit", self.model, self._feed, self._mode, compilation)
+
+    def _take_step(self) -> tuple[Carry, Outputs]:
+        carry, table = replace_halted(self.model, self._carry, self._feed.fresh), self.model.puzzle_emb
+        puzzle_rows = None if table is None else table(carry.puzzle_identifiers)
+        # The feed holds 0 as the minimum of steps.
+        taken: tuple[Carry, Outputs] = self._step(carry, puzzle_rows, self._feed.min_halt_steps)
+        return taken
+
     def _turn(self) -> None:
         model = self.model
-        carry = replace_halted(model, self._carry, self._feed.fresh)
-        puzzle_rows = None
-        if model.puzzle_emb is not None:
-            puzzle_rows = model.puzzle_emb(carry.puzzle_identifiers)
-        # The feed holds 0 as the minimum of steps.
-        carry, outputs = self._step(carry, puzzle_rows, self._feed.min_halt_steps)
+        carry, outputs = self._take_step()
         self._predictions.copy_(model.lm_head(outputs.answer).argmax(-1))
         self._q_halt.copy_(outputs.q_halt_logits)
         for old, new in zip(self._carry, carry, strict=True):

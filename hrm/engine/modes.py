@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch.torch_version import TorchVersion
 
 from hrm.common.errors import UserError
+from hrm.engine.compilation import GRACE
 
 # Seconds that compiling a small model took on two cores, and the share of an eager step that it saved, as
 # bench/NOTES.md records; a run whose steps cannot save that time is not compiled.
@@ -71,6 +73,8 @@ def compiler_fault(device: torch.device) -> str | None:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     # A missing compiler, header or library can raise nearly any exception.
     except Exception as error:
+        # A stop that killed the compiler also ends this process, and is no finding.
+        time.sleep(GRACE)
         reason = str(error).strip() or type(error).__name__
         return f"torch.compile fails here ({reason.splitlines()[0][:120]})"
     return None
@@ -82,20 +86,23 @@ def faster_mode(
     run: Callable[[Callable[..., Any]], None],
     steps: int,
     device: torch.device,
+    compiling: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Mode:
     """Eager or compiled, whichever needs less time for `steps` steps, including the time to compile.
 
     run: runs one step with the given function: `function`, or `whole`, its compiled version. Both are timed;
-    compiling is not tried if it is unlikely to save time.
+    compiling is not tried if it is unlikely to save time. compiling: the context in which it is tried.
     """
     eager = _seconds(run, function)
     if steps * eager * COMPILE_SAVES < COMPILE_SECONDS:
         return EAGER
-    fault = compiler_fault(device)
+    start = time.perf_counter()
+    with compiling():
+        fault = compiler_fault(device)
+        if fault is None:
+            run(whole)
     if fault is not None:
         return EAGER._replace(note=f"slower: {fault}")
-    start = time.perf_counter()
-    run(whole)
     spent, fused = time.perf_counter() - start, _seconds(run, whole)
     measured = f"{fused:.3f} s a step against {eager:.3f}"
     if fused >= eager:

@@ -1,6 +1,7 @@
 """One training step as a program of fixed shape: an ACT step forward and backward, then one update."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,8 @@ from hrm.common.errors import UserError
 from hrm.common.regions import region
 from hrm.config.load import Config
 from hrm.distributed import World
-from hrm.engine.cuda_graph import Program
+from hrm.engine.compilation import Compilation
+from hrm.engine.cuda_graph import Program, aside
 from hrm.engine.modes import Mode, compiled
 from hrm.engine.optim import AdamATan2, FlatParameters, MovingAverage
 from hrm.engine.step_inputs import Feed
@@ -60,7 +62,7 @@ class StepProgram:
             if self.row_grads is not None:
                 self.all_row_grads = world.all_gather(self.row_grads)
         self.tally = Tally(self.device, config.log_interval)
-        self.compiled = compiled(self.forward)
+        self.compiled, self._is_compiled = compiled(self.forward), False
         self._programs: list[Callable[[], None]] = []
 
     def run(self, mode: Mode) -> None:
@@ -73,12 +75,30 @@ class StepProgram:
         """Continues with another configuration of the same shapes, which is compiled and captured anew."""
         self.config = config
         torch.compiler.reset()
-        self.compiled, self._programs = compiled(self.forward), []
+        self.compiled, self._is_compiled, self._programs = compiled(self.forward), False, []
 
     def rehearse(self, forward: Callable[..., Any]) -> None:
         """A step's forward and backward on the buffers as they are, without an update."""
         inputs = self.inputs(slice(self.part_rows))
         self.differentiate(forward(*inputs)[1], inputs[2])
+        self._is_compiled |= forward is self.compiled
+
+    def compiling(self, compilation: Compilation) -> AbstractContextManager[None]:
+        """The context in which this step's forward and backward are compiled."""
+        config, inputs = self.config, self.feed.fresh.inputs[: self.part_rows]
+        shape = (config.arch, config.loss, tuple(inputs.shape), self.model.dtype, inputs.device.type)
+        return compilation.of("the training step", *shape)
+
+    def prepare(self, mode: Mode, compilation: Compilation) -> None:
+        """Compiles forward and backward, unless they are; changes no state."""
+        if self._is_compiled:
+            return
+        rehearse = partial(self.rehearse, self.compiled)
+        with self.compiling(compilation):
+            if mode.captured:
+                aside(rehearse, self.device)
+            else:
+                rehearse()
 
     def _build(self, mode: Mode) -> list[Callable[[], None]]:
         """A step's parts in their order: one program, or two around the exchange between ranks."""

@@ -17,6 +17,7 @@ from hrm.data.dataset import Batch, PuzzleDataset, test_batches
 from hrm.data.format import IGNORE_LABEL, PuzzleSet, read_difficulty, read_names
 from hrm.data.puzzle_kinds import kind_of
 from hrm.data.sudoku.solver import solutions
+from hrm.engine.compilation import Compilation
 from hrm.engine.inference import Answers, EarlyExit, Inference
 from hrm.engine.memory_estimate import enough_memory
 from hrm.engine.modes import Mode
@@ -81,21 +82,27 @@ def evaluate(
     examples: Mapping[str, np.ndarray] | None = None,
     eval_act: bool = False,
     listeners: Sequence[Listener] = (),
+    compilation: Compilation | None = None,
 ) -> dict[str, Metrics]:
     """The metrics of every set as training computes them, with halt_max_steps steps for each sequence.
 
     examples: the examples of each set to evaluate, None for all. eval_act: add under "eval_act" the results
     with early halting: the same metrics, steps_histogram (sequences by steps, from 1), steps_saved (share).
-    "difficulty" holds metrics by degree of difficulty, if known. seconds: time with compiling, for either
-    way. listeners receive the answers of the full steps; places count the set's examples. Memory grows by
-    about ten bytes per example. Raises UserError if a batch does not fit into memory.
+    "difficulty" holds metrics by degree of difficulty, if known. seconds: time without compiling, for either
+    way. compilation: what surrounds the compiler. listeners receive the answers of the full steps; places
+    count the set's examples. Memory grows by about ten bytes per example. Raises UserError if a batch does
+    not fit into memory.
     """
     model, seq_len = trained.model, dataset.metadata.seq_len
     results: dict[str, Metrics] = {}
+    compilation = compilation or Compilation()
     too_many = f"batch_size={batch_size}: so many sequences do not fit into the device's memory; lower it"
     with enough_memory(lambda: too_many):
         full = Inference(model, batch_size, seq_len, mode=mode, loss=trained.config.loss)
+        full.prepare(compilation)
         early = EarlyExit(model, batch_size, seq_len, mode=mode) if eval_act else None
+        if early is not None:
+            early.prepare(compilation)
         for name, taken in taken_of(dataset, examples).items():
             sums = np.zeros(0)
             scores = Scores(len(taken))

@@ -220,10 +220,10 @@ _SHOWN = (
 
 
 class ProgressBar:
-    """A progress bar on a terminal; for a file or a pipe, a plain line from time to time.
+    """A progress bar on a terminal; for a file or a pipe, a plain line at the first step and then by time.
 
-    total, initial: steps of the whole run, and steps done before this process. seconds: shortest time between
-    two plain lines; the last step always has one. file: standard error when None.
+    total, initial: steps of the whole run, and steps done before this process. seconds: between two plain
+    lines; the last step always has one. file: standard error when None.
     """
 
     def __init__(
@@ -256,6 +256,10 @@ class ProgressBar:
         if now >= self._next or step == self._total:
             self._next = now + self._seconds
             print(self._line(now - self._start), file=self._file, flush=True)
+
+    def resume_clock(self) -> None:
+        """Excludes the time so far, such as an evaluation's, from the estimate of the time left."""
+        self._initial, self._start = self._step, time.monotonic()
 
     def write(self, line: str) -> None:
         """Prints a line without breaking the bar."""
@@ -334,6 +338,11 @@ class MetricsLog:
         """Logs the constants of a run as the line of step 0."""
         self._log(facts, 0)
 
+    def advance(self, step: int) -> None:
+        """Shows that a step is done; the last one waits for its metrics."""
+        if self._bar is not None and step < self._total_steps:
+            self._bar.update(step)
+
     def training(self, step: int, metrics: Mapping[str, float]) -> None:
         """Logs means over the steps since the last call, with the pace of these steps."""
         seconds = (time.perf_counter() - self._time) / (step - self._step)
@@ -360,6 +369,8 @@ class MetricsLog:
     def resume_clock(self) -> None:
         """Excludes the time since the last `training`, such as an evaluation's, from the pace."""
         self._time = time.perf_counter()
+        if self._bar is not None:
+            self._bar.resume_clock()
 
     def warn(self, text: str) -> None:
         """Prints a warning for the user."""

@@ -46,6 +46,14 @@ def model_name(arch: ArchConfig) -> str:
     return " ".join([*kinds, "TRM" if arch.share_levels else "HRM" if kinds else "HRM v1"])
 
 
+def compiling_ended_line(ended_by: int) -> str:
+    """The last line of a run that a stop ended before its first step; ended_by: a request of REASONS."""
+    return (
+        f"{REASONS[ended_by][0]}: stopped before the first step, so nothing had to be saved; the same "
+        "command starts or continues the run"
+    )
+
+
 def end_lines(config: Config, progress: Progress, run_dir: Path, ended_by: int) -> str:
     """The last lines of a run. ended_by: the request of REASONS that ended it early, or GO_ON."""
     if ended_by:

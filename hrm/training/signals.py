@@ -5,8 +5,11 @@ import select
 import signal
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
+
+from hrm.common.errors import Stopped
 
 if TYPE_CHECKING:
     from hrm.distributed import World
@@ -27,14 +30,6 @@ ECHO = 1.0
 _CODES = {getattr(signal, name): code for code, (name, _) in REASONS.items() if hasattr(signal, name)}
 
 
-class Stopped(Exception):
-    """Ends the training loop at the same place on every rank. code: a key of REASONS."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(REASONS[code][0])
-        self.code = code
-
-
 class StopSignals:
     """Collects requests to end the run or to save it; within the context, signals only make such a request.
 
@@ -51,7 +46,7 @@ class StopSignals:
         """
         self._start = self._saved = time.monotonic()
         self._max_seconds, self._save_seconds, self._speaks = max_seconds, save_seconds, speaks
-        self._signal, self._asked = GO_ON, False
+        self._signal, self._asked, self._raises = GO_ON, False, False
         self._before: dict[int, Any] = {}
 
     def check(self, world: "World", least: int = TIME_OVER) -> bool:
@@ -75,6 +70,37 @@ class StopSignals:
         asked_before, self._asked = self._asked, self._asked or due
         return SAVE if due and not asked_before else GO_ON
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A context in which a request to end raises Stopped at once, for work that is lost without harm.
+
+        A failure in the context counts as the stop if there is a request: one signal reaches this process and
+        those it started. Outside the main thread the request raises at the end.
+        """
+        self._raise()
+        is_main = threading.current_thread() is threading.main_thread()
+        # Windows has no such timer.
+        limit = self._max_seconds if is_main and hasattr(signal, "setitimer") else None
+        if limit is not None:
+            before = signal.signal(signal.SIGALRM, lambda *_: self._raise())
+            signal.setitimer(signal.ITIMER_REAL, max(self._start + limit - time.monotonic(), 0) + 0.01)
+        self._raises = is_main
+        try:
+            yield
+        except Exception:
+            self._raise()
+            raise
+        finally:
+            self._raises = False
+            if limit is not None:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, before)
+        self._raise()
+
+    def _raise(self) -> None:
+        if (code := self.ask()) >= TIME_OVER:
+            raise Stopped(code)
+
     def saved(self) -> None:
         """Starts the time to the next checkpoint."""
         self._saved, self._asked = time.monotonic(), False
@@ -85,17 +111,18 @@ class StopSignals:
             signal.signal(other, signal.SIG_IGN)
         if self._speaks:
             name = REASONS[self._signal][0]
+            then = "ends now, before this step" if self._raises else "saves and ends after this step"
             # Not print, which the signal may have interrupted.
             with suppress(OSError):
-                os.write(
-                    2, f"\n{name}: saves and ends after this step; a second signal ends at once\n".encode()
-                )
+                os.write(2, f"\n{name}: {then}; a second signal ends at once\n".encode())
         time.sleep(ECHO)
         # A write to a closed terminal or pipe would end this run before it has saved.
         for descriptor in filter(_is_unread, (1, 2)):
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         for other in self._before:
             signal.signal(other, signal.SIG_DFL)
+        if self._raises:
+            raise Stopped(self._signal)
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
