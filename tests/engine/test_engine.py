@@ -243,7 +243,7 @@ def test_measuring_a_mode_changes_nothing():
 def test_a_resumed_run_keeps_the_mode_that_was_measured(monkeypatch, mode):
     asked = []
 
-    def measure(function, whole, run, steps, device):
+    def measure(function, whole, run, steps, device, compiling):
         asked.append(steps)
         return mode
 
@@ -271,7 +271,7 @@ def test_what_was_compiled_to_be_measured_is_what_trains(monkeypatch):
     monkeypatch.setattr(torch, "compile", counted)
     engine = make_engine(make_config(mode="auto"))
 
-    def measure(function, whole, run, steps, device):
+    def measure(function, whole, run, steps, device, compiling):
         run(whole)
         return COMPILE
 

@@ -137,3 +137,23 @@ def test_a_rewind_keeps_what_the_checkpoint_is_worth(tiny_sudoku, tmp_path, monk
     assert after["serial"] == before["serial"] + 1
     # The data ended four steps early, with an evaluation all the same.
     assert evaluated(folder(tmp_path, "r")) == [(12, 20), (24, 20), (32, 20), (44, 20)]
+
+
+def test_a_run_that_is_stopped_while_it_compiles_starts_anew(tiny_sudoku, tmp_path, monkeypatch, capsys):
+    """It leaves no folder and no mode, and the same command is a run as if nothing had been."""
+    argv = words(tiny_sudoku, tmp_path, "project_name=p", "run_name=r", "max_steps=4", "mode=auto")
+    whole = words(tiny_sudoku, tmp_path, "project_name=p", "run_name=whole", "max_steps=4")
+
+    def interrupted(*_):
+        raise Stopped(TERMINATE)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hrm.engine.engine.faster_mode", interrupted)
+        assert train.main(argv) == 143
+    assert not folder(tmp_path, "r").exists()
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "SIGTERM: stopped before the first step, so nothing had to be saved; the same command starts or "
+        "continues the run"
+    )
+    assert train.main(argv) == train.main(whole) == 0
+    assert_same_run(folder(tmp_path, "whole"), folder(tmp_path, "r"))

@@ -242,6 +242,24 @@ def test_plain_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_the_time_left_counts_no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, file = SimpleNamespace(now=100.0), io.StringIO()
+    monkeypatch.setattr(trackers.time, "monotonic", lambda: clock.now)
+    progress = ProgressBar(40, file=file)
+    for step in range(1, 31):
+        clock.now += 1.0
+        progress.update(step)
+        if step == 15:
+            clock.now += 1000.0
+            progress.resume_clock()
+    assert file.getvalue().splitlines() == [
+        "step 1/40  00:39 left",
+        "step 11/40  00:29 left",
+        "step 16/40  00:24 left",
+        "step 26/40  00:14 left",
+    ]
+
+
 def test_plain_lines_of_few_or_bad_metrics() -> None:
     file = io.StringIO()
     progress = ProgressBar(2, file=file, seconds=0)

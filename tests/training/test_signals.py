@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from hrm.common.errors import Stopped
 from hrm.training import signals as interruption
 from hrm.training.signals import GO_ON, HANG_UP, INTERRUPT, REASONS, SAVE, TERMINATE, TIME_OVER, StopSignals
 from tests.support.paths import ROOT
@@ -134,3 +135,54 @@ def test_an_ignored_signal_stays_ignored():
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, INTERRUPT), (signal.SIGTERM, TERMINATE)])
+def test_at_once_a_signal_ends_what_takes_every_exception_for_its_own(number, code, monkeypatch, capfd):
+    monkeypatch.setattr(interruption, "ECHO", 0.0)
+    with StopSignals(None, None) as asked, pytest.raises(Stopped) as stopped, asked.at_once():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        except Exception as error:
+            raise RuntimeError("a fault of the compiler") from error
+    assert stopped.value.code == code
+    assert capfd.readouterr().err.strip() == (
+        f"{signal.Signals(number).name}: ends now, before this step; a second signal ends at once"
+    )
+
+
+def test_at_once_the_time_limit_ends_what_runs_and_does_not_outlive_it():
+    with StopSignals(0.05, None) as asked:
+        with pytest.raises(Stopped) as stopped, asked.at_once():
+            time.sleep(60)
+        assert stopped.value.code == TIME_OVER
+        with pytest.raises(Stopped), asked.at_once():
+            raise AssertionError("begun after the limit")
+    before = signal.getsignal(signal.SIGALRM)
+    with StopSignals(0.2, None) as asked:
+        with asked.at_once():
+            pass
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0) and signal.getsignal(signal.SIGALRM) == before
+
+
+def test_at_once_a_failure_beside_a_request_is_the_stop(monkeypatch):
+    """The signal may have ended the compiler as well; without one, a failure stays what it is."""
+    monkeypatch.setattr(interruption, "ECHO", 0.0)
+    with StopSignals(None, None) as asked:
+        with pytest.raises(ValueError), asked.at_once():
+            raise ValueError
+        with pytest.raises(Stopped) as stopped, asked.at_once():
+            with pytest.raises(Stopped):
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise ValueError
+        assert stopped.value.code == TERMINATE
+        # Swallowed by the work, it still ends it.
+        with pytest.raises(Stopped), asked.at_once():
+            raise AssertionError("begun after the request")
+    # After the context of `at_once` a signal is a request again.
+    with StopSignals(None, None) as asked:
+        with asked.at_once():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked.ask() == TERMINATE
