@@ -15,8 +15,9 @@ from hrm.common.errors import UserError, run_command
 from hrm.common.files import check_file, write_whole
 from hrm.common.threads import THREADS_HELP
 from hrm.data.arc.augment import grid_of
-from hrm.data.puzzle_kinds import Kind
+from hrm.data.puzzle_kinds import Kind, kind_of
 from hrm.solving.read_puzzles import Puzzle, read_puzzles, shortened
+from hrm.solving.read_tokens import may_be_tokens, read_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,8 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "puzzle",
         metavar="PUZZLE",
+        nargs="?",
         help="the cells of a Sudoku ('.' or 0 is blank) or of a maze; a file with one over several lines, or "
         "with one a line; an ARC task's .json; - for standard input",
+    )
+    parser.add_argument(
+        "--tokens",
+        metavar="NUMBERS",
+        help="in place of PUZZLE: input tokens of any task, such as 3,5,1; a file with a sequence a line; "
+        "- for standard input. A short sequence is padded",
     )
     parser.add_argument("--trace", action="store_true", help="show the board after every step")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that plays the steps")
@@ -67,8 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def solve(args: argparse.Namespace) -> list[str]:
     """Solves what the command line names and prints the answers; returns the titles of the wrong ones."""
-    given = read_puzzles(args.puzzle)
-    if args.adapt_steps and (given.task is None or args.identifier is not None):
+    if (args.puzzle is None) == (args.tokens is None):
+        raise UserError("give PUZZLE or --tokens, one of them; --help explains both")
+    # What numbers mean depends on the model.
+    is_numbers = args.tokens is not None or may_be_tokens(args.puzzle)
+    given = None if is_numbers else read_puzzles(args.puzzle)
+    if args.adapt_steps and (given is None or given.task is None or args.identifier is not None):
         raise UserError(
             "--adapt-steps learns an ARC task's embedding from the demonstrations in its .json, in place of "
             "--identifier: leave one out"
@@ -79,17 +91,25 @@ def solve(args: argparse.Namespace) -> list[str]:
     screen = _Screen(sys.stderr if args.json else sys.stdout)
     # Imports PyTorch, which takes seconds; mistakes in the puzzle and the options are reported before.
     from hrm.solving.player import page
-    from hrm.solving.prepare import adapted_embedding, identifier_for, load_for
+    from hrm.solving.prepare import adapted_embedding, check_fits, identifier_for, load_for
     from hrm.solving.trace import record_trace
 
     trained = load_for(
-        given.kind,
-        args.puzzle,
+        None if given is None else given.kind,
+        args.puzzle if args.tokens is None else args.tokens,
         args.checkpoint,
         device=args.device,
         ema=args.ema or None,
         note=screen.note,
     )
+    if given is None:
+        kind = kind_of(trained.metadata)
+        if args.tokens is not None or kind.name == "tokens":
+            source = args.puzzle if args.tokens is None else args.tokens
+            given = read_tokens(source, kind, trained.metadata)
+        else:
+            given = read_puzzles(args.puzzle)
+            check_fits(given.kind, args.puzzle, args.checkpoint, trained)
     embedding: Tensor | int | None
     losses: list[float] = []
     if args.adapt_steps:
@@ -170,7 +190,8 @@ def _result(puzzle: Puzzle, trace: "Trace", *, whole: bool) -> dict[str, Any]:
     """What the last board is worth. right: None for a board without a fault whose answer nothing tells."""
     last, is_arc = trace.steps[-1], trace.kind == "arc"
     problems = last.problems
-    right = None if is_arc and not problems else not problems
+    # Their rules do not tell a right answer from another.
+    right = None if trace.kind in ("arc", "tokens") and not problems else not problems
     if puzzle.answer is not None:
         # Of a canvas the grid alone counts, as in the official evaluation.
         boards = np.array(last.board), puzzle.answer

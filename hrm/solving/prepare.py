@@ -23,37 +23,48 @@ Note = Callable[[str], None]
 
 
 def load_for(
-    kind: Kind, puzzle: str, checkpoint: str, *, device: str, ema: bool | None, note: Note
+    kind: Kind | None, puzzle: str, checkpoint: str, *, device: str, ema: bool | None, note: Note
 ) -> Trained:
     """The model of a checkpoint for puzzles of this kind and size; puzzle: as the user gave it.
 
-    Without its training data the model's sizes come from the puzzle. Raises UserError for a checkpoint of
-    another kind or size, and as `load_trained` does.
+    kind: None for numbers, which any kind may take. Without its training data the model's sizes come from the
+    puzzle. Raises UserError for a checkpoint of another kind or size, and as `load_trained` does.
     """
     if not Path(checkpoint).exists():
         raise UserError(f"{checkpoint}: no such folder or file; expected a run or a checkpoint of one")
     place = resolve_device(device)
     found, metadata = find_trained(checkpoint), None
     data = found.config.data_path
-    if found.metadata is None and data is not None and not Path(data).is_dir():
+    if kind is not None and found.metadata is None and data is not None and not Path(data).is_dir():
         rows = len(found.weights[PUZZLE_TABLE]) if PUZZLE_TABLE in found.weights else 1
         metadata = Metadata(0, 0, 0, kind.vocab_size, kind.rows * kind.cols, rows, 1, 1.0, ["all"])
         note(f"{data} is not there; the model is assumed to be trained on {_description(kind)}")
     trained = load_trained(found, device=place, metadata=metadata, ema=ema)
     for line in trained.notes:
         note(line)
-    its = kind_of(trained.metadata)
-    if (its.name, its.rows, its.cols) != (kind.name, kind.rows, kind.cols):
-        raise UserError(
-            f"{puzzle[:100]!r} is {_description(kind)}, but {checkpoint} was trained on "
-            f"{_description(its)}; give a checkpoint of the puzzle's kind and size"
-        )
+    if kind is not None:
+        check_fits(kind, puzzle, checkpoint, trained)
     return trained
 
 
+def check_fits(kind: Kind, puzzle: str, checkpoint: str, trained: Trained) -> None:
+    """Raises UserError unless the model was trained on puzzles of this kind and size."""
+    its = kind_of(trained.metadata)
+    if (its.name, its.rows, its.cols) != (kind.name, kind.rows, kind.cols):
+        remedy = "give a checkpoint of the puzzle's kind and size"
+        if its.name == "tokens":
+            remedy = f"give it {its.rows * its.cols} numbers by --tokens"
+        raise UserError(
+            f"{puzzle[:100]!r} is {_description(kind)}, but {checkpoint} was trained on "
+            f"{_description(its)}; {remedy}"
+        )
+
+
 def _description(kind: Kind) -> str:
+    if kind.name == "tokens":
+        return f"a sequence of {kind.rows * kind.cols} tokens"
     names = {"sudoku": "Sudoku", "maze": "a maze", "arc": "ARC"}
-    return f"{names.get(kind.name, 'an unknown kind of puzzle')} of {kind.rows} x {kind.cols} cells"
+    return f"{names[kind.name]} of {kind.rows} x {kind.cols} cells"
 
 
 def identifier_for(task: Task | None, asked: str | None, trained: Trained, note: Note) -> int | None:
