@@ -238,7 +238,7 @@ def test_typed_one_after_the_other_no_command_meets_another_ones_run(workplace):
 
 
 def test_the_metrics_and_keys_to_watch_are_there(workplace):
-    rows = SECTION.split("describe what to watch")[1]
+    rows = SECTION.split("## Metrics and options")[1]
     commands = [c for c in TRAINING if c.endswith(("--arch gated", "run_name=feudal-without-gate"))]
     assert len(commands) == 2
     logged: set[str] = set()

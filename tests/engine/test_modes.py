@@ -135,8 +135,9 @@ def test_lowering_a_new_operator_formats_none_of_its_arguments(monkeypatch):
 
     monkeypatch.setattr(TensorBox, "__str__", counted)
     # A graph found in the cache is not lowered.
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    assert torch.equal(compiled(lambda x: double(x + 1))(torch.ones(3)), torch.full((3,), 4.0))
+    with torch._inductor.config.patch(force_disable_caches=True):
+        out = compiled(lambda x: double(x + 1))(torch.ones(3))
+    assert torch.equal(out, torch.full((3,), 4.0))
     assert formatted == []
 
 

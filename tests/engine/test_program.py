@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from hrm.common.errors import UserError
 from hrm.config.schema import LossConfig, SubgoalConfig
 from hrm.engine import cuda_graph as program_module
 from hrm.engine import engine as engine_module
@@ -266,7 +267,7 @@ def test_parts_of_a_batch_give_the_whole_batch_s_step():
 
 def test_parts_share_one_batch_evenly_or_are_refused():
     with pytest.raises(
-        engine_module.UserError,
+        UserError,
         match=r"^gradient_accumulation=3 does not divide the 8 sequences of each device",
     ):
         engine_in(EAGER, gradient_accumulation=3)

@@ -60,7 +60,8 @@ def _dataset(name: str, data: bytes) -> None:
     files = files_of("dataset", dataset_files)
     root = put(f"dataset/{name}", data).parents[name.count("/")]
     try:
-        args = {"path": root, "split": None, "samples": 2, "png": None, "seed": 0, "deep": False}
+        args = {"path": root, "samples": 2, "seed": 0, "deep": False}
+        args |= dict.fromkeys(("split", "kind", "png"))
         refused = None
         try:
             run(argparse.Namespace(**args))

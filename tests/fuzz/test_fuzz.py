@@ -155,7 +155,7 @@ def test_mazes_beyond_any_model(tmp_path, side, said):
     ("read", "said"),
     [
         (read_puzzles, "more than 16 MiB, expected puzzles, one a line"),
-        (load_config, "more than 65536 bytes, expected a configuration in YAML"),
+        (load_config, "more than 64 KiB, expected a configuration in YAML"),
     ],
 )
 def test_a_file_of_50_gigabytes(tmp_path, read, said):
