@@ -1,7 +1,8 @@
 """Judges a trained model on a data set: `python -m hrm.evaluate checkpoint=RUN [key=value ...]`."""
 
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -22,8 +23,11 @@ from hrm.config.schema import DEVICE, PATH
 
 # PyTorch takes seconds to import: --help and a mistyped key are answered without it.
 if TYPE_CHECKING:
+    import torch
+
     from hrm.checkpoint.load_model import Trained
     from hrm.data.dataset import PuzzleDataset
+    from hrm.distributed import World
 
 JSON_FLAG = "--json"
 
@@ -50,8 +54,8 @@ class EvaluateConfig:
     seed: int = key(0, "seed of that part", ge=0, le=2**32 - 1)
     batch_size: int | None = key(
         None,
-        "sequences at a time; null is the run's global_batch_size, or samples if that is less. As in "
-        "training, what fills up the last batch counts in q_halt_loss",
+        "sequences at a time, on each GPU; null is the run's global_batch_size, or samples if that is less. "
+        "As in training, what fills up the last batch counts in q_halt_loss",
         ge=1,
         le=2**20,
     )
@@ -73,6 +77,7 @@ _USAGE = f"""\
 usage: python -m hrm.evaluate checkpoint=PATH [{JSON_FLAG}] [key=value ...]
 
 Judges a trained model as training and the official code do, every sequence for the same number of ACT steps.
+`torchrun --nproc-per-node=N -m hrm.evaluate ...` shares the batches among N GPUs, for the same results.
 
   {JSON_FLAG}                 print the results as JSON, and everything else to standard error"""
 
@@ -101,12 +106,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command(config: EvaluateConfig, as_json: bool) -> None:
     """Judges as the configuration says, and prints what came out. Raises UserError."""
-    from hrm.distributed import place
+    from hrm.common.versions import versions
+    from hrm.distributed import joined, place
 
-    if place().size > 1:
-        raise UserError("evaluation is one process: start it without torchrun, by python -m hrm.evaluate")
-    device = resolve_device(config.device)
+    # A rank takes whole batches, so their size is no multiple of anything.
+    with joined(resolve_device(config.device), place().size) as (world, device):
+        world.check_equal({"the command": repr(config), **versions(device)})
+        judge(config, as_json, world, device)
 
+
+def judge(config: EvaluateConfig, as_json: bool, world: "World", device: "torch.device") -> None:
+    """This rank's part of `command`; rank 0 prints and writes."""
     from hrm.checkpoint.load_model import find_trained, load_trained
     from hrm.data.dataset import PuzzleDataset, subset
     from hrm.data.format import DatasetError
@@ -139,7 +149,8 @@ def command(config: EvaluateConfig, as_json: bool) -> None:
     if config.halt_max_steps is not None:
         model.arch = replace(model.arch, halt_max_steps=config.halt_max_steps)
     mode = resolve_mode(config.mode, model.H_init.device) or EAGER
-    say = partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
+    stream = sys.stderr if as_json else sys.stdout
+    say: Callable[[str], None] = partial(print, file=stream, flush=True) if world.is_main else lambda _: None
     for note in [*trained.notes, describe(trained, mode.name, dataset)]:
         say(note)
 
@@ -148,20 +159,23 @@ def command(config: EvaluateConfig, as_json: bool) -> None:
     batch_size = config.batch_size or found.config.global_batch_size
     if config.batch_size is None and config.samples is not None:
         batch_size = min(batch_size, config.samples)
-    if device == "cpu":
-        check_inference(trained.config, dataset.metadata, batch_size, model.H_init.device)
+    if device.type == "cpu":
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world.size > 1 else 1
+        check_inference(
+            trained.config, dataset.metadata, batch_size, device, early=config.eval_act, sharing=sharing
+        )
     with ExitStack() as stack:
         listeners: list[Listener] = []
         voting = None
         try:
-            if is_arc and (config.split == "test" or config.submission is not None):
+            if world.is_main and is_arc and (config.split == "test" or config.submission is not None):
                 voting = Voting(dataset, taken)
                 listeners.append(voting)
         except DatasetError as error:
             if config.submission is not None:
                 raise
             say(f"no votes over the augmentations: {error}")
-        if config.save_predictions is not None:
+        if world.is_main and config.save_predictions is not None:
             file = Path(config.save_predictions)
             listeners.append(stack.enter_context(predictions_file(file, dataset, taken)))
         results = evaluate(
@@ -173,13 +187,15 @@ def command(config: EvaluateConfig, as_json: bool) -> None:
             eval_act=config.eval_act,
             listeners=listeners,
             compilation=Compilation(say),
+            world=world,
         )
     if voting is not None:
         # ARC's data sets have one set.
         next(iter(results.values())).update(voting.metrics())
         if config.submission is not None:
             voting.write_submission(Path(config.submission))
-    print(to_json(results) if as_json else table(results).text())
+    if world.is_main:
+        print(to_json(results) if as_json else table(results).text())
 
 
 def describe(trained: "Trained", mode: str, dataset: "PuzzleDataset") -> str:

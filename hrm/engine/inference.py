@@ -178,6 +178,11 @@ class EarlyExit:
             old.copy_(new)
 
     @torch.no_grad()
+    def take_turn(self) -> None:
+        """One ACT step of the sequences in the feed; does not wait for the device."""
+        self._program()
+
+    @torch.no_grad()
     def answers(self, batches: Iterable[tuple[Batch, int]]) -> Iterator[Answers]:
         """The answers to batches as in `Inference.answers`, in the order in which sequences halt."""
         B, S = self._predictions.shape
@@ -202,7 +207,7 @@ class EarlyExit:
             if (places < 0).all():
                 return
             self._feed.push(held)
-            self._program()
+            self.take_turn()
             halted = self._carry.halted.cpu().numpy().copy()
             done = np.flatnonzero(halted & (places >= 0))
             if len(done):

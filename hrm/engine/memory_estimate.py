@@ -26,7 +26,7 @@ from hrm.config.load import Config
 from hrm.data.dataset import Batch
 from hrm.data.format import Metadata
 from hrm.engine.dry_run import Observer, Rehearsal, rehearsed
-from hrm.engine.inference import Inference
+from hrm.engine.inference import EarlyExit, Inference
 from hrm.engine.modes import EAGER, resolve_dtype
 from hrm.model.hrm import HRM
 
@@ -110,24 +110,57 @@ def largest_batch(
     return unit * fits
 
 
-def check_inference(config: Config, metadata: Metadata, rows: int, device: torch.device) -> None:
+def check_inference(
+    config: Config,
+    metadata: Metadata,
+    rows: int,
+    device: torch.device,
+    *,
+    early: bool = False,
+    sharing: int = 1,
+) -> None:
     """Raises UserError if solving `rows` sequences at a time needs more memory than there is.
 
-    Checked in advance, because a system that overcommits memory kills the process that uses it.
+    Checked in advance, because a system that overcommits memory kills the process that uses it. Arguments:
+    see `inference_does_not_fit`.
     """
-    least, far = (_inference_peak(config, metadata, count, device) for count in (1, _FAR))
-    each, available = (far - least) / (_FAR - 1), available_bytes(device)
-    if (needed := least + (rows - 1) * each) > available:
-        # Suggest half of it, as fragmentation is not counted.
-        fitting = max(0, int((available / 2 - least) // each) + 1)
-        remedy = f"batch_size={fitting} would fit" if fitting else "not even one sequence fits"
-        raise UserError(
-            f"batch_size={rows} needs about {size_text(needed)} and {device} has {size_text(available)}: "
-            + remedy
-        )
+    if lack := inference_does_not_fit(config, metadata, rows, device, early=early, sharing=sharing):
+        raise UserError(lack)
 
 
-def _inference_peak(config: Config, metadata: Metadata, rows: int, device: torch.device) -> int:
+def inference_does_not_fit(
+    config: Config,
+    metadata: Metadata,
+    rows: int,
+    device: torch.device,
+    *,
+    early: bool = False,
+    sharing: int = 1,
+    always: bool = False,
+) -> str:
+    """What solving `rows` sequences at a time needs, what there is and what would fit; empty if it fits.
+
+    early: also with early halting. sharing: processes that share the device's memory. always: memory ran out,
+    so it does not fit even if the rehearsal, which leaves some memory out, says so.
+    """
+    least, far = (_inference_peak(config, metadata, count, device, early) for count in (1, _FAR))
+    each, available = (far - least) / (_FAR - 1), available_bytes(device) // sharing
+    needed = least + (rows - 1) * each
+    if needed <= available and not always:
+        return ""
+    # Suggest half of it, as fragmentation is not counted.
+    fitting = min(rows // 2, max(0, int((available / 2 - least) // each) + 1))
+    remedy = f"batch_size={fitting} would fit" if fitting else "not even one sequence fits"
+    each_has = f"each of {sharing} processes on {device}" if sharing > 1 else str(device)
+    return (
+        f"batch_size={rows} needs about {size_text(needed)} and {each_has} has {size_text(available)}: "
+        + remedy
+    )
+
+
+def _inference_peak(
+    config: Config, metadata: Metadata, rows: int, device: torch.device, early: bool = False
+) -> int:
     storages = _Storages()
     cells = np.zeros((rows, metadata.seq_len), np.int32)
     # Memory no longer grows after the second step.
@@ -137,7 +170,10 @@ def _inference_peak(config: Config, metadata: Metadata, rows: int, device: torch
             dtype = resolve_dtype(config.dtype, device)
             model = HRM.from_config(replace(config, arch=arch), metadata, dtype)
             inference = Inference(model, rows, metadata.seq_len, mode=EAGER, loss=config.loss)
+            exits = EarlyExit(model, rows, metadata.seq_len, mode=EAGER) if early else None
         inference.run(Batch(cells, cells, np.zeros(rows, np.int32)))
+        if exits is not None:
+            exits.take_turn()
     return storages.peak
 
 

@@ -3,12 +3,13 @@
 import json
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from hrm.checkpoint.load_model import Trained
@@ -17,12 +18,14 @@ from hrm.data.dataset import Batch, PuzzleDataset, test_batches
 from hrm.data.format import IGNORE_LABEL, PuzzleSet, read_difficulty, read_names
 from hrm.data.puzzle_kinds import kind_of
 from hrm.data.sudoku.solver import solutions
+from hrm.distributed import World
 from hrm.engine.compilation import Compilation
 from hrm.engine.inference import Answers, EarlyExit, Inference
-from hrm.engine.memory_estimate import enough_memory
+from hrm.engine.memory_estimate import enough_memory, inference_does_not_fit
 from hrm.engine.modes import Mode
 from hrm.engine.step_metrics import PER_HALTED, means
 from hrm.evaluation.arc_voting import Votes, read_tests, submission
+from hrm.evaluation.ranks import answers_in_order, own_early_answers
 
 # Degrees of difficulty in a set, with about as many examples in each.
 BUCKETS = 5
@@ -55,6 +58,14 @@ class Scores:
         self.steps[places] = answers.steps
         self.counted[places] = cells > 0
 
+    def share(self, world: World, device: torch.device) -> None:
+        """Adds the results of all ranks, whose sequences differ."""
+        held: list[np.ndarray] = [self.exact, self.q_right, self.counted, self.accuracy, self.steps]
+        # float32 holds every value, and each place has one rank's value.
+        sums = torch.from_numpy(np.stack([values.astype(np.float32) for values in held])).to(device)
+        for values, total in zip(held, world.all_reduce(sums).cpu().numpy(), strict=True):
+            values[:] = total
+
     def metrics(self, chosen: np.ndarray | None = None) -> Metrics:
         """Means over the sequences at the places `chosen`, or over all; ignores those without labels."""
         places = np.flatnonzero(self.counted)
@@ -83,6 +94,7 @@ def evaluate(
     eval_act: bool = False,
     listeners: Sequence[Listener] = (),
     compilation: Compilation | None = None,
+    world: World | None = None,
 ) -> dict[str, Metrics]:
     """The metrics of every set as training computes them, with halt_max_steps steps for each sequence.
 
@@ -90,14 +102,19 @@ def evaluate(
     with early halting: the same metrics, steps_histogram (sequences by steps, from 1), steps_saved (share).
     "difficulty" holds metrics by degree of difficulty, if known. seconds: time without compiling, for either
     way. compilation: what surrounds the compiler. listeners receive the answers of the full steps; places
-    count the set's examples. Memory grows by about ten bytes per example. Raises UserError if a batch does
-    not fit into memory.
+    count the set's examples. world: the ranks that share the batches; each gets the whole results. Memory
+    grows by about ten bytes per example. Raises UserError if a batch does not fit into memory.
     """
+    world = world or World()
     model, seq_len = trained.model, dataset.metadata.seq_len
     results: dict[str, Metrics] = {}
     compilation = compilation or Compilation()
-    too_many = f"batch_size={batch_size}: so many sequences do not fit into the device's memory; lower it"
-    with enough_memory(lambda: too_many):
+    device = model.H_init.device
+    with enough_memory(
+        lambda: inference_does_not_fit(
+            trained.config, dataset.metadata, batch_size, device, early=eval_act, always=True
+        )
+    ):
         full = Inference(model, batch_size, seq_len, mode=mode, loss=trained.config.loss)
         full.prepare(compilation)
         early = EarlyExit(model, batch_size, seq_len, mode=mode) if eval_act else None
@@ -107,13 +124,15 @@ def evaluate(
             sums = np.zeros(0)
             scores = Scores(len(taken))
             start = time.perf_counter()
-            for answers in _shown(full.answers(_batches(dataset, name, taken, batch_size)), name, len(taken)):
-                scores.add(answers)
-                # float64, because sums over a large set exceed the integers of float32.
-                batch_sums = full.sums.cpu().numpy().astype(np.float64)
-                sums = batch_sums if not len(sums) else sums + batch_sums
-                for listener in listeners:
-                    listener(name, answers)
+            batches = _batches(dataset, name, taken, batch_size)
+            with _bar(name, len(taken)) as bar:
+                for answers, batch_sums in answers_in_order(full, batches, world):
+                    scores.add(answers)
+                    # float64, because sums over a large set exceed the integers of float32.
+                    sums = batch_sums if not len(sums) else sums + batch_sums
+                    for listener in listeners:
+                        listener(name, answers)
+                    bar.update(len(answers.places))
             named = dict(zip(full.names, sums.tolist(), strict=True))
             metrics: Metrics = means(named, named["count"])
             metrics |= {"count": int(metrics["count"]), "seconds": time.perf_counter() - start}
@@ -125,8 +144,11 @@ def evaluate(
             if early is not None:
                 scores, start = Scores(len(taken)), time.perf_counter()
                 batches = _batches(dataset, name, taken, batch_size)
-                for answers in _shown(early.answers(batches), f"{name}, eval_act", len(taken)):
-                    scores.add(answers)
+                with _bar(f"{name}, eval_act", len(taken)) as bar:
+                    for answers in own_early_answers(early, batches, batch_size, world):
+                        scores.add(answers)
+                        bar.update(len(answers.places))
+                scores.share(world, device)
                 most, own = model.arch.halt_max_steps, scores.metrics()
                 own |= {"seconds": time.perf_counter() - start, "steps_histogram": scores.histogram(most)}
                 own["steps_saved"] = 1 - own.get("steps", most) / most
@@ -153,12 +175,9 @@ def _batches(
         yield batch, count
 
 
-def _shown(answers: Iterable[Answers], name: str, total: int) -> Iterator[Answers]:
-    """Passes answers through, with a progress bar on a terminal."""
-    with tqdm(total=total, desc=name, unit=" puzzles", leave=False, disable=None) as bar:
-        for each in answers:
-            yield each
-            bar.update(len(each.places))
+def _bar(name: str, total: int) -> tqdm:
+    """A progress bar on a terminal."""
+    return tqdm(total=total, desc=name, unit=" puzzles", leave=False, disable=None)
 
 
 # --- difficulty

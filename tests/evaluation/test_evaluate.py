@@ -336,25 +336,18 @@ def test_another_puzzle_table_starts_fresh(rated, tiny_sudoku, capsys):
     assert status == 0 and "the table starts fresh" in out and "20" in out
 
 
-def test_one_process(rated, monkeypatch, capsys):
-    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setenv("MASTER_PORT", "1")
-    status, _, err = run_evaluate(capsys, f"checkpoint={rated[1]}")
-    assert status == 2 and "start it without torchrun" in err
-
-
 def test_too_large_a_batch(rated, monkeypatch, capsys):
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     # Found out while it judges, not before.
-    monkeypatch.setattr("hrm.engine.memory_estimate.check_inference", lambda *_: None)
-    monkeypatch.setattr(Inference, "run", full)
+    monkeypatch.setattr("hrm.engine.memory_estimate.check_inference", lambda *_, **__: None)
+    monkeypatch.setattr("hrm.evaluation.metrics.answers_in_order", full)
     status, _, err = run_evaluate(capsys, f"checkpoint={rated[1]}")
-    assert status == 2 and "batch_size=16: so many sequences do not fit" in err
-    monkeypatch.setattr(Inference, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("ours")))
+    assert status == 2 and "batch_size=16 needs about" in err and "batch_size=8 would fit" in err
+    monkeypatch.setattr(
+        "hrm.evaluation.metrics.answers_in_order", lambda *_: (_ for _ in ()).throw(RuntimeError("ours"))
+    )
     with pytest.raises(RuntimeError, match="ours"):
         run_evaluate(capsys, f"checkpoint={rated[1]}")
     assert issubclass(UserError, Exception)
