@@ -7,7 +7,7 @@ from hrm.data.format import array_path
 from hrm.data.inspect.invariants import Findings, Split, chunks
 from hrm.data.maze.search import solved
 from hrm.data.puzzle_kinds import Kind
-from hrm.data.sudoku.solver import solve_each, units
+from hrm.data.sudoku.solver import GAVE_UP, UNDECIDED, solve_each, units
 from hrm.data.workers import compiled, over_rows
 
 
@@ -75,7 +75,8 @@ def check_unique(split: Split, findings: Findings) -> None:
         questions = np.where((questions >= 0) & (questions <= kind.rows), questions, 0).astype(np.uint8)
         found = _solutions(questions, f"solving {split.folder.name}")
         path = array_path(split.folder, name, "inputs")
-        for count, told in ((0, "no solution"), (2, "several solutions")):
+        undecided = f"no known number of solutions ({GAVE_UP})"
+        for count, told in ((0, "no solution"), (2, "several solutions"), (UNDECIDED, undecided)):
             findings.add_rows(
                 path, firsts[found == count], f"row {{}}: the puzzle has {told}, expected one".format
             )

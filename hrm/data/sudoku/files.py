@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hrm.common.files import numbered_lines
-from hrm.data.sudoku.solver import SudokuError, solve_each, units
+from hrm.data.sudoku.solver import GAVE_UP, UNDECIDED, SudokuError, solve_each, units
 from hrm.data.workers import over_rows
 
 # Lines checked at a time, which bounds memory.
@@ -292,7 +292,8 @@ def _solve(puzzles: Puzzles, workers: int, *, improper: bool) -> tuple[Puzzles, 
         wrong = np.nonzero(found[part] != 1)[0]
         if len(wrong) and not improper:
             row = part.start + int(wrong[0])
-            count = "several solutions" if found[row] else "no solution"
+            undecided = f"no known number of solutions ({GAVE_UP})"
+            count = {0: "no solution", UNDECIDED: undecided}.get(int(found[row]), "several solutions")
             line = 0 if puzzles.lines is None else int(puzzles.lines[row])
             raise _bad(
                 puzzles.path, line, f"the puzzle has {count}, expected one; --skip-improper leaves it out"

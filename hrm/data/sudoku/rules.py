@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 
 from hrm.data.boards import Boards, Rules
-from hrm.data.sudoku.solver import BOXES, solutions, units
+from hrm.data.sudoku.solver import BOXES, GAVE_UP, MOST_GUESSES, solutions, units
 
 
 class SudokuRules(Rules):
@@ -54,8 +54,10 @@ class SudokuRules(Rules):
         wrong = list(self.malformed(boards, question))
         yield from wrong
         if not wrong:
-            found, _ = solutions((question - 1).astype(np.uint8))
-            if len(found) != 1:
+            found, guesses = solutions((question - 1).astype(np.uint8))
+            if guesses > MOST_GUESSES:
+                yield f"{GAVE_UP}, so it is not known to have exactly one"
+            elif len(found) != 1:
                 yield "the puzzle has several solutions" if len(found) else "the puzzle has no solution"
 
     def repetitions(self, boards: Boards, board: np.ndarray) -> Iterator[str]:

@@ -13,6 +13,11 @@ from hrm.data.workers import compiled
 
 # Rows and columns of a box, for each size of grid.
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
+# Guesses after which a search gives up; the hardest proper 9x9 puzzles take a few thousand.
+MOST_GUESSES = 1_000_000
+# The number of solutions that `solve_each` gives for a search that gave up.
+UNDECIDED = 255
+GAVE_UP = f"the search for a solution gave up after {MOST_GUESSES:,} guesses"
 
 
 class SudokuError(UserError):
@@ -36,7 +41,8 @@ def solutions(grid: np.ndarray, limit: int = 2) -> tuple[np.ndarray, int]:
     grid: (n*n,) uint8. A solver that fills naked and hidden singles and otherwise tries the values of a cell
     with the fewest candidates; choosing one of several values is a guess, taking the last one left is none.
     With limit=2 and a proper puzzle, the guesses are those made to solve it and to prove the solution unique,
-    which do not depend on how the digits are named: its difficulty here.
+    which do not depend on how the digits are named: its difficulty here. A search gives up after
+    MOST_GUESSES, and the guesses are then one more.
     """
     found, guesses = _solve(grid, limit, 0)
     return found, guesses
@@ -46,7 +52,8 @@ def solve_each(grids: np.ndarray, answers: np.ndarray, guesses: np.ndarray, foun
     """Solve many grids as `solutions` does, with limit 2, and let other threads run meanwhile.
 
     grids: (N, n*n) uint8. Fills answers (N, n*n) uint8 with the first solution where there is one, guesses
-    (N,) int32, and found (N,) uint8 with how many solutions there are, 2 for several.
+    (N,) int32, and found (N,) uint8 with how many solutions there are, 2 for several, UNDECIDED for a search
+    that gave up.
     """
     cells, members = units(int(grids.shape[1] ** 0.5))
     _search_each(grids, cells, members, answers, guesses, found)
@@ -54,7 +61,9 @@ def solve_each(grids: np.ndarray, answers: np.ndarray, guesses: np.ndarray, foun
 
 def random_grid(size: int, rng: np.random.Generator) -> np.ndarray:
     """A random solved grid, (n*n,) uint8, by backtracking with the values of a cell in random order."""
-    found, _ = _solve(np.zeros(size * size, np.uint8), 1, int(rng.integers(1, 1 << 63)))
+    # A search that gives up leaves nothing; another order of values soon finds a grid.
+    while not len(found := _solve(np.zeros(size * size, np.uint8), 1, int(rng.integers(1, 1 << 63)))[0]):
+        pass
     return found[0]
 
 
@@ -69,7 +78,8 @@ def random_puzzle(solution: np.ndarray, rng: np.random.Generator, clues: int = 0
         if left <= clues:
             break
         puzzle[cell] = 0
-        if len(_solve(puzzle, 2, 0)[0]) == 1:
+        found, guesses = _solve(puzzle, 2, 0)
+        if len(found) == 1 and guesses <= MOST_GUESSES:
             left -= 1
         else:
             puzzle[cell] = solution[cell]
@@ -89,7 +99,9 @@ def _search_each(grids, units, members, answers, guesses, found):
     both = np.empty((2, grids.shape[1]), np.uint8)
     for row in range(len(grids)):
         found[row], guesses[row] = _search(grids[row], units, members, in_order, both)
-        if found[row]:
+        if guesses[row] > MOST_GUESSES:
+            found[row] = UNDECIDED
+        elif found[row]:
             answers[row] = both[0]
 
 
@@ -201,6 +213,8 @@ def _search(grid, units, members, random, found):
         rest = left[depth]
         if number > 1:
             guesses += 1
+            if guesses > MOST_GUESSES:
+                return count, guesses
             if random[0]:
                 random[0] ^= random[0] << np.uint64(13)
                 random[0] ^= random[0] >> np.uint64(7)
