@@ -575,7 +575,7 @@ lines = st.one_of(st.text(max_size=20), st.builds("{}: {}".format, names | st.ju
 
 
 @settings(
-    max_examples=400,
+    max_examples=150,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     derandomize=True,

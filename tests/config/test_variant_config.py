@@ -1,5 +1,7 @@
 """The configuration of the variants: architectures, their files, stages, and what does not go together."""
 
+from operator import attrgetter
+
 import pytest
 
 from hrm.config import load as config_module
@@ -25,17 +27,9 @@ def error(*argv):
 
 def changes(name, *words):
     """What an architecture changes in v1, by dotted name, both at full size."""
-    found = {}
-    for key in config_module.KEYS:
-        values = []
-        for arch in ("v1", name):
-            value = parse_args(["--arch", arch, "data_path=x", "run_name=x", *words])
-            for part in key.split("."):
-                value = getattr(value, part)
-            values.append(value)
-        if values[0] != values[1]:
-            found[key] = values[1]
-    return found
+    v1, other = (parse_args(["--arch", a, "data_path=x", "run_name=x", *words]) for a in ("v1", name))
+    values = ((key, attrgetter(key)(v1), attrgetter(key)(other)) for key in config_module.KEYS)
+    return {key: theirs for key, ours, theirs in values if ours != theirs}
 
 
 def test_named_architectures():

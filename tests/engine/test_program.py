@@ -22,7 +22,7 @@ from tests.support.engines import METADATA, B, S, all_state, batches, make_confi
 
 CPU = torch.device("cpu")
 CAPTURED = Mode("graph", compiled=False, captured=True)
-STEPS, SHORT = 200, 60
+STEPS = 60
 FEUDAL = SubgoalConfig(enabled=True, manager_period=2, goal_dim=16)
 EXTRA_LOSSES = LossConfig(
     feudal_loss_weight=0.1,
@@ -97,8 +97,7 @@ def test_a_replayed_run_equals_the_eager_one_bit_for_bit(captures_on_cpu, varian
     arch, options = VARIANTS[variant]
     options = {**options, "dtype": dtype, "lr_min_ratio": 0.1}
     eager, captured = (engine_in(mode, arch, **options) for mode in (EAGER, CAPTURED))
-    steps = SHORT if variant == "all" else STEPS
-    expected, actual = run(eager, steps), run(captured, steps)
+    expected, actual = run(eager), run(captured)
     assert actual == expected
     # One graph for the step, and the evaluation's comes after its own warm-up.
     assert len(captures_on_cpu) == 1
@@ -142,14 +141,12 @@ def in_float64(monkeypatch):
     torch.set_default_dtype(torch.float32)
 
 
-def assert_compiled_follows_eager(
-    variant: str, steps: int, metrics: float, loss: float, weights: float
-) -> None:
+def assert_compiled_follows_eager(variant: str, metrics: float, loss: float, weights: float) -> None:
     """Within bounds relative to the first ten steps' metrics, to the first loss, to the weights' way."""
     arch, options = VARIANTS[variant]
     eager, fused = (engine_in(mode, arch, lr=1e-3, **options) for mode in (EAGER, COMPILE))
     start = eager.parameters.data.clone()
-    (expected, _), (actual, _) = run(eager, steps), run(fused, steps)
+    (expected, _), (actual, _) = run(eager), run(fused)
     for mine, theirs in zip(actual[:10], expected[:10], strict=True):
         # Absolutely where a deviation is the small difference of larger numbers.
         assert mine == pytest.approx(theirs, rel=metrics, abs=metrics / 10)
@@ -166,8 +163,7 @@ def test_a_compiled_run_follows_the_eager_one(variant):
 
     Measured: the losses stay within 2e-7 of the first, the weights within 3e-6 of their way.
     """
-    steps = STEPS if variant in ("v1", "gated") else SHORT
-    assert_compiled_follows_eager(variant, steps, metrics=1e-5, loss=1e-5, weights=1e-4)
+    assert_compiled_follows_eager(variant, metrics=1e-5, loss=1e-5, weights=1e-4)
 
 
 def test_a_compiled_trm_follows_the_eager_one(in_float64):
@@ -175,7 +171,7 @@ def test_a_compiled_trm_follows_the_eager_one(in_float64):
 
     Measured, after 200 steps: 4e-9 of their way in the weights; with attention in place of the mixer 4e-14.
     """
-    assert_compiled_follows_eager("trm mixer", SHORT, metrics=1e-9, loss=1e-9, weights=1e-9)
+    assert_compiled_follows_eager("trm mixer", metrics=1e-9, loss=1e-9, weights=1e-9)
 
 
 def test_a_program_runs_warms_up_and_replays(captures_on_cpu):

@@ -14,8 +14,8 @@ from hrm.training.signals import ECHO
 from tests.faults.harness import Trainer, last_step, newest, resumed_step, run_to_end, saving
 from tests.support.runs import assert_same_run, metrics_of, words
 
-# 96 steps, with an evaluation every 12.
-LONG = ["epochs=16", "log_interval=1", "ema=true"]
+# 24 steps, with an evaluation every 12.
+LONG = ["epochs=4", "log_interval=1", "ema=true"]
 # Two evaluations, after 12 steps and after 14.
 SHORT = [*LONG, "max_steps=14"]
 
@@ -46,24 +46,24 @@ def test_a_signal_ends_the_run_after_the_step_and_the_same_command_goes_on(
     assert "Traceback" not in err and "error:" not in err
     step = newest(run)
     assert step == last_step(run) == 4 and not saving(run)
-    assert f"{name}: stopped after step {step} of 96, saved in {run}/step_{step}; the same command" in out
+    assert f"{name}: stopped after step {step} of 24, saved in {run}/step_{step}; the same command" in out
     ended, out, err = run_to_end(argv)
     assert ended == 0 and resumed_step(out) == step, err
     assert_same_run(whole, run)
 
 
 def test_a_limit_of_time_ends_the_run_again_and_again(tiny_sudoku, tmp_path, whole, capsys):
-    argv = words(tiny_sudoku, tmp_path, *LONG, "run_name=r", "max_seconds=0.3")
+    argv = words(tiny_sudoku, tmp_path, *LONG, "run_name=r", "max_seconds=0.001")
     run = folder(tiny_sudoku, tmp_path, "r")
-    steps = []
+    steps: list[int] = []
     while (status := train.main(argv)) == 75:
         out = capsys.readouterr().out
         steps.append(newest(run))
-        assert f"max_seconds: stopped after step {steps[-1]} of 96" in out
+        assert len(steps) < 2 or steps[-1] > steps[-2]
+        assert f"max_seconds: stopped after step {steps[-1]} of 24" in out
         assert resumed_step(out) == (steps[-2] if len(steps) > 1 else 0)
     assert status == 0
-    # Each got somewhere, none to the end.
-    assert steps and steps == sorted(set(steps)) and steps[-1] < 96
+    assert steps and steps[-1] < 24
     assert_same_run(whole, run)
 
 
@@ -103,12 +103,12 @@ def test_a_signal_after_which_nothing_is_left_to_do_ends_as_if_none_had_come(tin
     """The last step's checkpoint holds the whole run, whichever of them was met."""
     argv = words(tiny_sudoku, tmp_path, *LONG, "run_name=r")
     run = folder(tiny_sudoku, tmp_path, "r")
-    with Trainer(argv, hold=96) as trainer:
+    with Trainer(argv, hold=24) as trainer:
         trainer.wait_until_held()
         status = trainer.signal(signal.SIGTERM)
     assert status in (0, 143)
     assert run_to_end(argv)[0] == 0
-    assert load_checkpoint(run).step == 96
+    assert load_checkpoint(run).step == 24
     assert_same_run(whole, run)
 
 

@@ -373,7 +373,7 @@ def test_runs_at_once_share_the_processor_and_the_report_says_so(pretend, tmp_pa
 def test_a_comparison_killed_outright_comes_to_its_end(tiny_sudoku, tmp_path):
     """kill -9 while the first run trains, then the same command."""
     out = tmp_path / "out"
-    words = ["v1", "gated", *TINY, f"data_path={tiny_sudoku}", "--seeds", "2", "--output", str(out)]
+    words = ["v1", "gated", *TINY, f"data_path={tiny_sudoku}", "--seeds", "1", "--output", str(out)]
     command = [sys.executable, "-m", "hrm.compare", *words]
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     while not (out / "v1-seed0" / "metrics.jsonl").exists():
@@ -386,15 +386,14 @@ def test_a_comparison_killed_outright_comes_to_its_end(tiny_sudoku, tmp_path):
     command += ["--jobs", "2"]
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     # The first run's trainer may have outlived the command, and is then waited for.
-    assert again.returncode == 0 and sorted(started(again.stdout)) == sorted(ALL), again.stderr
+    assert again.returncode == 0 and sorted(started(again.stdout)) == sorted(ALL[:2]), again.stderr
     results = json.loads((out / "results.json").read_text())
     assert results["equal_steps"] == 12 and results["missing"] == []
     for name, entry in results["entries"].items():
-        for seed in (0, 1):
-            run = read_history(out / f"{name}-seed{seed}")
-            for metric in ("exact_accuracy", "accuracy", "q_halt_accuracy"):
-                assert entry["equal_steps"][metric]["scores"][str(seed)] == run.evaluation(metric)[1][-1]
-            assert entry["seconds_per_step"]["scores"][str(seed)] == run.seconds_per_step
-            assert run.config is not None and run.config["seed"] == seed
-            assert run.config["arch"]["use_gating"] == (name == "gated")
+        run = read_history(out / f"{name}-seed0")
+        for metric in ("exact_accuracy", "accuracy", "q_halt_accuracy"):
+            assert entry["equal_steps"][metric]["scores"] == {"0": run.evaluation(metric)[1][-1]}
+        assert entry["seconds_per_step"]["scores"] == {"0": run.seconds_per_step}
+        assert run.config is not None and run.config["seed"] == 0
+        assert run.config["arch"]["use_gating"] == (name == "gated")
     assert "<svg" in (out / "report.html").read_text() and (out / "report.png").stat().st_size > 10_000
