@@ -164,6 +164,7 @@ def test_mistakes_name_the_flag(words, message, capsys):
     assert exit_.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_wrong_environment_is_named():
     code = "import sys; from kernels.__main__ import main; sys.exit(main([]))"
     done = subprocess.run(
@@ -173,6 +174,7 @@ def test_a_wrong_environment_is_named():
     assert "HRM_KERNELS: expected one of auto, triton, reference, got 'fast'" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_module_runs():
     command = [sys.executable, "-m", "kernels", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

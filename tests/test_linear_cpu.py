@@ -158,6 +158,7 @@ def test_operator_contract(onednn):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_one_graph_under_the_compiler(onednn, compiler):
     """Gradients of either shape of weight, of which one is computed as its transpose."""

@@ -159,6 +159,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_files_of_fifty_gigabytes_are_refused_unread(tmp_path):
     for name in READERS:
         with open(tmp_path / name, "wb") as file:

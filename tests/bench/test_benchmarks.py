@@ -269,6 +269,7 @@ def test_every_row_makes_a_configuration():
             assert config.arch.halt_exploration_prob == config.lr_warmup_steps == 0
 
 
+@pytest.mark.slow
 def test_rows_are_chosen_by_words_and_tell_why_they_are_skipped():
     command = [sys.executable, "-m", "pytest", "bench/test_step.py", "bench/test_inference.py"]
     chosen = "(v1 and B768 and graph) or (gated and quick and B1 and eager)"

@@ -197,6 +197,7 @@ def test_a_stage_chooses_rows_that_the_suite_has(test, stage, on_cuda, count, mo
     assert sum(eval(condition, {"name": name}) for name in names(test)) == count
 
 
+@pytest.mark.slow
 def test_the_command_runs_a_stage_to_its_end(tmp_path):
     out = tmp_path / "first.json"
     words = [sys.executable, "-m", "bench.first_light", "--only", "ceilings", "choice", "--out", str(out)]

@@ -155,6 +155,7 @@ def test_the_kept_predictions_are_those_of_the_code():
     assert kept == now
 
 
+@pytest.mark.slow
 def test_the_command(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(launches, "RESULTS", tmp_path / "launches.json")
     assert main(["--arch", "gated", "--batch", "96", "--machine", "A100", "--write"]) == 0

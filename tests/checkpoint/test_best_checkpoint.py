@@ -266,6 +266,7 @@ print(json.dumps(outcomes))
 """
 
 
+@pytest.mark.slow
 def test_killed_at_every_step_of_a_save_the_best_is_never_lost(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", KILLED_EVERYWHERE, str(tmp_path)],

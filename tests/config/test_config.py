@@ -574,6 +574,7 @@ words = st.one_of(st.text(max_size=12), names, st.builds("{}={}".format, names, 
 lines = st.one_of(st.text(max_size=20), st.builds("{}: {}".format, names | st.just("hidden_size"), scalars))
 
 
+@pytest.mark.slow
 @settings(
     max_examples=150,
     deadline=None,

@@ -192,6 +192,7 @@ def test_evaluation_adds_up_in_float64():
     assert engine.evaluate(parts)["all"]["lm_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [{"use_gating": False}, {"puzzle_emb_ndim": 0}])
 def test_compiled_steps_follow_the_eager_ones(arch):
     engines = [make_engine(make_config(arch, mode=mode)) for mode in ("eager", "compile")]
@@ -239,6 +240,7 @@ def test_measuring_a_mode_changes_nothing():
     assert measured.pop().metrics == untouched.pop().metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [EAGER, COMPILE])
 def test_a_resumed_run_keeps_the_mode_that_was_measured(monkeypatch, mode):
     asked = []
@@ -259,6 +261,7 @@ def test_a_resumed_run_keeps_the_mode_that_was_measured(monkeypatch, mode):
     assert named.mode == EAGER
 
 
+@pytest.mark.slow
 def test_what_was_compiled_to_be_measured_is_what_trains(monkeypatch):
     """It takes the buffers themselves, so that the first step meets no reason to compile again."""
     compilations = []

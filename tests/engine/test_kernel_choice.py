@@ -175,6 +175,7 @@ def test_without_time_nothing_is_chosen():
     assert table == Table({}, {}) and set(row.seconds.values()) == {"no time was left"}
 
 
+@pytest.mark.slow
 def test_a_real_operation_is_measured_compiled_too():
     """The interpreter runs the kernel; the timer prefers what is compiled."""
     table, calls = Table({}, {}), list[float]()
@@ -386,6 +387,7 @@ def test_a_cache_that_cannot_be_written_costs_a_measurement_a_run(maker, tmp_pat
     assert measuring.once() == TABLE and "cannot be written" in measuring.lines[0]
 
 
+@pytest.mark.slow
 def test_the_process_answers_or_is_empty(monkeypatch):
     assert (
         measured._run([measured.sys.executable, "-c", "import kernels; print(kernels.get_backend())"])

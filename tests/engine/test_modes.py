@@ -101,6 +101,7 @@ def test_long_steps_are_measured_once(monkeypatch):
     assert faster_mode(run, run, run, 1, CPU) == EAGER and len(made) == 5
 
 
+@pytest.mark.slow
 def test_a_compiled_function_is_compiled_once_and_whole():
     double = compiled(lambda x: 2 * x)
     assert torch.equal(double(torch.ones(3)), torch.full((3,), 2.0))
@@ -118,6 +119,7 @@ def test_a_compiled_function_is_compiled_once_and_whole():
         compiled(breaks)(torch.ones(3))
 
 
+@pytest.mark.slow
 def test_lowering_a_new_operator_formats_none_of_its_arguments(monkeypatch):
     """The text of an argument holds all that it was computed from, so it grows with each block of a model."""
     from torch._inductor.ir import TensorBox

@@ -211,6 +211,7 @@ def test_bfloat16_states_give_bfloat16_close_to_float64(kind, n):
     assert 1e-4 < error < 0.01
 
 
+@pytest.mark.slow
 def test_compiled_whole_they_equal_eager():
     """The types with plain forwards: one with the input and held gates, one without, in one graph."""
     attention, hierarchical = gatings = [network(kind) for kind in ("attention", "hierarchical")]

@@ -48,6 +48,7 @@ def test_state_dict_has_the_official_names_and_shapes():
     assert shapes == expected
 
 
+@pytest.mark.slow
 def test_v1_of_the_published_size_has_27_million_parameters():
     model = HRM(ArchConfig(), vocab_size=11, seq_len=81, num_puzzle_identifiers=1)
     # Per block 3DD + DD + 2DI + ID with D = 512, I = 1536; eight blocks, embedding, two heads.

@@ -103,6 +103,7 @@ def test_two_runs_on_two_threads_are_one():
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_bit_for_bit():
     """Nor does it hang on the order of sets, which Python seeds anew in each process."""
     code = (

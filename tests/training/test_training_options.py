@@ -124,6 +124,7 @@ def test_puzzle_embeddings_are_seen_to_move():
 STAGES = "stages=[{halt_max_steps: 2, epochs: 4}, {halt_max_steps: 3, H_cycles: 1, epochs: 2}, {epochs: 2}]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [20, 30])
 def test_a_run_in_stages_grows_its_steps_and_resumes_in_each(tiny_sudoku, tmp_path, capsys, cut):
     """Stages end after 24, 36 and 48 steps; cut off within the first and within the second."""
@@ -188,6 +189,7 @@ def test_a_run_stops_early_and_keeps_its_best(tiny_sudoku, tmp_path, capsys):
     assert manifest["score"] == pytest.approx(-logged["eval/all/lm_loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_best_is_saved_though_only_the_end_is_asked_for(tiny_sudoku, tmp_path):
     argv = words(tiny_sudoku, tmp_path, "lr=0", "puzzle_emb_lr=0", "checkpoint_every_eval=false")
     for keep_best, steps in (("true", ["step_12", "step_48"]), ("false", ["step_48"])):
@@ -225,6 +227,7 @@ def test_evaluations_look_at_a_sample_and_the_last_at_all(tiny_sudoku, tmp_path,
     assert status == 2 and "eval_samples was 7 and is now 8" in error
 
 
+@pytest.mark.slow
 def test_a_checkpoint_from_before_an_option_existed_resumes(tiny_sudoku, tmp_path, capsys, monkeypatch):
     argv = words(tiny_sudoku, tmp_path, "run_name=r")
     identity = resume.run_identity
@@ -256,6 +259,7 @@ def test_a_symptom_is_told_while_training(tiny_sudoku, tmp_path, capsys):
     assert sum("the puzzle embeddings stay as they are: puzzle_emb_lr=0" in line for line in lines) == 1
 
 
+@pytest.mark.slow
 def test_deterministic_runs_are_the_same_bit_for_bit_and_measure_no_mode(tiny_sudoku, tmp_path, capsys):
     argv = words(tiny_sudoku, tmp_path, "deterministic=true", "mode=auto", "ema=true", "grad_clip=1")
     for name in ("a", "b"):
