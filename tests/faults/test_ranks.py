@@ -14,7 +14,7 @@ from tests.support.paths import ROOT
 from tests.support.runs import assert_same_run, words
 from tests.support.torchrun import PROGRAM, Ended, torchrun
 
-RUN = ["max_steps=30", "epochs=20", "log_interval=1", "rank_timeout=6"]
+RUN = ["max_steps=50", "epochs=20", "log_interval=1", "rank_timeout=6"]
 REMEDY = "the same command continues from the last checkpoint"
 HERE = socket.gethostname()
 
@@ -46,14 +46,15 @@ def sums(fault: str, once: Path, ranks: int, nodes: int = 1, *words: str) -> lis
         pytest.param(
             {
                 "1:16:KILL": "rank 1 .*: connection closed, the process has ended",
-                "0:26:mistake": "rank 0 .* failed: the disk is full",
+                "0:28:mistake": "rank 0 .* failed: the disk is full",
+                "1:40:sleep": "rank_timeout=6: waited in vain for rank 1 ",
             },
             (),
             id="static",
         ),
         # torchrun ends a stopped process on another node, too; its nodes learn of an end before the ranks do.
         pytest.param(
-            {"1:16:KILL": "", "0:26:STOP": "rank_timeout=6: waited in vain for rank 0 "},
+            {"1:16:KILL": "", "0:30:STOP": "rank_timeout=6: waited in vain for rank 0 "},
             ("--rdzv-backend=c10d",),
             id="c10d",
         ),
@@ -81,9 +82,9 @@ def test_the_run_goes_on_without_a_difference(
 def test_a_run_that_is_asked_to_end_saves_on_all_ranks_and_goes_on(tiny_sudoku, out, undisturbed, tmp_path):
     """By a signal to one rank, then to torchrun, which sends it to each: the same step on all ranks."""
     argv = words(tiny_sudoku, out, *RUN, "run_name=asked")
-    faults = "1:8:TERM,0:17:agent"
+    faults = "1:14:TERM,0:29:agent"
     program = [str(PROGRAM), "train", faults, str(tmp_path / "once"), *argv]
-    for status, step in ((0, range(9, 12)), (1, range(18, 21)), (0, [30])):
+    for status, step in ((0, range(15, 18)), (1, range(30, 33)), (0, [50])):
         # For torchrun a status other than 0 would be a failure that starts the ranks again.
         [ended] = torchrun(2, *program, options=("--max-restarts=1",))
         assert ended.status == status and not ended.lines("error: "), ended.text
