@@ -135,6 +135,8 @@ def test_the_log_has_nodes_parts_and_replays(stand_in, tmp_path):
         graph.replay()
         x.cpu()
     records = read_log(log)
+    # PyTorch 2.11 fills the state of its random generator before it begins a capture.
+    del records[: [r.kind for r in records].index("capture")]
 
     def one(kind: str, **facts: object) -> Record:
         found = [r for r in records if r.kind == kind and facts.items() <= r.facts.items()]
