@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(seed: int, words: list[str]) -> dict[str, Any]:
-    """One run: its last evaluation, its seconds from start to end, its steps and parameters."""
+    """One run: its last evaluation, its seconds from start to end, its steps, and the size of its data."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "train.py", *words, f"seed={seed}", f"output_dir={folder}"]
         cold = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "HRM_CACHE": f"{folder}/cache"}
@@ -33,9 +33,11 @@ def run(seed: int, words: list[str]) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         (log,) = Path(folder).glob("*/*/metrics.jsonl")
         lines = [json.loads(line) for line in log.read_text().splitlines()]
+        data_bytes = sum(file.stat().st_size for file in Path(folder, "cache").rglob("*.npy"))
     last = next(line for line in reversed(lines) if "eval/all/exact_accuracy" in line)
     results = {name: value for name, value in last.items() if name.startswith("eval/")}
-    return {"seed": seed, "seconds": round(seconds, 1), "step": last["step"], **results}
+    facts = {"seed": seed, "seconds": round(seconds, 1), "step": last["step"], "data_bytes": data_bytes}
+    return {**facts, **results}
 
 
 def main(argv: list[str]) -> None:
