@@ -35,6 +35,7 @@ from bench.implementations import metadata, random_batches
 from bench.machine_code import registers_and_stack
 from bench.roofline import CAPTURED as RESULTS
 from bench.roofline import MACHINES
+from hrm.common.errors import run_command
 from hrm.common.machine import processor
 from hrm.config.load import parse_args
 from hrm.engine.cuda_graph import WARM_UP
@@ -273,4 +274,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(run_command(main, "what was printed is all there is"))

@@ -29,6 +29,7 @@ from bench import rows
 from bench.implementations import built, traced
 from bench.roofline import MACHINES, Ceilings, measure, step, totals
 from bench.rows import INFERENCE, Code, counted, machine, published, quick, setting
+from hrm.common.errors import run_command
 from hrm.common.files import write_whole
 from kernels import measured
 from tests.support import official
@@ -443,4 +444,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(run_command(main, "what was printed is all there is"))

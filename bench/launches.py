@@ -12,6 +12,7 @@ launch; a few make more (the backward of an embedding or of a slice, a binary cr
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from bench.counts import Traffic, Work, stored, tensors_in
 from bench.implementations import metadata
 from bench.roofline import MACHINES, Ceilings, captured, roofline_time
+from hrm.common.errors import run_command
 from hrm.config.load import parse_args
 from hrm.engine.dry_run import Observer, Rehearsal
 from kernels.__main__ import positive
@@ -212,4 +214,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(run_command(main, "what was printed is all there is"))

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hrm.common.errors import run_command
 from kernels.backend import Launch, recorded, triton
 
 RESULTS = Path(__file__).parent / "results" / "machine_code.json"
@@ -387,4 +388,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, "what was printed is all there is"))

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from hrm.common.errors import run_command
 from hrm.study.results import tables
 
 ROOT = Path(__file__).parents[1]
@@ -288,7 +289,7 @@ def plot(results: Path = RESULTS) -> str:
     return "\n".join([head, f'<rect width="{WIDTH}" height="{y}" fill="white"/>', *shapes, "</svg>"]) + "\n"
 
 
-if __name__ == "__main__":
+def main() -> None:
     if sys.argv[1:] == ["--write"]:
         for path, measured in ((README, summary()), (DOCUMENT, table())):
             text = path.read_text(encoding="utf-8")
@@ -296,3 +297,7 @@ if __name__ == "__main__":
         PLOT.write_text(plot(), encoding="utf-8")
     else:
         print(table())
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, "nothing more was written"))

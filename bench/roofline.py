@@ -17,6 +17,7 @@ graph. What is counted as bytes and FLOP stands in bench/counts.py. Three ways t
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -44,6 +45,7 @@ from bench.counts import (
     sign_sgd,
     traced,
 )
+from hrm.common.errors import run_command
 from kernels.attention import MAX_LENGTH
 
 RESULTS = Path(__file__).parent / "results" / "roofline.json"
@@ -394,4 +396,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(run_command(main, "what was printed is all there is"))

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from hrm.common.errors import run_command
 from hrm.common.machine import processor
 
 ROOT = Path(__file__).parents[1]
@@ -60,4 +61,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run_command(lambda: main(sys.argv[1:]), "no file was written"))

@@ -15,7 +15,7 @@ from hrm.config.presets import folder_name
 from hrm.study.options import INTERRUPTED, add_options, parse
 
 if TYPE_CHECKING:
-    from hrm.study.runs import Run
+    pass
 
 _WORDS_HELP = (
     "an architecture's name, its YAML file, a run's folder or saved configuration; "
@@ -25,6 +25,10 @@ _WORDS_HELP = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns its exit status: `run_command`'s, or 1 where a run has failed."""
+    return run_command(lambda: compare(_parse(argv)), INTERRUPTED)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m hrm.compare",
         description="Train architectures with the same seeds and data, and tell how they differ.",
@@ -32,29 +36,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("words", nargs="*", metavar="CANDIDATE|key=value", help=_WORDS_HELP)
     parser.add_argument("--arch", nargs="+", default=[], metavar="NAME", help="more candidates")
     add_options(parser, "the first candidate")
-    args = parse(parser, argv)
-    failed: list[Run] = []
+    return parse(parser, argv)
 
-    def compare() -> None:
-        # Imports PyTorch, which takes seconds.
-        from hrm.study.comparison import conduct, named, refuse_own, seeds
-        from hrm.study.runs import Campaign
 
-        given = [*args.arch, *args.words]
-        keys = [word for word in given if "=" in word]
-        refuse_own(keys)
-        candidates = named([word for word in given if "=" not in word])
-        if len(candidates) < 2:
-            raise UserError("give two candidates or more, as in `python -m hrm.compare v1 gated`")
-        default = Path("checkpoints") / folder_name(f"compare-{'-'.join(candidates)}")
-        campaign = Campaign(
-            args.output or default,
-            {name: [*words, *keys] for name, words in candidates.items()},
-            seeds(args.seeds),
-        )
-        failed.extend(conduct(campaign, args, f"Comparison of {', '.join(candidates)}"))
+def compare(args: argparse.Namespace) -> int:
+    """Trains and reports as the command line says. Returns 1 where a run has failed, else 0."""
+    # Imports PyTorch, which takes seconds.
+    from hrm.study.comparison import conduct, named, refuse_own, seeds
+    from hrm.study.runs import Campaign
 
-    return run_command(compare, INTERRUPTED) or int(bool(failed))
+    given = [*args.arch, *args.words]
+    keys = [word for word in given if "=" in word]
+    refuse_own(keys)
+    candidates = named([word for word in given if "=" not in word])
+    if len(candidates) < 2:
+        raise UserError("give two candidates or more, as in `python -m hrm.compare v1 gated`")
+    default = Path("checkpoints") / folder_name(f"compare-{'-'.join(candidates)}")
+    campaign = Campaign(
+        args.output or default,
+        {name: [*words, *keys] for name, words in candidates.items()},
+        seeds(args.seeds),
+    )
+    return int(bool(conduct(campaign, args, f"Comparison of {', '.join(candidates)}")))
 
 
 if __name__ == "__main__":

@@ -90,6 +90,10 @@ def symptoms(run: History) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status; see `run_command`."""
+    return run_command(lambda: report(*_parse(argv)), "no report was written")
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[list[str], Path | None]:
     parser = argparse.ArgumentParser(
         prog="python -m hrm.report", description="Draw one run, or several beside each other."
     )
@@ -103,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="where to write; else the run's folder, of several ./report",
     )
     args = parser.parse_args(argv)
-    return run_command(lambda: report(args.runs, args.output), "no report was written")
+    return args.runs, args.output
 
 
 def report(folders: Sequence[str], output: Path | None) -> None:

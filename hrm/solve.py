@@ -29,6 +29,10 @@ MAX_STEPS = 100_000
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns 0 when no answer is wrong, 1 when one is, else as `run_command` does."""
+    return run_command(lambda: int(bool(solve(_parse(argv)))), "nothing was solved")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m hrm.solve",
         description="Solve puzzles with a trained model.\n"
@@ -68,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--ema", action="store_true", help="use the averaged weights")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
-    args = parser.parse_args(argv)
-    wrong: list[str] = []
-    return run_command(lambda: wrong.extend(solve(args)), "nothing was solved") or int(bool(wrong))
+    return parser.parse_args(argv)
 
 
 def solve(args: argparse.Namespace) -> list[str]:

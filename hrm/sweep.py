@@ -17,13 +17,17 @@ from hrm.config.presets import folder_name
 from hrm.study.options import INTERRUPTED, add_options, parse
 
 if TYPE_CHECKING:
-    from hrm.study.runs import Run
+    pass
 
 MOST_POINTS = 1000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns its exit status: `run_command`'s, or 1 where a run has failed."""
+    return run_command(lambda: sweep(_parse(argv)), INTERRUPTED)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m hrm.sweep", description="Train over a grid of values, and tell how they differ."
     )
@@ -36,28 +40,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="an architecture, its YAML file, a run's folder or configuration (gated)",
     )
     add_options(parser, "the first of each key's values")
-    args = parse(parser, argv)
-    failed: list[Run] = []
+    return parse(parser, argv)
 
-    def sweep() -> None:
-        # Imports PyTorch, which takes seconds.
-        from hrm.study.comparison import candidate_words, conduct, refuse_own, seeds
-        from hrm.study.runs import Campaign
 
-        refuse_own(args.words)
-        axes, fixed = split_axes(args.words)
-        base = candidate_words(args.arch) if args.arch else []
-        points = grid(axes)
-        campaign = Campaign(
-            args.output or Path("checkpoints") / folder_name(f"sweep-{'-'.join(map(_leaf, axes))}"),
-            {name: [*base, *point, *fixed] for name, point in points.items()},
-            seeds(args.seeds),
-        )
-        if args.baseline:
-            args.baseline = _name(args.baseline.replace(",", " ").split())
-        failed.extend(conduct(campaign, args, f"Sweep of {', '.join(axes)}", swept=list(axes)))
+def sweep(args: argparse.Namespace) -> int:
+    """Trains and reports as the command line says. Returns 1 where a run has failed, else 0."""
+    # Imports PyTorch, which takes seconds.
+    from hrm.study.comparison import candidate_words, conduct, refuse_own, seeds
+    from hrm.study.runs import Campaign
 
-    return run_command(sweep, INTERRUPTED) or int(bool(failed))
+    refuse_own(args.words)
+    axes, fixed = split_axes(args.words)
+    base = candidate_words(args.arch) if args.arch else []
+    points = grid(axes)
+    campaign = Campaign(
+        args.output or Path("checkpoints") / folder_name(f"sweep-{'-'.join(map(_leaf, axes))}"),
+        {name: [*base, *point, *fixed] for name, point in points.items()},
+        seeds(args.seeds),
+    )
+    if args.baseline:
+        args.baseline = _name(args.baseline.replace(",", " ").split())
+    return int(bool(conduct(campaign, args, f"Sweep of {', '.join(axes)}", swept=list(axes))))
 
 
 def split_axes(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import kernels
+from hrm.common.errors import run_command
 from kernels import backend, fastest, measured
 from kernels.attention import FLASH2, FLASH3, attention_backend
 from kernels.cases import NOT_MEASURED, Sizes, cases
@@ -261,4 +262,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main, "what was printed is all there is"))

@@ -21,7 +21,8 @@ ROOMS = [
     ["hrm.training"],
     ["hrm.evaluation"],
     ["hrm.solving", "hrm.study"],
-    ["hrm", "train"],
+    # The commands.
+    ["hrm", "train", "kernels.__main__"],
 ]
 # Packages that may be missing, and PyTorch, which takes seconds to load.
 OPTIONAL = ("matplotlib", "torch")
@@ -54,7 +55,7 @@ def imports(module: str) -> list[tuple[str, bool]]:
 
 
 def is_command(module: str) -> bool:
-    return module == "train" or (module.startswith("hrm.") and height(module) == len(ROOMS) - 1)
+    return module in FILES and module != "hrm" and height(module) == len(ROOMS) - 1
 
 
 @pytest.mark.parametrize("module", FILES)

@@ -1,12 +1,17 @@
 """The mistakes a user of the commands can make, and how every command answers them."""
 
+import errno
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
 
+from hrm.common.streams import CLOSED_STATUS, OutputClosed, OutputFailed, watched
 from hrm.common.text import printable
+
+# Errors of a place that cannot be written. Those of a full disk come without the file's name.
+_UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 # Seconds that torchrun may take on a busy machine to end a node's ranks after one of them has failed.
 ENDING = 5.0
@@ -41,10 +46,22 @@ class RankLost(UserError):
 def run_command(command: Callable[[], int | None], interrupted: str) -> int:
     """Runs a command; returns its exit status: its own, 2 for a mistake told in one line, 130 interrupted.
 
-    interrupted: what to say after Ctrl-C. A file that the system refuses (no permission, a damaged disk) is
-    the user's to mend as well; any other error is ours and keeps its traceback. Under torchrun an error that
-    every rank meets is printed once for each node, and Ctrl-C by rank 0 alone; the process then ends at once.
+    interrupted: what to say after Ctrl-C. A file that the system refuses (no permission, a full or damaged
+    disk) is the user's to mend as well; any other error is ours and keeps its traceback. Output that nobody
+    reads any more ends the command quietly with CLOSED_STATUS, also within argparse's help. Under torchrun an
+    error that every rank meets is printed once for each node, and Ctrl-C by rank 0 alone; the process then
+    ends at once.
     """
+    try:
+        with watched():
+            return _answered(command, interrupted)
+    except OutputClosed:
+        return _end(CLOSED_STATUS)
+    except OutputFailed as error:
+        return _mistake(str(error))
+
+
+def _answered(command: Callable[[], int | None], interrupted: str) -> int:
     try:
         return command() or 0
     except UserError as error:
@@ -53,9 +70,13 @@ def run_command(command: Callable[[], int | None], interrupted: str) -> int:
         if _number("RANK") == 0:
             print(f"interrupted: {interrupted}", file=sys.stderr)
         return _end(128 + signal.SIGINT)
+    except OutputFailed:
+        raise
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
             return _mistake(f"{error.filename}: {error.strerror}; check the path and its permissions")
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            return _mistake(f"cannot write: {error.strerror}; free space, or give another folder")
         _let_first_speak()
         if not _is_joined():
             raise

@@ -21,6 +21,11 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; see `run_command`."""
+    return run_command(lambda: command(argv), "nothing was finished, and no half of it is left")
+
+
+def command(argv: Sequence[str] | None) -> int | None:
+    """Take the command line apart and run it."""
     parser = argparse.ArgumentParser(
         prog="python -m hrm.data", description="Build and inspect puzzle data sets."
     )
@@ -28,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (module, text) in COMMANDS.items():
         module.add_arguments(commands.add_parser(name, help=text, description=text))
     args = parser.parse_args(argv)
-    return run_command(lambda: args.run(args), "nothing was finished, and no half of it is left")
+    return args.run(args)
 
 
 if __name__ == "__main__":

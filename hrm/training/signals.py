@@ -1,4 +1,7 @@
-"""Requests to end a run early, by a signal or a time limit: the run finishes its step and saves it first."""
+"""Requests to end a run early, by a signal, a time limit or output without a reader.
+
+The run finishes its step and saves it first.
+"""
 
 import os
 import select
@@ -6,20 +9,22 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from hrm.common.errors import Stopped
+from hrm.common.streams import CLOSED_STATUS, on_failure
 
 if TYPE_CHECKING:
     from hrm.distributed import World
 
 # Requests by urgency. Ranks share the most urgent one.
-GO_ON, SAVE, TIME_OVER, HANG_UP, INTERRUPT, TERMINATE = range(6)
+GO_ON, SAVE, TIME_OVER, UNREAD, HANG_UP, INTERRUPT, TERMINATE = range(7)
 # Name and exit status of each request to end. 75 is EX_TEMPFAIL of sysexits.h, "try again later"; the others
 # are those of a process that the signal killed.
 REASONS = {
     TIME_OVER: ("max_seconds", 75),
+    UNREAD: ("standard output", CLOSED_STATUS),
     HANG_UP: ("SIGHUP", 129),
     INTERRUPT: ("SIGINT", 130),
     TERMINATE: ("SIGTERM", 143),
@@ -36,7 +41,7 @@ class StopSignals:
     The first SIGINT, SIGTERM or SIGHUP is a request. From ECHO seconds later on, signals have their default
     effect again, so a second one ends the process at once. A signal that the process ignored from its start,
     as under nohup, stays ignored. Outside the main thread, which alone receives signals, only the time limit
-    works.
+    and the output work.
     """
 
     def __init__(self, max_seconds: float | None, save_seconds: float | None, *, speaks: bool = True) -> None:
@@ -48,6 +53,7 @@ class StopSignals:
         self._max_seconds, self._save_seconds, self._speaks = max_seconds, save_seconds, speaks
         self._signal, self._asked, self._raises = GO_ON, False, False
         self._before: dict[int, Any] = {}
+        self._streams = ExitStack()
 
     def check(self, world: "World", least: int = TIME_OVER) -> bool:
         """Raises Stopped on all ranks if any has a request of at least the urgency `least`.
@@ -105,6 +111,12 @@ class StopSignals:
         """Starts the time to the next checkpoint."""
         self._saved, self._asked = time.monotonic(), False
 
+    def _unread(self, text: str) -> None:
+        self._signal = max(self._signal, UNREAD)
+        # The other stream may still have a reader.
+        with suppress(OSError):
+            os.write(2, f"\n{text}: saves and ends after this step\n".encode())
+
     def _note(self, number: int, _: object) -> None:
         self._signal = _CODES[number]
         for other in self._before:
@@ -128,9 +140,11 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             heeded = [number for number in _CODES if signal.getsignal(number) != signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._note) for number in heeded}
+        self._streams.enter_context(on_failure(self._unread))
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._streams.close()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

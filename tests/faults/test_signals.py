@@ -149,3 +149,19 @@ def test_a_pipe_that_nobody_reads_any_more_does_not_cost_the_checkpoint(tiny_sud
     assert newest(run) == last_step(run) == 4
     assert run_to_end(argv)[0] == 0
     assert_same_run(whole, run)
+
+
+def test_a_run_whose_output_nobody_reads_ends_with_a_checkpoint(tiny_sudoku, tmp_path, whole):
+    """As in `train.py | head`; a closed pipe sends no signal."""
+    run = folder(tiny_sudoku, tmp_path, "r")
+    argv = words(tiny_sudoku, tmp_path, *LONG, "run_name=r")
+    reader, writer = os.pipe()
+    with Trainer(argv, hold=4, stdout=writer, stderr=writer) as trainer:
+        os.close(writer)
+        trainer.wait_until_held()
+        os.close(reader)
+        trainer.release()
+        assert trainer.end() == 141
+    assert 4 <= newest(run) == last_step(run) < 96
+    assert run_to_end(argv)[0] == 0
+    assert_same_run(whole, run)

@@ -12,7 +12,17 @@ import pytest
 
 from hrm.common.errors import Stopped
 from hrm.training import signals as interruption
-from hrm.training.signals import GO_ON, HANG_UP, INTERRUPT, REASONS, SAVE, TERMINATE, TIME_OVER, StopSignals
+from hrm.training.signals import (
+    GO_ON,
+    HANG_UP,
+    INTERRUPT,
+    REASONS,
+    SAVE,
+    TERMINATE,
+    TIME_OVER,
+    UNREAD,
+    StopSignals,
+)
 from tests.support.paths import ROOT
 
 
@@ -47,6 +57,7 @@ def test_a_checkpoint_is_due_by_time_and_the_end_goes_before_it(clock):
 def test_the_statuses_are_those_that_the_readme_tells():
     assert {code: status for code, (_, status) in REASONS.items()} == {
         TIME_OVER: 75,
+        UNREAD: 141,
         HANG_UP: 129,
         INTERRUPT: 130,
         TERMINATE: 143,
