@@ -127,7 +127,7 @@ class AttentionConfig:
 class SudokuConfig:
     """The built-in Sudoku data, made when data_path is not given."""
 
-    size: Literal[4, 6, 9] = key(9, "cells along a side")
+    size: Literal[4, 6, 9, 16] = key(9, "cells along a side")
     num_train: int = key(1000, "training puzzles before augmentation", ge=1, le=10**7)
     num_test: int = key(1000, "test puzzles", ge=1, le=10**7)
     num_aug: int = key(1000, "augmented copies of each training puzzle", ge=0, le=10**6)

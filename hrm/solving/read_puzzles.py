@@ -16,8 +16,10 @@ from hrm.common.errors import UserError
 from hrm.common.files import read_text
 from hrm.data.arc.augment import canvas
 from hrm.data.arc.files import Task, read_task
-from hrm.data.puzzle_kinds import ARC, MAZE_VOCABULARY, SUDOKU, Kind
+from hrm.data.puzzle_kinds import ARC, MAZE_VOCABULARY, Kind
 from hrm.data.sudoku.solver import solutions
+from hrm.data.sudoku.text import FOREIGN, SYMBOLS, cells_of, digit_table, read_rows, size_of
+from hrm.data.tables import Row
 
 MAX_TEXT_BYTES = 16 << 20
 EXPECTED = "puzzles, one a line"
@@ -25,9 +27,9 @@ EXPECTED = "puzzles, one a line"
 MOST_SIDE = 1024
 # Most problems of a board in one message.
 MOST_TOLD = 5
-# Characters between the cells of a typed Sudoku.
-_RULERS = str.maketrans("", "", "|+- \t")
-_CELLS = frozenset("#SGo0123456789.|+- \t\r\n")
+_CELLS = frozenset("#SGoEX0123456789.*_|+-= \t\r\n")
+# A typed 16x16 Sudoku also has letters, and is longer than the names of files.
+_LETTERS, _LONG = frozenset("ABCDEFGabcdefg"), 250
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,12 @@ def read_puzzles(source: str) -> Puzzles:
     """
     if source != "-" and not os.path.isfile(source):
         # Text with few foreign characters is a mistyped puzzle, not a file name.
-        strange = sum(character not in _CELLS for character in source)
+        cells = _CELLS | (_LETTERS if len(source) > _LONG else frozenset())
+        strange = sum(character not in cells for character in source)
         if os.sep in source or 4 * strange > len(source):
             raise UserError(
-                f"{source[:100]!r}: no such file, nor a puzzle; expected a file, or the 16, 36 or 81 cells "
-                "of a Sudoku ('.' or 0 is blank), or those of a square maze ('#', 'S', 'G', '.')"
+                f"{source[:100]!r}: no such file, nor a puzzle; expected a file, or the 16, 36, 81 or 256 "
+                "cells of a Sudoku ('.' or 0 is blank), or those of a square maze ('#', 'S', 'G', '.')"
             )
         return _boards(source, "the puzzle")
     if source.endswith(".json"):
@@ -90,32 +93,61 @@ def _arc_task(path: Path) -> Puzzles:
 
 
 def _boards(text: str, where: str) -> Puzzles:
-    """Sudokus or mazes: one board over several lines, or one puzzle on each line."""
-    is_maze = bool(set(text) & set("#SG"))
-    lines = [line for line in text.splitlines() if (line if is_maze else line.translate(_RULERS))]
+    """Sudokus in any form of `sudoku.text`, or mazes: one over several lines, or one on each line."""
+    lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{where}: empty; expected a puzzle")
-    cells = [len(line if is_maze else line.translate(_RULERS)) for line in lines]
-    sides = [math.isqrt(count) for count in cells]
-    sizes = [math.isqrt(size) for _, size in SUDOKU]
-    is_side = range(2, MOST_SIDE + 1).__contains__ if is_maze else sizes.__contains__
+    # A '#' may also begin a comment beside a Sudoku, whose digits no maze has.
+    if set(text) & set("#SG") and not set(text) & set("123456789"):
+        return _mazes(lines, where)
+    return _sudokus(lines, where)
+
+
+def _mazes(lines: Sequence[str], where: str) -> Puzzles:
+    cells = [len(line) for line in lines]
+    side = math.isqrt(cells[0])
+    is_side = range(2, MOST_SIDE + 1).__contains__
     # One board; its kind reports rows of wrong length.
     if is_side(len(lines)) and len(lines) in cells:
         side, boards = len(lines), ["\n".join(lines)]
-    elif is_side(sides[0]) and all(count == sides[0] ** 2 for count in cells):
-        side, boards = sides[0], lines
+    elif is_side(side) and all(count == side**2 for count in cells):
+        boards = list(lines)
     else:
-        line = 0 if len(lines) == 1 else next((n for n, count in enumerate(cells) if count != cells[0]), 0)
-        place = where if len(lines) == 1 else f"{where}, line {line + 1}"
-        expected = "16, 36 or 81 cells, '.' or 0 for a blank"
-        if is_maze:
-            expected = f"as many rows as columns, {MOST_SIDE} at most"
-        raise UserError(
-            f"{place}: {cells[line]} cells in one line of {len(lines)}; expected {expected}, in one line or "
-            "in a line for each row"
-        )
-    kind = Kind("maze" if is_maze else "sudoku", side, side, MAZE_VOCABULARY if is_maze else side + 2)
+        expected = f"as many rows as columns, {MOST_SIDE} at most"
+        raise _unreadable(where, cells, expected)
+    kind = Kind("maze", side, side, MAZE_VOCABULARY)
     return Puzzles(kind, list(_questions(kind, boards, where)))
+
+
+def _sudokus(lines: Sequence[str], where: str) -> Puzzles:
+    numbered = list(enumerate(lines, 1))
+    size = size_of(numbered)
+    expected = "16, 36 or 81 cells, or 256 for 16x16, '.' or 0 for a blank"
+    if size is None:
+        raise _unreadable(where, [len(cells_of(line, 9)) for line in lines], expected)
+    boards = []
+    for row in read_rows(iter(numbered), size):
+        if not isinstance(row, Row):
+            raise UserError(f"{where}, line {row[0]}: {row[1]}")
+        board = cells_of(row.question, size)
+        if len(board) != size * size:
+            raise _unreadable(where, [size * size] * (row.line - 1) + [len(board)], expected, len(lines))
+        boards.append(board)
+    if size > 9:
+        table = digit_table(size, boards)
+        spelled = {chr(code): f".{SYMBOLS}"[digit] for code, digit in enumerate(table) if digit != FOREIGN}
+        boards = ["".join(spelled.get(cell, cell) for cell in board) for board in boards]
+    kind = Kind("sudoku", size, size, size + 2)
+    return Puzzles(kind, list(_questions(kind, boards, where)))
+
+
+def _unreadable(where: str, cells: Sequence[int], expected: str, total: int = 0) -> UserError:
+    """The error about the first line that differs from the first one. cells: of each line."""
+    line = next((n for n, count in enumerate(cells) if count != cells[0]), 0)
+    total = total or len(cells)
+    place = where if total == 1 else f"{where}, line {line + 1}"
+    there = f"{place}: {cells[line]} cells in one line of {total}"
+    return UserError(f"{there}; expected {expected}, in one line or in a line for each row")
 
 
 def _questions(kind: Kind, boards: Sequence[str], where: str) -> Iterator[Puzzle]:

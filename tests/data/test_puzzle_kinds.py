@@ -134,7 +134,7 @@ def test_other_tokens_are_numbers() -> None:
             "row 4, column 3 is 'x', expected a digit 1 to 4, or '.' or 0 for a blank",
         ),
         (sudoku(4), "1234\n1254\n1234\n1234", "row 2, column 3 is '5', expected a digit 1 to 4"),
-        (sudoku(4), "12_4" * 4, "row 1, column 3 is '_', expected"),
+        (sudoku(4), "12%4" * 4, "row 1, column 3 is '%', expected"),
         (sudoku(4), "1" * 15, "15 cells in one line, expected 16 cells in one line or 4 lines of 4"),
         (sudoku(4), "", "0 lines, expected 16 cells"),
         (sudoku(4), "1234\n123\n1234\n1234", "row 2 has 3 cells, expected 4"),

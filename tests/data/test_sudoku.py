@@ -540,8 +540,12 @@ def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "", "no column 'question'"),
-        ("a.csv", f"{GOOD},{GOOD_ANSWER}\n", "line 1: no column 'question'"),
+        ("a.csv", "", "no puzzle in it"),
+        (
+            "a.csv",
+            "name,board\nx,y\n",
+            "line 1: no column 'question' among 'name', 'board'; rename one: puzzles",
+        ),
         ("a.csv", "question,answer\n", "no puzzle in it"),
         ("a.txt", "# nothing\n", "no puzzle in it"),
         ("a.txt", None, "cannot be read"),

@@ -26,6 +26,8 @@ from hrm.data.writer import Shape, cached, check_output, new_dataset
 
 # Part of the name of cached data sets; raise it when equal parameters give different bytes.
 FORMAT = 3
+# Clues of generated puzzles whose search for few clues would not end.
+FEWEST = {16: 110}
 # Draws for one puzzle before its difficulty, or a new puzzle, counts as out of reach.
 ATTEMPTS = 10_000
 # Redraws of augmentations that repeat a puzzle of their group; then repetitions stay.
@@ -75,11 +77,12 @@ def generate(
 ) -> tuple[Puzzles, Puzzles]:
     """Random training and test puzzles with one solution each; the splits share no solution grid.
 
-    Puzzles are irreducible, or keep at least `clues` clues. Each puzzle has a new grid; the 288 grids of 4x4
-    cells are divided between the splits first and reused in turn. A split repeats a puzzle only if there is
-    no other. Raises SudokuError if puzzles of min_difficulty guesses are out of reach.
+    Puzzles are irreducible, or keep at least `clues` clues; FEWEST replaces 0. Each puzzle has a new grid;
+    the 288 grids of 4x4 cells are divided between the splits first and reused in turn. A split repeats a
+    puzzle only if there is no other. Raises SudokuError if puzzles of min_difficulty guesses are out of reach.
     """
     _check_request(size, num_train, num_test, 0, seed)
+    clues = clues or FEWEST.get(size, 0)
     if not 0 <= clues < size * size:
         raise SudokuError(f"clues={clues}: expected 0 (as few as possible) to {size * size - 1}")
     counts = {"test": num_test, "train": num_train}
@@ -238,13 +241,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="generated",
         help="'generated' (default); a folder with a train and a test file; hub:NAME, a data set of the "
         "Hugging Face hub with train.csv and test.csv, such as hub:sapientinc/sudoku-extreme; one file, of "
-        "which a part is held out for the test. A .csv has columns source,question,answer,rating, any other "
-        "file a puzzle a line",
+        "which a part is held out for the test. A file is a table (columns found by name: question, puzzle, "
+        "quizzes; answer, solution; rating, difficulty), a puzzle a line, or grids (.sdk, .ss, .sdm)",
     )
     add("--size", type=int, default=9, choices=list(BOXES), help="cells a side (default 9)")
     add("--num-train", type=int, help="training puzzles to generate (default 1000)")
     add("--num-test", type=int, help="test puzzles to generate (default 1000)")
-    add("--clues", type=int, help="clues to leave in generated puzzles (default: as few as possible)")
+    add(
+        "--clues",
+        type=int,
+        help="clues to leave in generated puzzles (default: as few as possible, 110 for 16x16)",
+    )
     add("--num-aug", type=int, default=0, help="augmentations of every training puzzle (default 0)")
     add("--subsample-size", type=int, help="keep this many training puzzles, chosen at random")
     add(
@@ -258,6 +265,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--skip-improper",
         action="store_true",
         help="leave out puzzles with no or several solutions, and say how many; else they are an error",
+    )
+    add(
+        "--skip-bad",
+        action="store_true",
+        help="leave out every faulty puzzle of the source, and list them; else all of them are one error",
     )
     add(
         "--drop-leaks",
@@ -281,6 +293,7 @@ def run(args: argparse.Namespace) -> None:
         ("clues", generated),
         ("test_size", not generated and not folder),
         ("skip_improper", not generated),
+        ("skip_bad", not generated),
     ):
         value = getattr(args, option)
         if value is not None and value is not False and not belongs:
@@ -292,8 +305,9 @@ def run(args: argparse.Namespace) -> None:
     for option, value in (("workers", workers), ("subsample_size", args.subsample_size)):
         if value is not None and value < 1:
             raise SudokuError(f"{option}={value}: expected at least 1")
-    # Smaller grids are nearly all equivalent: there are 2 classes of 4x4 and 49 of 6x6.
-    if args.drop_leaks and args.size < 9:
+    # Smaller grids are nearly all equivalent: there are 2 classes of 4x4 and 49 of 6x6. Canonical forms of
+    # larger ones are out of reach.
+    if args.drop_leaks and args.size != 9:
         raise SudokuError(f"--drop-leaks has no meaning for --size {args.size}; leave it out")
     rng = np.random.default_rng([args.seed, 4])
     if generated:
@@ -319,7 +333,12 @@ def _from_files(
 ) -> tuple[Puzzles, Puzzles]:
     def read(path: Path) -> Puzzles:
         return read_puzzles(
-            path, args.size, args.min_difficulty, skip_improper=args.skip_improper, workers=workers
+            path,
+            args.size,
+            args.min_difficulty,
+            skip_improper=args.skip_improper,
+            skip_bad=args.skip_bad,
+            workers=workers,
         )
 
     if folder:
@@ -358,6 +377,6 @@ def _kept(args: argparse.Namespace, train: Puzzles, rows: np.ndarray) -> Puzzles
 
 
 def _file_of(folder: Path, split: str) -> Path:
-    lines = folder / f"{split}.txt"
-    table = folder / f"{split}.csv"
-    return lines if lines.is_file() and not table.is_file() else table
+    """The file of a split: a .csv if there is one, else one in another form."""
+    names = [folder / f"{split}{suffix}" for suffix in (".csv", ".txt", ".tsv", ".sdm", ".sdk", ".ss")]
+    return next((path for path in names if path.is_file()), names[0])

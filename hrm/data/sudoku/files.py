@@ -1,7 +1,7 @@
-"""Reads Sudoku puzzles from CSV files like Sudoku-Extreme's or from lines, and checks every line."""
+"""Reads Sudoku puzzles in any of the forms of `sudoku.text`, and checks every one."""
 
-import csv
-from collections.abc import Iterator
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 
 from hrm.common.files import numbered_lines
+from hrm.data.faults import Faults
 from hrm.data.sudoku.solver import GAVE_UP, UNDECIDED, SudokuError, solve_each, units
+from hrm.data.sudoku.text import FOREIGN, cells_of, digit_table, expected, read_rows
+from hrm.data.tables import Row
 from hrm.data.workers import over_rows
 
 # Lines checked at a time, which bounds memory.
@@ -66,27 +69,34 @@ def row_keys(grids: np.ndarray) -> np.ndarray:
 
 
 def read_puzzles(
-    path: Path, size: int, min_difficulty: int = 0, *, skip_improper: bool = False, workers: int = 1
+    path: Path,
+    size: int,
+    min_difficulty: int = 0,
+    *,
+    skip_improper: bool = False,
+    skip_bad: bool = False,
+    workers: int = 1,
 ) -> Puzzles:
     """Reads and checks a file of puzzles; keeps those of at least min_difficulty, each question once.
 
-    A `.csv` file has a header with `question` and, optionally, `answer` and `rating`; any other file has a
-    puzzle on each line, and empty lines and lines that begin with # are skipped. Blank cells are `.` or `0`.
-    Missing answers are solved, on `workers` threads; the difficulty is the rating, else the solver's guesses.
-    A puzzle with no or several solutions is skipped with skip_improper, else an error. Raises SudokuError
-    with file, line and fault.
+    Missing answers are solved, on `workers` threads; the difficulty is the rating, rounded down, else the
+    solver's guesses. A puzzle with no or several solutions is skipped with skip_improper, and with skip_bad
+    so is every other faulty one; else they are an error with the first faults, by file and line. Raises
+    SudokuError.
     """
-    puzzles, answered, rated, hardest = _read(path, size, min_difficulty, skip_improper)
-    notes = []
+    faults = Faults(skip=skip_bad, error=SudokuError)
+    puzzles, answered, rated, hardest = _read(path, size, min_difficulty, skip_improper, faults)
+    notes = [f"{path.name}: {note}" for note in faults.notes()]
     if len(puzzles.questions):
         first = np.zeros(len(puzzles.questions), bool)
         first[np.unique(row_keys(puzzles.questions), return_index=True)[1]] = True
         if repeated := len(first) - int(first.sum()):
             notes.append(f"{path.name}: left out {repeated} that repeat the question of an earlier line")
         puzzles = puzzles.take(first)
-        if skip_improper or not (answered and rated):
-            solved, found = _solve(puzzles, workers, improper=skip_improper)
+        if skip_improper or skip_bad or not (answered and rated):
+            solved, found = _solve(puzzles, workers, improper=skip_improper or skip_bad)
             proper = found == 1
+            # The given answer of a proper puzzle is the solver's, unless it is missing.
             if not proper.all():
                 notes.append(f"{path.name}: {_improper(puzzles, found)}")
             difficulty = puzzles.difficulty if rated else solved.difficulty
@@ -130,43 +140,41 @@ def hold_out(puzzles: Puzzles, test_size: float, rng: np.random.Generator) -> tu
     return puzzles.take(~held), puzzles.take(held)
 
 
-# One puzzle of a file: line number, question, and answer and rating or None.
-Row = tuple[int, str, str | None, str | None]
-
-
-def _read(path: Path, size: int, min_difficulty: int, skip_improper: bool) -> tuple[Puzzles, bool, bool, int]:
-    """A file's puzzles, unsolved; whether it has answers, and ratings; and the highest rating.
+def _read(
+    path: Path, size: int, min_difficulty: int, skip_improper: bool, faults: Faults
+) -> tuple[Puzzles, bool, bool, int]:
+    """A file's puzzles, unsolved; whether all have answers, and whether any has a rating; the highest rating.
 
     Puzzles rated too low are skipped at once, to save memory.
     """
-    rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _line_rows(path)
     chunks: list[list[np.ndarray | None]] = []
-    hardest = 0
+    table, hardest, unanswered, rated = None, 0, False, False
     try:
+        rows = read_rows(numbered_lines(path, LINE_LIMIT, "one puzzle a line", SudokuError), size)
         while chunk := list(islice(rows, CHUNK_LINES)):
-            arrays = _check(path, size, chunk, skip_improper)
-            if (ratings := arrays[3]) is not None:
-                hardest = max(hardest, int(ratings.max()))
-                kept = ratings >= min_difficulty
-                arrays = [None if array is None else array[kept] for array in arrays]
-            chunks.append(arrays)
-    except (OSError, csv.Error) as error:
-        raise SudokuError(
-            f"{path}: cannot be read ({error}); expected a .csv file or a puzzle a line"
-        ) from None
+            good = [row for row in chunk if isinstance(row, Row)]
+            wrong = {row[0]: row[1] for row in chunk if not isinstance(row, Row)}
+            if table is None:
+                table = digit_table(size, [text for row in good for text in (row.question, row.answer or "")])
+            arrays = _check(size, table, good, skip_improper or faults.skip, wrong)
+            for line in sorted(wrong):
+                faults.add(f"{path}: line {line}", wrong[line])
+            unanswered |= not bool((arrays[2] > 0).all())
+            rated |= bool((arrays[3] >= 0).any())
+            hardest = max(hardest, int(arrays[3].max(initial=0)))
+            # A puzzle without a rating among rated ones counts as the easiest.
+            kept = np.maximum(arrays[3], 0) >= min_difficulty if rated else np.ones(len(arrays[0]), bool)
+            chunks.append([array[kept] for array in arrays])
+    except OSError as error:
+        raise SudokuError(f"{path}: cannot be read ({error}); expected a file of puzzles") from None
+    except ValueError as fault:
+        raise SudokuError(f"{path}: line 1: {fault}") from None
+    faults.check()
     if not chunks:
         raise SudokuError(f"{path}: no puzzle in it, expected puzzles of {size * size} characters")
     lines, questions, answers, ratings = (_joined(chunks, field) for field in range(4))
-    answered, rated = answers is not None, ratings is not None
-    puzzles = Puzzles(
-        questions,
-        answers if answered else questions,
-        ratings if rated else np.zeros(len(lines), np.int32),
-        path,
-        lines,
-        solved=False,
-    )
-    return puzzles, answered, rated, hardest
+    puzzles = Puzzles(questions, answers, np.maximum(ratings, 0), path, lines, solved=False)
+    return puzzles, not unanswered, rated, hardest
 
 
 def _joined(chunks: list[list[Any]], field: int) -> Any:
@@ -177,89 +185,70 @@ def _joined(chunks: list[list[Any]], field: int) -> Any:
     return None if parts[0] is None else np.concatenate(parts)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    return numbered_lines(path, LINE_LIMIT, "one puzzle a line", SudokuError)
+def _check(
+    size: int, table: np.ndarray, rows: list[Row], skip_improper: bool, wrong: dict[int, str]
+) -> list[np.ndarray]:
+    """Line numbers, questions, answers and ratings of the sound rows, checked except by the solver.
 
+    A missing answer is all 0, a missing rating -1. The first fault of every other row is added to `wrong`, by
+    line.
+    """
 
-def _csv_rows(path: Path) -> Iterator[Row]:
-    lines = _lines(path)
-    header = [name.strip().lower() for name in _fields(next(lines, (1, ""))[1])]
-    if "question" not in header:
-        raise SudokuError(f"{path}: line 1: no column 'question', expected source,question,answer,rating")
-    columns = [header.index(name) if name in header else None for name in ("question", "answer", "rating")]
-    for number, line in lines:
-        fields = _fields(line)
-        if not fields:
-            continue
-        if len(fields) != len(header):
-            raise _bad(path, number, f"{len(fields)} fields, expected {len(header)} as in the header")
-        question, answer, rating = (None if column is None else fields[column] for column in columns)
-        yield number, question or "", answer, rating
+    def fault(row: int, what: str) -> None:
+        wrong.setdefault(rows[row].line, what)
 
-
-def _fields(line: str) -> list[str]:
-    # Parse each line by itself: an unclosed quote must not swallow the file.
-    return next(csv.reader([line]), [])
-
-
-def _line_rows(path: Path) -> Iterator[Row]:
-    for number, line in _lines(path):
-        text = line.strip()
-        if text and not text.startswith("#"):
-            yield number, text, None, None
-
-
-def _bad(path: Path | None, line: int, what: str) -> SudokuError:
-    return SudokuError(f"{path}: line {line}: {what}")
-
-
-def _check(path: Path, size: int, rows: list[Row], skip_improper: bool) -> list[np.ndarray | None]:
-    """Line numbers, questions, answers and ratings of some rows, checked except by the solver."""
-    numbers, texts, answer_texts, rating_texts = zip(*rows, strict=True)
-    questions = _digits(path, size, numbers, texts, "question")
+    questions = _digits(size, table, [row.question for row in rows], "question", fault)
     clash = _clashes(size, questions)
     if not skip_improper:
-        _refuse_clash(path, size, numbers, clash, "question")
-    answers = ratings = None
-    if answer_texts[0] is not None:
-        answers = _digits(path, size, numbers, answer_texts, "answer")
-        _refuse_clash(path, size, numbers, _clashes(size, answers), "answer")
-        wrong = ((answers == 0) | ((questions > 0) & (questions != answers))).any(axis=1)
-        # The solver reports contradictory questions as puzzles without a solution.
-        wrong &= ~clash.any(axis=1)
-        if wrong.any():
-            raise _bad(path, numbers[int(wrong.argmax())], "the answer does not solve the question")
-    if rating_texts[0] is not None:
-        ratings = np.zeros(len(rows), np.int32)
-        for row, text in enumerate(rating_texts):
-            try:
-                rating = int(text)
-            except ValueError:
-                rating = -1
-            if not 0 <= rating <= MOST_RATING:
-                what = f"rating {text[:40]!r}, expected a whole number from 0 to {MOST_RATING}"
-                raise _bad(path, numbers[row], what)
-            ratings[row] = rating
-    return [np.array(numbers), questions, answers, ratings]
+        _add_clashes(size, clash, "question", fault)
+    given = np.array([row.answer is not None for row in rows])
+    blank = "." * (size * size)
+    answers = _digits(size, table, [row.answer or blank for row in rows], "answer", fault)
+    _add_clashes(size, _clashes(size, answers), "answer", fault)
+    differs = ((answers == 0) | ((questions > 0) & (questions != answers))).any(axis=1) & given
+    # The solver reports contradictory questions as puzzles without a solution.
+    for row in np.nonzero(differs & ~clash.any(axis=1))[0]:
+        fault(row, "the answer does not solve the question")
+    ratings = np.full(len(rows), -1, np.int32)
+    for row, each in enumerate(rows):
+        if each.rating is not None:
+            rating = _rating(each.rating)
+            if rating is None:
+                limits = f"a whole number from 0 to {MOST_RATING}, or a decimal one"
+                fault(row, f"rating {each.rating[:40]!r}, expected {limits}")
+            else:
+                ratings[row] = rating
+    kept = np.array([row.line not in wrong for row in rows], bool)
+    return [array[kept] for array in (np.array([row.line for row in rows]), questions, answers, ratings)]
 
 
-def _digits(path: Path, size: int, numbers: tuple[int, ...], texts: tuple[str, ...], what: str) -> np.ndarray:
-    """Texts as grids (N, n*n), after checks of length and characters."""
+def _rating(text: str) -> int | None:
+    """A rating rounded down; None for what is none."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return math.floor(number) if 0 <= number <= MOST_RATING else None
+
+
+def _digits(
+    size: int, table: np.ndarray, texts: list[str], what: str, fault: Callable[[int, str], None]
+) -> np.ndarray:
+    """Texts as grids (N, n*n) uint8; a row of wrong length or characters is a fault, and blank."""
     cells = size * size
-    for number, text in zip(numbers, texts, strict=True):
+    texts = [cells_of(text, size) for text in texts]
+    for row, text in enumerate(texts):
         if len(text) != cells:
-            raise _bad(path, number, f"{what} of {len(text)} characters, expected {cells} for size {size}")
-    # One byte a character; non-ASCII ones become '?', which is no digit.
-    grids = np.frombuffer("".join(texts).replace(".", "0").encode("ascii", "replace"), np.uint8) - ord("0")
-    grids = grids.reshape(-1, cells)
-    foreign = grids > size
-    if foreign.any():
-        row, cell = (int(i) for i in np.unravel_index(foreign.argmax(), foreign.shape))
-        raise _bad(
-            path,
-            numbers[row],
-            f"character {texts[row][cell]!r} at place {cell + 1} of the {what}, expected '.' or 0 to {size}",
-        )
+            fault(row, f"{what} of {len(text)} characters, expected {cells} for size {size}")
+            texts[row] = "." * cells
+    # One byte a character; those beyond Latin-1 become '?', which is no cell.
+    grids = table[np.frombuffer("".join(texts).encode("latin-1", "replace"), np.uint8)].reshape(-1, cells)
+    foreign = grids == FOREIGN
+    for row in np.nonzero(foreign.any(axis=1))[0]:
+        cell = int(foreign[row].argmax())
+        character = f"character {texts[row][cell]!r} at place {cell + 1} of the {what}"
+        fault(row, f"{character}, expected {expected(size)}")
+        grids[row] = 0
     return grids
 
 
@@ -271,17 +260,19 @@ def _clashes(size: int, grids: np.ndarray) -> np.ndarray:
     return digits.sum(axis=2, dtype=np.int32) != np.bitwise_or.reduce(digits, axis=2)
 
 
-def _refuse_clash(path: Path, size: int, numbers: tuple[int, ...], clash: np.ndarray, what: str) -> None:
-    if clash.any():
-        row, unit = (int(i) for i in np.unravel_index(clash.argmax(), clash.shape))
-        kind, place = ("row", "column", "box")[unit // size], unit % size + 1
-        raise _bad(path, numbers[row], f"a digit is twice in {kind} {place} of the {what}")
+def _add_clashes(size: int, clash: np.ndarray, what: str, fault: Callable[[int, str], None]) -> None:
+    for row in np.nonzero(clash.any(axis=1))[0]:
+        unit = int(clash[row].argmax())
+        fault(
+            row,
+            f"a digit is twice in {('row', 'column', 'box')[unit // size]} {unit % size + 1} of the {what}",
+        )
 
 
 def _solve(puzzles: Puzzles, workers: int, *, improper: bool) -> tuple[Puzzles, np.ndarray]:
     """The puzzles with the solver's answers and guesses, and the number of solutions of each.
 
-    Without `improper`, the first puzzle with no or several solutions is an error.
+    Without `improper`, puzzles with no or several solutions are an error.
     """
     answers = np.zeros_like(puzzles.questions)
     guesses = np.zeros(len(answers), np.int32)
@@ -289,17 +280,15 @@ def _solve(puzzles: Puzzles, workers: int, *, improper: bool) -> tuple[Puzzles, 
 
     def work(part: slice) -> None:
         solve_each(puzzles.questions[part], answers[part], guesses[part], found[part])
-        wrong = np.nonzero(found[part] != 1)[0]
-        if len(wrong) and not improper:
-            row = part.start + int(wrong[0])
-            undecided = f"no known number of solutions ({GAVE_UP})"
-            count = {0: "no solution", UNDECIDED: undecided}.get(int(found[row]), "several solutions")
-            line = 0 if puzzles.lines is None else int(puzzles.lines[row])
-            raise _bad(
-                puzzles.path, line, f"the puzzle has {count}, expected one; --skip-improper leaves it out"
-            )
 
     over_rows(work, len(answers), workers, f"solving {puzzles.path.name if puzzles.path else 'puzzles'}")
+    faults = Faults(skip=improper, error=SudokuError)
+    for row in np.nonzero(found != 1)[0]:
+        undecided = f"no known number of solutions ({GAVE_UP})"
+        count = {0: "no solution", UNDECIDED: undecided}.get(int(found[row]), "several solutions")
+        line = 0 if puzzles.lines is None else int(puzzles.lines[row])
+        faults.add(f"{puzzles.path}: line {line}", f"the puzzle has {count}, expected one")
+    faults.check("--skip-improper leaves them out")
     return replace(puzzles, answers=answers, difficulty=guesses, solved=True), found
 
 

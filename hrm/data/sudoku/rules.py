@@ -12,12 +12,13 @@ from hrm.data.sudoku.solver import BOXES, GAVE_UP, MOST_GUESSES, solutions, unit
 class SudokuRules(Rules):
     """Clues stay, and every digit stands once in each row, column and box."""
 
-    symbols = "_.123456789"
-    also: ClassVar = {"0": "."}
+    symbols = "_.123456789ABCDEFG"
+    also: ClassVar = {**dict.fromkeys("0*_", "."), **dict(zip("abcdefg", "ABCDEFG", strict=True))}
     blank = 1
 
     def expected(self, boards: Boards) -> str:
-        return f"a digit 1 to {boards.rows}, or '.' or 0 for a blank"
+        digits = f"1 to {boards.rows}" if boards.rows < 10 else "1 to 9 or A to G"
+        return f"a digit {digits}, or '.' or 0 for a blank"
 
     def vocabulary(self, boards: Boards) -> int:
         return boards.rows + 2
@@ -40,7 +41,7 @@ class SudokuRules(Rules):
     def problems(self, boards: Boards, question: np.ndarray, answer: np.ndarray) -> Iterator[str]:
         clue = question > self.blank
         for cell in np.nonzero(clue & (answer != question))[0].tolist():
-            yield f"{boards.at(cell)}: the clue {question[cell] - 1} was changed"
+            yield f"{boards.at(cell)}: the clue {self.symbol(int(question[cell]))} was changed"
         for cell in np.nonzero(~clue & ~self.is_digit(boards, answer))[0].tolist():
             yield f"{boards.at(cell)} has no digit"
         yield from self.repetitions(boards, answer)
@@ -72,7 +73,7 @@ class SudokuRules(Rules):
                     cells = f"{'; '.join(where[:-1])} and {where[-1]}"
                     times = "twice" if len(places) == 2 else f"{len(places)} times"
                     name = f"{('row', 'column', 'box')[number // size]} {number % size + 1}"
-                    yield f"{name} holds {token - 1} {times}, at {cells}"
+                    yield f"{name} holds {self.symbol(token)} {times}, at {cells}"
 
     def is_digit(self, boards: Boards, board: np.ndarray) -> np.ndarray:
         return (board > self.blank) & (board <= boards.rows + 1)

@@ -1,4 +1,4 @@
-"""Sudoku rules, a rating solver and random puzzles, for grids of 4x4, 6x6 and 9x9 cells.
+"""Sudoku rules, a rating solver and random puzzles, for grids of 4x4, 6x6, 9x9 and 16x16 cells.
 
 A grid is a uint8 array of n*n digits, row by row, 0 for a blank cell. One compiled search does all the work:
 it solves, counts solutions, rates, and fills grids at random.
@@ -12,7 +12,7 @@ from hrm.common.errors import UserError
 from hrm.data.workers import compiled
 
 # Rows and columns of a box, for each size of grid.
-BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
+BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3), 16: (4, 4)}
 # Guesses after which a search gives up; the hardest proper 9x9 puzzles take a few thousand.
 MOST_GUESSES = 1_000_000
 # The number of solutions that `solve_each` gives for a search that gave up.

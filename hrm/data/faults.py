@@ -1,0 +1,42 @@
+"""The bad items of a source: all of them in one error, or left out and listed."""
+
+from typing import Any
+
+from hrm.common.errors import UserError
+
+# Most faults that are written out, in an error and in a list of what was left out.
+MOST = 10
+
+
+class Faults:
+    """Collects the faults of a source. skip: leave bad items out instead of refusing the source.
+
+    error: the type that `check` raises. Memory does not grow with the number of faults.
+    """
+
+    def __init__(self, *, skip: bool, error: type[UserError]) -> None:
+        self.skip, self._error = skip, error
+        self.first: list[str] = []
+        self.count = 0
+
+    def add(self, where: Any, what: str) -> None:
+        """Records one bad item: its place, and what is wrong with it."""
+        self.count += 1
+        if len(self.first) < MOST:
+            self.first.append(f"{where}: {what}")
+
+    def check(self, remedy: str = "--skip-bad leaves them out") -> None:
+        """Raises an error with the first faults and their number, unless bad items are left out."""
+        if self.skip or not self.count:
+            return
+        if self.count == 1:
+            raise self._error(f"{self.first[0]}; {remedy.replace('them', 'it')}")
+        more = f"; and {self.count - MOST:,} more" if self.count > MOST else ""
+        raise self._error(f"{'; '.join(self.first)}{more}; {self.count:,} bad in all, {remedy}")
+
+    def notes(self) -> list[str]:
+        """Lines about what was left out: how much, where, and why."""
+        if not self.count:
+            return []
+        more = [f"  and {self.count - MOST:,} more"] if self.count > MOST else []
+        return [f"left out {self.count:,} bad:", *(f"  {what}" for what in self.first), *more]

@@ -1,0 +1,181 @@
+"""The forms in which Sudokus are written, each read as rows of cells with one character a cell.
+
+- tables with a header, whose columns are found by their names (`hrm.data.tables`);
+- lines with a puzzle and perhaps its solution and rating, also behind an identifier as in exchange banks;
+- grids over several lines, with rulers between the boxes or without: .sdk, .ss, or several in a file.
+
+A blank is one of `.0*_`. 16x16: digits are 1 to 9 and A to G, or 0 to 9 and A to F with another blank than 0,
+or numbers 1 to 16 (0 blank) or 0 to 15 (another blank) with spaces between them.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import chain, islice
+
+import numpy as np
+
+from hrm.data.sudoku.solver import BOXES
+from hrm.data.tables import Header, Row, content, header_of, unnamed
+
+BLANKS = ".0*_"
+SYMBOLS = "123456789ABCDEFG"
+FOREIGN = 255
+# Lines that show the form of a file.
+LOOKED_AT = 100
+
+_NUMBERS = {str(number): f"0{SYMBOLS}"[number] for number in range(17)}
+_RULER = re.compile(r"[-+=|*:\s]*[-=][-+=|*:\s]*")
+_CELL = re.compile(r"[0-9A-Ga-g.*_]+")
+
+
+def cells_of(text: str, size: int) -> str:
+    """The cells of a text, a character each, without rulers and spaces between them."""
+    if len(text) == size * size and " " not in text and "|" not in text:
+        return text
+    words = text.replace("|", " ").replace(",", " ").split()
+    # Numbers of two digits stand apart; other groups of digits are those of boxes.
+    if len(words) in (size, size * size) and any(len(word) == 2 for word in words):
+        return "".join(_NUMBERS.get(word.lstrip("0") or word[:1], word) for word in words)
+    return "".join(words)
+
+
+def read_rows(lines: Iterator[tuple[int, str]], size: int) -> Iterator[Row | tuple[int, str]]:
+    """The puzzles of numbered lines; for a line that cannot be one, its number and what is wrong.
+
+    Raises ValueError for a first line of columns none of which is known to hold puzzles.
+    """
+    held = content(lines, "#")
+    first = list(islice(held, LOOKED_AT))
+    if not first:
+        return iter(())
+    texts, everything = [text for _, text in first], chain(first, held)
+    # First, because the title of a grid may be the name of a column.
+    if _grid_rows(texts, size) > _whole_puzzles(texts, size):
+        return _grids(everything, size)
+    if header := header_of(texts[0]):
+        return _table(islice(everything, 1, None), header)
+    if not _whole_puzzles(texts, size) and re.search("[A-Za-z]{3}", texts[0]):
+        raise ValueError(unnamed(texts[0]))
+    return _puzzle_lines(everything, texts, size)
+
+
+def size_of(lines: Iterable[tuple[int, str]]) -> int | None:
+    """The size of the Sudokus of some lines; None if they hold none."""
+    texts = [text for _, text in islice(content(iter(lines), "#"), LOOKED_AT)]
+    if not texts:
+        return None
+    # A row of 16 cells may also be a whole puzzle of 4x4, with digits up to 4.
+    for size in sorted(BOXES, reverse=True):
+        rows = _grid_rows(texts, size)
+        if rows >= size and rows > _whole_puzzles(texts, size):
+            small = all(set("".join(text.split())) <= set(BLANKS + "1234|") for text in texts)
+            if size != 16 or not small:
+                return size
+    header = header_of(texts[0])
+    if header is not None and len(texts) > 1:
+        with suppress(ValueError):
+            question = header.row(0, texts[1]).question
+            return next((size for size in BOXES if len(cells_of(question, size)) == size * size), None)
+    return next((size for size in BOXES if _whole_puzzles(texts, size)), None)
+
+
+def _table(lines: Iterator[tuple[int, str]], header: Header) -> Iterator[Row | tuple[int, str]]:
+    for number, text in lines:
+        try:
+            yield header.row(number, text)
+        except ValueError as fault:
+            yield number, str(fault)
+
+
+def _grid_rows(texts: Sequence[str], size: int) -> int:
+    return sum(len(cells) == size and bool(_CELL.fullmatch(cells)) for cells in _cells(texts, size))
+
+
+def _whole_puzzles(texts: Sequence[str], size: int) -> int:
+    return sum(any(len(field) == size * size for field in _fields(text, size)) for text in texts)
+
+
+def _cells(texts: Sequence[str], size: int) -> Iterator[str]:
+    return (cells_of(text, size) for text in texts if not _RULER.fullmatch(text))
+
+
+def _fields(text: str, size: int) -> list[str]:
+    """The fields of a line without a header: all of it, if it is one puzzle."""
+    cells = cells_of(text.strip(), size)
+    if len(cells) == size * size and _CELL.fullmatch(cells):
+        return [cells]
+    return re.split(r"\s*[,;\t]\s*|\s+", text.strip())
+
+
+def _puzzle_lines(
+    lines: Iterator[tuple[int, str]], texts: Sequence[str], size: int
+) -> Iterator[Row | tuple[int, str]]:
+    """Puzzles a line, whose solution and rating stand behind them as in the first line that holds one."""
+    cells = size * size
+    fields = next(
+        (found for found in (_fields(text, size) for text in texts) if cells in map(len, found)), [texts[0]]
+    )
+    question = next((place for place, field in enumerate(fields) if len(field) == cells), 0)
+    behind = fields[question + 1 :]
+    answer = question + 1 if behind and len(behind[0]) == cells else None
+    rest = question + 1 + (answer is not None)
+    rating = rest if len(fields) == rest + 1 and re.fullmatch(r"\d+(\.\d*)?", fields[rest]) else None
+    for number, text in lines:
+        found = _fields(text, size)
+        if len(fields) == 1:
+            yield Row(number, cells_of(text.strip(), size))
+        elif len(found) != len(fields):
+            yield number, f"{len(found)} fields, expected {len(fields)} as in the lines before"
+        else:
+            yield Row(
+                number,
+                found[question],
+                None if answer is None else found[answer],
+                None if rating is None else found[rating],
+            )
+
+
+def _grids(lines: Iterator[tuple[int, str]], size: int) -> Iterator[Row]:
+    """Grids of `size` lines each. Titles and sections other than [Puzzle] are passed over."""
+    rows: list[str] = []
+    start, counts = 0, True
+    for number, text in lines:
+        if text.strip().startswith("["):
+            counts = text.strip().lower() == "[puzzle]"
+            continue
+        if not counts or _RULER.fullmatch(text):
+            continue
+        cells = cells_of(text, size)
+        is_row = _CELL.fullmatch(cells) is not None and (len(cells) == size or rows)
+        if is_row:
+            start = start if rows else number
+            rows.append(cells)
+        if rows and (len(rows) == size or not is_row):
+            yield Row(start, "".join(rows))
+            rows = []
+    if rows:
+        yield Row(start, "".join(rows))
+
+
+def digit_table(size: int, texts: Iterable[str]) -> np.ndarray:
+    """The digit of every character code below 256 in the spelling of these texts, uint8; 0 for a blank.
+
+    Other characters are FOREIGN.
+    """
+    table = np.full(256, FOREIGN, np.uint8)
+    symbols, blanks = SYMBOLS[:size], BLANKS
+    if size > 9:
+        seen = set().union(*texts)
+        # With another blank, 0 is a digit.
+        if "0" in seen and seen & set(BLANKS[1:].replace("0", "") + ".") and not seen & set("Gg"):
+            symbols, blanks = "0123456789ABCDEF", BLANKS.replace("0", "")
+    for digit, symbol in enumerate(symbols, 1):
+        table[[ord(symbol), ord(symbol.lower())]] = digit
+    table[[ord(blank) for blank in blanks]] = 0
+    return table
+
+
+def expected(size: int) -> str:
+    """What a cell may be, in words."""
+    return f"'.' or 0 to {size}" if size < 10 else "'.', 1 to 9, A to G, or a number up to 16 between spaces"

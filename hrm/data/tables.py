@@ -1,0 +1,94 @@
+"""Rows of puzzle tables: delimiter and columns found by the names in the header."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from hrm.common.text import literal
+
+# Names of columns by meaning, in lower case; the first one that a header has counts.
+QUESTIONS = (
+    "question",
+    "questions",
+    "puzzle",
+    "puzzles",
+    "quiz",
+    "quizzes",
+    "maze",
+    "problem",
+    "input",
+    "grid",
+)
+ANSWERS = ("answer", "answers", "solution", "solutions", "solved", "output", "target", "label")
+RATINGS = ("rating", "difficulty", "score", "backtracks", "guesses")
+DELIMITERS = (",", ";", "\t", None)
+
+
+class Row(NamedTuple):
+    """One puzzle of a file: its line, question, and answer and rating where there are any."""
+
+    line: int
+    question: str
+    answer: str | None = None
+    rating: str | None = None
+
+
+class Header(NamedTuple):
+    """The columns of a table. delimiter: None for white space. places: of question, answer and rating."""
+
+    delimiter: str | None
+    width: int
+    places: tuple[int | None, int | None, int | None]
+
+    def row(self, line: int, text: str) -> Row:
+        """The row of a line. Raises ValueError for another number of fields than in the header."""
+        found = fields(text, self.delimiter)
+        if len(found) != self.width:
+            raise ValueError(f"{len(found)} fields, expected {self.width} as in the header")
+        question, answer, rating = (None if place is None else found[place] for place in self.places)
+        return Row(line, question or "", answer or None, rating or None)
+
+
+def header_of(text: str) -> Header | None:
+    """The columns that a first line names; None if it names no column of questions."""
+    for delimiter in DELIMITERS:
+        names = [name.lower() for name in fields(text, delimiter)]
+        places = [_place(names, known) for known in (QUESTIONS, ANSWERS, RATINGS)]
+        if places[0] is not None:
+            return Header(delimiter, len(names), (places[0], places[1], places[2]))
+    return None
+
+
+def fields(text: str, delimiter: str | None) -> list[str]:
+    """The fields of one line, without spaces around them."""
+    if delimiter is None:
+        return text.split()
+    # Parse each line by itself: an unclosed quote must not swallow the file.
+    return [
+        field.strip() for field in next(csv.reader([text], delimiter=delimiter, skipinitialspace=True), [])
+    ]
+
+
+def _place(names: Sequence[str], known: Sequence[str]) -> int | None:
+    return next((names.index(name) for name in known if name in names), None)
+
+
+def unnamed(text: str) -> str:
+    """What is wrong with a first line that names no column of questions."""
+    counts = [len(fields(text, delimiter)) for delimiter in DELIMITERS[:3]]
+    found = fields(text, DELIMITERS[counts.index(max(counts))])
+    return (
+        f"no column 'question' among {', '.join(literal(name, 30) for name in found[:10])}; rename one: "
+        f"puzzles are in {', '.join(QUESTIONS[::2])}, answers in {', '.join(ANSWERS[:4:2])}, ratings in "
+        f"{', '.join(RATINGS[:2])}"
+    )
+
+
+def content(lines: Iterator[tuple[int, str]], comment: str | None) -> Iterator[tuple[int, str]]:
+    """The lines that hold something, without line ends. comment: begins what is left out of a line."""
+    for number, line in lines:
+        text = line.rstrip("\r\n")
+        if comment is not None and comment in text:
+            text = text[: text.index(comment)]
+        if text.strip():
+            yield number, text
