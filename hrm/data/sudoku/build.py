@@ -79,7 +79,8 @@ def generate(
 
     Puzzles are irreducible, or keep at least `clues` clues; FEWEST replaces 0. Each puzzle has a new grid;
     the 288 grids of 4x4 cells are divided between the splits first and reused in turn. A split repeats a
-    puzzle only if there is no other. Raises SudokuError if puzzles of min_difficulty guesses are out of reach.
+    puzzle only if there is no other. Raises SudokuError if puzzles of min_difficulty guesses are out of
+    reach.
     """
     _check_request(size, num_train, num_test, 0, seed)
     clues = clues or FEWEST.get(size, 0)

@@ -201,25 +201,27 @@ def _check(
     clash = _clashes(size, questions)
     if not skip_improper:
         _add_clashes(size, clash, "question", fault)
-    given = np.array([row.answer is not None for row in rows])
+    given = np.array([row.answer is not None for row in rows], bool)
     blank = "." * (size * size)
     answers = _digits(size, table, [row.answer or blank for row in rows], "answer", fault)
     _add_clashes(size, _clashes(size, answers), "answer", fault)
     differs = ((answers == 0) | ((questions > 0) & (questions != answers))).any(axis=1) & given
     # The solver reports contradictory questions as puzzles without a solution.
-    for row in np.nonzero(differs & ~clash.any(axis=1))[0]:
+    for row in np.nonzero(differs & ~clash.any(axis=1))[0].tolist():
         fault(row, "the answer does not solve the question")
     ratings = np.full(len(rows), -1, np.int32)
-    for row, each in enumerate(rows):
+    for place, each in enumerate(rows):
         if each.rating is not None:
             rating = _rating(each.rating)
             if rating is None:
                 limits = f"a whole number from 0 to {MOST_RATING}, or a decimal one"
-                fault(row, f"rating {each.rating[:40]!r}, expected {limits}")
+                fault(place, f"rating {each.rating[:40]!r}, expected {limits}")
             else:
-                ratings[row] = rating
+                ratings[place] = rating
     kept = np.array([row.line not in wrong for row in rows], bool)
-    return [array[kept] for array in (np.array([row.line for row in rows]), questions, answers, ratings)]
+    return [
+        array[kept] for array in (np.array([row.line for row in rows], np.int64), questions, answers, ratings)
+    ]
 
 
 def _rating(text: str) -> int | None:
@@ -244,7 +246,7 @@ def _digits(
     # One byte a character; those beyond Latin-1 become '?', which is no cell.
     grids = table[np.frombuffer("".join(texts).encode("latin-1", "replace"), np.uint8)].reshape(-1, cells)
     foreign = grids == FOREIGN
-    for row in np.nonzero(foreign.any(axis=1))[0]:
+    for row in np.nonzero(foreign.any(axis=1))[0].tolist():
         cell = int(foreign[row].argmax())
         character = f"character {texts[row][cell]!r} at place {cell + 1} of the {what}"
         fault(row, f"{character}, expected {expected(size)}")
@@ -261,7 +263,7 @@ def _clashes(size: int, grids: np.ndarray) -> np.ndarray:
 
 
 def _add_clashes(size: int, clash: np.ndarray, what: str, fault: Callable[[int, str], None]) -> None:
-    for row in np.nonzero(clash.any(axis=1))[0]:
+    for row in np.nonzero(clash.any(axis=1))[0].tolist():
         unit = int(clash[row].argmax())
         fault(
             row,
