@@ -36,6 +36,9 @@ def test_the_builder_names_the_line_and_the_reason(tmp_path):
     file.write_text(f"{PROPER}\n{ENDLESS}\n")
     with pytest.raises(SudokuError, match=r"line 2.*gave up after 1,000,000 guesses.*--skip-improper"):
         prove_proper(read_puzzles(file, 9), 1)
+    (note,) = read_puzzles(file, 9, skip_improper=True).notes
+    counts = "1 improper, 0 with no solution and 0 with several, 1 on which the search gave up: line 2"
+    assert note == f"puzzles.txt: left out {counts}"
 
 
 def test_a_random_grid_is_found_although_a_search_gave_up(monkeypatch):

@@ -300,8 +300,10 @@ def _improper(puzzles: Puzzles, found: np.ndarray) -> str:
     lines = (wrong if puzzles.lines is None else puzzles.lines[wrong]).tolist()
     named = ", ".join(map(str, lines[:NAMED_LINES]))
     more = f" and {len(lines) - NAMED_LINES} more" if len(lines) > NAMED_LINES else ""
-    none = int((found == 0).sum())
+    none, undecided = int((found == 0).sum()), int((found == UNDECIDED).sum())
+    several = len(lines) - none - undecided
+    gave_up = f", {undecided} on which the search gave up" if undecided else ""
     return (
-        f"left out {len(lines)} improper, {none} with no solution and {len(lines) - none} with several: "
+        f"left out {len(lines)} improper, {none} with no solution and {several} with several{gave_up}: "
         f"line{'s' * (len(lines) > 1)} {named}{more}"
     )
