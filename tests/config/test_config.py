@@ -335,7 +335,7 @@ def test_an_architecture_where_hydra_kept_it_is_pointed_to(tmp_path):
         ("seed=-1", "seed=-1 is not allowed: give a whole number from 0 to 4294967295"),
         ("arch.use_gating=maybe", "arch.use_gating=maybe is not allowed: give true or false"),
         ("dtype=float16", "dtype=float16 is not allowed: give auto, float32 or bfloat16"),
-        ("sudoku.size=5", "sudoku.size=5 is not allowed: give 4, 6 or 9"),
+        ("sudoku.size=5", "sudoku.size=5 is not allowed: give 4, 6, 9 or 16"),
         ("device=gpu", "device=gpu is not allowed: give auto, cpu, cuda, cuda:N or mps"),
         ("lr=${oc.env:HOME}", "lr=${oc.env:HOME}: a value cannot hold ${...} or be ???; give a number"),
         ("run_name=???", "run_name=???: a value cannot hold ${...} or be ???; give a folder name"),

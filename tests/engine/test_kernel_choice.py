@@ -113,7 +113,7 @@ class Fake:
 
 
 TIMES = {"triton 32": 3.0, "triton 64": 2.0, "triton 1": 1.0, "reference": 4.0}
-CLASS, TILE = "double float32 8 8 gradient", "test_measured(8)"
+CLASS, TILE = "double float32 8 8 gradient", "test_kernel_choice(8)"
 
 
 def test_the_fastest_tile_of_the_fastest_implementation_is_taken():

@@ -178,7 +178,7 @@ def test_the_largest_batch_fits_and_the_next_does_not(data, gib):
     assert step_memory(config, data, rows + max(1, rows // 200), CUDA).peak > budget
     eights = largest_batch(config, data, budget, CUDA, multiple=8)
     assert eights % 8 == 0 and rows - 16 < eights <= rows
-    assert largest_batch(config, data, GIB // 2, CUDA) == 0
+    assert largest_batch(config, data, GIB // 16, CUDA) == 0
 
 
 def test_the_largest_batch_in_parts_is_larger_and_divides():
