@@ -1,4 +1,4 @@
-"""What each operation must move and multiply: bytes and FLOP, counted, not measured.
+"""Bytes and FLOP that each operation needs at least: counted, not measured.
 
 Bytes count every tensor that a launch reads or writes once, FLOP those of matrix products alone, a multiply
 and an add as two; elementwise arithmetic hides behind its bytes. `OPERATIONS` counts this project's fused

@@ -45,7 +45,7 @@ class Skipped(Exception):
 
 
 class Failed(Exception):
-    """What a stage found wrong; result: what it has nevertheless."""
+    """A stage's fault; result: its results up to there."""
 
     def __init__(self, reason: str, result: Result) -> None:
         super().__init__(reason)
@@ -217,7 +217,7 @@ def solve() -> Result:
 
 
 def profile() -> Result:
-    """What a training step spends its time on, the longest first."""
+    """The kernels of a training step by time, the longest first."""
     skips_stand_in()
     model, mode = (published("v1", 768, 81), "graph") if cuda() else (quick("v1", 8), "eager")
     code = Code("ours", mode, "bfloat16" if cuda() else "float32")
@@ -277,7 +277,7 @@ STAGES = {
 
 
 def predictions(limits: Ceilings) -> dict[str, float]:
-    """What the roofline has for each goal, by these ceilings. Starting a launch is free there."""
+    """The roofline's prediction of each goal at these ceilings; a launch costs no time there."""
     config, data = setting(published("v1", 1, 81)._replace(device="cpu"), Code("ours", "eager", "bfloat16"))
     found = {"solve_b1_ms": 1e3 * totals(counted(INFERENCE, config, data), limits)["predicted_s"]}
     for B in (768, 96):
@@ -296,7 +296,7 @@ GOALS = {
 
 
 def measurements(stages: dict[str, Result]) -> dict[str, float]:
-    """What the stages have measured of the goals, on a CUDA device."""
+    """The goals' values that the stages measured on a CUDA device."""
     found: dict[str, float] = {}
     timed = {name: stages.get(name, {}).get("result", {}).get("rows", []) for name in ("step", "solve")}
     for B in (768, 96):
@@ -338,7 +338,7 @@ def table(stages: dict[str, Result]) -> str:
 
 
 def key() -> dict[str, Any]:
-    """What results hold for: commit, sources, GPU and versions."""
+    """The conditions of results: commit, sources, GPU and versions."""
     git, sources = ["git", "-C", str(ROOT)], [":/", ":!/bench/results"]
     commit, changes = (
         subprocess.run([*git, *words], capture_output=True, text=True).stdout.strip()

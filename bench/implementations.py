@@ -36,7 +36,7 @@ Answers = tuple[np.ndarray, np.ndarray]
 
 
 class Implementation(Protocol):
-    """What every code offers. B: global_batch_size; S: cells; always the first batch but in training."""
+    """The interface of every code. B: global_batch_size; S: cells; all but `train` take the first batch."""
 
     def train(self) -> None:
         """A training step on the next batch."""

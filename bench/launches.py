@@ -162,7 +162,7 @@ def totals(rows: list[Row]) -> dict[str, float]:
 
 
 def predictions(machine: str, ceilings: Ceilings) -> dict[str, Any]:
-    """What is kept: the published models at both lengths."""
+    """The committed counts: the published models at both lengths."""
     steps = []
     for arch in ARCHITECTURES:
         for length in LENGTHS:

@@ -60,7 +60,7 @@ def data_rows(results: Path) -> list[tuple[str, str, str]]:
 
 
 def gate_rows(results: Path) -> list[tuple[str, str, str]]:
-    """What the statistics of the gates cost."""
+    """The cost of the gates' statistics."""
     found = []
     for file in sorted(results.glob("gates_*.json")):
         for row in json.loads(file.read_text())["benchmarks"]:
@@ -71,7 +71,7 @@ def gate_rows(results: Path) -> list[tuple[str, str, str]]:
 
 
 def saving_rows(results: Path) -> list[tuple[str, str, str]]:
-    """What checkpoints cost a run that goes on meanwhile."""
+    """The cost of checkpoints to the run that writes them in the background."""
     rows = []
     for file in sorted(results.glob("saving_*.json")):
         for benchmark in json.loads(file.read_text())["benchmarks"]:
@@ -85,7 +85,7 @@ def saving_rows(results: Path) -> list[tuple[str, str, str]]:
 
 
 def fault_rows(results: Path) -> list[tuple[str, str, str]]:
-    """What kills and hostile input have done."""
+    """The results of kills and hostile input."""
     rows = []
     if (file := results / "soak.json").exists():
         found = json.loads(file.read_text())

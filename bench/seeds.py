@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from hrm.common.errors import run_command
+from hrm.common.errors import UserError, run_command
 from hrm.common.machine import processor
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +43,9 @@ def run(seed: int, words: list[str]) -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
     """argv: the output file, the seeds, `--`, the words for train.py."""
-    split = argv.index("--")
+    split = argv.index("--") if "--" in argv else 0
+    if split < 2 or not all(seed.isdecimal() for seed in argv[1:split]):
+        raise UserError("usage: python -m bench.seeds FILE SEED ... -- [words for train.py]")
     output, seeds, words = Path(argv[0]), [int(seed) for seed in argv[1:split]], argv[split + 1 :]
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True

@@ -102,7 +102,7 @@ def chosen_backend(implementation: str):
 
 
 def outcome(op: str, call: Call, inputs: Inputs) -> Inputs:
-    """What a call returns, changes and differentiates to, all inputs left as they were."""
+    """A call's outputs, changed inputs and gradients; the inputs themselves stay unchanged."""
     entry = OPS[op]
 
     def whole(**leaves: Tensor) -> Outputs:
@@ -181,7 +181,7 @@ def cold_launches(call: Callable[[], object]) -> None:
 
 
 def timed_call(op: str, direction: str, call: Call, B: int) -> Callable[[], object]:
-    """What is timed: the call on inputs of its own, or its backward alone, over and over."""
+    """The timed function: the call on its own inputs, or its backward alone, repeated."""
     entry, (inputs, _) = OPS[op], made(op, B)
     leaves = {name: t.clone().requires_grad_(name in entry.gradients) for name, t in inputs.items()}
     if direction != "backward":
@@ -194,7 +194,7 @@ def timed_call(op: str, direction: str, call: Call, B: int) -> Callable[[], obje
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """What a call allocates at its peak, on top of what was there."""
+    """The peak memory of a call beyond that allocated before."""
     if not CUDA:
         return peak_memory(call)
     gc.collect()

@@ -1,4 +1,4 @@
-"""What checkpoints cost a run while it goes on: steps with a save under way against steps without.
+"""The cost of checkpoints to a run: steps with a save in the background against steps without.
 
 `pytest bench/test_saving.py --benchmark-only --benchmark-json=bench/results/saving_cpu.json`
 """

@@ -8,14 +8,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hrm.common.errors import UserError, run_command
 from hrm.config.presets import folder_name
 from hrm.study.options import INTERRUPTED, add_options, parse
-
-if TYPE_CHECKING:
-    pass
 
 _WORDS_HELP = (
     "an architecture's name, its YAML file, a run's folder or saved configuration; "

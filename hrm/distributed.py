@@ -64,7 +64,7 @@ def place() -> Place:
 
 @dataclass
 class _Peers:
-    """What joins this rank to the others: gloo groups between the CPUs, and a store of this attempt's own.
+    """This rank's links to the others: gloo groups between CPUs, and this attempt's own store.
 
     side: codes and barriers. roll_call: used only after another group has failed, for a failure
     closes that group's connections. names: each rank with its host and process.

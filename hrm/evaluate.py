@@ -34,7 +34,7 @@ JSON_FLAG = "--json"
 
 @dataclass(config=RULES)
 class EvaluateConfig:
-    """What is judged, on what, and how."""
+    """The model, the examples and the options of an evaluation."""
 
     checkpoint: str | None = key(
         None, "a run's folder or one of its checkpoints; of the official code a step_N file", **PATH

@@ -72,14 +72,14 @@ def _flat(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str,
 
 
 def symptoms(run: History) -> list[str]:
-    """What the run's course warns of; empty for a run without a configuration."""
+    """Warnings about the run's course; empty for a run without a configuration."""
     if run.config is None:
         return []
     try:
         config = load_config(run.folder / "config.yaml")
     except ConfigError as error:
         return [f"symptoms were not looked for: {error}"]
-    # What a run does not say of its length is taken from its configuration, or as come to its end.
+    # A run that does not give its length has that of its configuration, or has ended.
     check = Symptoms(config, run.total_steps or config.max_steps or run.last_step).check
     lines: dict[int, dict[str, float]] = {}
     for key in run.metrics:

@@ -79,7 +79,7 @@ def solve(args: argparse.Namespace) -> list[str]:
     """Solves what the command line names and prints the answers; returns the titles of the wrong ones."""
     if (args.puzzle is None) == (args.tokens is None):
         raise UserError("give PUZZLE or --tokens, one of them; --help explains both")
-    # What numbers mean depends on the model.
+    # The model decides whether numbers are a puzzle or tokens.
     is_numbers = args.tokens is not None or may_be_tokens(args.puzzle)
     given = None if is_numbers else read_puzzles(args.puzzle)
     if args.adapt_steps and (given is None or given.task is None or args.identifier is not None):
@@ -157,7 +157,7 @@ def _whole(text: str) -> int:
 
 
 class _Screen:
-    """What is printed for people: in colour on a terminal, unless NO_COLOR is set."""
+    """Output for people: in colour on a terminal, unless NO_COLOR is set."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream, self.notes = stream, list[str]()
@@ -189,7 +189,7 @@ class _Screen:
 
 
 def _result(puzzle: Puzzle, trace: "Trace", *, whole: bool) -> dict[str, Any]:
-    """What the last board is worth. right: None for a board without a fault whose answer nothing tells."""
+    """The result for the last board. right: None if it breaks no rule and its answer is unknown."""
     last, is_arc = trace.steps[-1], trace.kind == "arc"
     problems = last.problems
     # Their rules do not tell a right answer from another.

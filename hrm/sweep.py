@@ -9,15 +9,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hrm.common.errors import UserError, run_command
 from hrm.common.text import one_line
 from hrm.config.presets import folder_name
 from hrm.study.options import INTERRUPTED, add_options, parse
-
-if TYPE_CHECKING:
-    pass
 
 MOST_POINTS = 1000
 

@@ -1,4 +1,4 @@
-"""What runs here: versions and devices, and for given shapes each operation's implementation and why.
+"""Prints versions, devices, and for given shapes each operation's implementation with the reason.
 
 `python -m kernels` asks the operations themselves, with tensors that have a shape and no data, so the answer
 comes from the code that decides when a model runs. `--device cuda` asks on a machine without a GPU what one
@@ -68,7 +68,7 @@ def version(module: str) -> str | None:
 
 
 def surroundings() -> dict[str, Any]:
-    """What is installed and set here."""
+    """The installed packages and the settings."""
     devices = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -83,7 +83,7 @@ def surroundings() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": None if backend.triton is None else backend.triton.__version__,
         "devices": devices,
-        # What attention uses, which may be less than what is installed.
+        # The packages that attention uses, which may be fewer than those installed.
         "flash_attn_2": FLASH2 and version("flash_attn"),
         "flash_attn_3": FLASH3 and version("flash_attn_interface"),
         "interpreter": backend.INTERPRETED,

@@ -388,7 +388,7 @@ def _flash_limit(head_dim: int, dtype: torch.dtype, device: str) -> str | None:
 def attention_backend(
     length: int, head_dim: int, dtype: torch.dtype, device: str, *, triton: bool, flash: bool
 ) -> str:
-    """What `auto` takes, one of triton, flash and sdpa: the kernel while a head fits on chip, then the best.
+    """The choice of `auto` among triton, flash and sdpa: the kernel while a head fits on chip, then the best.
 
     device: its type, as in cuda. triton, flash: whether they run here at all (for Triton, as `use_triton`
     answers for the tensor: on CUDA and in the interpreter, not for float64 unless it was asked for).

@@ -81,7 +81,7 @@ def get_backend() -> str:
 
 
 class Choice(NamedTuple):
-    """What an operation takes (triton, reference, or a library's name), and why."""
+    """An operation's implementation (triton, reference, or a library's name), and the reason."""
 
     implementation: str
     reason: str
@@ -134,7 +134,7 @@ Tile = dict[str, int | bool]
 
 
 class Table(NamedTuple):
-    """What was measured.
+    """The results of a measurement.
 
     choices: by shape class (`shape_class`), the fastest implementation inside a compiled function
     ("compiled") and outside ("eager"). tiles: by launch choice and its arguments, what it returns.
@@ -145,7 +145,7 @@ class Table(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What operations asked the table for. classes: operations by shape class. tiles: every variant."""
+    """The table's queries by operations. classes: operations by shape class. tiles: every variant."""
 
     classes: dict[str, str]
     tiles: dict[str, list[Tile]]
@@ -231,7 +231,7 @@ def tunable(variants: Callable[..., list[Tile]]) -> Callable[[Callable[..., Tile
     return wrap
 
 
-# What `explained` collects, and the device that it has tensors stand for.
+# The choices that `explained` collects, and the device that its tensors stand for.
 _choices: dict[str, Choice] | None = None
 _stand_in: torch.device | None = None
 

@@ -199,7 +199,7 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> dict[
 
         return Case("sign_sgd", inputs, call, changed=("table",), compiles=False)
 
-    # What others build on comes first, then what a step spends most on.
+    # Operations that others build on come first, then those that take most of a step.
     return {
         "rms_norm forward": partial(rms_norm, ()),
         "rope": rope,

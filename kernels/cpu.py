@@ -1,4 +1,4 @@
-"""What Linux says about the processor."""
+"""The processor as Linux describes it."""
 
 from functools import cache
 

@@ -23,7 +23,7 @@ from kernels.cases import NOT_MEASURED, Case, Sizes, cases
 ABSOLUTE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2.5e-4, torch.bfloat16: 2e-3}
 # Of integers, such as predictions, where two logits are nearly equal.
 INTEGERS_THAT_MAY_DIFFER = 1e-4
-# What float64 results of one position take at most, in values of a hidden layer's width.
+# Most float64 results of one position, in values of a hidden layer's width.
 CHECKED_LAYERS = 64
 # The modules of other libraries.
 LIBRARIES = {"flash": ("flash_attn", "flash_attn_interface"), "quack": ("quack",)}
@@ -87,7 +87,7 @@ Results = dict[str, Tensor]
 
 
 def results(case: Case, call: Callable[..., Any], dtype: torch.dtype | None = None) -> Results:
-    """What a call returns, overwrites and differentiates to; the case's inputs are left as they are.
+    """A call's outputs, overwritten inputs and gradients; the case's own inputs stay unchanged.
 
     dtype: of the inputs, by default their own.
     """
@@ -218,7 +218,7 @@ def _repeated(case: Case, call: Callable[..., Any], table: Table) -> Call:
 
 
 class Row(NamedTuple):
-    """What was found of one case. seconds: by candidate, or why one was left out."""
+    """The findings for one case. seconds: by candidate, or the reason that it was left out."""
 
     case: str
     shape_class: str

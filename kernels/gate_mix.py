@@ -37,7 +37,7 @@ from kernels.checks import accumulate_dtype, as_rows, check_floating, check_shap
 from kernels.linear import linear
 
 MAX_HIDDEN = 256
-# What a gate is called near its ends; the statistics count gates beyond them.
+# Limits beyond which the statistics count a gate as saturated.
 LOW, HIGH = 0.1, 0.9
 
 

@@ -56,7 +56,7 @@ def _here() -> str | None:
 
 
 def linear_choice(x: Tensor, weight: Tensor) -> Choice:
-    """What `linear` takes, and why: onednn, or reference, which is PyTorch's own choice."""
+    """The implementation of `linear` and the reason: onednn, or reference, PyTorch's own choice."""
     device = device_of(x)
     if get_backend() == "reference":
         return Choice("reference", "backend 'reference' was asked for")

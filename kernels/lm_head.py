@@ -43,7 +43,7 @@ PROGRAMS = 264
 
 
 class HeadLoss(NamedTuple):
-    """What the head says of each sequence; only loss carries a gradient."""
+    """The head's results for each sequence; only loss carries a gradient."""
 
     loss: Tensor  # (B,) float32, mean token loss over valid cells, 0 without any
     valid_count: Tensor  # (B,) int32

@@ -121,7 +121,7 @@ def check_mean_square(op: str, name: str, rows: Tensor, mean_square: Tensor) -> 
 
 
 def parts_of(mean_square: Tensor | None) -> tuple[Tensor | None, int]:
-    """What a kernel takes of `mean_square`: its rows one after the other, and the parts of each."""
+    """A kernel's form of `mean_square`: its rows one after the other, and the parts of each."""
     return (None, 0) if mean_square is None else (mean_square.contiguous(), mean_square.shape[-1])
 
 

@@ -1,4 +1,4 @@
-"""What was measured to be the fastest on this GPU (`kernels.fastest`), kept for later runs.
+"""Keeps the fastest implementations measured on this GPU (`kernels.fastest`) for later runs.
 
 A measurement is kept by GPU, versions and the sources of this package; without one `backend` decides by shape
 and dtype alone. A run measures in a process of its own, so that a kernel which fails or hangs costs it the
@@ -43,7 +43,7 @@ def _version(package: str) -> str | None:
 
 
 def made_by(device: torch.device) -> dict[str, str]:
-    """What a measurement holds for: the GPU, what runs on it, and the sources of this package."""
+    """The conditions of a measurement: the GPU, its software, and the sources of this package."""
     sources = hashlib.sha256()
     for path in sorted(ROOT.glob("*.py")):
         sources.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -90,7 +90,7 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def from_text(text: str, maker: dict[str, str]) -> Kept | None:
-    """What `to_text` wrote for the same maker, None for anything else."""
+    """The table that `to_text` wrote for the same maker; None for any other text."""
     try:
         content = json.loads(text)
         if content.pop("sha256") != _digest(content) or content["made_by"] != maker:
@@ -152,7 +152,7 @@ def command(sizes: Sizes, dtype: torch.dtype, device: torch.device, only: Sequen
 
 
 def _run(words: list[str]) -> str:
-    """What a command prints; empty where it fails or takes longer than LIMIT."""
+    """A command's output; empty where it fails or takes longer than LIMIT."""
     path = os.pathsep.join([str(ROOT.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     with suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(

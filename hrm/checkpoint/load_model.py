@@ -178,7 +178,7 @@ def _arch_of_stage(config: Config, training: Path) -> ArchConfig:
 
 
 def _table_rows(found: Found) -> dict[str, Any]:
-    """What the weights' tables tell of the data, by the name it has in its metadata."""
+    """The data's sizes that the weights' tables give, by their names in the metadata."""
     tables = {"vocab_size": _TOKENS, "num_puzzle_identifiers": PUZZLE_TABLE}
     return {key: len(found.weights[name]) for key, name in tables.items() if name in found.weights}
 

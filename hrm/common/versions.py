@@ -31,7 +31,7 @@ NAMES, CHARACTERS = 5, 60
 
 
 def versions(device: torch.device | str = "cpu") -> dict[str, str]:
-    """What this rank computes with on this device, by name, for `World.check_equal`: short values.
+    """This rank's software and device by name, as short values for `World.check_equal`.
 
     Each source file has an entry of its own, so that a message names the file that differs.
     """

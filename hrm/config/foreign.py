@@ -90,7 +90,7 @@ def translate(name: str, text: str, keys: Container[str]) -> tuple[str | None, s
 
 
 def remedy(name: str, keys: Container[str]) -> str | None:
-    """What to write in place of a foreign key; None for an unknown one."""
+    """The words that replace a foreign key; None for an unknown one."""
     key, true, false = _SWITCHES.get(name, ("", "", ""))
     if key in keys:
         return f"write {key}={true} for true, {key}={false} for false"

@@ -110,7 +110,7 @@ def architecture(
 
 
 def _names_known(name: str, known: Mapping[str, Any], where: str) -> str:
-    """What to give in place of an unknown architecture."""
+    """The remedy for an unknown architecture."""
     names = [*known, *ARCHITECTURE_ALIASES]
     # Hydra looks in config/arch.
     files = [path for path in (f"{name}.yaml", f"config/arch/{name}.yaml") if os.path.isfile(path)]

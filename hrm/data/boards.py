@@ -47,7 +47,7 @@ class Rules(ABC):
 
     @abstractmethod
     def expected(self, boards: Boards) -> str:
-        """What a cell may be, in words."""
+        """The values that a cell may have, in words."""
 
     def parse(self, boards: Boards, text: str) -> np.ndarray:
         """See `Kind.parse`, as for the methods below."""
@@ -63,7 +63,7 @@ class Rules(ABC):
     def impossible(self, boards: Boards, question: np.ndarray) -> Iterator[str]: ...
 
     def malformed(self, boards: Boards, question: np.ndarray) -> Iterator[str]:
-        """What shows, without solving it, that a board is no question of this kind."""
+        """The faults of a question that show without solving it."""
         return self.impossible(boards, question)
 
     def shown(

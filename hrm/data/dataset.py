@@ -91,7 +91,7 @@ class PuzzleDataset:
 
 
 def _missing(path: Path, split: str) -> str:
-    """What is missing for a split that has no folder, and where it could be instead."""
+    """The error message for a split without a folder, with the place where it may be."""
     if not path.exists():
         return (
             f"{path / split}: no such folder, expected a data set's {split} split (dataset.json and its "

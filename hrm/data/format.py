@@ -45,7 +45,7 @@ MAX_SETS, MAX_SET_NAME = 1000, 200
 KINDS = ("sudoku", "maze", "arc", "tokens")
 # A label that never carries loss, whatever ignore_label_id is: PyTorch's own index for ignored targets.
 IGNORE_LABEL = -100
-# What a wrong total in dataset.json changes.
+# The effect of a wrong total in dataset.json.
 SCHEDULE_ONLY = "it only sets the length of the schedule"
 
 

@@ -61,7 +61,7 @@ class Kind(Boards):
         return list(_RULES[self.name].problems(self, self.board(question), self.board(answer)))
 
     def impossible(self, question: Tokens) -> list[str]:
-        """What is wrong with a question; nothing when it has an answer, for Sudoku exactly one."""
+        """The faults of a question; none if it has an answer, for Sudoku exactly one."""
         return list(_RULES[self.name].impossible(self, self.board(question)))
 
     def symbol(self, token: int) -> str:

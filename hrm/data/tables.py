@@ -60,13 +60,15 @@ def header_of(text: str) -> Header | None:
 
 
 def fields(text: str, delimiter: str | None) -> list[str]:
-    """The fields of one line, without spaces around them."""
+    """The fields of one line, without spaces around them; a line that is no CSV is one field."""
     if delimiter is None:
         return text.split()
     # Parse each line by itself: an unclosed quote must not swallow the file.
-    return [
-        field.strip() for field in next(csv.reader([text], delimiter=delimiter, skipinitialspace=True), [])
-    ]
+    try:
+        found = next(csv.reader([text], delimiter=delimiter, skipinitialspace=True), [])
+    except csv.Error:
+        found = [text]
+    return [field.strip() for field in found]
 
 
 def _place(names: Sequence[str], known: Sequence[str]) -> int | None:
@@ -74,7 +76,7 @@ def _place(names: Sequence[str], known: Sequence[str]) -> int | None:
 
 
 def unnamed(text: str) -> str:
-    """What is wrong with a first line that names no column of questions."""
+    """The error message for a header without a column of questions."""
     counts = [len(fields(text, delimiter)) for delimiter in DELIMITERS[:3]]
     found = fields(text, DELIMITERS[counts.index(max(counts))])
     return (

@@ -1,4 +1,4 @@
-"""What surrounds torch.compile: a line with the time it takes, and a stop that ends it within seconds."""
+"""Announces torch.compile with the time it takes, and ends it within seconds of a stop."""
 
 import hashlib
 import os

@@ -138,7 +138,7 @@ def inference_does_not_fit(
     sharing: int = 1,
     always: bool = False,
 ) -> str:
-    """What solving `rows` sequences at a time needs, what there is and what would fit; empty if it fits.
+    """The error message if `rows` sequences at a time do not fit; empty if they fit.
 
     early: also with early halting. sharing: processes that share the device's memory. always: memory ran out,
     so it does not fit even if the rehearsal, which leaves some memory out, says so.

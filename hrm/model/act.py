@@ -17,7 +17,7 @@ from hrm.model.subgoal import refreshes
 
 
 class Carry(NamedTuple):
-    """What a batch of sequences takes from one ACT step to the next.
+    """The state of a batch of sequences between two ACT steps.
 
     z_H, z_L: (B, T, D) in the model's dtype. steps: (B,) int32, ACT steps taken. halted: (B,) bool, to be
     replaced at the next step. inputs, labels: (B, S) int32, the data being worked on, labels -100 where
@@ -45,7 +45,7 @@ class Sequences(NamedTuple):
 
 
 class Subgoal(NamedTuple):
-    """What the feudal loss looks at, with gradient.
+    """The inputs of the feudal loss, with gradient.
 
     z_L: (B, T, D). goal: (B, G), gate: (B,), those of this step, computed from its z_H where `renewed` (B,)
     and the carried ones elsewhere.
@@ -58,7 +58,7 @@ class Subgoal(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What one ACT step computes.
+    """The outputs of one ACT step.
 
     answer: (B, S, D), the states of z_H that the head reads; their logits are the loss's business, which
     does not keep them. q_*: (B,), the target None when not asked for. subgoal: None without a subgoal head.

@@ -1,4 +1,4 @@
-"""What the gated architecture adds: a gate network for each reasoning module, its losses and statistics.
+"""The gated architecture's additions: a gate network for each reasoning module, its losses and statistics.
 
 Shapes: B batch, T tokens, D hidden size, R = gate_hidden_ratio * D the width of a gate network, n the number
 of sources: primary state z, secondary state o and, for L, the input x, in this order. W is D where every
@@ -87,7 +87,7 @@ class GatingNetwork(nn.Module):
                 nn.init.constant_(part, bias)
 
     def hold(self, z: Tensor, o: Tensor, x: Tensor | None) -> Tensor | None:
-        """What is computed at the start of an H-cycle, for `held` of the calls within it: here nothing."""
+        """Values computed once an H-cycle and passed as `held` to its calls: none here."""
         return None
 
     def gates(self, z: Tensor, o: Tensor, x: Tensor | None, held: Tensor | None = None) -> Gates:

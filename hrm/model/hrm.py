@@ -42,7 +42,7 @@ class ReasoningModule(nn.Module):
         self.mixes_tokens = arch.mlp_t
 
     def hold(self, z: Tensor, o: Tensor, x: Tensor | None) -> Tensor | None:
-        """What the module's gates keep from the start of an H-cycle, None for all but hierarchical gates."""
+        """The values that hierarchical gates keep for an H-cycle; None for other gates."""
         return None if self.gating_network is None else self.gating_network.hold(z, o, x)
 
     def combine(

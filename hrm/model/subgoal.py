@@ -1,4 +1,4 @@
-"""What the feudal architecture adds: a head by which the high-level state sets goals for the next steps.
+"""The feudal architecture's addition: a head by which the high-level state sets goals for the next steps.
 
 Source: Vezhnevets et al. 2017, FeUdal Networks (arXiv 1703.01161), carried over to the states of an HRM.
 """

@@ -20,7 +20,7 @@ from hrm.study.results import cautions, compare_runs, tables
 from hrm.study.runs import OWN, Campaign, Run, planned_steps, settings, slots, surroundings
 
 RESULTS = "results.json"
-# What candidates must share to be comparable: where they run, data, their order, and the steps.
+# Candidates are comparable if they share place, data, their order, and steps.
 SHARED = ("device", "data_path", "global_batch_size", "epochs", "eval_interval", "max_steps")
 
 
@@ -184,7 +184,7 @@ def differing(campaign: Campaign) -> Table:
 
 
 def remarks(made_by: Sequence[Mapping[str, Any]], missing: Sequence[str]) -> list[str]:
-    """What a reader must know of how the runs were made."""
+    """Notes for the reader on how the runs were made."""
     found = []
     if missing:
         found.append(f"Missing, as they are not finished: {', '.join(missing)}.")

@@ -1,4 +1,4 @@
-"""What a few seeds can say: means, sample deviations, and paired differences with their 95 % t interval."""
+"""Statistics of a few seeds: means, sample deviations, paired differences with 95 % t intervals."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -180,7 +180,7 @@ def _notes_on_ranking(
     test_set: PuzzleDataset | None,
     valid: dict[str, np.ndarray] | None,
 ) -> Iterator[str]:
-    """What the examples that rank evaluations are worth, where a user should know it."""
+    """Notes on the examples that rank evaluations: how many, and whether the ranking flatters."""
     folder = train_set.folder.parent
     if valid is not None:
         yield f"valid: {sum(map(len, valid.values())):,} examples of training groups are held out"

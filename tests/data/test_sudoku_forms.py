@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hrm.common.errors import UserError
 from hrm.data.__main__ import main
 from hrm.data.dataset import PuzzleDataset
 from hrm.data.puzzle_kinds import kind_of
@@ -165,3 +166,10 @@ def test_columns_of_unknown_names_are_listed(tmp_path: Path) -> None:
     path.write_text("number;board;key\n1;x;y\n")
     with pytest.raises(SudokuError, match="no column 'question' among 'number', 'board', 'key'; rename one"):
         read_puzzles(path, 4)
+
+
+def test_a_field_longer_than_the_csv_module_reads_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "long.csv"
+    path.write_text("1" * 200_000 + ",2\n")
+    with pytest.raises(UserError, match=r"long\.csv: 200001 cells in one line of 1; expected 16, 36 or 81"):
+        read_to_solve(str(path))

@@ -166,12 +166,16 @@ def test_a_vote_needs_a_probability(q_halt: float) -> None:
 def test_memory_grows_with_different_grids_alone() -> None:
     votes, board = one_test(), canvas(np.full((30, 30), 7, np.uint8))
     vote(votes, np.full((30, 30), 7, np.uint8), 0.5)
+    grown = []
     tracemalloc.start()
-    before = tracemalloc.get_traced_memory()[0]
-    for _ in range(500):
-        votes.add("a", canvas(ASKED), board, 0.5)
-    assert tracemalloc.get_traced_memory()[0] - before < 10_000
+    # Twice, as another thread of the process may allocate meanwhile.
+    for _ in range(2):
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(250):
+            votes.add("a", canvas(ASKED), board, 0.5)
+        grown.append(tracemalloc.get_traced_memory()[0] - before)
     tracemalloc.stop()
+    assert min(grown) < 5_000
     assert told(votes)[0][1] == 501
 
 

@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _notes(root: Path, splits: list[Split]) -> Iterator[str]:
-    """What deviates without being a violation, in splits of other writers, which have no checksums."""
+    """Deviations that are no violation, in splits without checksums, which other programs wrote."""
     for split in splits:
         if split.asked is None and not (split.folder / CHECKSUMS).exists():
             with suppress(DatasetError):

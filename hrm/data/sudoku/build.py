@@ -24,8 +24,9 @@ from hrm.data.sudoku.summary import summary
 from hrm.data.sudoku.symmetry import leaks, random_symmetries
 from hrm.data.writer import Shape, cached, check_output, new_dataset
 
-# Part of the name of cached data sets; raise it when equal parameters give different bytes.
-FORMAT = 3
+# Part of the name of cached data sets; raise it when equal parameters give other arrays. Runs resume on the
+# cached data of earlier versions, whose dataset.json has no kind.
+FORMAT = 2
 # Clues of generated puzzles whose search for few clues would not end.
 FEWEST = {16: 110}
 # Draws for one puzzle before its difficulty, or a new puzzle, counts as out of reach.

@@ -59,7 +59,7 @@ def random_symmetries(count: int, size: int, rng: np.random.Generator) -> tuple[
 
 @dataclass(frozen=True)
 class Leaks:
-    """What training and test puzzles share up to symmetry; (N,) and (M,) bool."""
+    """The training and test puzzles that are equal up to symmetry; (N,) and (M,) bool."""
 
     train_grids: np.ndarray
     test_grids: np.ndarray

@@ -177,5 +177,5 @@ def digit_table(size: int, texts: Iterable[str]) -> np.ndarray:
 
 
 def expected(size: int) -> str:
-    """What a cell may be, in words."""
+    """The values that a cell may have, in words."""
     return f"'.' or 0 to {size}" if size < 10 else "'.', 1 to 9, A to G, or a number up to 16 between spaces"
