@@ -179,7 +179,7 @@ def test_files_of_fifty_gigabytes_are_refused_unread(tmp_path):
     for name, (kilobytes, seconds, message) in told.items():
         assert int(kilobytes) < 16 << 10 and float(seconds) < 20, (name, kilobytes, seconds)
         assert str(tmp_path) in message
-    assert "more than 4 MiB, expected a file of ARC tasks" in told["a.json"][2]
+    assert "more than 16 MiB, expected a file of ARC tasks" in told["a.json"][2]
     assert "line 2: longer than 4096 characters" in told["a.csv"][2]
     assert "line 1 is too long" in told["metrics.jsonl"][2]
     assert "more than 128 KiB" in told["config.yaml"][2]

@@ -1,5 +1,7 @@
 """The bad items of a source: all of them in one error, or left out and listed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from hrm.common.errors import UserError
@@ -21,9 +23,20 @@ class Faults:
 
     def add(self, where: Any, what: str) -> None:
         """Records one bad item: its place, and what is wrong with it."""
+        self._record(f"{where}: {what}")
+
+    @contextmanager
+    def item(self) -> Iterator[None]:
+        """Records the error of an item that is read in the block, which ends there."""
+        try:
+            yield
+        except self._error as fault:
+            self._record(str(fault))
+
+    def _record(self, fault: str) -> None:
         self.count += 1
         if len(self.first) < MOST:
-            self.first.append(f"{where}: {what}")
+            self.first.append(fault)
 
     def check(self, remedy: str = "--skip-bad leaves them out") -> None:
         """Raises an error with the first faults and their number, unless bad items are left out."""

@@ -90,7 +90,7 @@ def test_hidden_answers_are_for_evaluation_alone(tmp_path: Path) -> None:
     prefix = write_kaggle(tmp_path, "x_training", tasks("a"), solutions=False)
     assert refusal(prefix) == (
         f"{prefix}_challenges.json: task 'a': test pair 0: no output; only tests of evaluation tasks may "
-        "lack it, others need their solutions"
+        "lack it, others need their solutions; --skip-bad leaves it out"
     )
 
 
@@ -129,10 +129,10 @@ FAULTS: list[tuple[Callable[[Any], Any], str]] = [
     (lambda task: None, "None, expected a JSON object"),
     (without("train"), "no train, expected an object with train and test"),
     (without("test"), "no test, expected an object with train and test"),
-    (changed("train", to={}), "train: {}, expected a list of 1 to 100 entries"),
-    (changed("train", to=[]), "train: 0 entries, expected 1 to 100"),
-    (changed("test", to=[]), "test: 0 entries, expected 1 to 100"),
-    (changed("train", to=TASK["train"] * 51), "train: 102 entries, expected 1 to 100"),
+    (changed("train", to={}), "train: {}, expected a list of 1 to 10000 entries"),
+    (changed("train", to=[]), "train: 0 entries, expected 1 to 10000"),
+    (changed("test", to=[]), "test: 0 entries, expected 1 to 10000"),
+    (changed("train", to=TASK["train"] * 5001), "train: 10002 entries, expected 1 to 10000"),
     (changed("train", 1, to=GRID), "train pair 1: [[1, 2, 3], [4, 5, 6]], expected a JSON object"),
     (without("train", 1, "input"), "train pair 1: no input, expected an object with input and output"),
     (without("train", 0, "output"), "train pair 0: no output; only tests of evaluation tasks may lack it"),
@@ -203,7 +203,9 @@ def test_files_of_absurd_size_are_not_read(tmp_path: Path, monkeypatch: pytest.M
     # All zeros and mostly a hole: its size is known without reading it.
     with path.open("ab") as file:
         file.truncate(arc_files.MAX_TASK_BYTES + 1)
-    assert refusal(tmp_path / "a") == f"{path}: more than 4 MiB, expected a file of ARC tasks"
+    assert refusal(tmp_path / "a") == (
+        f"{path}: more than 16 MiB, expected a file of ARC tasks; --skip-bad leaves it out"
+    )
     prefix = write_kaggle(tmp_path, "x_training", {"a": TASK})
     monkeypatch.setattr(arc_files, "MAX_KAGGLE_BYTES", 100)
     assert refusal(prefix).startswith(f"{prefix}_challenges.json: more than 100 bytes")

@@ -1,6 +1,7 @@
 """Generated ARC tasks as their files hold them, and the pairs that a built data set holds of each."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,12 @@ def write_kaggle(folder: Path, name: str, tasks: dict[str, Any], solutions: bool
 
 def framed(tokens: np.ndarray) -> tuple[np.ndarray, int, int]:
     """The grid on a canvas wherever it stands, and where: the frame around its colours."""
-    rows, cols = np.nonzero(tokens.reshape(30, 30) >= 2)
+    side = math.isqrt(len(tokens))
+    rows, cols = np.nonzero(tokens.reshape(side, side) >= 2)
     top, left = rows.min(), cols.min()
-    grid = tokens.reshape(30, 30)[top : rows.max() + 1, left : cols.max() + 1] - 2
+    grid = tokens.reshape(side, side)[top : rows.max() + 1, left : cols.max() + 1] - 2
     # End lines and padding are as `canvas` sets them, and nothing else is there.
-    np.testing.assert_array_equal(canvas(grid, top, left), tokens)
+    np.testing.assert_array_equal(canvas(grid, top, left, side), tokens)
     return grid, int(top), int(left)
 
 

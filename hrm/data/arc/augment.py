@@ -1,11 +1,13 @@
 """ARC grids on their canvas, and augmentations of tasks: eight turns, permutations of nine colours.
 
-A canvas is 30 x 30 tokens, row by row: 0 is padding, colour c is c + 2, and 1 marks the end of the grid,
-below its last row and right of its last column, where the canvas has room. An augmentation turns or mirrors
+A canvas is a square of tokens, 30 x 30 if nothing else is asked for, row by row: 0 is padding, colour c is
+c + 2, and 1 marks the end of the grid, below its last row and right of its last column, where the canvas has
+room. An augmentation turns or mirrors
 all grids of a task in the same way (`t0` to `t7`) and permutes colours 1 to 9; black stays. Its name is
 `<task>_t<k>_<perm>`, where digit c of perm is the new colour of colour c.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,8 @@ import numpy as np
 
 from hrm.data.format import DatasetError
 
-SIDE = 30
+# Sides of a canvas: the official one, and the largest.
+SIDE, LARGEST_SIDE = 30, 128
 VOCAB_SIZE = 12
 END, FIRST_COLOUR = 1, 2
 COLOURS = 10
@@ -42,7 +45,7 @@ _SAME_COLOURS = "".join(map(str, range(COLOURS)))
 
 # Random weights of cells and colours that identify pairs; a fixed seed keeps augmentations reproducible.
 _weights = np.random.default_rng(0)
-_CELLS = _weights.integers(1 << 63, size=(2, SIDE, SIDE), dtype=np.uint64)
+_CELLS = _weights.integers(1 << 63, size=(2, LARGEST_SIDE, LARGEST_SIDE), dtype=np.uint64)
 _COLOURS = _weights.integers(1 << 63, size=COLOURS, dtype=np.uint64) | np.uint64(1)
 _MIX = _weights.integers(1 << 63, size=2, dtype=np.uint64) | np.uint64(1)
 
@@ -59,22 +62,23 @@ class Pair:
         return (self.input,) if self.output is None else (self.input, self.output)
 
 
-def canvas(grid: np.ndarray, row: int = 0, col: int = 0) -> np.ndarray:
-    """Tokens (900,) uint8 of a grid (rows, columns) of colours with its upper left cell at (row, col)."""
-    return _placed(grid, row, col, SIDE).ravel()
+def canvas(grid: np.ndarray, row: int = 0, col: int = 0, side: int = SIDE) -> np.ndarray:
+    """Tokens (side * side,) uint8 of a grid (rows, columns) of colours that begins at (row, col)."""
+    return _placed(grid, row, col, side).ravel()
 
 
 def grid_of(tokens: np.ndarray) -> np.ndarray | None:
-    """The grid on a canvas (900,), (rows, columns) uint8 of colours; None without one.
+    """The grid on a square canvas (S,), (rows, columns) uint8 of colours; None without one.
 
     As in the official evaluation it is the largest rectangle of colours in the upper left corner, the one
     with fewest rows among equals. End lines may be incomplete, and a grid elsewhere is not found.
     """
-    board = np.asarray(tokens).reshape(SIDE, SIDE)
+    side = math.isqrt(len(tokens))
+    board = np.asarray(tokens).reshape(side, side)
     coloured = (board >= FIRST_COLOUR) & (board < VOCAB_SIZE)
     # Width of the coloured part that all rows down to each one share.
     widths = np.minimum.accumulate(np.cumprod(coloured, axis=1).sum(axis=1))
-    rows = int((widths * np.arange(1, SIDE + 1)).argmax()) + 1
+    rows = int((widths * np.arange(1, side + 1)).argmax()) + 1
     columns = int(widths[rows - 1])
     return (board[:rows, :columns] - FIRST_COLOUR).astype(np.uint8) if columns else None
 
@@ -144,9 +148,9 @@ def draw(pairs: Sequence[Pair], num_aug: int, rng: np.random.Generator) -> Augme
 
 
 def token_arrays(
-    pairs: Sequence[Pair], made: Augmentations, rng: np.random.Generator | None
+    pairs: Sequence[Pair], made: Augmentations, rng: np.random.Generator | None, side: int = SIDE
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and labels (N * E, 900) uint8 of a task's E pairs under N symmetries, puzzle by puzzle.
+    """Inputs and labels (N * E, side * side) uint8 of a task's E pairs under N symmetries, by puzzle.
 
     rng: puts both grids of a pair at the same random place where they fit, except one random pair of every
     puzzle, which stays in the upper left corner. None: all pairs stay there. Labels of a pair without an
@@ -158,21 +162,21 @@ def token_arrays(
         sizes = np.array([np.max([grid.shape for grid in pair.grids], axis=0) for pair in pairs])
         # Whether each turn exchanges rows and columns.
         turned = np.stack([sizes[:, ::-1] if _swaps(turn) else sizes for turn in range(len(TURNS))])
-        places = rng.integers(SIDE - turned[made.turns] + 1)
+        places = rng.integers(side - turned[made.turns] + 1)
         places[np.arange(count), rng.integers(slots, size=count)] = 0
     table = np.zeros((count, VOCAB_SIZE), np.uint8)
     table[:, END], table[:, FIRST_COLOUR:] = END, made.colours + FIRST_COLOUR
     columns = np.arange(count)[:, None]
-    both = np.zeros((2, count, slots, SIDE * SIDE), np.uint8)
+    both = np.zeros((2, count, slots, side * side), np.uint8)
     for slot, pair in enumerate(pairs):
         for result, grid in zip(both, pair.grids, strict=False):
             # A larger canvas around each turned grid: a window that moves on it places the grid.
-            wide = np.stack([_placed(turn(grid), SIDE - 1, SIDE - 1, 2 * SIDE - 1) for turn in TURNS])
-            windows = np.lib.stride_tricks.sliding_window_view(wide, (SIDE, SIDE), axis=(1, 2))
-            rows, cols = (SIDE - 1 - places[:, slot]).T
+            wide = np.stack([_placed(turn(grid), side - 1, side - 1, 2 * side - 1) for turn in TURNS])
+            windows = np.lib.stride_tricks.sliding_window_view(wide, (side, side), axis=(1, 2))
+            rows, cols = (side - 1 - places[:, slot]).T
             boards = windows[made.turns, rows, cols].reshape(count, -1)
             result[:, slot] = table[columns, boards]
-    inputs, labels = both.reshape(2, count * slots, SIDE * SIDE)
+    inputs, labels = both.reshape(2, count * slots, side * side)
     return inputs, labels
 
 

@@ -13,7 +13,7 @@ import argparse
 import hashlib
 import json
 import signal
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,12 +28,17 @@ import numpy as np
 from tqdm import tqdm
 
 from hrm.common.threads import usable_cpus
-from hrm.data.arc.augment import COLOURS, SIDE, TURNS, VOCAB_SIZE, Pair, draw, token_arrays
-from hrm.data.arc.files import BLANK, Task, read_source
+from hrm.data.arc.augment import LARGEST_SIDE, SIDE, VOCAB_SIZE, draw, token_arrays
+from hrm.data.arc.files import BLANK, Reader, Task
+from hrm.data.arc.selection import distinct, hold_out, leaks, of_different_names
+from hrm.data.faults import Faults
 from hrm.data.format import DatasetError, PuzzleSet
+from hrm.data.options import add_shared
 from hrm.data.writer import Shape, check_output, new_dataset
 
 SET = "all"
+# A stream of random numbers: the choice of evaluation tasks.
+HOLDING_OUT = 1
 TEST_PUZZLES = "test_puzzles.json"
 # Most task names in a line of the summary.
 NAMED = 8
@@ -44,29 +49,32 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Group:
-    """A task ready to be written: the names of its N puzzles and, by split, inputs and labels (N * E, 900)
+    """A task ready to be written: the names of its N puzzles and, by split, inputs and labels (N * E, S)
     and difficulty (N * E,): the cells of the output, 0 where it is not known."""
 
     names: list[str]
     splits: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
-def build_group(task: Task, num_aug: int, seed: int) -> Group:
-    """A task and up to num_aug augmentations, which depend on seed, name and pairs of the task alone."""
+def build_group(task: Task, num_aug: int, seed: int, side: int = SIDE) -> Group:
+    """A task and up to num_aug augmentations, which depend on seed, name and pairs of the task alone.
+
+    side: of the canvas.
+    """
     digest = hashlib.sha256(task.name.encode()).digest()
     rng = np.random.default_rng([seed, *np.frombuffer(digest, "<u4").tolist()])
     made = draw(task.pairs, num_aug, rng)
     parts = {"train": task.train, "test": task.test} if task.evaluation else {"train": task.pairs}
     splits = {}
     for split, pairs in parts.items():
-        inputs, labels = token_arrays(pairs, made, rng if split == "train" else None)
+        inputs, labels = token_arrays(pairs, made, rng if split == "train" else None, side)
         cells = [0 if pair.output is None else pair.output.size for pair in pairs]
         splits[split] = inputs, labels, np.tile(np.array(cells, np.int32), len(made.turns))
     return Group(made.names(task.name), splits)
 
 
 def write_arc(
-    folder: str | Path, tasks: Sequence[Task], num_aug: int, seed: int, workers: int = 1
+    folder: str | Path, tasks: Sequence[Task], num_aug: int, seed: int, workers: int = 1, side: int = SIDE
 ) -> list[tuple[str, int]]:
     """Augments tasks and writes the data set; returns each task's name and number of puzzles.
 
@@ -76,9 +84,9 @@ def write_arc(
     made: list[tuple[str, int]] = []
     identifiers = [BLANK]
     with new_dataset(folder) as writer:
-        shape = Shape(SIDE * SIDE, VOCAB_SIZE, kind="arc")
+        shape = Shape(side * side, VOCAB_SIZE, kind="arc")
         splits = {name: writer.split(name, shape) for name in _splits(tasks)}
-        groups = _in_order(partial(build_group, num_aug=num_aug, seed=seed), tasks, workers)
+        groups = _in_order(partial(build_group, num_aug=num_aug, seed=seed, side=side), tasks, workers)
         # The bar closes before an error is printed.
         with tqdm(groups, desc="tasks", total=len(tasks), leave=False) as bar:
             for group in bar:
@@ -97,63 +105,8 @@ def write_arc(
     return made
 
 
-def distinct(tasks: Iterable[Task]) -> tuple[list[Task], list[Task]]:
-    """The different tasks, and the repetitions that were removed: tasks with the pairs of a kept one.
-
-    Evaluation tasks are kept before training tasks. Raises DatasetError for two tasks of one name.
-    """
-    kept: dict[frozenset[tuple[bytes, int]], Task] = {}
-    left_out = []
-    for task in tasks:
-        # The order of pairs and their role do not matter.
-        pairs = Counter(_key(pair.grids) for pair in task.pairs)
-        other = kept.setdefault(frozenset(pairs.items()), task)
-        if task.evaluation and not other.evaluation:
-            kept[frozenset(pairs.items())] = task
-            left_out.append(other)
-        elif other is not task:
-            left_out.append(task)
-    named: dict[str, Task] = {}
-    for task in kept.values():
-        if named.setdefault(task.name, task) is not task:
-            raise DatasetError(
-                f"{task.where}: the name {task.name} is that of another task too ({named[task.name].where}); "
-                "rename one of them, or leave out a source"
-            )
-    return list(named.values()), left_out
-
-
-def leaks(tasks: Sequence[Task]) -> list[tuple[str, str]]:
-    """Evaluation tasks that a training task reveals: the names of both.
-
-    Their pairs are the same after one of the eight turns of all grids and a renaming of colours 1 to 9, which
-    may differ from pair to pair.
-    """
-    training = {_likeness(task): task.name for task in tasks if not task.evaluation}
-    alike = ((task.name, training.get(_likeness(task))) for task in tasks if task.evaluation)
-    return [(name, other) for name, other in alike if other is not None]
-
-
 def _splits(tasks: Sequence[Task]) -> list[str]:
     return ["train", "test"] if any(task.evaluation for task in tasks) else ["train"]
-
-
-def _key(grids: Sequence[np.ndarray]) -> bytes:
-    """Bytes that identify a grid: its shape, then its cells."""
-    return b"".join(bytes(grid.shape) + np.ascontiguousarray(grid).tobytes() for grid in grids)
-
-
-def _likeness(task: Task) -> tuple[bytes, ...]:
-    def renamed(pair: Pair, turn: Callable[[np.ndarray], np.ndarray]) -> bytes:
-        grids = [turn(grid) for grid in pair.grids]
-        colours, first = np.unique(np.concatenate([grid.ravel() for grid in grids]), return_index=True)
-        order = colours[np.argsort(first)]
-        order = order[order > 0]
-        names = np.zeros(COLOURS, np.uint8)
-        names[order] = np.arange(1, len(order) + 1)
-        return _key([names[grid] for grid in grids])
-
-    return min(tuple(sorted(renamed(pair, turn) for pair in task.pairs)) for turn in TURNS)
 
 
 def _as_json(task: Task) -> dict[str, Any]:
@@ -204,9 +157,7 @@ def _uninterrupted() -> Iterator[None]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m hrm.data arc`."""
     add = parser.add_argument
-    add(
-        "--output-dir", type=Path, required=True, help="folder of the data set; one already there is replaced"
-    )
+    add_shared(parser, "tasks", "--output-dir")
     add(
         "--source",
         nargs="+",
@@ -214,9 +165,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folders of task JSON, or with sub-folders of it (training, evaluation, ...); or prefixes of "
         "Kaggle's PREFIX_challenges.json and PREFIX_solutions.json",
     )
+    add(
+        "--test-set",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="folders (by name or path) or last words of prefixes whose tests are the test set; all others "
+        "train (default: those that begin with evaluation or test)",
+    )
+    add(
+        "--holdout",
+        type=float,
+        metavar="SHARE",
+        help="make this part of the tasks evaluation tasks, where no folder or prefix is of them",
+    )
+    add(
+        "--canvas",
+        type=int,
+        default=SIDE,
+        metavar="SIDE",
+        help=f"rows and columns of the canvas, up to {LARGEST_SIDE} (default {SIDE})",
+    )
     add("--num-aug", type=int, default=1000, help="augmentations of every task (default 1000)")
-    add("--seed", type=int, default=0, help="same seed, same bytes (default 0)")
-    add("--workers", type=int, help="processes; the result does not depend on it (default: one a core)")
+    add_shared(parser, "tasks", "--skip-bad")
+    add(
+        "--rename-duplicates",
+        action="store_true",
+        help="give a different task of a name that is taken the name NAME-2; else it is an error",
+    )
+    add_shared(parser, "tasks", "--seed", "--workers")
     parser.set_defaults(run=run)
 
 
@@ -224,17 +201,49 @@ def run(args: argparse.Namespace) -> None:
     """Builds a data set from the options and prints a summary. Raises DatasetError."""
     check_output(args.output_dir)
     workers = usable_cpus() if args.workers is None else args.workers
-    for name, value, low in (("num-aug", args.num_aug, 0), ("seed", args.seed, 0), ("workers", workers, 1)):
+    for name, value, low in (
+        ("num-aug", args.num_aug, 0),
+        ("seed", args.seed, 0),
+        ("workers", workers, 1),
+        ("canvas", args.canvas, 1),
+    ):
         if value < low:
             raise DatasetError(f"--{name} {value}: expected at least {low}")
-    sources = {source: list(read_source(source)) for source in args.source}
-    tasks, left_out = distinct(task for found in sources.values() for task in found)
-    made = write_arc(args.output_dir, tasks, args.num_aug, args.seed, min(workers, len(tasks)))
-    print(f"{args.output_dir}: ARC, {args.num_aug} augmentations, seed {args.seed}")
+    if args.canvas > LARGEST_SIDE:
+        raise DatasetError(f"--canvas {args.canvas}: expected at most {LARGEST_SIDE}")
+    faults = Faults(skip=args.skip_bad, error=DatasetError)
+    reader = Reader(args.canvas, args.test_set, faults)
+    sources = {source: reader.read(source) for source in args.source}
+    reader.check_test_sets()
+    tasks, repeated = distinct(task for found in sources.values() for task in found)
+    clashes = -faults.count
+    tasks, renamed = of_different_names(tasks, faults, rename=args.rename_duplicates)
+    clashes += faults.count
+    faults.check(_remedy(reader, clashes))
+    if not tasks:
+        raise DatasetError(f"{' '.join(args.source)}: no sound task; {'; '.join(faults.notes())}")
+    if args.holdout is not None:
+        tasks = hold_out(tasks, args.holdout, np.random.default_rng([args.seed, HOLDING_OUT]))
+    made = write_arc(args.output_dir, tasks, args.num_aug, args.seed, min(workers, len(tasks)), args.canvas)
+    print(f"{args.output_dir}: ARC, {args.num_aug} augmentations, canvas {args.canvas}, seed {args.seed}")
     for source, found in sources.items():
         evaluation = sum(task.evaluation for task in found)
         print(f"  {source}: {len(found) - evaluation} training and {evaluation} evaluation tasks")
-    print("\n".join(_summary(tasks, dict(made), left_out, args.num_aug)))
+    print("\n".join(_summary(tasks, dict(made), repeated, args.num_aug)))
+    if renamed:
+        print(f"  renamed: {_some([f'{name} ({where})' for where, name in renamed])}")
+    for note in (*reader.notes, *faults.notes()):
+        print(f"  {note}")
+
+
+def _remedy(reader: Reader, clashes: int) -> str:
+    """The options that a source with faults could be built with. clashes: faults for a name that is taken."""
+    ways = ["--skip-bad leaves them out"]
+    if reader.largest:
+        ways.append(f"--canvas {reader.largest} or more makes room")
+    if clashes:
+        ways.append("--rename-duplicates gives every task a name of its own")
+    return ", ".join(ways)
 
 
 def _summary(
@@ -247,7 +256,7 @@ def _summary(
         puzzles = sum(made[name] for name in pairs)
         yield f"  {split}: {examples} examples of {puzzles} puzzles of {len(held)} tasks"
     if len(_splits(tasks)) < 2:
-        yield "    no test: none are evaluation tasks; training on it needs a --source with some"
+        yield "    no test: none are evaluation tasks; --holdout 0.1 or --test-set makes some"
     unknown = sum(pair.output is None for task in tasks for pair in task.test)
     if unknown:
         yield f"    {unknown} tests without an answer, which are not counted"

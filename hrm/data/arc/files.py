@@ -1,7 +1,8 @@
 """Reads ARC tasks from folders of JSON files, or Kaggle's challenges and solutions, and checks every cell.
 
 A task is `{"train": [pair, ...], "test": [pair, ...]}`, a pair `{"input": grid, "output": grid}`, a grid a
-list of 1 to 30 rows of as many colours 0 to 9. A task may have a `name`; without it, its file's name counts.
+list of 1 to 30 rows (or as many as the canvas has) of as many colours 0 to 9. A list of pairs, as re-arc has
+them, is a task whose last pair is the test. A task may have a `name`; without it, its file's name counts.
 Other keys are ignored. A source is one of
 
 - a folder with sub-folders of task files, as ARC-AGI (training/, evaluation/) and ConceptARC (one a concept);
@@ -10,10 +11,11 @@ Other keys are ignored. A source is one of
   `<prefix>_solutions.json`: a list of the tests' outputs for each task.
 
 Tasks are evaluation tasks if their folder, or the last word of the prefix, begins with `evaluation` or
-`test`, else training tasks. Only tests of evaluation tasks may lack an output.
+`test` (or is one of `Reader.test_sets`), else training tasks. Only tests of evaluation tasks may lack an
+output.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,14 @@ import numpy as np
 
 from hrm.common.files import read_json
 from hrm.common.text import literal
-from hrm.data.arc.augment import COLOURS, SIDE, Pair, task_of
+from hrm.data.arc.augment import COLOURS, LARGEST_SIDE, SIDE, Pair, task_of
+from hrm.data.faults import Faults
 from hrm.data.format import DatasetError
 
 # Limits far above real tasks, at which reading JSON is still harmless.
-MAX_TASK_BYTES = 4 << 20
+MAX_TASK_BYTES = 16 << 20
 MAX_KAGGLE_BYTES = 32 << 20
-MAX_PAIRS = 100
+MAX_PAIRS = 10_000
 MAX_NAME = 200
 # The name of identifier 0, which belongs to no puzzle.
 BLANK = "<blank>"
@@ -49,137 +52,216 @@ class Task:
         return self.train + self.test
 
 
-def read_source(source: str) -> Iterator[Task]:
-    """The tasks of a source, by sub-folder and name. Raises DatasetError with file, task, pair and cell."""
-    folder = Path(source)
-    if folder.is_dir():
-        yield from _read_folder(folder)
-        return
-    prefix = source.removesuffix("_challenges.json")
-    challenges = Path(f"{prefix}_challenges.json")
-    if not challenges.is_file():
-        raise DatasetError(
-            f"{source}: no such folder, and no {challenges.name}; expected a folder of task JSON, or the "
-            "prefix of Kaggle's files, such as path/arc-agi_training"
-        )
-    yield from _read_kaggle(challenges, Path(f"{prefix}_solutions.json"))
+def read_source(source: str) -> list[Task]:
+    """The tasks of a source on the usual canvas. Raises DatasetError with file, task, pair and cell."""
+    reader = Reader()
+    tasks = reader.read(source)
+    reader.faults.check()
+    return tasks
 
 
-def _read_folder(folder: Path) -> Iterator[Task]:
-    kaggle = sorted(folder.glob("*_challenges.json"))
-    if kaggle:
-        raise DatasetError(
-            f"{kaggle[0]}: a file of many tasks; give its prefix instead of the folder: "
-            f"--source {kaggle[0].as_posix().removesuffix('_challenges.json')}"
-        )
-    subfolders = sorted(path for path in folder.iterdir() if path.is_dir())
-    found = False
-    for part in (folder, *subfolders):
-        for path in sorted(part.glob("*.json")):
-            if path.name.startswith(".") or not path.is_file():
-                continue
-            found = True
-            value = _read(path, MAX_TASK_BYTES)
-            name = value.get("name", path.stem)
-            yield _task(value, name, str(path), _is_evaluation(part.resolve().name))
-    if not found:
-        raise DatasetError(
-            f"{folder}: no .json file in it or its sub-folders; expected a folder with training/ and "
-            "evaluation/, or of task files"
-        )
-
-
-def _read_kaggle(challenges: Path, solutions: Path) -> Iterator[Task]:
-    tasks = _read(challenges, MAX_KAGGLE_BYTES)
-    answers = None
-    if solutions.is_file():
-        answers = _read(solutions, MAX_KAGGLE_BYTES)
-    if not tasks:
-        raise DatasetError(f"{challenges}: no task in it, expected an object of tasks by name")
-    evaluation = _is_evaluation(challenges.name.removesuffix("_challenges.json").rpartition("_")[2])
-    for name in sorted(tasks):
-        where = f"{challenges}: task {literal(name)}"
-        value = _object(tasks[name], where)
-        if answers is not None:
-            tests = _list(value.get("test"), f"{where}: test", MAX_PAIRS)
-            there = f"{solutions}: task {literal(name)}"
-            if name not in answers:
-                raise DatasetError(f"{there}: not there, but in {challenges.name}; take both of one version")
-            outputs = _list(answers[name], there, MAX_PAIRS)
-            if len(outputs) != len(tests):
-                raise DatasetError(
-                    f"{there}: {len(outputs)} outputs, expected {len(tests)} as {challenges.name} has tests"
-                )
-            # Checked here, so that messages give the right file.
-            for number, grid in enumerate(outputs):
-                _grid(grid, f"{there}: output {number}")
-            tests = [
-                {**_object(test, f"{where}: test pair {number}"), "output": output}
-                for number, (test, output) in enumerate(zip(tests, outputs, strict=True))
-            ]
-            value = {**value, "test": tests}
-        yield _task(value, name, where, evaluation)
-
-
-def _is_evaluation(name: str) -> bool:
-    return name.startswith(("evaluation", "test"))
-
-
-def read_task(path: Path) -> Task:
+def read_task(path: Path, side: int = SIDE) -> Task:
     """The task in one file, whose tests may lack an output. Raises DatasetError."""
-    return _task(_read(path, MAX_TASK_BYTES), path.stem, str(path), True)
+    return Reader(side)._task(_read(path, MAX_TASK_BYTES), path.stem, str(path), True)
+
+
+class Reader:
+    """Reads sources and collects the faults of all tasks.
+
+    side: of the canvas, the most rows and columns of a grid. test_sets: the names or paths of the folders and
+    prefixes with evaluation tasks; without any, the beginning of the name counts. faults: collects tasks that
+    are faulty. notes: lines about files that are no tasks. largest: most rows or columns of a refused grid.
+    """
+
+    def __init__(self, side: int = SIDE, test_sets: Sequence[str] = (), faults: Faults | None = None) -> None:
+        self.side, self.test_sets = side, test_sets
+        self.faults = faults or Faults(skip=False, error=DatasetError)
+        self.notes: list[str] = []
+        self.largest = 0
+        # The names of folders and prefixes that were read.
+        self._places: set[str] = set()
+        self._used: set[str] = set()
+
+    def read(self, source: str) -> list[Task]:
+        """The sound tasks of a source, by sub-folder and name. Raises DatasetError for one that is none."""
+        folder = Path(source)
+        if folder.is_dir():
+            return self._folder(folder)
+        prefix = source.removesuffix("_challenges.json")
+        challenges = Path(f"{prefix}_challenges.json")
+        if not challenges.is_file():
+            raise DatasetError(
+                f"{source}: no such folder, and no {challenges.name}; expected a folder of task JSON, or the "
+                "prefix of Kaggle's files, such as path/arc-agi_training"
+            )
+        return self._kaggle(challenges, Path(f"{prefix}_solutions.json"))
+
+    def check_test_sets(self) -> None:
+        """Raises DatasetError for a test set that none of the sources read has."""
+        for name in self.test_sets:
+            if name not in self._used:
+                raise DatasetError(
+                    f"--test-set {name}: no such folder or prefix among {', '.join(sorted(self._places))}"
+                )
+
+    def _folder(self, folder: Path) -> list[Task]:
+        kaggle = sorted(folder.glob("*_challenges.json"))
+        if kaggle:
+            raise DatasetError(
+                f"{kaggle[0]}: a file of many tasks; give its prefix instead of the folder: "
+                f"--source {kaggle[0].as_posix().removesuffix('_challenges.json')}"
+            )
+        subfolders = sorted(path for path in folder.iterdir() if path.is_dir())
+        files = {
+            part: [path for path in sorted(part.glob("*.json")) if path.name[0] != "." and path.is_file()]
+            for part in (folder, *subfolders)
+        }
+        if not any(files.values()):
+            raise DatasetError(
+                f"{folder}: no .json file in it or its sub-folders; expected a folder with training/ and "
+                "evaluation/, or of task files"
+            )
+        tasks = []
+        for part, paths in files.items():
+            if not paths:
+                continue
+            place = part.resolve()
+            evaluation = self._is_evaluation(place.name, place)
+            for path in paths:
+                with self.faults.item():
+                    value = read_json(path, MAX_TASK_BYTES, "a file of ARC tasks", DatasetError)
+                    # re-arc describes its folder of tasks in a file beside it.
+                    if part == folder and any(files[each] for each in subfolders) and _is_no_task(value):
+                        self.notes.append(f"passed over {path}: no task, but there are sub-folders of tasks")
+                        continue
+                    name = value.get("name", path.stem) if isinstance(value, dict) else path.stem
+                    tasks.append(self._task(value, name, str(path), evaluation))
+        return tasks
+
+    def _kaggle(self, challenges: Path, solutions: Path) -> list[Task]:
+        values = _read(challenges, MAX_KAGGLE_BYTES)
+        answers = _read(solutions, MAX_KAGGLE_BYTES) if solutions.is_file() else None
+        if not values:
+            raise DatasetError(f"{challenges}: no task in it, expected an object of tasks by name")
+        prefix = challenges.with_name(challenges.name.removesuffix("_challenges.json"))
+        evaluation = self._is_evaluation(prefix.name.rpartition("_")[2], prefix.resolve())
+        tasks = []
+        for name in sorted(values):
+            with self.faults.item():
+                where = f"{challenges}: task {literal(name)}"
+                value = _object(values[name], where)
+                if answers is not None:
+                    value = self._answered(value, name, where, challenges, solutions, answers)
+                tasks.append(self._task(value, name, where, evaluation))
+        return tasks
+
+    def _answered(
+        self,
+        value: dict[str, Any],
+        name: str,
+        where: str,
+        challenges: Path,
+        solutions: Path,
+        answers: dict[str, Any],
+    ) -> dict[str, Any]:
+        """A task of Kaggle's files with the outputs of its tests."""
+        tests = _list(value.get("test"), f"{where}: test", MAX_PAIRS)
+        there = f"{solutions}: task {literal(name)}"
+        if name not in answers:
+            raise DatasetError(f"{there}: not there, but in {challenges.name}; take both of one version")
+        outputs = _list(answers[name], there, MAX_PAIRS)
+        if len(outputs) != len(tests):
+            raise DatasetError(
+                f"{there}: {len(outputs)} outputs, expected {len(tests)} as {challenges.name} has tests"
+            )
+        # Checked here, so that messages give the right file.
+        for number, grid in enumerate(outputs):
+            self._grid(grid, f"{there}: output {number}")
+        tests = [
+            {**_object(test, f"{where}: test pair {number}"), "output": output}
+            for number, (test, output) in enumerate(zip(tests, outputs, strict=True))
+        ]
+        return {**value, "test": tests}
+
+    def _is_evaluation(self, name: str, place: Path) -> bool:
+        """Whether tasks there are evaluation tasks. place: the folder or prefix, resolved."""
+        self._places.add(name)
+        if not self.test_sets:
+            return name.startswith(("evaluation", "test"))
+        chosen = {
+            each for each in self.test_sets if each == name or place.is_relative_to(Path(each).resolve())
+        }
+        self._used |= chosen
+        return bool(chosen)
+
+    def _task(self, value: Any, name: Any, where: str, evaluation: bool) -> Task:
+        if isinstance(value, list) and len(value) > 1 and all(map(_has_grids, value)):
+            value = {"train": value[:-1], "test": value[-1:]}
+        value = _object(value, where)
+        plain = isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable()
+        if not plain or name == BLANK:
+            raise DatasetError(
+                f"{where}: the name is {literal(name)}, expected 1 to {MAX_NAME} plain characters"
+            )
+        if task_of(name) != name:
+            raise DatasetError(
+                f"{where}: the name {name} is that of an augmented puzzle; rename the task, or take the "
+                "original"
+            )
+        pairs: dict[str, tuple[Pair, ...]] = {}
+        for role in ("train", "test"):
+            if role not in value:
+                raise DatasetError(f"{where}: no {role}, expected an object with train and test")
+            items = _list(value[role], f"{where}: {role}", MAX_PAIRS)
+            hidden = evaluation and role == "test"
+            pairs[role] = tuple(
+                self._pair(item, f"{where}: {role} pair {number}", hidden)
+                for number, item in enumerate(items)
+            )
+        return Task(name, where, pairs["train"], pairs["test"], evaluation)
+
+    def _pair(self, value: Any, where: str, hidden: bool) -> Pair:
+        item = _object(value, where)
+        if "input" not in item:
+            raise DatasetError(f"{where}: no input, expected an object with input and output")
+        if "output" not in item and not hidden:
+            raise DatasetError(
+                f"{where}: no output; only tests of evaluation tasks may lack it, others need their solutions"
+            )
+        asked = self._grid(item["input"], f"{where}, input")
+        return Pair(asked, self._grid(item["output"], f"{where}, output") if "output" in item else None)
+
+    def _grid(self, value: Any, where: str) -> np.ndarray:
+        rows = self._lines(value, where, "rows")
+        width = len(self._lines(rows[0], f"{where}, row 0", "cells"))
+        for number, row in enumerate(rows):
+            if not isinstance(row, list) or len(row) != width:
+                length = f"{len(row)} cells" if isinstance(row, list) else literal(row)
+                raise DatasetError(f"{where}, row {number}: {length}, expected {width} cells as in row 0")
+            for column, colour in enumerate(row):
+                # bool is a subclass of int.
+                if type(colour) is not int or not 0 <= colour < COLOURS:
+                    raise DatasetError(
+                        f"{where}, row {number}, column {column}: {literal(colour)}, expected a colour 0 to 9"
+                    )
+        return np.array(rows, np.uint8)
+
+    def _lines(self, value: Any, where: str, of_what: str) -> list[Any]:
+        if isinstance(value, list) and self.side < len(value) <= LARGEST_SIDE:
+            self.largest = max(self.largest, len(value))
+        return _list(value, where, self.side, of_what)
+
+
+def _has_grids(value: Any) -> bool:
+    return isinstance(value, dict) and {"input", "output"} <= value.keys()
+
+
+def _is_no_task(value: Any) -> bool:
+    return isinstance(value, dict) and not {"train", "test"} & value.keys()
 
 
 def _read(path: Path, limit: int) -> dict[str, Any]:
     return _object(read_json(path, limit, "a file of ARC tasks", DatasetError), str(path))
-
-
-def _task(value: dict[str, Any], name: Any, where: str, evaluation: bool) -> Task:
-    plain = isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable()
-    if not plain or name == BLANK:
-        raise DatasetError(f"{where}: the name is {literal(name)}, expected 1 to {MAX_NAME} plain characters")
-    if task_of(name) != name:
-        raise DatasetError(
-            f"{where}: the name {name} is that of an augmented puzzle; rename the task, or take the original"
-        )
-    pairs: dict[str, tuple[Pair, ...]] = {}
-    for role in ("train", "test"):
-        if role not in value:
-            raise DatasetError(f"{where}: no {role}, expected an object with train and test")
-        items = _list(value[role], f"{where}: {role}", MAX_PAIRS)
-        hidden = evaluation and role == "test"
-        pairs[role] = tuple(
-            _pair(item, f"{where}: {role} pair {number}", hidden) for number, item in enumerate(items)
-        )
-    return Task(name, where, pairs["train"], pairs["test"], evaluation)
-
-
-def _pair(value: Any, where: str, hidden: bool) -> Pair:
-    item = _object(value, where)
-    if "input" not in item:
-        raise DatasetError(f"{where}: no input, expected an object with input and output")
-    if "output" not in item and not hidden:
-        raise DatasetError(
-            f"{where}: no output; only tests of evaluation tasks may lack it, others need their solutions"
-        )
-    output = _grid(item["output"], f"{where}, output") if "output" in item else None
-    return Pair(_grid(item["input"], f"{where}, input"), output)
-
-
-def _grid(value: Any, where: str) -> np.ndarray:
-    rows = _list(value, where, SIDE, "rows")
-    width = len(_list(rows[0], f"{where}, row 0", SIDE, "cells"))
-    for number, row in enumerate(rows):
-        if not isinstance(row, list) or len(row) != width:
-            length = f"{len(row)} cells" if isinstance(row, list) else literal(row)
-            raise DatasetError(f"{where}, row {number}: {length}, expected {width} cells as in row 0")
-        for column, colour in enumerate(row):
-            # bool is a subclass of int.
-            if type(colour) is not int or not 0 <= colour < COLOURS:
-                raise DatasetError(
-                    f"{where}, row {number}, column {column}: {literal(colour)}, expected a colour 0 to 9"
-                )
-    return np.array(rows, np.uint8)
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""ARC grids read, written and checked, on a canvas of 30 x 30 cells.
+"""ARC grids read, written and checked, on a square canvas.
 
 Tokens: 0 is padding, 1 the end of the grid, c + 2 the colour c.
 """
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -36,7 +37,7 @@ class ArcRules(Rules):
         if (tokens < 2).any():
             cell = int((tokens < 2).argmax())
             raise UserError(f"{grid.at(cell)} is '|', expected {self.expected(boards)}")
-        return canvas(tokens.reshape(grid.rows, grid.cols) - 2)
+        return canvas(tokens.reshape(grid.rows, grid.cols) - 2, side=boards.rows)
 
     def text(self, boards: Boards, board: np.ndarray, question: np.ndarray | None, color: bool) -> str:
         grid = board.reshape(boards.rows, boards.cols)
@@ -71,7 +72,8 @@ class ArcRules(Rules):
             cell = (rows.start + row) * boards.cols + cols.start + column
             yield f"the colours fill no rectangle: {boards.at(cell)} has none"
             return
-        expected = canvas((cells[rows, cols] - 2).astype(np.uint8), rows.start, cols.start)
+        grid = (cells[rows, cols] - 2).astype(np.uint8)
+        expected = canvas(grid, rows.start, cols.start, boards.rows)
         wrong = np.nonzero(expected != board)[0]
         if len(wrong):
             yield f"the grid is not closed by end marks and padding alone: {boards.at(int(wrong[0]))}"
@@ -79,7 +81,8 @@ class ArcRules(Rules):
 
 def arc_grid(tokens: Tokens) -> tuple[slice, slice]:
     """The rows and columns from the first to the last colour of a canvas; empty slices for none."""
-    colours = _coloured(np.asarray(tokens).reshape(30, 30))
+    side = math.isqrt(len(tokens))
+    colours = _coloured(np.asarray(tokens).reshape(side, side))
     rows, columns = (np.nonzero(colours.any(axis=axis))[0] for axis in (1, 0))
     if not len(rows):
         return slice(0, 0), slice(0, 0)
