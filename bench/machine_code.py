@@ -182,8 +182,7 @@ def gate_mix(T: int) -> Iterator[Case]:
             needs = [name in wanted for name in "zox"] + [True] * 4
             calls = {f"backward d{wanted}": partial(op._backward, s, *inputs, needs)}
             if wanted != "zox" or not published:
-                calls["forward"] = partial(op._forward, *inputs, False)
-                calls["statistics"] = partial(op._forward, *inputs, True)
+                calls["forward"] = partial(op._forward, *inputs)
             for label, call in calls.items():
                 name = f"{label}, {'z, o' if x is None else 'z, o, x'}, R={R} {TYPES[dtype]}"
                 yield Case("gate_mix", name, call, dtype == torch.bfloat16)

@@ -26,8 +26,6 @@ source, and hidden and dp once for each chunk of columns; all but the first time
 Products: 4 S D R FLOP a token forward, 12 S D R backward with all gradients.
 """
 
-from typing import Literal, overload
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,21 +35,12 @@ from kernels.checks import accumulate_dtype, as_rows, check_floating, check_shap
 from kernels.linear import linear
 
 MAX_HIDDEN = 256
-# Limits beyond which the statistics count a gate as saturated.
-LOW, HIGH = 0.1, 0.9
 
 
 def gate_mix_reference(
-    z: Tensor,
-    o: Tensor,
-    x: Tensor | None,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    statistics: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The gate network, the mixing and, if asked for, the statistics in plain PyTorch; see `gate_mix`."""
+    z: Tensor, o: Tensor, x: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+) -> Tensor:
+    """The gate network and the mixing in plain PyTorch; see `gate_mix`."""
     sources = (z, o) if x is None else (z, o, x)
     width = sum(s.shape[-1] for s in sources)
     hidden = F.silu(linear(torch.cat(sources, dim=-1), w1[:, :width], b1))
@@ -59,51 +48,31 @@ def gate_mix_reference(
     mixed = gates[0] * sources[0]
     for gate, source in zip(gates[1:], sources[1:], strict=True):
         mixed = mixed + gate * source
-    return (mixed, gate_statistics(gates, sources)) if statistics else mixed
-
-
-@torch.no_grad()
-def gate_statistics(gates: tuple[Tensor, ...], sources: tuple[Tensor, ...]) -> Tensor:
-    """The statistics that `gate_mix` describes, of gates and sources (..., D) each, as (n, 5) float32."""
-    dtype = accumulate_dtype(gates[0].dtype)
-    g = torch.stack([gate.to(dtype) for gate in gates]).flatten(1)
-    parts = (g * torch.stack([source.to(dtype) for source in sources]).flatten(1)).abs()
-    total = parts.sum(0)
-    shares = torch.where(total > 0, parts / total, 0.0)
-    columns = (
-        g.mean(1),
-        g.std(1, correction=0),
-        (g < LOW).to(dtype).mean(1),
-        (g > HIGH).to(dtype).mean(1),
-        shares.mean(1),
-    )
-    return torch.stack(columns, dim=1).float()
+    return mixed
 
 
 def launch_choice(hidden: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
-    """Tiles of the four launches for a gate network `hidden` wide.
+    """Tiles of the three launches for a gate network `hidden` wide.
 
     Each program reads all weights, 6 D R elements, from the second-level cache, so a forward tile has as many
     rows as registers hold of hidden in float32 (64 a thread): with R = 128 and D = 512, 128 rows bring 0.8 MB
     of weights and 0.8 MB of sources, at 0.1 GFLOP; 492 programs at B = 768, T = 82. Two buffers of a
     source and W1 keep copies in flight while one block has the processor, for its registers leave room for
     no other.
-    The backward over rows holds p and dhidden both, hence half the rows. Statistics keep all sources' gates
-    of a tile at once, hence half the columns. Float32 multiplies outside the tensor cores from operands in
-    registers, hence small tiles.
+    The backward over rows holds p and dhidden both, hence half the rows. Float32 multiplies
+    outside the tensor cores from operands in registers, hence small tiles.
     """
     BLOCK_R = max(16, triton.next_power_of_2(hidden))
     if dtype in (torch.float32, torch.float64):
-        forward, statistics, rows, weights = (16, 16, 16, 2), (16, 16, 16, 2), (32, 16, 16, 2), (32, 32, 2)
+        forward, rows, weights = (16, 16, 16, 2), (32, 16, 16, 2), (32, 32, 2)
     elif BLOCK_R <= 128:
-        forward, statistics, rows, weights = (128, 64, 32, 2), (128, 64, 16, 3), (64, 64, 32, 2), (32, 64, 2)
+        forward, rows, weights = (128, 64, 32, 2), (64, 64, 32, 2), (32, 64, 2)
     else:
-        forward, statistics, rows, weights = (64, 64, 32, 2), (64, 64, 16, 2), (32, 64, 16, 2), (32, 32, 2)
+        forward, rows, weights = (64, 64, 32, 2), (32, 64, 16, 2), (32, 32, 2)
     names = "BLOCK_M", "BLOCK_K", "BLOCK_N", "num_stages"
     shared = {"BLOCK_R": BLOCK_R, "num_warps": 8}
     return {
         "forward": dict(zip(names, forward, strict=True)) | shared,
-        "statistics": dict(zip(names, statistics, strict=True)) | shared,
         "rows": dict(zip(names, rows, strict=True)) | shared,
         "weights": dict(zip(("BLOCK_M", "BLOCK_N", "num_stages"), weights, strict=True)) | shared,
     }
@@ -177,32 +146,19 @@ def _gated(
     rows, cols, units,
     WIDE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """The gates g of one source for a chunk of its columns, and g s."""
+    """g s, one source scaled by its gates, for a chunk of its columns."""
     s = _load(s_ptr, s_stride_m, rows, cols, M, D).to(WIDE)
     w2 = _load(w2_ptr, w2_stride_n, cols, units, D, R).to(DOT)
-    g = _gate(hidden, w2, b2_ptr, cols, D, WIDE)
-    return g, g * s
-
-
-@jit
-def _tally(stats_ptr, g, part, total, mask, count, LOW, HIGH):
-    """Sums of a tile of gates. The squares are taken from the tile's own mean: nothing cancels."""
-    g_sum = tl.sum(tl.where(mask, g, 0.0))
-    apart = tl.where(mask, g - g_sum / count, 0.0)
-    tl.store(stats_ptr, g_sum)
-    tl.store(stats_ptr + 1, tl.sum(apart * apart))
-    tl.store(stats_ptr + 2, tl.sum(tl.where(mask & (g < LOW), 1.0, 0.0)))
-    tl.store(stats_ptr + 3, tl.sum(tl.where(mask & (g > HIGH), 1.0, 0.0)))
-    tl.store(stats_ptr + 4, tl.sum(tl.abs(part) / tl.where(total > 0.0, total, 1.0)))
+    return _gate(hidden, w2, b2_ptr, cols, D, WIDE) * s
 
 
 @jit
 def _gate_mix_forward_kernel(
-    z_ptr, o_ptr, x_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, y_ptr, stats_ptr,
+    z_ptr, o_ptr, x_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, y_ptr,
     M, D, R,
     z_stride_m, o_stride_m, x_stride_m, w1_stride_r, w2_stride_n, y_stride_m,
     WIDE: tl.constexpr, DOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     units = tl.arange(0, BLOCK_R)
@@ -214,39 +170,26 @@ def _gate_mix_forward_kernel(
         WIDE, DOT, BLOCK_M, BLOCK_K, BLOCK_R,
     )  # fmt: skip
     hidden = (p * tl.sigmoid(p)).to(DOT)
-    SOURCES: tl.constexpr = 2 if x_ptr is None else 3
     chunks = tl.cdiv(D, BLOCK_N)
     for step in range(chunks):
         # From the last columns to the first: those read last are the nearest in the cache.
         chunk = chunks - 1 - step
         cols = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = (rows < M)[:, None] & (cols < D)[None, :]
-        g_z, z = _gated(
+        y = _gated(
             hidden, z_ptr, z_stride_m, w2_ptr, w2_stride_n, b2_ptr,
             M, D, R, rows, cols, units, WIDE, DOT,
         )  # fmt: skip
-        g_o, o = _gated(
+        y += _gated(
             hidden, o_ptr, o_stride_m, w2_ptr + D * w2_stride_n, w2_stride_n, b2_ptr + D,
             M, D, R, rows, cols, units, WIDE, DOT,
         )  # fmt: skip
-        y = z + o
         if x_ptr is not None:
-            g_x, x = _gated(
+            y += _gated(
                 hidden, x_ptr, x_stride_m, w2_ptr + 2 * D * w2_stride_n, w2_stride_n, b2_ptr + 2 * D,
                 M, D, R, rows, cols, units, WIDE, DOT,
             )  # fmt: skip
-            y += x
         tl.store(y_ptr + rows[:, None] * y_stride_m + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
-        if stats_ptr is not None:
-            tile_rows = tl.minimum(M - tl.program_id(0) * BLOCK_M, BLOCK_M)
-            count = tile_rows * tl.minimum(D - chunk * BLOCK_N, BLOCK_N)
-            tile_ptr = stats_ptr + (tl.program_id(0) * chunks + chunk) * SOURCES * 5
-            total = tl.abs(z) + tl.abs(o)
-            if x_ptr is not None:
-                total += tl.abs(x)
-                _tally(tile_ptr + 10, g_x, x, total, mask, count, LOW, HIGH)
-            _tally(tile_ptr, g_z, z, total, mask, count, LOW, HIGH)
-            _tally(tile_ptr + 5, g_o, o, total, mask, count, LOW, HIGH)
 
 
 @jit
@@ -399,60 +342,29 @@ def _gate_mix_weights_kernel(
 
 
 def _forward(
-    z: Tensor,
-    o: Tensor,
-    x: Tensor | None,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    statistics: bool,
-) -> tuple[Tensor, Tensor]:
+    z: Tensor, o: Tensor, x: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+) -> Tensor:
     z_rows, o_rows, x_rows = as_rows(z), as_rows(o), None if x is None else as_rows(x)
     w1_rows, w2_rows = as_rows(w1), as_rows(w2)
     (M, D), R = z_rows.shape, w1.shape[0]
     y = torch.empty_like(z, memory_format=torch.contiguous_format)
-    choice = launch_choice(R, z.dtype)["statistics" if statistics else "forward"]
-    tiles = triton.cdiv(M, choice["BLOCK_M"]), triton.cdiv(D, choice["BLOCK_N"])
-    sources = 2 if x is None else 3
-    sums = z.new_empty((*tiles, sources, 5), dtype=accumulate_dtype(z.dtype)) if statistics else None
+    choice = launch_choice(R, z.dtype)["forward"]
     launch(
         _gate_mix_forward_kernel,
-        tiles[:1],
-        z_rows, o_rows, x_rows, w1_rows, b1.contiguous(), w2_rows, b2.contiguous(), y, sums,
+        (triton.cdiv(M, choice["BLOCK_M"]),),
+        z_rows, o_rows, x_rows, w1_rows, b1.contiguous(), w2_rows, b2.contiguous(), y,
         M, D, R,
         z_rows.stride(0), o_rows.stride(0), 0 if x_rows is None else x_rows.stride(0),
         w1_rows.stride(0), w2_rows.stride(0), D,
-        WIDE=wide(z.dtype), DOT=dot(z.dtype), LOW=LOW, HIGH=HIGH, **choice,
+        WIDE=wide(z.dtype), DOT=dot(z.dtype), **choice,
     )  # fmt: skip
-    if sums is None:
-        return y, z.new_empty((0, 5), dtype=torch.float32)
-    return y, _statistics(sums.double(), M, D, choice["BLOCK_M"], choice["BLOCK_N"])
-
-
-def _statistics(sums: Tensor, M: int, D: int, BLOCK_M: int, BLOCK_N: int) -> Tensor:
-    """The statistics of all tiles from the sums that `_tally` took of each."""
-    row_tile = torch.arange(sums.shape[0], device=sums.device) * BLOCK_M
-    col_tile = torch.arange(sums.shape[1], device=sums.device) * BLOCK_N
-    count = (M - row_tile).clamp(max=BLOCK_M)[:, None, None] * (D - col_tile).clamp(max=BLOCK_N)[:, None]
-    totals = sums.sum((0, 1)) / (M * D)
-    # Squares from the common mean: those within a tile, and those of the tiles' means.
-    between = count * (sums[..., 0] / count - totals[:, 0]).square()
-    std = (totals[:, 1] + between.sum((0, 1)) / (M * D)).sqrt()
-    return torch.stack((totals[:, 0], std, *totals[:, 2:].unbind(1)), dim=1).float()
+    return y
 
 
 def _backward(
-    dy: Tensor,
-    z: Tensor,
-    o: Tensor,
-    x: Tensor | None,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    needs: list[bool],
-) -> list[Tensor]:
+    dy: Tensor, z: Tensor, o: Tensor, x: Tensor | None,
+    w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
     dy_rows, z_rows, o_rows = as_rows(dy), as_rows(z), as_rows(o)
     x_rows = None if x is None else as_rows(x)
     w1_rows, w2_rows, b2 = as_rows(w1), as_rows(w2), b2.contiguous()
@@ -514,62 +426,30 @@ def _backward(
 
 @torch.library.custom_op("hrm_kernels::gate_mix", mutates_args=())
 def _gate_mix(
-    z: Tensor,
-    o: Tensor,
-    x: Tensor | None,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    statistics: bool,
-) -> tuple[Tensor, Tensor]:
-    return _forward(z, o, x, w1, b1, w2, b2, statistics)
+    z: Tensor, o: Tensor, x: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+) -> Tensor:
+    return _forward(z, o, x, w1, b1, w2, b2)
 
 
 @_gate_mix.register_fake
-def _(
-    z: Tensor,
-    o: Tensor,
-    x: Tensor | None,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    statistics: bool,
-) -> tuple[Tensor, Tensor]:
-    rows = (2 if x is None else 3) if statistics else 0
-    y = torch.empty_like(z, memory_format=torch.contiguous_format)
-    return y, z.new_empty((rows, 5), dtype=torch.float32)
+def _(z: Tensor, o: Tensor, x: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    return torch.empty_like(z, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("hrm_kernels::gate_mix_backward", mutates_args=())
 def _gate_mix_backward(
-    dy: Tensor,
-    z: Tensor,
-    o: Tensor,
-    x: Tensor | None,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    needs: list[bool],
-) -> list[Tensor]:
+    dy: Tensor, z: Tensor, o: Tensor, x: Tensor | None,
+    w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
     """The gradients that `needs` asks for, and no others, in the order of the inputs."""
     return _backward(dy, z, o, x, w1, b1, w2, b2, needs)
 
 
 @_gate_mix_backward.register_fake
 def _(
-    dy: Tensor,
-    z: Tensor,
-    o: Tensor,
-    x: Tensor | None,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    needs: list[bool],
-) -> list[Tensor]:
+    dy: Tensor, z: Tensor, o: Tensor, x: Tensor | None,
+    w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
     return [
         torch.empty_like(tensor, memory_format=torch.contiguous_format)
         for tensor, need in zip((z, o, x, w1, b1, w2, b2), needs, strict=True)
@@ -578,64 +458,26 @@ def _(
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs[:7])
+    ctx.save_for_backward(*inputs)
 
 
-def _differentiate(ctx, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:7])
-    grads = iter(_gate_mix_backward(dy, *ctx.saved_tensors, needs))
-    return *(next(grads) if need else None for need in needs), None
+def _differentiate(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    grads = iter(_gate_mix_backward(dy, *ctx.saved_tensors, list(ctx.needs_input_grad)))
+    return tuple(next(grads) if need else None for need in ctx.needs_input_grad)
 
 
 _gate_mix.register_autograd(_differentiate, setup_context=_save)
 
 
-@overload
 def gate_mix(
-    z: Tensor,
-    o: Tensor,
-    x: Tensor | None,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    statistics: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def gate_mix(
-    z: Tensor,
-    o: Tensor,
-    x: Tensor | None,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    statistics: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
-
-
-def gate_mix(
-    z: Tensor,
-    o: Tensor,
-    x: Tensor | None,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    statistics: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    z: Tensor, o: Tensor, x: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+) -> Tensor:
     """Mixes two or three sources, each scaled per channel by a gate computed from all of them.
 
     z, o, x: (..., D), the primary state, the secondary state and the input (None: two sources).
     w1: (R, 3*D), b1: (R,), w2: (3*D, R), b2: (3*D,), with columns and rows in the order z, o, x.
     Returns (..., D) in z's dtype; sums, gates and the mixing are in float32 (float64 for float64), rounded
     on store, with hidden rounded to z's dtype between the two products.
-    statistics: returns also (2 or 3 sources, 5) float32, without gradient: of each source's gates the mean,
-    the standard deviation (of all gates, not of a sample), the shares below 0.1 and above 0.9, and the mean
-    of its contribution |g_i s_i| / sum_j |g_j s_j|, where nothing of nothing counts as nothing.
     Raises ValueError or TypeError naming the argument.
     Source: the gated fork of HRM; the gates are those of a mixture without normalisation.
     """
@@ -652,6 +494,5 @@ def gate_mix(
     too_wide = f"its kernels hold hidden layers of at most {MAX_HIDDEN}, got {hidden}"
     sizes = (2 if x is None else 3, hidden)
     if use_triton("gate_mix", z, too_wide if hidden > MAX_HIDDEN else None, sizes=sizes, weight=w1):
-        y, stats = _gate_mix(z, o, x, w1, b1, w2, b2, statistics)
-        return (y, stats) if statistics else y
-    return gate_mix_reference(z, o, x, w1, b1, w2, b2, statistics)
+        return _gate_mix(z, o, x, w1, b1, w2, b2)
+    return gate_mix_reference(z, o, x, w1, b1, w2, b2)

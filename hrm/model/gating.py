@@ -19,7 +19,6 @@ from hrm.config.schema import ArchConfig
 from hrm.model.layers import Linear
 from kernels import gate_mix, linear
 from kernels.checks import accumulate_dtype
-from kernels.gate_mix import gate_statistics as statistics_of
 
 # The first bias of the gates of z, o and x; -2.2 opens a gate by 0.1, -3 by 0.05, -1 by 0.27.
 STRATEGIES = {
@@ -29,6 +28,9 @@ STRATEGIES = {
 }
 # Gates below count as this in the entropy, whose slope has no limit at zero.
 LEAST_GATE = 1e-12
+
+# Bounds beyond which the statistics count a gate as saturated.
+LOW, HIGH = 0.1, 0.9
 
 # The gates of one module, one (B, T, W) for each source that is present.
 Gates = tuple[Tensor, ...]
@@ -249,14 +251,28 @@ def gate_loss_scale(step: int, warmup_steps: int, ramp_steps: int) -> float:
     return min(1.0, (step - warmup_steps) / ramp_steps) if ramp_steps else 1.0
 
 
+@torch.no_grad()
 def gate_statistics(gates: Gates, sources: Sequence[Tensor]) -> Tensor:
-    """Statistics of one module's gates as `kernels.gate_mix` takes them.
+    """Statistics of one module's gates, of which each scales one source.
 
     gates: n times (B, T, W). sources: n times (B, T, D). Returns (n, 5) float32, without gradient: mean,
-    standard deviation, shares below 0.1 and above 0.9, and contribution |g_i s_i| / sum_j |g_j s_j|.
+    standard deviation of all gates, shares below 0.1 and above 0.9, and the mean contribution
+    |g_i s_i| / sum_j |g_j s_j|, which is 0 where every term is 0. Sums are in float32 (float64 for float64).
     """
-    each = tuple(gate.expand_as(source) for gate, source in zip(gates, sources, strict=True))
-    return statistics_of(each, tuple(sources))
+    dtype = accumulate_dtype(gates[0].dtype)
+    each = [gate.expand_as(source) for gate, source in zip(gates, sources, strict=True)]
+    g, s = (torch.stack(list(tensors)).to(dtype).flatten(1) for tensors in (each, sources))
+    parts = (g * s).abs()
+    total = parts.sum(0)
+    shares = torch.where(total > 0, parts / total, 0.0)
+    columns = (
+        g.mean(1),
+        g.std(1, correction=0),
+        (g < LOW).to(dtype).mean(1),
+        (g > HIGH).to(dtype).mean(1),
+        shares.mean(1),
+    )
+    return torch.stack(columns, dim=1).float()
 
 
 def _stacked(gates: Sequence[Gates]) -> list[Tensor]:

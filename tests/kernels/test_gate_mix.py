@@ -34,10 +34,6 @@ def mixed(x: Tensor | None = None, **named: Any) -> Tensor:
     return gate_mix(x=x, **named)
 
 
-def mixed_with_statistics(x: Tensor | None = None, **named: Any) -> tuple[Tensor, Tensor]:
-    return gate_mix(x=x, **named, statistics=True)
-
-
 def arguments(named: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor | None]:
     given_or_none = (named.get(name) for name in ("z", "o", "x", "w1", "b1", "w2", "b2"))
     return [None if tensor is None else tensor.to(dtype) for tensor in given_or_none]
@@ -50,37 +46,10 @@ def test_outputs_and_gradients(rows, D, R, sources, dtype):
     agree(mixed, inputs(rows, D, R, sources), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sources", [2, 3])
-@pytest.mark.parametrize(("rows", "D", "R"), [((1, 1), 64, 16), ((2, 17), 72, 24)])
-def test_statistics(rows, D, R, sources, dtype):
-    named = inputs(rows, D, R, sources)
-    results = agree(mixed_with_statistics, named, dtype)
-    stats = results["1"]
-    assert stats.shape == (sources, 5) and stats.dtype == torch.float32
-    torch.testing.assert_close(stats[:, 4].sum(), torch.ones((), device=DEVICE))
-    # The tiles may differ from those without statistics, so sums may be taken in another order.
-    agree(mixed, named, dtype, gradients=[])
-
-
 @settings(max_examples=10, deadline=None)
 @given(M=st.integers(1, 40), D=st.integers(2, 70), R=st.integers(4, 40), sources=st.integers(2, 3))
 def test_any_shape(M, D, R, sources):
-    agree(mixed_with_statistics, inputs((M,), D, R, sources), torch.float64)
-
-
-def test_statistics_of_gates_that_hardly_differ_and_of_nothing():
-    named = inputs((40,), 48, 16)
-    named["w2"] = named["w2"] * 1e-4
-    named["b2"] = torch.full_like(named["b2"], 2.2)
-    ours = agree(mixed_with_statistics, named, torch.float32)["1"]
-    exact = op.gate_mix_reference(*arguments(named, torch.float64), statistics=True)[1]
-    # Far below the place that `agree` leaves beside the mean of 0.9: the squares must not cancel.
-    torch.testing.assert_close(ours[:, 1], exact[:, 1], rtol=1e-3, atol=0.0)
-    assert (exact[:, 1] < 1e-4).all()
-    nothing = {name: torch.zeros_like(tensor) for name, tensor in named.items()}
-    half = torch.tensor([0.5, 0, 0, 0, 0], device=DEVICE).expand(3, 5)
-    torch.testing.assert_close(agree(mixed_with_statistics, nothing, torch.float32)["1"], half)
+    agree(mixed, inputs((M,), D, R, sources), torch.float64)
 
 
 def test_strided_inputs_and_upstream_gradients():
@@ -178,10 +147,7 @@ def test_two_sources_read_nothing_of_the_third():
 def test_the_same_bits_in_every_run(dtype):
     leaves = [tensor.requires_grad_() for tensor in arguments(inputs((100,), 64, 16), dtype)]
     dy = randn(100, 64, seed=20).to(dtype)
-    first, second = (
-        (y, stats, *torch.autograd.grad(y, leaves, dy))
-        for y, stats in (gate_mix(*leaves, statistics=True) for _ in range(2))
-    )
+    first, second = ((y, *torch.autograd.grad(y, leaves, dy)) for y in (gate_mix(*leaves) for _ in range(2)))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -194,13 +160,12 @@ def test_gradcheck(sources):
     assert torch.autograd.gradcheck(gate_mix, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("statistics", [False, True])
 @pytest.mark.parametrize("sources", [2, 3])
-def test_operator_contract_and_compile(sources, statistics):
+def test_operator_contract_and_compile(sources):
     named = {name: tensor.float() for name, tensor in inputs((2, 5), 32, 16, sources).items()}
     leaves = [None if tensor is None else tensor.requires_grad_() for tensor in arguments(named)]
-    torch.library.opcheck(torch.ops.hrm_kernels.gate_mix.default, (*leaves, statistics))
-    compiles(mixed_with_statistics if statistics else mixed, named)
+    torch.library.opcheck(torch.ops.hrm_kernels.gate_mix.default, tuple(leaves))
+    compiles(mixed, named)
 
 
 def test_backward_operator_contract():
