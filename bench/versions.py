@@ -1,8 +1,8 @@
 """The tests of model, engine, programs, modes and kernels under each version of PyTorch.
 
-`make versions` runs them for one version after the other and writes bench/results/versions.json. Each version
-has an environment of its own, which is kept, with the Triton that it asks for. The row of a version that
-cannot be installed gives the cause.
+`make versions` runs them for one version after the other and writes bench/results/versions.json after
+each file; the same command continues after a cut. Each version has an environment of its own, which is kept,
+with the Triton that it requires. The row of a version that cannot be installed gives the cause.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hrm.common.errors import run_command
+from hrm.common.files import write_whole
 from hrm.common.machine import processor
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +35,7 @@ TESTS = (
 NUMPY = {"2.10": "numpy<2.4", "2.11": "numpy<2.4"}
 # What the tests need besides PyTorch, which brings its Triton.
 PACKAGES = (
-    *("numba", "omegaconf", "PyYAML", "safetensors", "tqdm", "nvtx", "einops", "pydantic"),
+    *("numba", "omegaconf", "PyYAML", "safetensors", "tqdm", "nvtx", "pydantic"),
     *("pytest", "hypothesis", "matplotlib"),
 )
 OUTCOMES = ("passed", "failed", "skipped")
@@ -86,63 +87,100 @@ def counts(report: Path) -> dict[str, Any]:
         found = {child.tag for child in case}
         if found & {"failure", "error"}:
             result["failed"] += 1
-            result["failures"].append(f"{case.get('classname')}::{case.get('name')}")
+            result["failures"].append(case.get("name"))
         else:
             result["skipped" if "skipped" in found else "passed"] += 1
     return result
 
 
-def results_under(python: Path, minutes: float) -> dict[str, Any]:
-    """What the tests say under an environment's Python."""
+def suite() -> list[str]:
+    """TESTS with the files of each folder, relative to ROOT."""
+    paths = [ROOT / name for name in TESTS]
+    files = [file for path in paths for file in (sorted(path.glob("test_*.py")) if path.is_dir() else [path])]
+    return [os.path.relpath(file, ROOT) for file in files]
+
+
+def result_under(python: Path, file: str, minutes: float) -> dict[str, Any]:
+    """Outcomes of a test file under an environment's Python, or the fault that prevented them."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [
-            str(python),
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            f"--junitxml={report}",
-            *TESTS,
-        ]
+        options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "inductor")}
         start = time.perf_counter()
         try:
-            subprocess.run(command, cwd=ROOT, env=environment, timeout=60 * minutes)
+            subprocess.run(
+                [str(python), "-m", "pytest", *options, file], cwd=ROOT, env=environment, timeout=60 * minutes
+            )
         except subprocess.TimeoutExpired:
-            return {"fault": f"the tests did not end within {minutes:g} minutes"}
+            return {"fault": f"the file did not end within {minutes:g} minutes"}
         if not report.exists():
             return {"fault": "pytest wrote no report"}
         return {**counts(report), "seconds": round(time.perf_counter() - start)}
 
 
+def conditions() -> dict[str, Any]:
+    """The sources and the machine. changed: whether the sources differ from the commit's."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/bench/results")
+    return {"processor": processor(), "commit": git("rev-parse", "HEAD"), "changed": bool(changed)}
+
+
+def totals(files: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The sums over the files of a row, and the files that are still to be run."""
+    sums = {name: sum(found.get(name, 0) for found in files.values()) for name in (*OUTCOMES, "seconds")}
+    return {**sums, "to_run": [file for file in suite() if file not in files], "files": files}
+
+
 def row(version: str, folder: Path, minutes: float) -> dict[str, Any]:
-    """One version's row of the results."""
-    commit = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    common = {
-        "version": version,
-        "processor": processor(),
-        "commit": subprocess.run(commit, capture_output=True, text=True, check=True).stdout.strip(),
-    }
+    """One version's row, which is kept after each file.
+
+    Files that the kept row has for the same unchanged commit, processor and packages are not run again.
+    """
+    common = {"version": version, **conditions()}
     try:
         python = python_of(version, folder)
     except RuntimeError as error:
-        return {**common, "fault": str(error)}
-    return {**common, **installed(python), **results_under(python, minutes)}
+        found = {**common, "fault": str(error)}
+        keep(found)
+        return found
+    common |= installed(python)
+    old = next((each for each in kept() if each["version"] == version), {})
+    same = not common["changed"] and all(old.get(name) == value for name, value in common.items())
+    files = dict(old["files"]) if same else {}
+    for file in suite():
+        if file not in files or "fault" in files[file]:
+            files[file] = result_under(python, file, minutes)
+        keep({**common, **totals(files)})
+    return {**common, **totals(files)}
 
 
-def keep(rows: list[dict[str, Any]]) -> None:
-    """Puts rows into RESULTS in place of those of the same versions."""
-    old = json.loads(RESULTS.read_text())["versions"] if RESULTS.exists() else []
-    by_version = {each["version"]: each for each in [*old, *rows]}
+def kept() -> list[dict[str, Any]]:
+    """The rows of RESULTS."""
+    return json.loads(RESULTS.read_text())["versions"] if RESULTS.exists() else []
+
+
+def keep(new: dict[str, Any]) -> None:
+    """Puts a row into RESULTS in place of that of the same version."""
+    by_version = {each["version"]: each for each in [*kept(), new]}
     document = {
         "what": "tests by version of PyTorch, on a CPU, kernels in Triton's interpreter",
         "command": "make versions",
-        "tests": TESTS,
         "versions": [by_version[version] for version in VERSIONS if version in by_version],
     }
-    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+    write_whole(RESULTS, json.dumps(document, indent=1) + "\n")
+
+
+def faults(found: dict[str, Any]) -> list[str]:
+    """Why a row does not show that its version is supported, [] if it does."""
+    if "fault" in found:
+        return [found["fault"]]
+    lines = [f"{file}: {each['fault']}" for file, each in found["files"].items() if "fault" in each]
+    lines += [f"{file}::{name}" for file, each in found["files"].items() for name in each.get("failures", [])]
+    return lines + [f"{file} did not run" for file in found["to_run"]]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -154,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
         default=ROOT / ".venv-versions",
         help="folder of the environments, which are kept; default %(default)s",
     )
-    parser.add_argument("--minutes", type=float, default=30, help="limit of a version; default %(default)s")
+    parser.add_argument("--minutes", type=float, default=30, help="limit of a test file; default %(default)s")
     options = parser.parse_args(argv)
     wanted = options.versions or VERSIONS
     if unknown := sorted(set(wanted) - set(VERSIONS)):
@@ -162,10 +200,11 @@ def main(argv: list[str] | None = None) -> int:
     failed = False
     for version in wanted:
         found = row(version, options.environments, options.minutes)
-        keep([found])
-        outcome = ", ".join(f"{found[name]} {name}" for name in OUTCOMES if name in found)
-        print(f"torch {found.get('torch', version)}: {found.get('fault') or outcome}", flush=True)
-        failed |= "fault" in found or found["failed"] > 0
+        counted = ", ".join(f"{found[name]} {name}" for name in OUTCOMES if name in found)
+        print(f"torch {found.get('torch', version)}: {counted or 'nothing ran'}", flush=True)
+        for line in faults(found):
+            print(f"    {line}", flush=True)
+            failed = True
     return int(failed)
 
 

@@ -1,13 +1,12 @@
 """How `make versions` counts and keeps results."""
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 
 from bench import versions
-from bench.versions import counts, keep, main, python_of, results_under
+from bench.versions import counts, faults, keep, main, python_of, result_under, row
 
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.model.test_act" name="test_one"/>
@@ -24,27 +23,62 @@ def test_a_report_is_counted_by_outcome(tmp_path):
         "passed": 2,
         "failed": 2,
         "skipped": 1,
-        "failures": ["tests.model.test_act::test_two", "tests.model.test_act::test_three"],
+        "failures": ["test_two", "test_three"],
     }
 
 
-def test_tests_run_under_the_given_python(monkeypatch, tmp_path):
+def test_a_file_runs_under_the_given_python(tmp_path):
     (tmp_path / "test_some.py").write_text("def test_a():\n    pass\n\n\ndef test_b():\n    assert 0\n")
-    monkeypatch.setattr(versions, "TESTS", (str(tmp_path / "test_some.py"),))
-    found = results_under(Path(sys.executable), minutes=5)
-    assert (found["passed"], found["failed"], found["skipped"]) == (1, 1, 0)
-    assert found["failures"][0].endswith("test_some::test_b") and "fault" not in found
-    assert results_under(Path(sys.executable), minutes=0) == {
-        "fault": "the tests did not end within 0 minutes"
+    found = result_under(Path(sys.executable), str(tmp_path / "test_some.py"), minutes=5)
+    assert found.pop("seconds") < 300
+    assert found == {"passed": 1, "failed": 1, "skipped": 0, "failures": ["test_b"]}
+    assert result_under(Path(sys.executable), str(tmp_path / "test_some.py"), minutes=0) == {
+        "fault": "the file did not end within 0 minutes"
     }
+
+
+def test_a_cut_costs_one_file(monkeypatch, tmp_path):
+    """Files that are kept for the same commit run no more; one that failed to end does."""
+    asked: list[str] = []
+    ends = {"tests/b.py": {"fault": "slow"}, "tests/c.py": None}
+    now = {"processor": "p", "commit": "a", "changed": False}
+
+    def result(python, file, minutes):
+        asked.append(file)
+        if (end := ends.get(file, {"passed": 1, "failed": 0, "skipped": 2, "seconds": 3})) is None:
+            raise KeyboardInterrupt
+        return end
+
+    monkeypatch.setattr(versions, "RESULTS", tmp_path / "versions.json")
+    monkeypatch.setattr(versions, "TESTS", ("tests/a.py", "tests/b.py", "tests/c.py"))
+    monkeypatch.setattr(versions, "python_of", lambda version, folder: Path("python"))
+    monkeypatch.setattr(versions, "installed", lambda python: {"torch": "2.11.0"})
+    monkeypatch.setattr(versions, "result_under", result)
+    monkeypatch.setattr(versions, "conditions", lambda: now)
+    with pytest.raises(KeyboardInterrupt):
+        row("2.11", tmp_path, 1)
+    (cut,) = versions.kept()
+    assert faults(cut) == ["tests/b.py: slow", "tests/c.py did not run"]
+    ends.clear()
+    asked.clear()
+    whole = row("2.11", tmp_path, 1)
+    assert asked == ["tests/b.py", "tests/c.py"] and versions.kept() == [whole] and not faults(whole)
+    assert (whole["passed"], whole["skipped"], whole["seconds"]) == (3, 6, 9)
+    asked.clear()
+    now["commit"] = "b"
+    row("2.11", tmp_path, 1)
+    assert len(asked) == 3
 
 
 def test_rows_replace_those_of_their_version_in_the_order_of_versions(monkeypatch, tmp_path):
     monkeypatch.setattr(versions, "RESULTS", tmp_path / "versions.json")
-    keep([{"version": "2.13", "passed": 1}, {"version": "2.10", "fault": "no"}])
-    keep([{"version": "2.13", "passed": 2}, {"version": "2.11", "passed": 3}])
-    kept = json.loads((tmp_path / "versions.json").read_text())["versions"]
-    assert [(row["version"], row.get("passed")) for row in kept] == [("2.10", None), ("2.11", 3), ("2.13", 2)]
+    for each in ("2.13", 1), ("2.10", None), ("2.13", 2), ("2.11", 3):
+        keep(dict(zip(("version", "passed"), each, strict=True)))
+    assert [(each["version"], each["passed"]) for each in versions.kept()] == [
+        ("2.10", None),
+        ("2.11", 3),
+        ("2.13", 2),
+    ]
 
 
 def test_an_environment_that_cannot_be_made_is_a_row_with_its_cause(monkeypatch, tmp_path):
@@ -54,8 +88,8 @@ def test_an_environment_that_cannot_be_made_is_a_row_with_its_cause(monkeypatch,
     monkeypatch.setattr(versions, "RESULTS", tmp_path / "versions.json")
     monkeypatch.setattr(versions, "_run", refused)
     assert main(["--environments", str(tmp_path), "2.10"]) == 1
-    (row,) = json.loads((tmp_path / "versions.json").read_text())["versions"]
-    assert row["fault"] == "ERROR: No matching distribution found for torch==2.10.*" and "passed" not in row
+    (found,) = versions.kept()
+    assert faults(found) == ["ERROR: No matching distribution found for torch==2.10.*"]
 
 
 def test_an_environment_is_made_once(monkeypatch, tmp_path):
