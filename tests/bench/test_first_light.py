@@ -12,18 +12,8 @@ import pytest
 import torch
 
 from bench import first_light, test_inference, test_step
-from bench.first_light import (
-    GOALS,
-    STAGES,
-    Failed,
-    Skipped,
-    Stage,
-    goals,
-    measurements,
-    outcome,
-    read,
-    run_all,
-)
+from bench.first_light import STAGES, Failed, Skipped, Stage, outcome, read, run_all
+from bench.goals import GOALS, goals, measurements, table
 from tests.support.paths import ROOT
 
 NOW = {"commit": "a", "gpu": None}
@@ -149,16 +139,14 @@ def test_goals_are_predicted_and_measured():
     assert found == pytest.approx(
         {"step_b768_ms": 44.0, "step_b768_ratio": 1.5, "step_b96_ms": 6.0, "solve_b1_ms": 4.0}
     )
-    table = goals(stages)
-    assert [each["measured"] for each in table] == pytest.approx([44.0, 1.5, None, 4.0])
+    rows = goals(stages)
+    assert [each["measured"] for each in rows] == pytest.approx([44.0, 1.5, None, 4.0])
     assert (
-        35 < table[0]["predicted"] < 50
-        and 1.1 < table[1]["predicted"] < 1.6
-        and 0 < table[3]["predicted"] < 10
+        35 < rows[0]["predicted"] < 50 and 1.1 < rows[1]["predicted"] < 1.6 and 0 < rows[3]["predicted"] < 10
     )
     on_a_cpu = {"step": {"result": {"rows": [row("ours", "graph", 768, 1.0, gpu=None)]}}}
     assert measurements(on_a_cpu) == {} and all(each["measured"] is None for each in goals(on_a_cpu))
-    assert all(line in first_light.table(stages) for line in ("1.5", "44", "at most 45 ms"))
+    assert all(line in table(stages) for line in ("1.5", "44", "at most 45 ms"))
 
 
 def test_the_readme_has_the_goals_and_the_stages():
