@@ -79,15 +79,17 @@ class ReasoningModule(nn.Module):
         h, mean_square = self.combine(z, o, x, held, seen), None
         if bias is not None:
             h = h + bias
-        residual = h
         last = len(self.layers) - 1
         defers = not self.mixes_tokens and use_fused("linear_rms", h, measured_as=DEFERRED)
+        # A deferred block needs no second reference, which would keep the sources' sum in memory.
+        residual = None if defers else h
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, Block)
             asked = queries if index == last else None
             if defers:
                 h, mean_square = layer.deferred(h, mean_square, cos, sin, asked)
             else:
+                assert residual is not None
                 h, residual = layer(h, residual, cos, sin, asked)
         return h if mean_square is None else (h * rstd_of(mean_square)[..., None]).to(h.dtype)
 

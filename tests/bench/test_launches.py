@@ -31,7 +31,7 @@ def by_hand(arch: str, length: int) -> dict[str, dict[str, float]]:
 def test_the_step_is_the_one_counted_by_hand(arch, length):
     """FLOP to 1e-5 (the Q head). Bytes 2 to 5 % above: what PyTorch runs one by one, the roofline takes
     fused: three sources summed in one pass, a module's last norm, slices of the states' gradients.
-    Launches 30 to 52 % above, by these and some of a few bytes: of the losses, and of what is skipped.
+    180 to 205 launches more: these, and those of few bytes for the losses and for skipped steps.
     """
     hand, rows = by_hand(arch, length), list(counted(arch, length).values())
     # By hand all sources of a gate have gradients. Those of the states are wanted by nobody: of L's three
@@ -40,9 +40,8 @@ def test_the_step_is_the_one_counted_by_hand(arch, length):
     for part in PARTS:
         flop = hand[part]["flop"] - (unasked if part == "backward" else 0)
         assert totals([row for row in rows if row.part == part])["flop"] == pytest.approx(flop, rel=1e-5)
-    for quantity, bounds in (("bytes", (1.02, 1.05)), ("launches", (1.3, 1.52))):
-        ratio = totals(rows)[quantity] / hand["step"][quantity]
-        assert bounds[0] < ratio < bounds[1]
+    assert 1.02 < totals(rows)["bytes"] / hand["step"]["bytes"] < 1.05
+    assert 180 < totals(rows)["launches"] - hand["step"]["launches"] < 205
     assert totals(rows)["ideal_s"] == pytest.approx(hand["step"]["predicted_s"], rel=0.03)
 
 
