@@ -1,6 +1,6 @@
 """Every kernel compiled for every GPU generation, and the committed table of what came out."""
 
-import importlib
+import importlib.util
 import json
 import os
 import pkgutil
@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 
 import kernels
-from bench.machine_code import RESULTS, SHARED_MEMORY, cases, faults
+from bench.kernel_launches import cases
+from bench.machine_code import RESULTS, SHARED_MEMORY, Source, digest, faults, kept_rows
 from kernels.backend import recorded, triton
+
+NEEDS_TRITON = pytest.mark.skipif(triton is None, reason="Triton is not installed")
 
 ROW = {"target": "sm_90", "stack": 0, "shared_memory": 100, "matrix": True, "tensor_core": 8}
 
@@ -33,6 +36,69 @@ def test_faults(change, fault):
     assert faults(ROW | change) == fault
 
 
+CODE = """
+from kernels.backend import jit, tl
+
+SCALE = tl.constexpr(2)
+
+@jit
+def _scaled(x):
+    return x * SCALE
+
+@jit
+def _kernel(x, y, N: tl.constexpr):
+    tl.store(y, _scaled(tl.load(x)) + N)
+"""
+
+
+def digest_of(folder: Path, code: str, **changes: Any) -> str:
+    """The digest of a kernel whose module holds that code."""
+    path = folder / f"kernel_{len(list(folder.iterdir()))}.py"
+    path.write_text(code)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    source = Source(module._kernel, {"x": "*fp32", "N": "constexpr"}, {"N": 4}, {}, {"num_warps": 4})
+    return digest(source._replace(**changes))
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("", "", True),
+        ("SCALE = tl", "# Twice.\n\nSCALE = tl", True),
+        ("def _kernel(x, y, N: tl.constexpr):", 'def _kernel(x, y, N: tl.constexpr):\n    """Add."""', True),
+        ("+ N", "- N", False),
+        ("x * SCALE", "x + SCALE", False),
+        ("constexpr(2)", "constexpr(3)", False),
+    ],
+)
+def test_a_digest_changes_with_the_code_that_a_kernel_reaches(tmp_path, old, new, same):
+    changed = CODE.replace(old, new, 1)
+    assert (digest_of(tmp_path, CODE) == digest_of(tmp_path, changed)) is same
+
+
+@NEEDS_TRITON
+def test_a_digest_changes_with_the_launch(tmp_path, monkeypatch):
+    changes: list[dict[str, Any]] = [{}, {"signature": {"x": "*bf16", "N": "constexpr"}}]
+    changes += [{"constants": {"N": 8}}, {"attributes": {(0,): [["tt.divisibility", 16]]}}]
+    changes += [{"options": {"num_warps": 8}}]
+    found = {digest_of(tmp_path, CODE, **change) for change in changes}
+    monkeypatch.setattr(triton, "__version__", "0")
+    assert len(found | {digest_of(tmp_path, CODE)}) == len(changes) + 1
+
+
+def test_of_each_operation_a_row_is_compiled_always():
+    rows = json.loads(RESULTS.read_text())["rows"]
+    kept = kept_rows()
+    left_out = {row["op"]: row["target"] for row in rows if (row["digest"], row["target"]) not in kept}
+    assert left_out.keys() == {row["op"] for row in rows}
+    assert set(left_out.values()) == {f"sm_{capability}" for capability in SHARED_MEMORY}
+    assert len(kept) > 4 * len(left_out)
+
+
 def key(row: dict[str, Any]) -> tuple[str, ...]:
     return row["op"], row["case"], row["kernel"], row["target"], *row["programs"]
 
@@ -44,7 +110,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path: Path = tmp_path_factory.mktemp("machine_code") / "table.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "bench.machine_code", "--write", path],
+        [sys.executable, "-m", "bench.machine_code", "--changed", "--write", path],
         env=environment,
         capture_output=True,
         text=True,
@@ -86,6 +152,7 @@ def test_every_kernel_is_inspected():
 
 
 def test_the_committed_table_is_that_of_this_code(compiled):
+    """`python -m bench.machine_code --changed --write` renews it after a kernel has changed."""
     committed = json.loads(RESULTS.read_text())
     assert sorted(map(key, committed["rows"])) == sorted(map(key, compiled["rows"]))
     if committed["triton"] == compiled["triton"]:
