@@ -142,6 +142,7 @@ def judge(config: EvaluateConfig, as_json: bool, world: "World", device: "torch.
         device=device,
         dtype=config.dtype,
         metadata=dataset.metadata,
+        data=folder,
         reset_puzzle_emb=config.reset_puzzle_emb,
         ema=config.ema,
     )

@@ -10,6 +10,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
+from hrm.checkpoint.identifiers import Identifiers, identifiers_of_checkpoint, identifiers_of_data
 from hrm.checkpoint.read import (
     AVERAGE,
     MANIFEST,
@@ -76,7 +77,7 @@ class Trained:
     """A model with a checkpoint's weights, without gradient.
 
     config: of its run, metadata: of the data it is for. notes: a line for each thing that a user should know.
-    path: the checkpoint's folder, or the file of the official code.
+    path: the checkpoint's folder, or the file of the official code. names: of the puzzle table's rows.
     """
 
     model: HRM
@@ -84,6 +85,7 @@ class Trained:
     metadata: Metadata
     notes: list[str]
     path: Path
+    names: Identifiers
 
 
 def find_trained(path: str | Path) -> Found:
@@ -123,6 +125,7 @@ def load_trained(
     device: str | torch.device,
     dtype: str = "auto",
     metadata: Metadata | None = None,
+    data: str | Path | None = None,
     reset_puzzle_emb: bool = False,
     ema: bool | None = None,
 ) -> Trained:
@@ -130,10 +133,12 @@ def load_trained(
 
     path: as `find_trained` takes it, or what it returned. dtype: auto, float32 or bfloat16; auto is what the
     run was configured with. metadata: of the data to use it on; without it, of the data it was trained on.
+    data: the folder of that data, whose puzzles keep their embeddings by name; None leaves each its number.
     reset_puzzle_emb: with a fresh table of puzzle embeddings, of the size that metadata asks for. ema: the
     averaged weights in place of the last.
     Raises CheckpointError, ConfigError or DatasetError: for a damaged checkpoint, one without averaged
-    weights, data of other tokens, a puzzle table of another size, a shape that nothing tells.
+    weights, data of other tokens, a puzzle table of another size or of other puzzles, a shape that nothing
+    tells.
     """
     found = path if isinstance(path, Found) else find_trained(path)
     place = torch.device(device)
@@ -144,7 +149,9 @@ def load_trained(
     # First without memory: a configuration may ask for far more than the weights beside it have.
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in build().state_dict().items()}
-    weights, notes = load_weights(found.file, shapes, reset_puzzle_emb)
+    rows = metadata.num_puzzle_identifiers
+    names = None if data is None else identifiers_of_data(data, rows)
+    weights, notes = load_weights(found.file, shapes, reset_puzzle_emb, names)
     model = build()
     if ema:
         weights = {**weights, **_average(found.file, weights)}
@@ -156,7 +163,7 @@ def load_trained(
                 parameter.data = parameter.data.to(model.dtype)
     model = model.to(place).requires_grad_(False).eval()
     path = found.file.parent if found.file.name == WEIGHTS else found.file
-    return Trained(model, config, metadata, [*found.notes, *notes], path)
+    return Trained(model, config, metadata, [*found.notes, *notes], path, names or _names(found, rows))
 
 
 def _dtype(name: str) -> Any:
@@ -172,6 +179,14 @@ def _arch_of_stage(config: Config, training: Path) -> ArchConfig:
         raise CheckpointError(f"{training} does not tell the place in the data; use another checkpoint")
     iteration, batch = position
     return stage_arch(config, max(0, iteration * interval_epochs(config) - (batch == 0)))
+
+
+def _names(found: Found, rows: int) -> Identifiers:
+    """The names of the puzzle table's rows, from the checkpoint or else the data it was trained on."""
+    names = identifiers_of_checkpoint(found.file, rows)
+    if names.hashes is None and found.config.data_path is not None:
+        return identifiers_of_data(found.config.data_path, rows)
+    return names
 
 
 # --- the shape of the data

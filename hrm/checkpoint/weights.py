@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hrm.checkpoint.identifiers import Identifiers, follow_names, identifiers_of_checkpoint
 from hrm.checkpoint.read import MANIFEST, STEP_NAME, WEIGHTS, choose
 from hrm.checkpoint.safe_io import CheckpointError, read_safetensors, read_torch
 
@@ -16,7 +17,10 @@ ADDED = {"gate networks": ".gating_network.", "subgoal head": "subgoal_head."}
 
 
 def load_weights(
-    path: str | Path, expected: Mapping[str, torch.Size], reset_puzzle_emb: bool = False
+    path: str | Path,
+    expected: Mapping[str, torch.Size],
+    reset_puzzle_emb: bool = False,
+    names: Identifiers | None = None,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Weights that fit a model's names and shapes, and a line for each part left out.
 
@@ -24,16 +28,25 @@ def load_weights(
     (github.com/sapientinc/HRM; a state dict under `_orig_mod.model.inner.`) or the folder that holds it.
     expected: the shape of every parameter and persistent buffer. If the checkpoint has no gate networks or
     no subgoal head, the result lacks them and the model keeps its own values; with reset_puzzle_emb that also
-    holds for a puzzle table of another length. Tensors are on the CPU in the file's dtype.
-    Raises CheckpointError for a damaged file or another architecture, with the first differences.
+    holds for a puzzle table of another length. names: of the model's puzzle table, whose rows the
+    checkpoint's then follow; None leaves each row its number. Tensors are on the CPU in the file's dtype.
+    Raises CheckpointError for a damaged file or another architecture, with the first differences, and for a
+    puzzle table of other puzzles.
     """
     path, weights, notes = read_weights(Path(path))
     shapes = dict(expected)
-    if reset_puzzle_emb and PUZZLE_TABLE in shapes.keys() & weights.keys():
-        rows, *width = weights[PUZZLE_TABLE].shape
-        if width == list(shapes[PUZZLE_TABLE][1:]):
-            notes.append(f"{path}: its puzzle embeddings ({rows} rows) are left out; the table starts fresh")
+    table, shape = weights.get(PUZZLE_TABLE), shapes.get(PUZZLE_TABLE)
+    if table is not None and shape is not None and table.shape[1:] == shape[1:]:
+        if reset_puzzle_emb:
+            notes.append(
+                f"{path}: its puzzle embeddings ({len(table)} rows) are left out; the table starts fresh"
+            )
             del shapes[PUZZLE_TABLE], weights[PUZZLE_TABLE]
+        elif names is not None:
+            its_names = identifiers_of_checkpoint(path, len(table))
+            remedy = "use the data it was trained on, or reset_puzzle_emb=true for a fresh table"
+            weights[PUZZLE_TABLE], told = follow_names(table, its_names, names, shape[0], path, remedy)
+            notes += told
     for what, mark in ADDED.items():
         added = [name for name in shapes if mark in name]
         if added and not any(mark in name for name in weights):

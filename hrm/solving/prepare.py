@@ -14,7 +14,7 @@ from hrm.common.text import one_line
 from hrm.config.load import resolve_device
 from hrm.data.arc.augment import Pair, canvas
 from hrm.data.arc.files import Task
-from hrm.data.format import IGNORE_LABEL, Metadata, read_names
+from hrm.data.format import IGNORE_LABEL, Metadata
 from hrm.data.puzzle_kinds import Kind, kind_of
 from hrm.solving.adapt import learn_embedding
 
@@ -80,10 +80,9 @@ def identifier_for(task: Task | None, asked: str | None, trained: Trained, note:
     name = asked or (task.name if task is not None else None)
     if name is None:
         return None
-    path = Path(trained.config.data_path or ".") / "identifiers.json"
-    known = read_names(path.parent) if path.is_file() else []
-    if name in known:
-        return known.index(name)
+    path, row, known = trained.names.source, trained.names.row_of(name), trained.names.hashes is not None
+    if row is not None:
+        return row
     if asked is None:
         why = "was not trained on" if known else f"cannot be looked up without {path}"
         note(
@@ -92,9 +91,9 @@ def identifier_for(task: Task | None, asked: str | None, trained: Trained, note:
         )
         return None
     if not (name.isascii() and name.isdigit() and len(name) < 19):
-        where = "is not in" if known else "cannot be looked up without"
+        what = f"is no puzzle that {trained.path} knows" if known else f"cannot be looked up without {path}"
         raise UserError(
-            f"--identifier {one_line(name, 100)} {where} {path}; give the number of a row, or leave it out"
+            f"--identifier {one_line(name, 100)} {what}; give the number of a row, or leave it out"
         )
     return int(name)
 

@@ -3,6 +3,9 @@
 from dataclasses import asdict
 from pathlib import Path
 
+from torch import Tensor
+
+from hrm.checkpoint.identifiers import IDENTIFIERS
 from hrm.checkpoint.read import AVERAGE, Checkpoint, checkpoint_before
 from hrm.checkpoint.save import Saver
 from hrm.config.load import Config
@@ -42,12 +45,21 @@ class Checkpointer:
                     "data": asdict(engine.metadata),
                     "dataset": self.data.source,
                 },
-                extra={} if engine.average is None else {AVERAGE: engine.average.state_dict()},
+                extra=self._extra(),
                 score=progress.score,
             )
         progress.checkpoint = self.run_dir / f"step_{progress.step}"
         progress.save_due = progress.unsaved = False
         self.stop.saved()
+
+    def _extra(self) -> dict[str, dict[str, Tensor]]:
+        """The average of the weights, and the names of the puzzle table's rows if it has several."""
+        engine = self.engine
+        extra = {} if engine.average is None else {AVERAGE: engine.average.state_dict()}
+        table = engine.model.puzzle_emb
+        if table is not None and len(table.weights) > 1 and self.data.names.hashes is not None:
+            extra[IDENTIFIERS] = self.data.names.tensors()
+        return extra
 
     def save_if_due(self, progress: Progress) -> None:
         """Saves a state that is not saved yet, if the clock or `checkpoint_interval` asks for it.

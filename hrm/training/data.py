@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from hrm.checkpoint.identifiers import Identifiers, identifiers_of_data
 from hrm.config.load import Config
 from hrm.config.schedule import interval_epochs
 from hrm.data.dataset import (
@@ -100,6 +102,11 @@ class TrainingData:
         """The metadata of the training split, with its kind."""
         found = self.train_set.metadata
         return replace(found, kind=kind_of(found, self.train_set.sets).name)
+
+    @cached_property
+    def names(self) -> Identifiers:
+        """The names of the puzzle table's rows."""
+        return identifiers_of_data(self.train_set.folder.parent, self.metadata.num_puzzle_identifiers)
 
     def batches(self, position: tuple[int, int], world: World) -> Iterator[TrainBatch]:
         """The training batches from `position` on, this rank's rows of each.

@@ -5,9 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hrm.checkpoint.identifiers import IDENTIFIERS, Identifiers, follow_names, identifiers_in
 from hrm.checkpoint.read import AVERAGE, Checkpoint, differences, latest_checkpoint, load_checkpoint
 from hrm.checkpoint.safe_io import CheckpointError
-from hrm.checkpoint.weights import load_weights
+from hrm.checkpoint.weights import PUZZLE_TABLE, load_weights
 from hrm.common.errors import UserError
 from hrm.config.load import Config
 from hrm.config.schedule import interval_epochs
@@ -62,7 +63,7 @@ def restore_or_start(
         progress.unsaved = checkpoint.path.parent.resolve() != run_dir.resolve()
     elif config.checkpoint_path is not None:
         shapes = {name: tensor.shape for name, tensor in engine.weights().items()}
-        weights, notes = load_weights(config.checkpoint_path, shapes, config.reset_puzzle_emb)
+        weights, notes = load_weights(config.checkpoint_path, shapes, config.reset_puzzle_emb, data.names)
         engine.load_weights(weights)
         for note in [f"starting from the weights of {config.checkpoint_path}", *notes]:
             say(note)
@@ -121,6 +122,9 @@ def _resume(
             f"cannot resume from {checkpoint.path}: {'; '.join(found)}; give the options and data it was "
             "trained with, another run_name, resume=none, or resume_force=true to resume all the same"
         )
+    notes = []
+    if saved.get("data_fingerprint") != identity["data_fingerprint"]:
+        notes = _follow_names(engine, data, checkpoint)
     _check_shapes(engine, checkpoint)
 
     def differs(*names: str) -> bool:
@@ -129,8 +133,8 @@ def _resume(
     # The carry holds sequences of the old data, in batches of the old size.
     restore(engine, checkpoint, carry=not differs("data_fingerprint", "global_batch_size", "arch", "loss"))
     say(f"resuming {checkpoint.path} at step {checkpoint.step}; resume=none or a run_name starts anew")
-    for line in found:
-        say(f"resume_force=true: {line}")
+    for line in [*(f"resume_force=true: {line}" for line in found), *notes]:
+        say(line)
     outdated = ["best"] * differs(*RANKING) + ["incidents", "evaluation_due"] * differs(*ORDER)
     progress.load_state_dict(
         {name: value for name, value in checkpoint.training.items() if name not in outdated}
@@ -155,6 +159,23 @@ def _other_data(
         f"the training data were {old.get('path', 'another data set')} (fingerprint {prints[0]}) and are now "
         f"{dataset['path']} (fingerprint {prints[1]}{which})"
     )
+
+
+def _follow_names(engine: Engine, data: TrainingData, checkpoint: Checkpoint) -> list[str]:
+    """Reorders the checkpoint's puzzle table by the names in other data; returns what to say of it.
+
+    Raises CheckpointError if none of its puzzles is there.
+    """
+    table, own = checkpoint.weights.get(PUZZLE_TABLE), engine.model.puzzle_emb
+    if table is None or own is None or table.shape[1:] != own.weights.shape[1:]:
+        return []
+    path, tensors = checkpoint.path / IDENTIFIERS, checkpoint.extra.get(IDENTIFIERS)
+    there = Identifiers(path, None) if tensors is None else identifiers_in(path, tensors, len(table))
+    remedy = "resume=none checkpoint_path=PATH reset_puzzle_emb=true starts a new run from its other weights"
+    checkpoint.weights[PUZZLE_TABLE], notes = follow_names(
+        table, there, data.names, len(own.weights), checkpoint.path, remedy
+    )
+    return notes
 
 
 def _check_shapes(engine: Engine, checkpoint: Checkpoint) -> None:

@@ -281,8 +281,8 @@ def test_identifiers(arc, task, capsys):
         boards[name] = [found["q_halt"] for found in json.loads(out)["puzzles"]]
     assert boards["known"] == boards["1"] and boards["05269061"] == boards["2"] == boards["0"]
     told = refused(arc, task, "--identifier", "unheard", capsys=capsys)
-    assert told.startswith("--identifier unheard is not in ") and told.endswith(
-        "identifiers.json; give the number of a row, or leave it out"
+    assert told.startswith("--identifier unheard is no puzzle that ") and told.endswith(
+        "step_1 knows; give the number of a row, or leave it out"
     )
     told = refused(arc, task, "--identifier", "7", capsys=capsys)
     assert told.startswith("puzzle identifier 7: the model has rows 0 to 2")

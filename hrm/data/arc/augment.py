@@ -139,9 +139,11 @@ def draw(pairs: Sequence[Pair], num_aug: int, rng: np.random.Generator) -> Augme
     TRIALS * num_aug are drawn, so that a task with few different puzzles gets fewer.
     """
     count = TRIALS * num_aug
-    turns = np.concatenate([[0], rng.integers(len(TURNS), size=count)])
+    # One row of numbers for each draw, so that a larger num_aug begins with the same augmentations.
+    numbers = rng.random((count, COLOURS))
+    turns = np.concatenate([[0], (numbers[:, 0] * len(TURNS)).astype(int)])
     colours = np.tile(np.arange(COLOURS, dtype=np.uint8), (count + 1, 1))
-    colours[1:, 1:] = rng.random((count, COLOURS - 1)).argsort(axis=1) + 1
+    colours[1:, 1:] = numbers[:, 1:].argsort(axis=1) + 1
     first = np.unique(_hashes(pairs, turns, colours), return_index=True)[1]
     kept = np.sort(first)[: num_aug + 1]
     return Augmentations(turns[kept], colours[kept])
