@@ -261,4 +261,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, "what was printed is all there is"))
+    sys.exit(run_command(main))

@@ -43,7 +43,9 @@ class RankLost(UserError):
     status = 1
 
 
-def run_command(command: Callable[[], int | None], interrupted: str) -> int:
+def run_command(
+    command: Callable[[], int | None], interrupted: str = "the lines printed so far are valid"
+) -> int:
     """Runs a command; returns its exit status: its own, 2 for a mistake told in one line, 130 interrupted.
 
     interrupted: what to say after Ctrl-C. A file that the system refuses (no permission, a full or damaged
