@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,8 @@ def totals(files: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {**sums, "to_run": [file for file in suite() if file not in files], "files": files}
 
 
-def row(version: str, folder: Path, minutes: float) -> dict[str, Any]:
-    """One version's row, which is kept after each file.
+def row(version: str, folder: Path, minutes: float, only: Sequence[str] = ()) -> dict[str, Any]:
+    """One version's row, which is kept after each file. only: beginnings of the names of files, () for all.
 
     Files that the kept row has for the same unchanged commit, processor and packages are not run again.
     """
@@ -152,7 +153,7 @@ def row(version: str, folder: Path, minutes: float) -> dict[str, Any]:
     same = not common["changed"] and all(old.get(name) == value for name, value in common.items())
     files = dict(old["files"]) if same else {}
     for file in suite():
-        if file not in files or "fault" in files[file]:
+        if file.startswith(tuple(only) or "") and (file not in files or "fault" in files[file]):
             files[file] = result_under(python, file, minutes)
         keep({**common, **totals(files)})
     return {**common, **totals(files)}
@@ -193,13 +194,14 @@ def main(argv: list[str] | None = None) -> int:
         help="folder of the environments, which are kept; default %(default)s",
     )
     parser.add_argument("--minutes", type=float, default=30, help="limit of a test file; default %(default)s")
+    parser.add_argument("--only", nargs="+", default=(), metavar="FILE", help="files, or beginnings of names")
     options = parser.parse_args(argv)
     wanted = options.versions or VERSIONS
     if unknown := sorted(set(wanted) - set(VERSIONS)):
         parser.error(f"unknown version {unknown[0]!r}: choose from {', '.join(VERSIONS)}")
     failed = False
     for version in wanted:
-        found = row(version, options.environments, options.minutes)
+        found = row(version, options.environments, options.minutes, options.only)
         counted = ", ".join(f"{found[name]} {name}" for name in OUTCOMES if name in found)
         print(f"torch {found.get('torch', version)}: {counted or 'nothing ran'}", flush=True)
         for line in faults(found):

@@ -66,8 +66,11 @@ def test_a_cut_costs_one_file(monkeypatch, tmp_path):
     assert (whole["passed"], whole["skipped"], whole["seconds"]) == (3, 6, 9)
     asked.clear()
     now["commit"] = "b"
-    row("2.11", tmp_path, 1)
-    assert len(asked) == 3
+    assert faults(row("2.11", tmp_path, 1, ["tests/b"])) == [
+        "tests/a.py did not run",
+        "tests/c.py did not run",
+    ]
+    assert asked == ["tests/b.py"]
 
 
 def test_rows_replace_those_of_their_version_in_the_order_of_versions(monkeypatch, tmp_path):

@@ -1,6 +1,6 @@
 """Runs the tests on the stand-in CUDA library, or any program.
 
-python -m tests.cuda_host [words for pytest]
+python -m tests.cuda_host [files, and words for pytest]
 python -m tests.cuda_host --run SCRIPT [words]
 python -m tests.cuda_host --run -m MODULE [words]
 """
@@ -14,7 +14,9 @@ from tests.cuda_host.stand_in import environment, fault
 def main(words: list[str]) -> None:
     if (reason := fault()) is not None:
         sys.exit(f"{reason}: make cuda-host sets an environment up")
-    program = words[1:] if words[:1] == ["--run"] else ["-m", "pytest", "tests/cuda_host", *words]
+    named = any(word.startswith("tests/") for word in words)
+    tests = ["-m", "pytest", *([] if named else ["tests/cuda_host"]), *words]
+    program = words[1:] if words[:1] == ["--run"] else tests
     os.execve(sys.executable, [sys.executable, *program], environment())
 
 
