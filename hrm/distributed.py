@@ -236,6 +236,15 @@ class World:
                 "output_dir"
             )
 
+    def highest_now(self, code: int) -> int:
+        """The highest code (0 or more) that any rank gives at this call, for which all ranks wait."""
+        if not self._peers:
+            return code
+        value = torch.tensor([code])
+        with self._peers.collective():
+            dist.all_reduce(value, dist.ReduceOp.MAX, self._peers.side)
+        return int(value)
+
     def highest(self, code: int) -> int:
         """The highest code (0 or more) that any rank gave at its previous call: the same on every rank.
 

@@ -47,6 +47,7 @@ def test_one_rank_needs_no_process_group():
     world.barrier()
     world.check_equal({"weights": "a"})
     assert [world.highest(code) for code in (0, 2, 1)] == [0, 2, 1]
+    assert [world.highest_now(code) for code in (0, 2, 1)] == [0, 2, 1]
     assert not dist.is_initialized()
 
 

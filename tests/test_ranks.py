@@ -179,3 +179,4 @@ def test_collectives(tmp_path):
         assert "xxx… (" in got["many"] and " and 4 more: start" in got["many"] and len(got["many"]) < 1000
         # What any rank gave at the call before.
         assert got["highest"] == [0, 0, 0, 1, 0, 3, 2]
+        assert got["highest now"] == [0, 0, 1, 0, 3, 2, 0]

@@ -97,8 +97,7 @@ class Engine:
             work()
         except Stopped as stopped:
             code = stopped.code
-        code = int(self.world.all_gather(torch.tensor([code], device=self.device)).max())
-        if code:
+        if code := self.world.highest_now(code):
             raise Stopped(code)
 
     # ------------------------------------------------------------------------------------------ training

@@ -106,6 +106,7 @@ def collectives(out: Path) -> None:
         # Rank 1 sees a reason to stop at its third step, rank 2 a graver one at its fifth.
         codes = [(0, 0, 0), (0, 0, 0), (0, 1, 0), (0, 0, 0), (0, 0, 3), (2, 0, 0), (0, 0, 0)]
         results["highest"] = [world.highest(code[rank]) for code in codes]
+        results["highest now"] = [world.highest_now(code[rank]) for code in codes]
         torch.save(results, out / f"{rank}.pt")
         # One last code is on its way when the ranks part.
         world.highest(1)
