@@ -13,10 +13,11 @@ import numpy as np
 
 from hrm.common.errors import UserError, run_command
 from hrm.common.files import check_file, write_whole
+from hrm.common.text import counted
 from hrm.common.threads import THREADS_HELP
 from hrm.data.arc.augment import grid_of
 from hrm.data.puzzle_kinds import Kind, kind_of
-from hrm.solving.read_puzzles import Puzzle, read_puzzles, shortened
+from hrm.solving.read_puzzles import Puzzle, arc_puzzles, read_puzzles, shortened
 from hrm.solving.read_tokens import may_be_tokens, read_tokens
 
 if TYPE_CHECKING:
@@ -112,6 +113,8 @@ def solve(args: argparse.Namespace) -> list[str]:
         else:
             given = read_puzzles(args.puzzle)
             check_fits(given.kind, args.puzzle, args.checkpoint, trained)
+    elif given.task is not None:
+        given = arc_puzzles(given.task, kind_of(trained.metadata).rows)
     embedding: Tensor | int | None
     losses: list[float] = []
     if args.adapt_steps:
@@ -224,7 +227,7 @@ def _verdict(result: dict[str, Any]) -> list[str]:
         None: "no answer to compare with",
     }
     halts = "would go on" if result["halts_at"] is None else f"halts at step {result['halts_at']}"
-    confidence = f"confidence {100 * result['q_halt']:.1f} % after {_count(result['steps'], 'step')}"
+    confidence = f"confidence {100 * result['q_halt']:.1f} % after {counted(result['steps'], 'step')}"
     return [told[result["right"]], f"{confidence}; left to itself the model {halts}"]
 
 
@@ -233,14 +236,10 @@ def _step_line(kind: Kind, number: int, step: "Step", before: Sequence[int]) -> 
     changed = [
         kind.at(n) for n, (now, then) in enumerate(zip(step.board, before, strict=True)) if now != then
     ]
-    rules = _count(len(step.problems), "fault") if step.problems else "no fault"
+    rules = counted(len(step.problems), "fault") if step.problems else "no fault"
     sure = f"confidence {100 * step.q_halt:.1f} %, {'halts' if step.halts else 'goes on'}"
     where = f": {shortened(changed)}" if changed and number > 1 else ""
-    return f"step {number}: {rules}, {sure}; {_count(len(changed), 'cell')} changed{where}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + "s" * (number != 1)
+    return f"step {number}: {rules}, {sure}; {counted(len(changed), 'cell')} changed{where}"
 
 
 if __name__ == "__main__":

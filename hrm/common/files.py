@@ -121,7 +121,7 @@ def open_own(path: str | os.PathLike[str], mode: str) -> IO[Any]:
     except OSError as fault:
         if fault.errno != errno.ELOOP:
             raise
-        raise UserError(f"{path}: a link, which nothing is written through; remove it") from None
+        raise UserError(f"{path}: a link, which nothing is written through; give another folder") from None
 
 
 def check_file(path: Path) -> None:

@@ -31,6 +31,11 @@ def error_text(error: BaseException, limit: int = 120) -> str:
     return f"{type(error).__name__}: {one_line(error, limit)}"
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things in words, such as "1 field" and "2 fields". what: one of them."""
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def size_text(count: float) -> str:
     """A number of bytes in the largest unit that fits: 2048 is 2 KiB."""
     units = ["bytes", "KiB", "MiB", "GiB", "TiB"]

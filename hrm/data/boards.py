@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from hrm.common.errors import UserError
+from hrm.common.text import counted
 
 Tokens = Sequence[int] | np.ndarray
 
@@ -86,7 +87,9 @@ class Rules(ABC):
         if len(lines) == 1 and len(lines[0]) == cells:
             lines = [lines[0][first : first + boards.cols] for first in range(0, cells, boards.cols)]
         if len(lines) != boards.rows:
-            there = f"{len(lines[0])} cells in one line" if len(lines) == 1 else f"{len(lines)} lines"
+            there = (
+                f"{counted(len(lines[0]), 'cell')} in one line" if len(lines) == 1 else f"{len(lines)} lines"
+            )
             raise UserError(
                 f"{there}, expected {cells} cells in one line or {boards.rows} lines of {boards.cols}; "
                 f"a cell is {self.expected(boards)}"
@@ -102,7 +105,7 @@ class Rules(ABC):
                 tokens[cell] = token
             if len(line) != boards.cols:
                 raise UserError(
-                    f"row {row + 1} has {len(line)} cells, expected {boards.cols}; a cell is "
+                    f"row {row + 1} has {counted(len(line), 'cell')}, expected {boards.cols}; a cell is "
                     + self.expected(boards)
                 )
         return tokens

@@ -86,7 +86,7 @@ class PuzzleDataset:
         if path.exists():
             listed = read_description(path, MAX_DESCRIPTION_BYTES, "the checksums of a split")
             for file, what in checksum_faults(listed, self.contents.sums):
-                remedy = f"build or copy the data set again; after an intended change, delete {CHECKSUMS}"
+                remedy = f"build or copy the data set again; after an intended change, rename {CHECKSUMS}"
                 raise DamagedFile(self.folder / file, what, remedy)
 
 

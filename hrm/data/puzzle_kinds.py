@@ -11,6 +11,7 @@ from itertools import chain
 import numpy as np
 
 from hrm.common.errors import UserError
+from hrm.common.text import counted
 from hrm.data.arc.rules import ArcRules
 from hrm.data.boards import CHANGED, PLAIN, Boards, Rules, Tokens
 from hrm.data.format import Metadata, PuzzleSet, ignored_labels
@@ -151,7 +152,7 @@ class TokenRules(Rules):
     def parse(self, boards: Boards, text: str) -> np.ndarray:
         words = text.replace(",", " ").split()
         if len(words) != boards.rows * boards.cols:
-            raise UserError(f"{len(words)} numbers, expected {boards.rows * boards.cols}")
+            raise UserError(f"{counted(len(words), 'number')}, expected {boards.rows * boards.cols}")
         for cell, word in enumerate(words):
             if not (word.isascii() and word.isdigit() and len(word) < 10 and int(word) < boards.vocab_size):
                 raise UserError(f"{boards.at(cell)} is {word[:20]!r}, expected {self.expected(boards)}")

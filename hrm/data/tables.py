@@ -4,7 +4,7 @@ import csv
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from hrm.common.text import literal
+from hrm.common.text import counted, literal
 
 # Names of columns by meaning, in lower case; the first one that a header has counts.
 QUESTIONS = (
@@ -44,7 +44,7 @@ class Header(NamedTuple):
         """The row of a line. Raises ValueError for another number of fields than in the header."""
         found = fields(text, self.delimiter)
         if len(found) != self.width:
-            raise ValueError(f"{len(found)} fields, expected {self.width} as in the header")
+            raise ValueError(f"{counted(len(found), 'field')}, expected {self.width} as in the header")
         question, answer, rating = (None if place is None else found[place] for place in self.places)
         return Row(line, question or "", answer or None, rating or None)
 

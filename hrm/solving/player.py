@@ -18,6 +18,7 @@ from string import Template
 
 import numpy as np
 
+from hrm.common.text import counted
 from hrm.data.arc.augment import canvas, grid_of
 from hrm.data.sudoku.solver import BOXES
 from hrm.solving.trace import Step, Trace
@@ -152,7 +153,9 @@ class _View:
         if self.trace.kind != "arc":
             return tokens
         grid = grid_of(tokens)
-        return np.zeros_like(tokens) if grid is None else np.where(canvas(grid) >= _FIRST_GIVEN, tokens, _PAD)
+        if grid is None:
+            return np.zeros_like(tokens)
+        return np.where(canvas(grid, side=self.trace.rows) >= _FIRST_GIVEN, tokens, _PAD)
 
 
 def _verdict(view: _View) -> tuple[str, str, list[str]]:
@@ -172,13 +175,13 @@ def _verdict(view: _View) -> tuple[str, str, list[str]]:
         differ = f"{wrong} of {view.compared} cells wrong"
         findings.append(differ if wrong else "every cell right")
     if view.ruled or problems:
-        findings.append(f"{_count(len(problems), 'rule')} broken" if problems else "no rule broken")
+        findings.append(f"{counted(len(problems), 'rule')} broken" if problems else "no rule broken")
     findings.append(f"{_percent(steps[last].q_halt)} sure")
     halts = next((number for number, step in enumerate(steps, 1) if step.halts), None)
     findings.append(
         f"would stop after step {halts} of {len(steps)}"
         if halts
-        else f"would not stop by itself in {_count(len(steps), 'step')}"
+        else f"would not stop by itself in {counted(len(steps), 'step')}"
     )
     moved = [index for index in range(1, len(steps)) if (view.boards[index] != view.boards[index - 1]).any()]
     settled = moved[-1] + 1 if moved else 1
@@ -314,10 +317,6 @@ def _percent(probability: float) -> str:
     if 0 < probability < 0.001 or 0.999 < probability < 1:
         return "below 0.1 %" if probability < 0.5 else "over 99.9 %"
     return f"{100 * probability:.1f} %"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _text(text: str) -> str:

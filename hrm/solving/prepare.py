@@ -48,9 +48,10 @@ def load_for(
 
 
 def check_fits(kind: Kind, puzzle: str, checkpoint: str, trained: Trained) -> None:
-    """Raises UserError unless the model was trained on puzzles of this kind and size."""
+    """Raises UserError unless the model was trained on puzzles of this kind and size; ARC has any canvas."""
     its = kind_of(trained.metadata)
-    if (its.name, its.rows, its.cols) != (kind.name, kind.rows, kind.cols):
+    is_of_size = (its.rows, its.cols) == (kind.rows, kind.cols) or kind.name == "arc"
+    if its.name != kind.name or not is_of_size:
         remedy = "give a checkpoint of the puzzle's kind and size"
         if its.name == "tokens":
             remedy = f"give it {its.rows * its.cols} numbers by --tokens"
@@ -106,8 +107,9 @@ def adapted_embedding(
     demonstrations: pairs with both grids. Raises UserError as `learn_embedding` does.
     """
     config, ignored = trained.config, trained.metadata.ignore_label_id
+    side = kind_of(trained.metadata).rows
     inputs, labels = (
-        np.stack([canvas(pair.grids[n]) for pair in demonstrations]).astype(int) for n in (0, 1)
+        np.stack([canvas(pair.grids[n], side=side) for pair in demonstrations]).astype(int) for n in (0, 1)
     )
     labels[labels == ignored] = IGNORE_LABEL
     losses: list[float] = []

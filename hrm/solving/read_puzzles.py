@@ -14,9 +14,10 @@ import numpy as np
 
 from hrm.common.errors import UserError
 from hrm.common.files import read_text
-from hrm.data.arc.augment import canvas
+from hrm.common.text import counted
+from hrm.data.arc.augment import LARGEST_SIDE, SIDE, VOCAB_SIZE, canvas
 from hrm.data.arc.files import Task, read_task
-from hrm.data.puzzle_kinds import ARC, MAZE_VOCABULARY, Kind
+from hrm.data.puzzle_kinds import MAZE_VOCABULARY, Kind
 from hrm.data.sudoku.solver import solutions
 from hrm.data.sudoku.text import FOREIGN, SYMBOLS, cells_of, digit_table, read_rows, size_of
 from hrm.data.tables import Row
@@ -66,7 +67,8 @@ def read_puzzles(source: str) -> Puzzles:
             )
         return _boards(source, "the puzzle")
     if source.endswith(".json"):
-        return _arc_task(Path(source))
+        # The canvas is the model's, which is not known here.
+        return arc_puzzles(read_task(Path(source), LARGEST_SIDE))
     if source != "-":
         return _boards(read_text(source, MAX_TEXT_BYTES, EXPECTED), source)
     where, text = "standard input", sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
@@ -78,18 +80,29 @@ def read_puzzles(source: str) -> Puzzles:
         raise UserError(f"{where}: not text in UTF-8, expected {EXPECTED}") from None
 
 
-def _arc_task(path: Path) -> Puzzles:
-    # Read as an evaluation task, whose tests need no output.
-    task = read_task(path)
+def arc_puzzles(task: Task, side: int | None = None) -> Puzzles:
+    """The tests of an ARC task on canvases of this side; None: the usual one, or larger if a grid needs it.
+
+    Raises UserError for a grid that the canvas has no room for.
+    """
+    largest = max((grid for pair in task.pairs for grid in pair.grids), key=lambda grid: max(grid.shape))
+    needed = max(largest.shape)
+    side = side or max(SIDE, needed)
+    if needed > side:
+        rows, cols = largest.shape
+        raise UserError(
+            f"{task.where}: a grid of {rows} x {cols} cells, but the model was trained on canvases of "
+            f"{side} x {side}; give a checkpoint whose data were built with --canvas {needed} or more"
+        )
     tests = [
         Puzzle(
-            canvas(pair.input),
-            None if pair.output is None else canvas(pair.output),
+            canvas(pair.input, side=side),
+            None if pair.output is None else canvas(pair.output, side=side),
             f"{task.name}, test {number + 1}",
         )
         for number, pair in enumerate(task.test)
     ]
-    return Puzzles(Kind("arc", 30, 30, ARC[0]), tests, task)
+    return Puzzles(Kind("arc", side, side, VOCAB_SIZE), tests, task)
 
 
 def _boards(text: str, where: str) -> Puzzles:
@@ -146,7 +159,7 @@ def _unreadable(where: str, cells: Sequence[int], expected: str, total: int = 0)
     line = next((n for n, count in enumerate(cells) if count != cells[0]), 0)
     total = total or len(cells)
     place = where if total == 1 else f"{where}, line {line + 1}"
-    there = f"{place}: {cells[line]} cells in one line of {total}"
+    there = f"{place}: {counted(cells[line], 'cell')} in one line of {total}"
     return UserError(f"{there}; expected {expected}, in one line or in a line for each row")
 
 

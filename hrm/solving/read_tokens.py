@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from hrm.common.errors import UserError
 from hrm.common.files import read_text
+from hrm.common.text import counted
 from hrm.data.format import Metadata
 from hrm.data.puzzle_kinds import Kind, declared
 from hrm.solving.read_puzzles import MAX_TEXT_BYTES, Puzzle, Puzzles, shortened
@@ -48,7 +49,7 @@ def _sequences(text: str, where: str, kind: Kind, metadata: Metadata) -> Iterato
         place = where if len(lines) == 1 else f"{where}, line {number}"
         words = line.replace(",", " ").split()
         if len(words) > metadata.seq_len:
-            raise UserError(f"{place}: {len(words)} numbers, expected at most {metadata.seq_len}")
+            raise UserError(f"{place}: {counted(len(words), 'number')}, expected at most {metadata.seq_len}")
         padding = [str(metadata.pad_id)] * (metadata.seq_len - len(words))
         for cell, word in enumerate(words, 1):
             if not (word.isascii() and word.isdigit() and len(word) < 10 and int(word) < kind.vocab_size):

@@ -200,13 +200,13 @@ def _number(value: float | None) -> float:
 
 
 def _damaged(path: Path, number: int, what: str) -> UserError:
-    return UserError(f"{path} line {number} {what}: remove the line, or read the metrics of another run")
+    return UserError(f"{path} line {number} {what}; give another run, or a copy of this one without the line")
 
 
 def _config(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    text = read_text(path, CONFIG_LIMIT, "a run's configuration; restore it, or remove it")
+    text = read_text(path, CONFIG_LIMIT, "a run's configuration; restore it, or give another run")
     try:
         # A SafeLoader that also refuses aliases.
         found = yaml.load(text, _Loader)  # noqa: S506
@@ -214,7 +214,7 @@ def _config(path: Path) -> dict[str, Any] | None:
     except Exception:
         found = None
     if not isinstance(found, dict) or not _is_plain(found):
-        raise UserError(f"{path}: not a run's configuration in YAML; restore it, or remove it")
+        raise UserError(f"{path}: not a run's configuration in YAML; restore it, or give another run")
     return found
 
 

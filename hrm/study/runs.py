@@ -89,10 +89,7 @@ class Run:
 
     def made_by(self) -> dict[str, Any]:
         """The `surroundings` that finished it, and whether it shared its device with other runs."""
-        path, expected = (
-            self.folder / FINISHED,
-            "what a finished run leaves; remove it to go on",
-        )
+        path, expected = self.folder / FINISHED, "what a finished run leaves; give another --output"
         found = read_json(path, RECORD_LIMIT, expected)
         if not isinstance(found, dict) or not isinstance(found.get("shared_device"), bool):
             raise UserError(f"{path}: expected {expected}")
@@ -288,7 +285,7 @@ def _held(folder: Path) -> bool:
 
 
 def _read_plan(path: Path) -> dict[str, Any]:
-    remedy = "give another --output, or remove the folder"
+    remedy = "give another --output"
     plan = read_json(path, RECORD_LIMIT, f"the plan of a comparison; {remedy}")
     candidates = plan.get("candidates") if isinstance(plan, dict) else None
     sound = isinstance(candidates, dict) and all(isinstance(each, dict) for each in candidates.values())
@@ -324,7 +321,7 @@ def _check(job: _Active, made_by: str) -> bool:
     if status == 0:
         try:
             evaluated = len(read_history(run.folder).evaluation()[0]) > 0
-            problem = "" if evaluated else f"no evaluation in {run.folder / METRICS}: remove the folder"
+            problem = "" if evaluated else f"no evaluation in {run.folder / METRICS}; give another --output"
         except UserError as error:
             problem = str(error)
     if not problem:

@@ -121,7 +121,7 @@ def test_a_flipped_bit_is_named_by_its_file(tmp_path: Path, name: str) -> None:
         DatasetError, match=rf"{name}: its bytes are not those that checksums\.json lists"
     ) as told:
         PuzzleDataset(tmp_path, "train")
-    assert "after an intended change, delete checksums.json" in str(told.value)
+    assert "after an intended change, rename checksums.json" in str(told.value)
     (tmp_path / "train/checksums.json").unlink()
     now = PuzzleDataset(tmp_path, "train")
     expected = [] if name.endswith("difficulty.npy") else [f"{name} changed"]

@@ -150,10 +150,10 @@ def test_other_tokens_are_numbers() -> None:
         (ARC, "012\n34|", "row 2, column 3 is '|', expected a colour 0 to 9"),
         (ARC, "012\n34", "row 2 has 2 cells, expected 3"),
         (ARC, "\n", "0 lines, expected a grid of 1 to 30 rows and 1 to 30 columns"),
-        (ARC, "0" * 31, "1 lines of 31, expected a grid of 1 to 30 rows"),
+        (ARC, "0" * 31, "1 line of 31, expected a grid of 1 to 30 rows"),
         (Kind("tokens", 1, 2, 5), "1 5", "row 1, column 2 is '5', expected a whole number from 0 to 4"),
         (Kind("tokens", 1, 2, 5), "1 ²", "row 1, column 2 is '²'"),
-        (Kind("tokens", 1, 2, 5), "1", "1 numbers, expected 2"),
+        (Kind("tokens", 1, 2, 5), "1", "1 number, expected 2"),
     ],
 )
 def test_what_cannot_be_read_is_named(kind: Kind, text: str, message: str) -> None:

@@ -660,7 +660,7 @@ def test_long_lines_and_open_quotes_do_not_swallow_a_file(tmp_path: Path) -> Non
             read_puzzles(path, 4)
     path = tmp_path / "a.csv"
     path.write_text(f'source,question\n"a,{GOOD}\nb",{GOOD}\n')
-    with pytest.raises(SudokuError, match="line 2: 1 fields, expected 2"):
+    with pytest.raises(SudokuError, match="line 2: 1 field, expected 2"):
         read_puzzles(path, 4)
 
 

@@ -15,6 +15,7 @@ import torch
 import train
 from hrm.checkpoint.read import load_checkpoint
 from hrm.checkpoint.save import save_checkpoint
+from hrm.data.__main__ import main as build_data
 from hrm.data.arc.augment import canvas
 from hrm.data.format import PuzzleSet
 from hrm.data.puzzle_kinds import Kind
@@ -300,6 +301,25 @@ def test_adapting_to_a_task(arc, task, capsys):
         found["q_halt"] for found in json.loads(out)["puzzles"]
     ]
     assert before == {path: path.read_bytes() for path in arc.rglob("*") if path.is_file()}
+
+
+def test_a_task_on_another_canvas(task, tmp_path, capsys):
+    words = ["--output-dir", str(tmp_path / "data"), "--canvas", "4", "--num-aug", "0", "--workers", "1"]
+    assert build_data(["arc", "--source", str(task.parent), *words, "--test-set", task.parent.name]) == 0
+    small = trained(tmp_path, tmp_path / "data", "global_batch_size=2", "epochs=1", "max_steps=1")
+    capsys.readouterr()
+    page = tmp_path / "page.html"
+    status, out, _ = run(small, task, "--json", "--adapt-steps", 2, "--html", page, capsys=capsys)
+    solved = json.loads(out)["puzzles"]
+    assert status in (0, 1) and [len(each["question"]) for each in solved] == [16, 16] and page.is_file()
+    assert solved[0]["question"] == canvas(np.zeros((2, 2), np.uint8), side=4).tolist()
+    wide = json.loads(task.read_text())
+    wide["test"][0]["input"] = [[1] * 34]
+    (tmp_path / "wide.json").write_text(json.dumps(wide))
+    assert refused(small, tmp_path / "wide.json", capsys=capsys) == (
+        f"{tmp_path / 'wide.json'}: a grid of 1 x 34 cells, but the model was trained on canvases of 4 x 4; "
+        "give a checkpoint whose data were built with --canvas 34 or more"
+    )
 
 
 def arc_trace(board: np.ndarray, problems: list[str]) -> Trace:

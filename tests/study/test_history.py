@@ -85,7 +85,7 @@ def test_a_line_without_its_end_is_still_being_written(tmp_path, tail):
 )
 def test_a_damaged_line_is_named(tmp_path, line, what):
     write(tmp_path, {"step": 1, "a": 1}, tail=f'{line}\n{{"step": 2}}\n')
-    with pytest.raises(UserError, match=rf"metrics\.jsonl line 2 {what}.*: remove the line"):
+    with pytest.raises(UserError, match=rf"metrics\.jsonl line 2 {what}.*; give another run"):
         read_history(tmp_path)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from hrm.common.files import read_json
-from hrm.common.text import literal
+from hrm.common.text import counted, literal
 from hrm.data.arc.augment import COLOURS, LARGEST_SIDE, SIDE, Pair, task_of
 from hrm.data.faults import Faults
 from hrm.data.format import DatasetError
@@ -236,7 +236,7 @@ class Reader:
         width = len(self._lines(rows[0], f"{where}, row 0", "cells"))
         for number, row in enumerate(rows):
             if not isinstance(row, list) or len(row) != width:
-                length = f"{len(row)} cells" if isinstance(row, list) else literal(row)
+                length = counted(len(row), "cell") if isinstance(row, list) else literal(row)
                 raise DatasetError(f"{where}, row {number}: {length}, expected {width} cells as in row 0")
             for column, colour in enumerate(row):
                 # bool is a subclass of int.

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from hrm.common.errors import UserError
+from hrm.common.text import counted
 from hrm.data.arc.augment import VOCAB_SIZE, canvas, grid_of
 from hrm.data.boards import PLAIN, Boards, Rules, Tokens
 
@@ -28,7 +29,7 @@ class ArcRules(Rules):
         kept = ("".join(line.split()) for line in text.splitlines())
         lines = [line for line in kept if line]
         if not lines or len(lines) > boards.rows or len(lines[0]) > boards.cols:
-            there = f"{len(lines)} lines" + (f" of {len(lines[0])}" if lines else "")
+            there = counted(len(lines), "line") + (f" of {len(lines[0])}" if lines else "")
             raise UserError(
                 f"{there}, expected a grid of 1 to {boards.rows} rows and 1 to {boards.cols} columns"
             )

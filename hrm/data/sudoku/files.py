@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hrm.common.files import numbered_lines
+from hrm.common.text import counted
 from hrm.data.faults import Faults
 from hrm.data.sudoku.solver import GAVE_UP, UNDECIDED, SudokuError, solve_each, units
 from hrm.data.sudoku.text import FOREIGN, cells_of, digit_table, expected, read_rows
@@ -241,7 +242,7 @@ def _digits(
     texts = [cells_of(text, size) for text in texts]
     for row, text in enumerate(texts):
         if len(text) != cells:
-            fault(row, f"{what} of {len(text)} characters, expected {cells} for size {size}")
+            fault(row, f"{what} of {counted(len(text), 'character')}, expected {cells} for size {size}")
             texts[row] = "." * cells
     # One byte a character; those beyond Latin-1 become '?', which is no cell.
     grids = table[np.frombuffer("".join(texts).encode("latin-1", "replace"), np.uint8)].reshape(-1, cells)

@@ -15,6 +15,7 @@ from itertools import chain, islice
 
 import numpy as np
 
+from hrm.common.text import counted
 from hrm.data.sudoku.solver import BOXES
 from hrm.data.tables import Header, Row, content, header_of, unnamed
 
@@ -126,7 +127,7 @@ def _puzzle_lines(
         if len(fields) == 1:
             yield Row(number, cells_of(text.strip(), size))
         elif len(found) != len(fields):
-            yield number, f"{len(found)} fields, expected {len(fields)} as in the lines before"
+            yield number, f"{counted(len(found), 'field')}, expected {len(fields)} as in the lines before"
         else:
             yield Row(
                 number,
