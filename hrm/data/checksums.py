@@ -8,6 +8,7 @@ every batch, because reading the memory map of a truncated file kills the proces
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any, NamedTuple
 from hrm.common.text import literal
 from hrm.data.format import DatasetError
 
-CHECKSUMS = "checksums.json"
+DESCRIPTION, CHECKSUMS = "dataset.json", "checksums.json"
+_KIND = re.compile(rb',\s*"kind":\s*"[a-z]*"')
 # Small enough to stay in the processor's cache for the second digest.
 _PIECE_BYTES = 1 << 18
 
@@ -32,11 +34,14 @@ class Contents:
     sums: Sums
 
 
-def read_contents(paths: Sequence[Path], further: Sequence[Path] = ()) -> Contents:
+def read_contents(
+    paths: Sequence[Path], further: Sequence[Path] = (), *, with_kind: bool = False
+) -> Contents:
     """Digests of files of different names, each read once.
 
-    paths: files of the fingerprint, a SHA-256 (hex) over their sizes and bytes in this order. further: files
-    outside the fingerprint.
+    paths: files of the fingerprint, a SHA-256 (hex) over their sizes and bytes in this order. It leaves out
+    the kind that a description declares, so that data have one fingerprint whether it is declared or not;
+    with_kind=True leaves it in. further: files outside the fingerprint.
     """
     together = hashlib.sha256()
     sums: Sums = {}
@@ -44,6 +49,13 @@ def read_contents(paths: Sequence[Path], further: Sequence[Path] = ()) -> Conten
     for path in (*paths, *further):
         own = hashlib.sha256()
         digests = [own] if path in further else [own, together]
+        if path.name == DESCRIPTION and path not in further and not with_kind:
+            content = path.read_bytes()
+            plain = _KIND.sub(b"", content)
+            own.update(content)
+            together.update(len(plain).to_bytes(8, "little") + plain)
+            sums[path.name] = {"size": len(content), "sha256": own.hexdigest()}
+            continue
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             if path not in further:

@@ -74,6 +74,11 @@ class PuzzleDataset:
         self._opened.check()
         return contents
 
+    def has_fingerprint(self, value: object) -> bool:
+        """Whether this is the split's fingerprint, now or in versions that counted the declared kind."""
+        now = self.contents.fingerprint
+        return value == now or value == read_contents(self._files, with_kind=True).fingerprint
+
     def check_unchanged(self, name: str) -> None:
         """Raises DatasetError if a memory-mapped file of the set `name` changed since it was opened.
 
@@ -121,7 +126,7 @@ def check_same_task(train: PuzzleDataset, test: PuzzleDataset) -> None:
 
 
 def fingerprint(dataset: PuzzleDataset) -> str:
-    """SHA-256 (hex) over the bytes of a split's dataset.json and of all its arrays, in a fixed order."""
+    """SHA-256 (hex) over a split's dataset.json without its kind and all its arrays, in a fixed order."""
     return dataset.contents.fingerprint
 
 

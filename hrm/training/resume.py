@@ -115,7 +115,10 @@ def _resume(
         identity["checkpoint_path"] = saved.get("checkpoint_path")
     manifest = {**checkpoint.manifest, "run": saved}
     found = [line for line in differences(manifest, identity) if not line.startswith("data_fingerprint ")]
-    if saved.get("data_fingerprint") != identity["data_fingerprint"]:
+    before = saved.get("data_fingerprint")
+    if before != identity["data_fingerprint"] and data.train_set.has_fingerprint(before):
+        saved["data_fingerprint"] = before = identity["data_fingerprint"]
+    if before != identity["data_fingerprint"]:
         found.insert(0, _other_data(checkpoint.manifest.get("dataset"), saved, data.source, identity))
     if found and not config.resume_force:
         raise CheckpointError(

@@ -497,3 +497,13 @@ def test_the_members_of_a_batch_are_drawn_again(tmp_path: Path, sets: tuple[list
     count = sum(batch.index[0] == 1 for batch in batches)
     with pytest.raises(DatasetError, match=rf"has no batch at \(1, {count}\)"):
         batch_members(data, **options, position=(1, count))
+
+
+def test_a_declared_kind_leaves_the_fingerprint_as_it_was(tmp_path: Path) -> None:
+    plain, declared = written(tmp_path / "a", MIXED), written(tmp_path / "b", MIXED, kind="tokens")
+    assert fingerprint(plain) == fingerprint(declared)
+    # Runs of versions in between hold the fingerprint with the kind.
+    other = written(tmp_path / "c", MIXED, kind="maze")
+    of_kind = [read_contents(each._files, with_kind=True).fingerprint for each in (plain, declared, other)]
+    assert of_kind[0] == fingerprint(plain) and len(set(of_kind)) == 3
+    assert [declared.has_fingerprint(value) for value in of_kind] == [True, True, False]
