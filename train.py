@@ -63,6 +63,7 @@ def run(config: Config, ranks: "World", device: "torch.device", stop: StopSignal
     from hrm.engine.compilation import Compilation
     from hrm.engine.engine import Engine
     from hrm.engine.memory_estimate import does_not_fit, enough_memory
+    from hrm.engine.modes import dtype_note
     from hrm.engine.profiling import Profile
     from hrm.training.checkpointer import Checkpointer
     from hrm.training.data import TrainingData
@@ -75,6 +76,8 @@ def run(config: Config, ranks: "World", device: "torch.device", stop: StopSignal
 
     say: Callable[[str], None] = partial(print, flush=True) if ranks.is_main else lambda _: None
     for note in config.notes:
+        say(note)
+    if note := dtype_note(config, device):
         say(note)
     data, run_dir, ended_by = TrainingData.open(config), folder_of(config), GO_ON
     for note in data.notes:

@@ -33,7 +33,6 @@ from hrm.common.versions import package_versions
 from hrm.config.load import Config, parse_args
 from hrm.data.format import Metadata
 from hrm.engine.modes import compiler_fault
-from kernels.cpu import cpuinfo
 from tests.support import official
 
 CUDA = torch.cuda.is_available()
@@ -152,21 +151,12 @@ def missing(model: Model, code: Code) -> str | None:
             return reason
     if code.mode != "eager" and (fault := compiler()):
         return fault
-    if model.device == "cpu" and code.dtype == "bfloat16" and not cpu_bfloat16():
-        return "bfloat16 is slow on a processor without AVX512_BF16 or AMX, and this one has neither"
     return None
 
 
 @cache
 def compiler() -> str | None:
     return compiler_fault(torch.device("cuda" if CUDA else "cpu"))
-
-
-@cache
-def cpu_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16, according to Linux."""
-    flags = (cpuinfo("flags") or "").split()
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 # ------------------------------------------------------------------------------------------------ the check

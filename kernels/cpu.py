@@ -11,3 +11,10 @@ def cpuinfo(field: str) -> str | None:
             return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), None)
     except OSError:
         return None
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products of bfloat16; False where Linux does not say."""
+    flags = f"{cpuinfo('flags') or ''} {cpuinfo('Features') or ''}".split()
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)

@@ -1,4 +1,4 @@
-"""The plain product, by the faster of the two libraries that PyTorch brings for a CPU.
+"""The plain product; on a CPU by the faster of the two libraries that PyTorch brings.
 
 Forward:    y = x @ weight^T + bias
 Backward:   dx = dy @ weight;  dweight = dy^T @ x;  dbias = sum over rows of dy
@@ -10,6 +10,10 @@ PyTorch gives float32 products to MKL, which takes its AVX2 kernels on any proce
 oneDNN, which looks at the instruction set alone, is about twice as fast: 380 to 430 GFLOP/s against 170 to
 210 on two AMD EPYC cores with AVX-512. The choice is a fixed function of the machine and never measured, so a
 resumed run adds in the same order as the run before it.
+
+On a CPU without instructions for bfloat16 the libraries multiply it in plain loops, 9 to 40 times as slowly
+as float32. There the operands are widened: the product of two bfloat16 numbers is exact in float32, the sum
+is taken in float32 and rounded once.
 """
 
 import torch
@@ -18,7 +22,7 @@ from torch import Tensor
 
 from kernels.backend import Choice, device_of, explain, get_backend
 from kernels.checks import check_floating, check_shape
-from kernels.cpu import cpuinfo
+from kernels.cpu import cpuinfo, multiplies_bfloat16
 
 INTEL = "GenuineIntel"
 # FLOP below which a product stays with PyTorch's own choice: it would save less than oneDNN's call costs.
@@ -28,6 +32,12 @@ LEAST_FLOP = 8_000_000
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The product by PyTorch's own choice; see `linear`."""
     return F.linear(x, weight, bias)
+
+
+def linear_widened(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The product and its gradients computed in float32, each rounded once to x's dtype; see `linear`."""
+    wide = None if bias is None else bias.float()
+    return F.linear(x.float(), weight.float(), wide).to(x.dtype)
 
 
 def machine_limit(vendor: str | None, capability: str, has_onednn: bool) -> str | None:
@@ -45,7 +55,12 @@ def machine_limit(vendor: str | None, capability: str, has_onednn: bool) -> str 
     return None
 
 
-# The compiler takes the answer as it is and does not look into how it was found.
+# The compiler takes these answers as they are and does not look into how they were found.
+@torch.compiler.assume_constant_result
+def _widens() -> bool:
+    return not multiplies_bfloat16()
+
+
 @torch.compiler.assume_constant_result
 def _here() -> str | None:
     """Why products on this machine's CPU stay with PyTorch's own choice, None where oneDNN takes them."""
@@ -56,16 +71,18 @@ def _here() -> str | None:
 
 
 def linear_choice(x: Tensor, weight: Tensor) -> Choice:
-    """The implementation of `linear` and the reason: onednn, or reference, PyTorch's own choice."""
+    """The implementation of `linear` and the reason: onednn, widened, or reference, PyTorch's own choice."""
     device = device_of(x)
     if get_backend() == "reference":
         return Choice("reference", "backend 'reference' was asked for")
     if device.type != "cpu":
         return Choice("reference", f"the library for {device.type} multiplies")
-    if x.dtype != torch.float32:
-        return Choice("reference", f"oneDNN is taken for float32, got {x.dtype}")
     if torch.is_autocast_enabled("cpu"):
         return Choice("reference", "autocast chooses the dtype of products")
+    if x.dtype == torch.bfloat16 and _widens():
+        return Choice("widened", "bfloat16 on a processor without instructions for it")
+    if x.dtype != torch.float32:
+        return Choice("reference", f"oneDNN is taken for float32, got {x.dtype}")
     flop = 2 * x.numel() * weight.shape[0]
     if flop < LEAST_FLOP:
         return Choice("reference", f"a product of {flop / 1e6:.1f} MFLOP is too small for oneDNN's call")
@@ -136,9 +153,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     x: (..., K); weight: (N, K); bias: (N,) or None, all of one dtype. Returns (..., N) in that dtype, summed
     in float32 for narrower ones. On a CPU float32 from LEAST_FLOP on takes oneDNN where `machine_limit` finds
-    it faster, unless `torch.backends.mkldnn` is switched off; anything else, and everything under
-    `set_backend("reference")`, is `torch.nn.functional.linear`. Raises ValueError or TypeError naming the
-    argument.
+    it faster, unless `torch.backends.mkldnn` is switched off, and bfloat16 is widened where the processor
+    cannot multiply it; anything else, and everything under `set_backend("reference")`, is
+    `torch.nn.functional.linear`. Raises ValueError or TypeError naming the argument.
     """
     check_floating("linear", x=x, weight=weight, **({} if bias is None else {"bias": bias}))
     if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
@@ -149,4 +166,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     explain("linear", choice)
     if choice.implementation == "onednn":
         return _linear(x, weight, bias)
+    if choice.implementation == "widened":
+        return linear_widened(x, weight, bias)
     return linear_reference(x, weight, bias)

@@ -228,9 +228,10 @@ def test_this_machine():
     assert ("mkldnn::_linear_pointwise" in {event.name for event in profile.events()}) == expected
 
 
-def test_what_leaves_the_product_to_pytorch(onednn):
+def test_what_leaves_the_product_to_pytorch(onednn, monkeypatch):
     x = torch.ones(2, 4)
     assert taken(x)[0] == "onednn"
+    monkeypatch.setattr(module, "multiplies_bfloat16", lambda: True)
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         assert taken(x.to(dtype)) == ("reference", f"oneDNN is taken for float32, got {dtype}")
     with torch.backends.mkldnn.flags(enabled=False):
@@ -243,6 +244,21 @@ def test_what_leaves_the_product_to_pytorch(onednn):
     kernels.set_backend("triton")
     assert taken(x)[0] == "onednn"
     assert kernels.linear(x.to("meta"), torch.ones(3, 4, device="meta")).shape == (2, 3)
+
+
+def test_bfloat16_is_widened_where_the_processor_cannot_multiply_it(monkeypatch):
+    monkeypatch.setattr(module, "multiplies_bfloat16", lambda: False)
+    shapes, dy = ((7, 40), (24, 40), (24,)), randn(7, 24, seed=3).bfloat16()
+    inputs = [randn(*shape, seed=seed).bfloat16() for seed, shape in enumerate(shapes)]
+    assert taken(inputs[0]) == ("widened", "bfloat16 on a processor without instructions for it")
+    found = results(kernels.linear, [t.clone().requires_grad_() for t in inputs], dy)
+    truth = results(F.linear, [t.double().requires_grad_() for t in inputs], dy)
+    for ours, exact in zip(found, truth, strict=True):
+        assert ours.dtype == torch.bfloat16
+        # One rounding to eight bits, and what sums in float32 lose.
+        assert ((ours - exact).abs() <= 2**-8 * exact.abs() + 1e-5).all()
+    monkeypatch.setattr(module, "multiplies_bfloat16", lambda: True)
+    assert taken(inputs[0])[0] == "reference"
 
 
 def test_small_products_stay_with_pytorch(onednn, monkeypatch):

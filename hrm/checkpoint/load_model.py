@@ -31,7 +31,7 @@ from hrm.config.schedule import interval_epochs, stage_arch
 from hrm.config.schema import ArchConfig, Config
 from hrm.data.format import Metadata, read_metadata
 from hrm.engine.kernel_choice import take_measured
-from hrm.engine.modes import resolve_dtype
+from hrm.engine.modes import dtype_note, resolve_dtype
 from hrm.model.hrm import HRM
 
 # The configuration that a run leaves: this trainer's, the official one's.
@@ -145,7 +145,7 @@ def load_trained(
     take_measured(place)
     config = found.config if dtype == "auto" else replace(found.config, dtype=_dtype(dtype))
     metadata = _checked(metadata, found) if metadata is not None else _shape(found)
-    build = partial(HRM.from_config, config, metadata, resolve_dtype(config.dtype, place))
+    build = partial(HRM.from_config, config, metadata, resolve_dtype(config, place))
     # First without memory: a configuration may ask for far more than the weights beside it have.
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in build().state_dict().items()}
@@ -163,7 +163,9 @@ def load_trained(
                 parameter.data = parameter.data.to(model.dtype)
     model = model.to(place).requires_grad_(False).eval()
     path = found.file.parent if found.file.name == WEIGHTS else found.file
-    return Trained(model, config, metadata, [*found.notes, *notes], path, names or _names(found, rows))
+    slow = dtype_note(config, place)
+    told = [*found.notes, *notes, *([slow] if slow else [])]
+    return Trained(model, config, metadata, told, path, names or _names(found, rows))
 
 
 def _dtype(name: str) -> Any:

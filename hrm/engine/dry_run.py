@@ -106,7 +106,7 @@ class Rehearsal:
 
     def __init__(self, config: Config, metadata: Metadata, device: torch.device, observer: Observer) -> None:
         """config: global_batch_size is that of this one device; dtype=auto resolves as on the device."""
-        dtype: Any = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
+        dtype: Any = str(resolve_dtype(config, device)).removeprefix("torch.")
         backend: Any = _ATTENTION.get(config.attention.backend, config.attention.backend)
         attention = replace(config.attention, backend=backend)
         config = replace(config, mode="eager", dtype=dtype, attention=attention)

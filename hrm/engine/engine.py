@@ -57,7 +57,7 @@ class Engine:
         if self._mode is None and config.deterministic:
             # A measurement may choose another mode the next time.
             self._mode = EAGER._replace(note="deterministic=true measures none")
-        self.model = HRM.from_config(config, metadata, resolve_dtype(config.dtype, self.device))
+        self.model = HRM.from_config(config, metadata, resolve_dtype(config, self.device))
         self.model = self.model.to(self.device)
         check_kernels(config, self.model, metadata.seq_len)
         self.step = 0

@@ -167,7 +167,7 @@ def _inference_peak(
     arch = replace(config.arch, halt_max_steps=min(2, config.arch.halt_max_steps))
     with rehearsed(device, storages):
         with torch.device("meta"):
-            dtype = resolve_dtype(config.dtype, device)
+            dtype = resolve_dtype(config, device)
             model = HRM.from_config(replace(config, arch=arch), metadata, dtype)
             inference = Inference(model, rows, metadata.seq_len, mode=EAGER, loss=config.loss)
             exits = EarlyExit(model, rows, metadata.seq_len, mode=EAGER) if early else None

@@ -234,14 +234,11 @@ def test_what_does_not_run_says_why(monkeypatch):
     cuda, small = published("v1", 96, 81), quick("gated", 64)
     monkeypatch.setattr(rows, "CUDA", False)
     monkeypatch.setattr(rows, "compiler", lambda: None)
-    monkeypatch.setattr(rows, "cpu_bfloat16", lambda: False)
     monkeypatch.setenv("HRM_REPO", "")
     assert "need a CUDA device" in missing(cuda, OURS)
     assert missing(small, OURS) is None
     assert missing(small, Code("official", "eager", "float32")) == "the official code has no gated model"
     assert "HRM_REPO" in missing(quick("v1", 1), Code("official", "eager", "float32"))
-    assert "AVX512_BF16" in missing(small, Code("ours", "compile", "bfloat16"))
-    monkeypatch.setattr(rows, "cpu_bfloat16", lambda: True)
     assert missing(small, Code("ours", "compile", "bfloat16")) is None
     monkeypatch.setattr(rows, "compiler", lambda: "no compiler")
     assert missing(small, Code("ours", "compile", "float32")) == "no compiler"

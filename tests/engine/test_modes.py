@@ -10,6 +10,7 @@ import torch
 import hrm.model
 import kernels
 from hrm.common.errors import UserError
+from hrm.config.load import parse_args
 from hrm.engine import modes
 from hrm.engine.modes import (
     COMPILE,
@@ -17,6 +18,7 @@ from hrm.engine.modes import (
     Mode,
     compiled,
     compiler_fault,
+    dtype_note,
     faster_mode,
     resolve_dtype,
     resolve_mode,
@@ -38,8 +40,56 @@ def test_modes_and_dtypes_resolve_by_machine(monkeypatch):
         and not here.captured
         and "nothing to capture on a CPU" in here.note
     )
-    assert resolve_dtype("auto", CUDA) == torch.bfloat16 and resolve_dtype("auto", CPU) == torch.float32
-    assert resolve_dtype("bfloat16", CPU) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("words", "device", "multiplies", "time", "dtype", "note"),
+    [
+        ([], CUDA, False, 9.0, torch.bfloat16, ""),
+        ([], MPS, True, 0.1, torch.float32, ""),
+        ([], CPU, False, 0.1, torch.float32, ""),
+        ([], CPU, True, 0.8, torch.float32, ""),
+        (
+            [],
+            CPU,
+            True,
+            0.5,
+            torch.bfloat16,
+            "dtype=auto: bfloat16, of which a product takes 0.5 times",
+        ),
+        (["deterministic=true"], CPU, True, 0.5, torch.float32, ""),
+        (["dtype=float32"], CPU, True, 0.5, torch.float32, ""),
+        (
+            ["dtype=bfloat16"],
+            CPU,
+            False,
+            48.2,
+            torch.bfloat16,
+            "takes 48 times as long as in float32 on ",
+        ),
+    ],
+)
+def test_the_dtype_follows_the_device_and_the_time_of_a_product(
+    monkeypatch, words, device, multiplies, time, dtype, note
+):
+    monkeypatch.setattr(modes, "multiplies_bfloat16", lambda: multiplies)
+    monkeypatch.setattr(modes, "bfloat16_time", lambda: time)
+    config = parse_args(["device=cpu", *words])
+    assert resolve_dtype(config, device) == dtype
+    said = dtype_note(config, device)
+    assert note in said and bool(said) == bool(note)
+    assert said.endswith("dtype=float32 is faster") == (time == 48.2)
+    # Ranks measure nothing, for they must agree.
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    if device == CPU and config.dtype == "auto":
+        assert resolve_dtype(config, device) == torch.float32
+
+
+def test_the_time_of_a_product_is_measured_on_the_cpu():
+    with torch.device("meta"):
+        assert 0 < modes.bfloat16_time.__wrapped__() < float("inf")
 
 
 def test_without_a_compiler_a_graph_holds_the_eager_step_and_compile_is_refused(monkeypatch):

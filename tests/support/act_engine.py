@@ -15,7 +15,7 @@ def make_engine(
     monkeypatch: pytest.MonkeyPatch, config: Config, weights: plain.Weights, total_steps: int
 ) -> Engine:
     """The package's engine in float64, with these weights."""
-    monkeypatch.setattr("hrm.engine.engine.resolve_dtype", lambda name, device: torch.float64)
+    monkeypatch.setattr("hrm.engine.engine.resolve_dtype", lambda config, device: torch.float64)
     metadata = Metadata(
         pad_id=0,
         ignore_label_id=0,
