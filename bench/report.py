@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from bench.beside import IDLE_CPUS
 from hrm.common.errors import run_command
 from hrm.study.results import tables
 
@@ -34,6 +35,8 @@ def quick_rows(results: Path) -> list[tuple[str, str, str]]:
     exact = [100 * run["eval/all/exact_accuracy"] for run in found["runs"]]
     seconds = [run["seconds"] for run in found["runs"]]
     each = ", ".join(f"{value:.1f}" for value in exact)
+    others = max((run.get("other_cpus") or 0 for run in found["runs"]), default=0)
+    beside = f", beside other work on up to {others:.1f} CPUs" if others > IDLE_CPUS else ""
     return [
         (
             f"`make train`: unseen grids solved exactly, {len(exact)} seeds",
@@ -42,7 +45,7 @@ def quick_rows(results: Path) -> list[tuple[str, str, str]]:
         ),
         (
             f"`make train`: from start to end on {found['cores']} cores, compiling included",
-            f"{min(seconds):.0f} to {max(seconds):.0f} s",
+            f"{min(seconds):.0f} to {max(seconds):.0f} s{beside}",
             file.name,
         ),
     ]

@@ -12,12 +12,12 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.beside import Beside
 from hrm.common.errors import UserError, run_command
 from hrm.common.machine import processor
 
@@ -25,20 +25,20 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(seed: int, words: list[str]) -> dict[str, Any]:
-    """One run: its last evaluation, its seconds from start to end, its steps, and the size of its data."""
+    """One run: its last evaluation, its seconds and the CPUs that others took, its steps, its data's size."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "train.py", *words, f"seed={seed}", f"output_dir={folder}"]
         cold = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "HRM_CACHE": f"{folder}/cache"}
-        start = time.perf_counter()
-        subprocess.run(command, cwd=ROOT, env=cold, check=True)
-        seconds = time.perf_counter() - start
+        with Beside() as beside:
+            subprocess.run(command, cwd=ROOT, env=cold, check=True)
         (log,) = Path(folder).glob("*/*/metrics.jsonl")
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         data_bytes = sum(file.stat().st_size for file in Path(folder, "cache").rglob("*.npy"))
     last = next(line for line in reversed(lines) if "eval/all/exact_accuracy" in line)
     results = {name: value for name, value in last.items() if name.startswith("eval/")}
-    facts = {"seed": seed, "seconds": round(seconds, 1), "step": last["step"], "data_bytes": data_bytes}
-    return {**facts, **results}
+    others = None if beside.others is None else round(beside.others, 2)
+    facts = {"seed": seed, "seconds": round(beside.seconds, 1), "other_cpus": others, "step": last["step"]}
+    return {**facts, "data_bytes": data_bytes, **results}
 
 
 def main(argv: list[str]) -> None:
@@ -57,6 +57,7 @@ def main(argv: list[str]) -> None:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "runs": [run(seed, words) for seed in seeds],
     }
     output.write_text(json.dumps(results, indent=1) + "\n")

@@ -47,15 +47,17 @@ QUICK: dict[str, Any] = {
     "arch.num_heads": 4,
     "arch.H_layers": 2,
     "arch.L_layers": 2,
+    # Rotations tell the distance of two cells in the row of all cells, and not their row, column and box.
+    "arch.pos_encodings": "learned",
     "arch.halt_max_steps": 8,
     # Two steps solve such a small puzzle; more exploration trains the other six, which evaluation takes.
     "arch.halt_exploration_prob": 0.5,
     "global_batch_size": 64,
-    "epochs": 12,
-    "eval_interval": 3,
+    "epochs": 4,
+    "eval_interval": 1,
     "lr": 1e-3,
     "lr_warmup_steps": 100,
-    "lr_min_ratio": 0.1,
+    "lr_min_ratio": 0.0,
     "weight_decay": 1.0,
     "puzzle_emb_lr": "${lr}",
 }
