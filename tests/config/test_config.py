@@ -371,7 +371,7 @@ def test_an_architecture_where_hydra_kept_it_is_pointed_to(tmp_path):
             "arch.hidden_size=100 is not a multiple of arch.num_heads=3: change one",
         ),
         (
-            "arch.hidden_size=12 arch.num_heads=4",
+            "arch.hidden_size=12 arch.num_heads=4 arch.pos_encodings=rope",
             "arch.hidden_size=12 over arch.num_heads=4 gives heads of odd width",
         ),
         (

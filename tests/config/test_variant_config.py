@@ -90,12 +90,12 @@ def test_stages():
 
 
 def test_stages_come_back_from_a_file(tmp_path):
-    config = parse_args([STAGES])
+    config = parse_args([STAGES, "eval_interval=10"])
     (tmp_path / "saved.yaml").write_text(to_yaml(config))
     again = load_config("saved.yaml")
     assert again == config and again.stages[1].L_cycles == 3 and again.stages[2].halt_max_steps is None
     shorter = parse_args(["--config", "saved.yaml", "stages=[{epochs: 8}, {epochs: 4}]"])
-    assert (shorter.epochs, shorter.eval_interval) == (12, 2)
+    assert (shorter.epochs, shorter.eval_interval) == (12, 4)
     whole = parse_args(["--config", "saved.yaml", "stages=null"])
     assert whole.stages is None and whole.epochs == 100
 

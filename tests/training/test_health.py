@@ -12,8 +12,8 @@ from hrm.training.health import LINES, Symptoms
 
 TOTAL, LOG = 3750, 50
 GATES = ("L/primary", "L/secondary", "L/input", "H/primary", "H/secondary")
-# Of a gated run of preset=quick: the step, then steps, exact_accuracy, accuracy, puzzle_emb_norm and its
-# gradient's, then mean, std and low of the gates L/primary, L/input and H/secondary.
+# Of a gated run of preset=quick with rotary positions: the step, then steps, exact_accuracy, accuracy,
+# puzzle_emb_norm and its gradient's, then mean, std and low of the gates L/primary, L/input and H/secondary.
 QUICK_RUN = [
     (50, 7.865, 0.0, 0.26, 0.0345, 0.00227, 0.109, 0.052, 0.493, 0.114, 0.055, 0.472, 0.117, 0.05, 0.431),
     (100, 8.0, 0.0, 0.665, 0.0622, 0.0015, 0.12, 0.066, 0.44, 0.133, 0.084, 0.4, 0.123, 0.045, 0.323),
@@ -309,9 +309,9 @@ def test_no_test_puzzle_solved_after_half_of_the_evaluations():
         assert part in text, text
     assert told(config, evaluations(0)) == [] and told(config, evaluations(0, 0.002, 0, 0)) == []
     # Of ten it takes five, of one that one, but of two both.
-    assert only(configured("epochs=30"), evaluations(*[0] * 10))[0] == 5 * 937
-    assert only(configured("epochs=3"), evaluations(0))[0] == 937
-    assert only(configured("epochs=6"), evaluations(0, 0))[0] == 2 * 937
+    assert only(configured("epochs=10"), evaluations(*[0] * 10))[0] == 5 * 937
+    assert only(configured("epochs=1"), evaluations(0))[0] == 937
+    assert only(configured("epochs=2"), evaluations(0, 0))[0] == 2 * 937
     assert "training sequences" not in only(config, evaluations(0, 0, train=None))[1]
 
 
