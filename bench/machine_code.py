@@ -73,7 +73,11 @@ def specialised(launch: Launch) -> Source:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        "enable_fp_fusion": launch.enable_fp_fusion,
+    }
     return Source(launch.kernel, signature, constants, attributes, options)
 
 

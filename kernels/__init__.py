@@ -12,6 +12,7 @@ from kernels.linear import linear
 from kernels.linear_rms import linear_rms, linear_scaled
 from kernels.linear_swiglu import linear_swiglu
 from kernels.lm_head import lm_head_softmax, lm_head_stablemax
+from kernels.noise import noisy_update, random_start
 from kernels.rms_norm import rms_norm, rms_norm_pair
 from kernels.rope import rope
 from kernels.sign_sgd import sign_sgd
@@ -29,6 +30,8 @@ __all__ = [
     "linear_swiglu",
     "lm_head_softmax",
     "lm_head_stablemax",
+    "noisy_update",
+    "random_start",
     "rms_norm",
     "rms_norm_pair",
     "rope",

@@ -316,6 +316,7 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    enable_fp_fusion: int = True
 
 
 _record: list[Launch] | None = None
@@ -333,15 +334,25 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    num_warps: int = 4,
+    num_stages: int = 3,
+    enable_fp_fusion: int = True,
+    **constants: Any,
 ) -> None:
-    """Runs a kernel on its first tensor's device. args: by position; constants: tl.constexpr, by name."""
+    """Runs a kernel on its first tensor's device. args: by position; constants: tl.constexpr, by name.
+
+    enable_fp_fusion: False keeps a product and a sum apart, each rounded, as the reference computes them.
+    """
     if _record is not None:
-        _record.append(Launch(kernel, grid, args, constants, num_warps, num_stages))
+        _record.append(Launch(kernel, grid, args, constants, num_warps, num_stages, enable_fp_fusion))
         return
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+            kernel[grid](*args, **options, **constants)
     else:
-        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+        kernel[grid](*args, **options, **constants)
