@@ -156,6 +156,16 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> dict[
         call = lambda x, weight: kernels.linear_swiglu(x, weight, parts.to(accumulate_dtype(x.dtype)))  # noqa: E731
         return Case("linear_swiglu", inputs, call)
 
+    def noisy_update() -> Case:
+        keys, steps = integers(100, B, 3), integers(100, B)
+        call = lambda f, z: kernels.noisy_update(f, z, damping=0.95, noise=0.01, keys=keys, steps=steps)  # noqa: E731
+        return Case("noisy_update", {"f": draw(B, T, D), "z": draw(B, T, D)}, call, ("f", "z"))
+
+    def random_start() -> Case:
+        keys, begins = integers(100, B, 3), integers(2, B).bool()
+        call = lambda z, init: kernels.random_start(z, begins, init, keys, 0)  # noqa: E731
+        return Case("random_start", {"z": draw(B, T, D), "init": draw(D)}, call)
+
     def gate_mix(sources: str) -> Case:
         inputs = {name: draw(B, T, D) for name in sources}
         inputs |= {"w1": weight(R, 3 * D), "b1": draw(R), "w2": weight(3 * D, R), "b2": draw(3 * D)}
@@ -221,8 +231,11 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> dict[
         "linear_rms": linear_rms,
         "stablemax_cross_entropy": partial(cross_entropy, "stablemax_cross_entropy"),
         "softmax_cross_entropy": partial(cross_entropy, "softmax_cross_entropy"),
+        "noisy_update": noisy_update,
+        "random_start": random_start,
     }
 
 
-# Of `cases`, those without a choice of their own, or without a call of their own in a model's step.
-NOT_MEASURED = ("linear", "rms_norm_pair", "linear_scaled", "linear_rms")
+# Of `cases`, those without a choice of their own or without a call of their own in a model's step, and those
+# that draw random numbers, whose last bits may differ between a kernel and a compiled reference.
+NOT_MEASURED = ("linear", "rms_norm_pair", "linear_scaled", "linear_rms", "noisy_update", "random_start")

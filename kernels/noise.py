@@ -11,7 +11,7 @@ has a state, and neither batch nor launch changes a number. Path 0 has no noise 
 A word gives a sign and the probability of a smaller magnitude, 23 bits; a polynomial in sqrt(-log(1 - x^2))
 inverts the normal distribution (relative error below 6e-6; the largest magnitude is 5.4). It takes only
 operations that IEEE 754 rounds correctly: +, *, sqrt, conversion and the exponent's bits. Kernels compile
-without fused multiply-add, so they draw the bits of the reference in eager PyTorch or compiled for a CPU.
+without fused multiply-add, so they draw the bits of the reference, eager or compiled for a CPU.
 Compiled for CUDA the reference may contract products, and then agrees to the last bits only.
 
 Backward of the update: df = damping dy, dz = (1 - damping) dy. Nothing is saved.
@@ -182,9 +182,10 @@ def _words(keys_ptr, batch, element, step, call, mask):
     example = tl.load(keys_ptr + batch * 3 + 1, mask=mask, other=0).to(tl.uint32, bitcast=True)
     path = tl.load(keys_ptr + batch * 3 + 2, mask=mask, other=0).to(tl.uint32, bitcast=True)
     zero = element * 0
+    # A call of 1 reaches the compiler as a Python int.
     words = tl.random.philox_impl(
-        element, zero + call.to(tl.uint32), zero + step.to(tl.uint32)[:, None], zero + path[:, None],
-        zero + seed[:, None], zero + example[:, None],
+        element, zero + tl.full([], call, tl.uint32), zero + step.to(tl.uint32)[:, None],
+        zero + path[:, None], zero + seed[:, None], zero + example[:, None],
     )  # fmt: skip
     return words, (path != 0)[:, None]
 
@@ -272,8 +273,7 @@ def _grid(rows: int, width: int, choice: dict[str, int]) -> tuple[int, int]:
     return triton.cdiv(rows, choice["BLOCK_M"]), triton.cdiv(-(-width // 4), choice["BLOCK_Q"])
 
 
-@torch.library.custom_op("hrm_kernels::noisy_update", mutates_args=())
-def _noisy_update(
+def _update(
     f: Tensor,
     rstd: Tensor | None,
     z: Tensor,
@@ -300,6 +300,24 @@ def _noisy_update(
     return y
 
 
+def _start(z: Tensor, begins: Tensor, init: Tensor, keys: Tensor, call: int) -> Tensor:
+    z = z.contiguous()
+    B, T, D = z.shape
+    y, choice = torch.empty_like(z), launch_choice(D)
+    launch(
+        _random_start_kernel,
+        _grid(B * T, D, choice),
+        z, begins, init.contiguous(), keys, y,
+        B * T, D, T, call,
+        LOG=_LOG, INVERSE=_INVERSE, WITHIN=_WITHIN, WIDEN=_WIDEN,
+        enable_fp_fusion=False, **choice,
+    )  # fmt: skip
+    return y
+
+
+_noisy_update = torch.library.custom_op("hrm_kernels::noisy_update", _update, mutates_args=())
+
+
 @_noisy_update.register_fake
 def _(f, rstd, z, keys, steps, call, damping, noise) -> Tensor:
     return torch.empty_like(f, memory_format=torch.contiguous_format)
@@ -320,20 +338,7 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 _noisy_update.register_autograd(_differentiate, setup_context=_save)
 
 
-@torch.library.custom_op("hrm_kernels::random_start", mutates_args=())
-def _random_start(z: Tensor, begins: Tensor, init: Tensor, keys: Tensor, call: int) -> Tensor:
-    z = z.contiguous()
-    B, T, D = z.shape
-    y, choice = torch.empty_like(z), launch_choice(D)
-    launch(
-        _random_start_kernel,
-        _grid(B * T, D, choice),
-        z, begins, init.contiguous(), keys, y,
-        B * T, D, T, call,
-        LOG=_LOG, INVERSE=_INVERSE, WITHIN=_WITHIN, WIDEN=_WIDEN,
-        enable_fp_fusion=False, **choice,
-    )  # fmt: skip
-    return y
+_random_start = torch.library.custom_op("hrm_kernels::random_start", _start, mutates_args=())
 
 
 @_random_start.register_fake

@@ -339,6 +339,14 @@ def test_operations_compile_without_a_graph_break_and_leave_their_inputs(name):
         "gate_mix": tuple(t.detach().float() for t in gate_inputs(8, 2).values()),
         "stablemax_cross_entropy": (torch.randn(2, 5, 8), torch.randint(0, 8, (2, 5))),
         "softmax_cross_entropy": (torch.randn(2, 5, 8), torch.randint(0, 8, (2, 5))),
+        "noisy_update": (torch.randn(2, 5, 8), torch.randn(2, 5, 8)),
+        "random_start": (
+            torch.randn(2, 5, 8),
+            torch.tensor([True, False]),
+            torch.randn(8),
+            torch.ones(2, 3, dtype=torch.int32),
+            0,
+        ),
     }
     before = [a.clone() if isinstance(a, Tensor) else a for a in arguments[name]]
     compiled = torch.compile(getattr(kernels, name), fullgraph=True, backend="aot_eager")
