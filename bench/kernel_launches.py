@@ -183,6 +183,21 @@ def lm_head(T: int) -> Iterator[Case]:
             yield Case("lm_head", f"backward {label}", call, matrix)
 
 
+def noise(T: int) -> Iterator[Case]:
+    op: Any = import_module("kernels.noise")
+    keys, steps = meta(B, op.KEY_WORDS, dtype=torch.int32), meta(B, dtype=torch.int32)
+    begins, init = meta(B, dtype=torch.bool), meta(D, dtype=torch.float32)
+    z, rstd = meta(B, T, D), meta(B, T, dtype=torch.float32)
+    for label, factor, given, deviation in (
+        ("noise and damping", None, (keys, steps), 0.01),
+        ("noise and damping of a deferred norm", rstd, (keys, steps), 0.01),
+        ("damping", None, (None, None), 0.0),
+    ):
+        call = partial(op._update, z, factor, z, *given, 3, 0.95, deviation)
+        yield Case("noisy_update", f"{label} bf16", call, False)
+    yield Case("random_start", "bf16", partial(op._start, z, begins, init, keys, 1), False)
+
+
 # Each yields the launches of one file of kernels/ at a length.
 LAUNCHES = (
     rms_norm,
@@ -196,6 +211,7 @@ LAUNCHES = (
     sign_sgd,
     gate_mix,
     lm_head,
+    noise,
 )
 
 

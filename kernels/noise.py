@@ -11,8 +11,8 @@ has a state, and neither batch nor launch changes a number. Path 0 has no noise 
 A word gives a sign and the probability of a smaller magnitude, 23 bits; a polynomial in sqrt(-log(1 - x^2))
 inverts the normal distribution (relative error below 6e-6; the largest magnitude is 5.4). It takes only
 operations that IEEE 754 rounds correctly: +, *, sqrt, conversion and the exponent's bits. Kernels compile
-without fused multiply-add, so they draw the bits of the reference, eager or compiled for a CPU.
-Compiled for CUDA the reference may contract products, and then agrees to the last bits only.
+without fused multiply-add, so they draw the bits of the reference, eager or compiled for a CPU. Compiled for
+CUDA it may contract products.
 
 Backward of the update: df = damping dy, dz = (1 - damping) dy. Nothing is saved.
 Bytes, in elements for N = B * T * D: 2N read and N written; with damping 1, N read.
@@ -288,8 +288,7 @@ def _update(
     z = z if z.stride(2) == 1 else z.contiguous()
     y, choice = torch.empty_like(f), launch_choice(D)
     launch(
-        _noisy_update_kernel,
-        _grid(B * T, D, choice),
+        _noisy_update_kernel, _grid(B * T, D, choice),
         f, rstd if rstd is None else rstd.contiguous(), z, keys, steps, y,
         B * T, D, T, call,
         z.stride(0), z.stride(1),
@@ -305,8 +304,7 @@ def _start(z: Tensor, begins: Tensor, init: Tensor, keys: Tensor, call: int) -> 
     B, T, D = z.shape
     y, choice = torch.empty_like(z), launch_choice(D)
     launch(
-        _random_start_kernel,
-        _grid(B * T, D, choice),
+        _random_start_kernel, _grid(B * T, D, choice),
         z, begins, init.contiguous(), keys, y,
         B * T, D, T, call,
         LOG=_LOG, INVERSE=_INVERSE, WITHIN=_WITHIN, WIDEN=_WIDEN,
@@ -336,7 +334,6 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _noisy_update.register_autograd(_differentiate, setup_context=_save)
-
 
 _random_start = torch.library.custom_op("hrm_kernels::random_start", _start, mutates_args=())
 

@@ -52,6 +52,11 @@ class ArchConfig:
     gradient: Literal["one_step", "last_cycle"] = key(
         "one_step", "what the gradient goes through: the last update of each level, or the whole last H-cycle"
     )
+    init: Literal["fixed", "random"] = key(
+        "fixed", "where states start: at H_init and L_init, or at truncated normals drawn for every token"
+    )
+    noise: float = key(0.0, "deviation of the normal noise added to a state at every update", ge=0, le=100)
+    damping: float = key(1.0, "share of an update that is new; the rest stays as it was", gt=0, le=1)
     share_levels: bool = key(False, "one stack of L_layers blocks for both levels; H_layers is not used")
     mlp_t: bool = key(False, "mix the tokens by a SwiGLU over them in place of attention")
     pos_encodings: Literal["rope", "learned", "none"] = key("rope", "how positions are told apart")

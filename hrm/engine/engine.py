@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from hrm.engine.modes import COMPILE, EAGER, Mode, compiler_fault, faster_mode, 
 from hrm.engine.optim import learning_rate
 from hrm.engine.step_metrics import Interval, gate_metrics, means
 from hrm.engine.step_program import StepProgram, check_kernels
-from hrm.model.act import act_step, draw_min_halt_steps, replace_halted
+from hrm.model.act import act_step, draw_min_halt_steps, replace_halted, training_keys
 from hrm.model.gating import gate_loss_scale, gate_statistics
 from hrm.model.hrm import HRM
 
@@ -129,8 +130,16 @@ class Engine:
                     gate_loss_scale(
                         self.step, config.loss.gate_loss_warmup_steps, config.loss.gate_loss_ramp_steps
                     ),
+                    self._keys(),
                 )
             self.program.run(mode)
+
+    def _keys(self) -> np.ndarray | int:
+        """The keys of the step's fresh rows: the seed, the row's number in the whole run, path 1."""
+        if not self.program.randomness.key_words:
+            return 0
+        size = self.config.global_batch_size
+        return training_keys(self.config.seed, self.step, size)[self.world.rows(size)]
 
     def learning_rate(self, base_lr: float) -> float:
         """The learning rate of the current step, for lr or puzzle_emb_lr as base_lr."""
@@ -196,8 +205,9 @@ class Engine:
         if not self.config.arch.use_gating:
             return {}
         carry, fresh, puzzle_rows, *_ = self.program.inputs(slice(min(GATES_SEEN, self.program.rows)))
-        carry = replace_halted(self.model, carry, fresh)
-        _, outputs = act_step(self.model, carry, puzzle_rows, None, sees_gates=True)
+        randomness = self.program.randomness
+        carry = replace_halted(self.model, carry, fresh, randomness=randomness)
+        _, outputs = act_step(self.model, carry, puzzle_rows, None, sees_gates=True, randomness=randomness)
         assert outputs.gated is not None
         table = torch.cat([gate_statistics(*gated) for gated in outputs.gated])
         return gate_metrics(self.world.all_reduce(table) / self.world.size)

@@ -14,7 +14,7 @@ from hrm.engine.compilation import Compilation
 from hrm.engine.cuda_graph import Program, aside
 from hrm.engine.modes import Mode, compiled
 from hrm.engine.step_inputs import Feed
-from hrm.model.act import Carry, Outputs, act_step, initial_carry, replace_halted
+from hrm.model.act import PLAIN, Carry, Outputs, Randomness, act_step, initial_carry, replace_halted
 from hrm.model.hrm import HRM
 from hrm.model.losses import act_loss
 
@@ -40,12 +40,22 @@ class Inference:
     float32 in the order of `names`. Weights are read in place, so each call uses the present ones.
     """
 
-    def __init__(self, model: HRM, batch_size: int, seq_len: int, *, mode: Mode, loss: LossConfig) -> None:
+    def __init__(
+        self,
+        model: HRM,
+        batch_size: int,
+        seq_len: int,
+        *,
+        mode: Mode,
+        loss: LossConfig,
+        randomness: Randomness = PLAIN,
+    ) -> None:
+        """randomness: what differs between the paths of a puzzle; any model takes any, PLAIN has none."""
         device = model.H_init.device
-        self.model, self.loss = model, loss
-        self._feed = Feed(batch_size, seq_len, device)
+        self.model, self.loss, self.randomness = model, loss, randomness
+        self._feed = Feed(batch_size, seq_len, device, key_words=randomness.key_words)
         # All sequences are halted; the first step replaces them.
-        self._blank = initial_carry(model, batch_size, seq_len, device)
+        self._blank = initial_carry(model, batch_size, seq_len, device, randomness=randomness)
         self.predictions = torch.zeros(batch_size, seq_len, dtype=torch.int32, device=device)
         self.q_halt = torch.zeros(batch_size, dtype=torch.float32, device=device)
         self.names: list[str] = []
@@ -55,7 +65,7 @@ class Inference:
         self._program = Program(self._solve, device, captured=mode.captured)
 
     def _act_step(self, carry: Carry, puzzle_rows: Tensor | None) -> tuple[Carry, Outputs]:
-        return act_step(self.model, carry, puzzle_rows, None)
+        return act_step(self.model, carry, puzzle_rows, None, randomness=self.randomness)
 
     def prepare(self, compilation: Compilation) -> None:
         """Compiles the step, if its mode asks for it; the first run would do so unannounced."""
@@ -70,7 +80,8 @@ class Inference:
 
     def _start(self) -> tuple[Carry, Tensor | None]:
         """Carry and puzzle rows of the sequences in the feed, before their first step."""
-        carry, table = replace_halted(self.model, self._blank, self._feed.fresh), self.model.puzzle_emb
+        fresh, table = self._feed.fresh, self.model.puzzle_emb
+        carry = replace_halted(self.model, self._blank, fresh, randomness=self.randomness)
         return carry, None if table is None else table(carry.puzzle_identifiers)
 
     def _solve(self) -> None:
@@ -87,9 +98,13 @@ class Inference:
         self.sums.copy_(vector)
 
     @torch.no_grad()
-    def run(self, batch: Batch) -> None:
-        """Solves a batch and sums its metrics; does not wait for the device."""
-        self._feed.push(batch)
+    def run(self, batch: Batch, keys: np.ndarray | int = 0) -> None:
+        """Solves a batch and sums its metrics; does not wait for the device.
+
+        keys: of a program with randomness, (B, 3) int32, the seed, example and path of each row, as `keys_of`
+        makes them; 0 puts every row on path 0.
+        """
+        self._feed.push(batch, keys=keys)
         self._program()
 
     def solve(self, inputs: np.ndarray, puzzle_identifiers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -29,22 +29,27 @@ class _Slot:
 class Feed:
     """Fresh sequences, minimum ACT steps and learning rates, at the addresses that a replayed program reads.
 
-    fresh: inputs, labels (B, S) and puzzle_identifiers (B,); min_halt_steps: (B,); all int32. lr,
-    puzzle_emb_lr, gate_loss_scale: () in rate_dtype. On CUDA a batch is copied from pinned memory on a stream
-    of its own, while the step before runs; the host waits only when it is two batches ahead.
+    fresh: inputs, labels (B, S), puzzle_identifiers (B,) and keys (B, key_words); min_halt_steps: (B,); all
+    int32. lr, puzzle_emb_lr, gate_loss_scale: () in rate_dtype. On CUDA a batch is copied from pinned memory
+    on a stream of its own, while the step before runs; the host waits only when it is two batches ahead.
     """
 
     def __init__(
-        self, rows: int, seq_len: int, device: torch.device, rate_dtype: torch.dtype = torch.float32
+        self,
+        rows: int,
+        seq_len: int,
+        device: torch.device,
+        rate_dtype: torch.dtype = torch.float32,
+        key_words: int = 0,
     ) -> None:
-        self.rows, self.seq_len = rows, seq_len
-        self._sizes = [rows * seq_len, rows * seq_len, rows, rows]
+        self.rows, self.seq_len, self.key_words = rows, seq_len, key_words
+        self._sizes = [rows * seq_len, rows * seq_len, rows, rows, rows * key_words]
         words = _ALIGNMENT + sum(map(_aligned, self._sizes))
         self._buffer = torch.zeros(words, dtype=torch.int32, device=device)
         numbers = self._buffer[:_ALIGNMENT].view(rate_dtype)[:_NUMBERS]
         self.lr, self.puzzle_emb_lr, self.gate_loss_scale = numbers
-        inputs, labels, identifiers, self.min_halt_steps = self._split(self._buffer)
-        self.fresh = Sequences(inputs, labels, identifiers)
+        inputs, labels, identifiers, self.min_halt_steps, keys = self._split(self._buffer)
+        self.fresh = Sequences(inputs, labels, identifiers, keys)
         self._rate_dtype = rate_dtype
         self._slots: list[_Slot] = []
         self._turn = 0
@@ -64,21 +69,23 @@ class Feed:
         lr: float = 0.0,
         puzzle_emb_lr: float = 0.0,
         gate_loss_scale: float = 0.0,
+        keys: np.ndarray | int = 0,
     ) -> None:
         """Writes the values of the next step, in order with the work of the current stream.
 
-        batch: B rows of S cells. min_halt_steps: (B,), or one number for all.
+        batch: B rows of S cells. min_halt_steps: (B,), or one number for all. keys: (B, key_words) int32, see
+        `Carry`; 0 puts every row on path 0, which is deterministic.
         """
         numbers = lr, puzzle_emb_lr, gate_loss_scale
         if not self._slots:
-            self._write(self._host, batch, min_halt_steps, numbers)
+            self._write(self._host, batch, min_halt_steps, keys, numbers)
             if self._host is not self._buffer:
                 self._buffer.copy_(self._host)
             return
         slot = self._slots[self._turn]
         self._turn = 1 - self._turn
         slot.arrived.synchronize()
-        self._write(slot.host, batch, min_halt_steps, numbers)
+        self._write(slot.host, batch, min_halt_steps, keys, numbers)
         with torch.cuda.stream(self._side):
             self._side.wait_event(slot.taken)
             slot.staged.copy_(slot.host, non_blocking=True)
@@ -89,20 +96,26 @@ class Feed:
         slot.taken.record(current)
 
     def _write(
-        self, host: Tensor, batch: Batch, min_halt_steps: np.ndarray | int, numbers: tuple[float, ...]
+        self,
+        host: Tensor,
+        batch: Batch,
+        min_halt_steps: np.ndarray | int,
+        keys: np.ndarray | int,
+        numbers: tuple[float, ...],
     ) -> None:
         host[:_ALIGNMENT].view(self._rate_dtype)[:_NUMBERS].numpy()[:] = numbers
-        values = (batch.inputs, batch.labels, batch.puzzle_identifiers, min_halt_steps)
+        values = (batch.inputs, batch.labels, batch.puzzle_identifiers, min_halt_steps, keys)
         for target, value in zip(self._split(host), values, strict=True):
             np.copyto(target.numpy(), value)
 
-    def _split(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Inputs, labels, puzzle identifiers and fewest steps in a buffer."""
+    def _split(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Inputs, labels, puzzle identifiers, fewest steps and keys in a buffer."""
         padded = buffer[_ALIGNMENT:].split([_aligned(size) for size in self._sizes])
-        inputs, labels, identifiers, steps = (
+        inputs, labels, identifiers, steps, keys = (
             part[:size] for part, size in zip(padded, self._sizes, strict=True)
         )
-        return inputs.view(self.rows, -1), labels.view(self.rows, -1), identifiers, steps
+        cells = (part.view(self.rows, -1) for part in (inputs, labels))
+        return *cells, identifiers, steps, keys.view(self.rows, self.key_words)
 
 
 def _aligned(words: int) -> int:

@@ -18,7 +18,7 @@ from hrm.engine.modes import Mode, compiled
 from hrm.engine.optim import AdamATan2, FlatParameters, MovingAverage
 from hrm.engine.step_inputs import Feed
 from hrm.engine.step_metrics import Tally
-from hrm.model.act import Carry, Sequences, act_step, initial_carry, replace_halted
+from hrm.model.act import Carry, Randomness, Sequences, act_step, initial_carry, replace_halted
 from hrm.model.hrm import HRM
 from hrm.model.losses import act_loss
 from kernels import get_backend, sign_sgd
@@ -49,9 +49,14 @@ class StepProgram:
             self.parameters, beta1=config.beta1, beta2=config.beta2, weight_decay=config.weight_decay
         )
         self.average = MovingAverage(self.parameters, config.ema_rate) if config.ema else None
-        self.feed = Feed(self.rows, seq_len, self.device, self.parameters.data.dtype)
+        self.randomness = Randomness.of(config.arch)
+        self.feed = Feed(
+            self.rows, seq_len, self.device, self.parameters.data.dtype, self.randomness.key_words
+        )
         keeps_gates = config.loss.gate_stability_weight > 0
-        self.carry = initial_carry(model, self.rows, seq_len, self.device, keeps_gates=keeps_gates)
+        self.carry = initial_carry(
+            model, self.rows, seq_len, self.device, keeps_gates=keeps_gates, randomness=self.randomness
+        )
         self.row_grads: Tensor | None = None
         if model.puzzle_emb is not None:
             self.row_grads = model.puzzle_emb.weights.new_zeros(self.rows, config.arch.puzzle_emb_ndim)
@@ -123,9 +128,16 @@ class StepProgram:
     ) -> tuple[Carry, Tensor, dict[str, Tensor]]:
         """An ACT step with its loss: the carry after it, the loss () over the batch size, metric sums."""
         config = self.config
-        carry = replace_halted(self.model, carry, fresh)
-        previous_gates, sees_gates = carry.gates, config.loss.uses_gates
-        carry, outputs = act_step(self.model, carry, puzzle_rows, min_halt_steps, sees_gates=sees_gates)
+        carry = replace_halted(self.model, carry, fresh, randomness=self.randomness)
+        previous_gates = carry.gates
+        carry, outputs = act_step(
+            self.model,
+            carry,
+            puzzle_rows,
+            min_halt_steps,
+            sees_gates=config.loss.uses_gates,
+            randomness=self.randomness,
+        )
         with region("head and loss"):
             head = self.model.lm_head.weight
             loss, sums = act_loss(config.loss, head, carry, outputs, previous_gates, gate_loss_scale)

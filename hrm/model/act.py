@@ -12,8 +12,10 @@ from torch import Tensor
 from hrm.common.regions import region
 from hrm.config.schema import ArchConfig
 from hrm.model.gating import pack
-from hrm.model.hrm import HRM, Gated
+from hrm.model.hrm import HRM, Gated, Noise
 from hrm.model.subgoal import refreshes
+from kernels import random_start
+from kernels.noise import KEY_WORDS
 
 
 class Carry(NamedTuple):
@@ -21,7 +23,8 @@ class Carry(NamedTuple):
 
     z_H, z_L: (B, T, D) in the model's dtype. steps: (B,) int32, ACT steps taken. halted: (B,) bool, to be
     replaced at the next step. inputs, labels: (B, S) int32, the data being worked on, labels -100 where
-    they do not count. puzzle_identifiers: (B,) int32.
+    they do not count. puzzle_identifiers: (B,) int32. keys: (B, 3) int32, the seed, example and path that
+    random numbers are a function of; (B, 0) where nothing is random.
     """
 
     z_H: Tensor
@@ -34,14 +37,44 @@ class Carry(NamedTuple):
     goal: Tensor
     goal_gate: Tensor
     gates: Tensor
+    keys: Tensor
 
 
 class Sequences(NamedTuple):
-    """Fresh sequences to work on. inputs, labels: (B, S) int32. puzzle_identifiers: (B,) int32."""
+    """Fresh sequences to work on. inputs, labels: (B, S) int32. puzzle_identifiers: (B,) int32.
+
+    keys: (B, 3) int32 or (B, 0), see `Carry`; None where nothing is random.
+    """
 
     inputs: Tensor
     labels: Tensor
     puzzle_identifiers: Tensor
+    keys: Tensor | None = None
+
+
+class Randomness(NamedTuple):
+    """What is random in a program's recurrence; its numbers are a function of the carry's keys.
+
+    starts: z_H and z_L start at truncated normals of deviation 1, drawn for every token and channel, in place
+    of H_init and L_init. noise: the deviation of the normal noise that every update adds. Both spare path 0,
+    which is deterministic. Training takes `of` its architecture; evaluation of any model may take another.
+    """
+
+    starts: bool = False
+    noise: float = 0.0
+
+    @classmethod
+    def of(cls, arch: ArchConfig) -> "Randomness":
+        """The randomness that a model is trained with."""
+        return cls(arch.init == "random", arch.noise)
+
+    @property
+    def key_words(self) -> int:
+        """The width of the keys: 0 where nothing is random."""
+        return KEY_WORDS if self.starts or self.noise else 0
+
+
+PLAIN = Randomness()
 
 
 class Subgoal(NamedTuple):
@@ -74,11 +107,18 @@ class Outputs(NamedTuple):
 
 
 def initial_carry(
-    model: HRM, batch_size: int, seq_len: int, device: torch.device, *, keeps_gates: bool = False
+    model: HRM,
+    batch_size: int,
+    seq_len: int,
+    device: torch.device,
+    *,
+    keeps_gates: bool = False,
+    randomness: Randomness = PLAIN,
 ) -> Carry:
     """A carry whose sequences have all halted, so that the first step replaces every one of them.
 
-    keeps_gates: with room for the gates of a step, for the stability loss.
+    keeps_gates: with room for the gates of a step, for the stability loss. randomness: that of the steps to
+    come, whose keys it then has.
     """
     arch = model.arch
     state = torch.zeros(batch_size, model.length, arch.hidden_size, dtype=model.dtype, device=device)
@@ -103,17 +143,26 @@ def initial_carry(
         goal=torch.zeros(batch_size, goal_dim, dtype=wide, device=device),
         goal_gate=torch.zeros(batch_size, dtype=wide, device=device),
         gates=gates,
+        keys=per_sequence.new_zeros(batch_size, randomness.key_words),
     )
 
 
-def replace_halted(model: HRM, carry: Carry, fresh: Sequences) -> Carry:
+def replace_halted(model: HRM, carry: Carry, fresh: Sequences, *, randomness: Randomness = PLAIN) -> Carry:
     """Puts fresh sequences where the carry's have halted, with initial states, steps 0 and no subgoal."""
-    halted = carry.halted
+    halted, keys = carry.halted, carry.keys
     per_cell, per_state = halted[:, None], halted[:, None, None]
+    if randomness.key_words and fresh.keys is not None:
+        keys = torch.where(per_cell, fresh.keys, keys)
+    if randomness.starts:
+        z_H = random_start(carry.z_H, halted, model.H_init, keys, 0)
+        z_L = random_start(carry.z_L, halted, model.L_init, keys, 1)
+    else:
+        z_H = torch.where(per_state, model.H_init.to(carry.z_H.dtype), carry.z_H)
+        z_L = torch.where(per_state, model.L_init.to(carry.z_L.dtype), carry.z_L)
     # Every field by keyword: Dynamo of torch 2.11 traces `_replace` to an empty tuple.
     return Carry(
-        z_H=torch.where(per_state, model.H_init.to(carry.z_H.dtype), carry.z_H),
-        z_L=torch.where(per_state, model.L_init.to(carry.z_L.dtype), carry.z_L),
+        z_H=z_H,
+        z_L=z_L,
         steps=torch.where(halted, 0, carry.steps),
         halted=torch.zeros_like(halted),
         inputs=torch.where(per_cell, fresh.inputs, carry.inputs),
@@ -122,6 +171,7 @@ def replace_halted(model: HRM, carry: Carry, fresh: Sequences) -> Carry:
         goal=torch.where(per_cell, 0, carry.goal),
         goal_gate=torch.where(halted, 0, carry.goal_gate),
         gates=carry.gates,
+        keys=keys,
     )
 
 
@@ -139,6 +189,18 @@ def draw_min_halt_steps(arch: ArchConfig, seed: int, step: int, batch_size: int)
     return np.where(explores, rng.integers(2, arch.halt_max_steps + 1, batch_size), 0).astype(np.int32)
 
 
+def keys_of(seed: int, examples: np.ndarray, path: np.ndarray | int) -> np.ndarray:
+    """The keys of sequences, (B, 3) int32: the low 32 bits of seed, example (B,) and path (B,) or one."""
+    columns = np.broadcast_arrays(np.uint64(seed), examples, path)
+    words = np.stack([column.astype(np.uint64) for column in columns], axis=1)
+    return (words & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.int32)
+
+
+def training_keys(seed: int, step: int, batch_size: int) -> np.ndarray:
+    """The keys of the rows of a step's global batch, (B, 3) int32; each row of a run is an example."""
+    return keys_of(seed, step * batch_size + np.arange(batch_size), 1)
+
+
 def act_step(
     model: HRM,
     carry: Carry,
@@ -147,20 +209,23 @@ def act_step(
     *,
     sees_gates: bool = False,
     with_target: bool = True,
+    randomness: Randomness = PLAIN,
 ) -> tuple[Carry, Outputs]:
     """One ACT step on a carry without halted sequences.
 
     puzzle_rows: (B, puzzle_emb_ndim), the rows of carry.puzzle_identifiers, or None without a puzzle table.
     min_halt_steps: (B,) while training; None evaluates, where sequences halt at halt_max_steps only and no
     target is computed. sees_gates: to have the gates in the outputs. with_target: False where sequences halt
-    by choice but nothing is learnt, which saves the target's pass. The new carry is detached.
+    by choice but nothing is learnt, which saves the target's pass. randomness: of the noise, by the carry's
+    keys; the target's pass takes the numbers of the step after. The new carry is detached.
     """
     arch, head = model.arch, model.subgoal_head
+    noise = Noise(randomness.noise, carry.keys, carry.steps) if randomness.noise else None
     steps = carry.steps + 1
     e = model.embed(carry.inputs, puzzle_rows)
     seen: list[Gated] | None = [] if sees_gates else None
     bias = None if head is None else head.bias(carry.goal, carry.goal_gate, model.dtype)
-    z_H, z_L = model.recur(carry.z_H, carry.z_L, e, bias=bias, seen=seen)
+    z_H, z_L = model.recur(carry.z_H, carry.z_L, e, bias=bias, seen=seen, noise=noise)
     answer = z_H[:, model.puzzle_emb_len :]
     with region("Q head"):
         q_halt, q_continue = model.q_values(z_H)
@@ -185,7 +250,8 @@ def act_step(
             if arch.q_continue and with_target:
                 with region("target pass"):
                     bias = None if head is None else head.bias(goal, goal_gate, model.dtype)
-                    next_z_H, _ = model.recur(z_H, z_L, e.detach(), queries=1, bias=bias)
+                    noise = None if noise is None else Noise(noise.deviation, noise.keys, steps)
+                    next_z_H, _ = model.recur(z_H, z_L, e.detach(), queries=1, bias=bias, noise=noise)
                     next_halt, next_continue = model.q_values(next_z_H)
                 best = torch.where(is_last, next_halt, torch.maximum(next_halt, next_continue))
                 target = torch.sigmoid(best)
@@ -204,5 +270,6 @@ def act_step(
         goal=goal,
         goal_gate=goal_gate,
         gates=gates,
+        keys=carry.keys,
     )
     return carry, Outputs(answer, q_halt, q_continue, target, subgoal, None if seen is None else tuple(seen))

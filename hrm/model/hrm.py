@@ -5,6 +5,7 @@ Source: Wang et al. 2025, Hierarchical Reasoning Model (arXiv 2506.21734) and it
 """
 
 import math
+from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -17,12 +18,17 @@ from hrm.data.format import Metadata
 from hrm.model.gating import Gates, GatingNetwork, make_gating, mix, sources_of
 from hrm.model.layers import Block, Embedding, Linear, PuzzleEmbedding, truncated_normal_
 from hrm.model.subgoal import SubgoalHead
+from kernels import noisy_update
 from kernels.matmul import DEFERRED, rstd_of, use_fused
 from kernels.rope import rope_tables
 
 # Sum the parts of a bfloat16 product in float32. By default PyTorch lets cuBLAS round each part to bfloat16
 # where it splits a long sum, and a weight's gradient is a sum over all tokens. The setting is the process's.
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+# Calls 0 and 1 of the random numbers draw the initial z_H and z_L; updates take those from here on.
+FIRST_CALL = 2
 
 
 class Gated(NamedTuple):
@@ -32,14 +38,29 @@ class Gated(NamedTuple):
     sources: tuple[Tensor, ...]
 
 
+class Noise(NamedTuple):
+    """The noise of an ACT step: its deviation, and what its random numbers are a function of.
+
+    keys: (B, 3) int32, the seed, example and path of each sequence; path 0 has no noise. steps: (B,) int32,
+    the ACT steps it has taken.
+    """
+
+    deviation: float
+    keys: Tensor
+    steps: Tensor
+
+
 class ReasoningModule(nn.Module):
-    """A stack of blocks over its combined sources: the sum, or the gated sum where the gate network is."""
+    """A stack of blocks over its combined sources: the sum, or the gated sum where the gate network is.
+
+    With damping the new state is (1 - damping) z + damping f, f the blocks' result, and noise is added to it.
+    """
 
     def __init__(self, arch: ArchConfig, num_layers: int, length: int, attention_backend: str) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Block(arch, length, attention_backend) for _ in range(num_layers))
         self.gating_network = make_gating(arch) if arch.use_gating else None
-        self.mixes_tokens = arch.mlp_t
+        self.mixes_tokens, self.damping = arch.mlp_t, arch.damping
 
     def hold(self, z: Tensor, o: Tensor, x: Tensor | None) -> Tensor | None:
         """The values that hierarchical gates keep for an H-cycle; None for other gates."""
@@ -69,12 +90,15 @@ class ReasoningModule(nn.Module):
         bias: Tensor | None = None,
         held: Tensor | None = None,
         seen: list[Gated] | None = None,
+        noise: Noise | None = None,
+        call: int = 0,
     ) -> Tensor:
         """z, o, x: (B, T, D). Returns the new primary state (B, T, D).
 
         With `queries` the last block computes its first positions only: exact, since nothing after it
         looks at the others. bias: (B, 1, D), added to the combined sources. held: what `hold` returned.
-        seen: a list that gets the gates and what they gated.
+        seen: a list that gets the gates and what they gated. call: the number of this update within the ACT
+        step, for its noise.
         """
         h, mean_square = self.combine(z, o, x, held, seen), None
         if bias is not None:
@@ -91,7 +115,14 @@ class ReasoningModule(nn.Module):
             else:
                 assert residual is not None
                 h, residual = layer(h, residual, cos, sin, asked)
-        return h if mean_square is None else (h * rstd_of(mean_square)[..., None]).to(h.dtype)
+        rstd = None if mean_square is None else rstd_of(mean_square)
+        if noise is None and self.damping == 1:
+            return h if rstd is None else (h * rstd[..., None]).to(h.dtype)
+        deviation, keys, steps = noise or (0.0, None, None)
+        z, damping = z[:, :queries], self.damping
+        return noisy_update(
+            h, z, damping=damping, noise=deviation, keys=keys, steps=steps, call=call, rstd=rstd
+        )
 
 
 class HRM(nn.Module):
@@ -207,6 +238,7 @@ class HRM(nn.Module):
         *,
         bias: Tensor | None = None,
         seen: list[Gated] | None = None,
+        noise: Noise | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One ACT step of the recurrence: H_cycles of L_cycles L-updates and one H-update.
 
@@ -214,10 +246,11 @@ class HRM(nn.Module):
         last H-update alone, or with arch.gradient=last_cycle through all updates of the last H-cycle. With
         `queries` the new z_H holds its first positions only. bias: (B, 1, D), of the subgoal, added to
         both levels' input. seen: a list that gets the gates of the last L-update and the last H-update.
+        noise: added to every new state, under the numbers FIRST_CALL, FIRST_CALL + 1, ... of the updates.
         """
         arch, rope = self.arch, (self.cos, self.sin)
         L_level, H_level = self.L_level, self.H_level or self.L_level
-        taught = torch.is_grad_enabled()
+        taught, calls = torch.is_grad_enabled(), count(FIRST_CALL)
         for i in range(arch.H_cycles):
             last = i == arch.H_cycles - 1
             with torch.set_grad_enabled(taught and last):
@@ -226,7 +259,10 @@ class HRM(nn.Module):
                 ends = last and j == arch.L_cycles - 1
                 teaches = ends or (last and arch.gradient == "last_cycle")
                 with region(f"H cycle {i}, L cycle {j}"), torch.set_grad_enabled(taught and teaches):
-                    z_L = L_level(z_L, z_H, e, *rope, bias=bias, held=held_L, seen=seen if ends else None)
+                    kept = seen if ends else None
+                    z_L = L_level(
+                        z_L, z_H, e, *rope, bias=bias, held=held_L, seen=kept, noise=noise, call=next(calls)
+                    )
             with region(f"H cycle {i}"), torch.set_grad_enabled(taught and last):
                 z_H = H_level(
                     z_H,
@@ -237,6 +273,8 @@ class HRM(nn.Module):
                     bias=bias,
                     held=held_H,
                     seen=seen if last else None,
+                    noise=noise,
+                    call=next(calls),
                 )
         return z_H, z_L
 

@@ -51,6 +51,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "trm": (TRM, {"ema": True}),
     "trm mixer": ({**TRM, "mlp_t": True}, {}),
+    "random": ({"init": "random", "noise": 0.05, "damping": 0.9}, {}),
 }
 
 
@@ -92,6 +93,7 @@ def run(engine: Engine, steps: int = STEPS) -> tuple[list[dict[str, float]], dic
         ("all", "float32"),
         ("trm", "float32"),
         ("trm mixer", "bfloat16"),
+        ("random", "float32"),
     ],
 )
 def test_a_replayed_run_equals_the_eager_one_bit_for_bit(captures_on_cpu, variant, dtype):

@@ -38,6 +38,7 @@ def example() -> tuple[Carry, Outputs]:
         goal=torch.zeros(4, 0),
         goal_gate=torch.zeros(4),
         gates=torch.zeros(4, 0),
+        keys=torch.zeros(4, 0, dtype=torch.int32),
     )
     q = torch.tensor([[0.0, 2.0, -1.0, 1.0], [0.5, -0.5, 0.0, 3.0]], dtype=torch.float64)
     return carry, Outputs(answer, q[0], q[1], torch.tensor([0.2, 0.9, 0.5, 1.0], dtype=torch.float64))

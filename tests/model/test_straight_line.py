@@ -145,7 +145,7 @@ def test_whole_training_steps(use_gating, monkeypatch):
         carry = expected["carry"]
         # What variants carry besides stays empty.
         kept = engine.carry._asdict()
-        assert sum(kept.pop(name).count_nonzero() for name in ("goal", "goal_gate", "gates")) == 0
+        assert sum(kept.pop(name).count_nonzero() for name in ("goal", "goal_gate", "gates", "keys")) == 0
         assert_same(kept, carry)
         assert_same(engine.weights(), weights)
         # Metrics leave the engine in float32.

@@ -14,7 +14,7 @@ from hrm.model.losses import act_loss
 from tests.support import straight_line as plain
 
 B, S, V, PUZZLES, D = 12, 9, 5, 8, 32
-VARIANTS = ("goal", "goal_gate", "gates")
+VARIANTS = ("goal", "goal_gate", "gates", "keys")
 STABLEMAX: Any = "stablemax_cross_entropy"
 SOFTMAX: Any = "softmax_cross_entropy"
 
