@@ -43,13 +43,13 @@ class Carry(NamedTuple):
 class Sequences(NamedTuple):
     """Fresh sequences to work on. inputs, labels: (B, S) int32. puzzle_identifiers: (B,) int32.
 
-    keys: (B, 3) int32 or (B, 0), see `Carry`; None where nothing is random.
+    keys: (B, 3) int32, see `Carry`; read only where something is random.
     """
 
     inputs: Tensor
     labels: Tensor
     puzzle_identifiers: Tensor
-    keys: Tensor | None = None
+    keys: Tensor = torch.zeros(0, 0, dtype=torch.int32)
 
 
 class Randomness(NamedTuple):
@@ -151,7 +151,7 @@ def replace_halted(model: HRM, carry: Carry, fresh: Sequences, *, randomness: Ra
     """Puts fresh sequences where the carry's have halted, with initial states, steps 0 and no subgoal."""
     halted, keys = carry.halted, carry.keys
     per_cell, per_state = halted[:, None], halted[:, None, None]
-    if randomness.key_words and fresh.keys is not None:
+    if randomness.key_words:
         keys = torch.where(per_cell, fresh.keys, keys)
     if randomness.starts:
         z_H = random_start(carry.z_H, halted, model.H_init, keys, 0)
