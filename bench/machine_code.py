@@ -73,11 +73,9 @@ def specialised(launch: Launch) -> Source:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    options = {
-        "num_warps": launch.num_warps,
-        "num_stages": launch.num_stages,
-        "enable_fp_fusion": launch.enable_fp_fusion,
-    }
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    if not launch.enable_fp_fusion:
+        options["enable_fp_fusion"] = False
     return Source(launch.kernel, signature, constants, attributes, options)
 
 
