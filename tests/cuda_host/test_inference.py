@@ -40,7 +40,7 @@ def test_evaluation_and_solving_replay_one_graph(stand_in, tmp_path, trained):
     assert [r.name for r in waits(records) if r.kind == "sync"] == ["cudaStreamSynchronize"]
     predictions, q_halt = inference.solve(batch.inputs, batch.puzzle_identifiers)
     assert predictions.shape == (ROWS, CELLS) and q_halt.shape == (ROWS,)
-    # Training goes on, in graphs beside it.
+    # Training continues in graphs beside it.
     for _ in range(WARM_UP + 1):
         engine.train_step(next(batches))
     assert not waits(logged(stand_in, tmp_path / "train", lambda: engine.train_step(next(batches))))
@@ -89,9 +89,9 @@ def test_state_is_saved_and_restored_between_replays(stand_in, tmp_path, trained
     state = engine.training_state()
     engine.load_weights(weights)
     engine.load_training_state(state)
-    engine.own_time.seconds(), engine.diagnosis(), engine.gate_metrics()
+    engine.diagnosis(), engine.gate_metrics()
     records = logged(stand_in, tmp_path / "log", lambda: engine.train_step(next(batches)))
-    # The same graph goes on, on the same memory.
+    # The same graph continues on the same memory.
     assert len([r for r in records if r.kind == "graph"]) == 1
 
 
