@@ -31,10 +31,10 @@ from typing import Any
 import torch
 
 from bench import launches
+from bench.ceilings import MACHINES
 from bench.implementations import metadata, random_batches
 from bench.machine_code import registers_and_stack
 from bench.roofline import CAPTURED as RESULTS
-from bench.roofline import MACHINES
 from hrm.common.errors import run_command
 from hrm.common.machine import processor
 from hrm.config.load import parse_args

@@ -115,6 +115,16 @@ def linear_swiglu(s: Shape) -> dict[str, Work]:
     return {"forward": Work(elements * s.dtype.itemsize + mean_square(s), flop)}
 
 
+def linear_swiglu_packed(s: Shape) -> dict[str, Work]:
+    """The same where a gradient is wanted: gate and up are written too, and the factor is none."""
+    one = s.tokens * s.inner * s.dtype.itemsize
+    plain, products = linear_swiglu(s)["forward"], product(s, s.D, 2 * s.inner)["backward"]
+    return {
+        "forward": Work(plain.bytes - mean_square(s) + 2 * one, plain.flop),
+        "backward": Work(5 * one + products.bytes, products.flop, launches=3),
+    }
+
+
 def linear_rms(s: Shape, inner: int | None = None) -> dict[str, Work]:
     """A projection back to D (SwiGLU's by default), with the residual sum and the mean square of its rows."""
     plain = product(s, s.inner if inner is None else inner, s.D)["forward"]
@@ -201,6 +211,7 @@ OPERATIONS: dict[str, Callable[[Shape], dict[str, Work]]] = {
     "swiglu": swiglu,
     "linear_scaled": linear_scaled,
     "linear_swiglu": linear_swiglu,
+    "linear_swiglu_packed": linear_swiglu_packed,
     "linear_rms": linear_rms,
     "gate_mix": gate_mix,
     "gate_mix_two": gate_mix_two,

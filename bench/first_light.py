@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 import torch
 
 from bench import rows
+from bench.ceilings import measure
 from bench.goals import goals, table
 from bench.implementations import built, traced
-from bench.roofline import measure
 from bench.rows import Code, machine, published, quick, setting
 from hrm.common.errors import run_command
 from hrm.common.files import write_whole

@@ -5,7 +5,8 @@ stages: results of `bench.first_light` by stage, as its file holds them.
 
 from typing import Any
 
-from bench.roofline import MACHINES, Ceilings, step, totals
+from bench.ceilings import MACHINES, Ceilings
+from bench.roofline import step, totals
 from bench.rows import INFERENCE, Code, Shape, counted, published, setting
 
 

@@ -110,10 +110,13 @@ def linear_swiglu(T: int) -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32):
         x, weight = meta(B, T, D, dtype=dtype), meta(2 * INNER, D, dtype=dtype)
         matrix = dtype == torch.bfloat16
-        yield Case("linear_swiglu", f"plain {TYPES[dtype]}", partial(op._forward, x, weight, None), matrix)
-        yield Case(
-            "linear_swiglu", f"scaled {TYPES[dtype]}", partial(op._forward, x, weight, mean_square), matrix
-        )
+        for label, factor, packed in (
+            ("plain", None, False),
+            ("scaled", mean_square, False),
+            ("with gradient", None, True),
+        ):
+            call = partial(op._forward, x, weight, factor, packed=packed)
+            yield Case("linear_swiglu", f"{label} {TYPES[dtype]}", call, matrix)
 
 
 def linear_rms(T: int) -> Iterator[Case]:

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from bench.ceilings import MACHINES, Ceilings, roofline_time
 from bench.counts import Traffic, Work, stored, tensors_in
 from bench.implementations import metadata
-from bench.roofline import MACHINES, Ceilings, captured, roofline_time
+from bench.roofline import captured
 from hrm.common.errors import run_command
 from hrm.config.load import parse_args
 from hrm.engine.dry_run import Observer, Rehearsal

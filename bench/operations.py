@@ -75,6 +75,10 @@ def gated_product(s: Shape) -> tuple[Inputs, Call]:
     return inputs, lambda x, weight: kernels.linear_swiglu(x, weight, parts.to(accumulate_dtype(x.dtype)))
 
 
+def gated_product_with_gradient(s: Shape) -> tuple[Inputs, Call]:
+    return {"x": tokens(s, s.D, 0), "weight": weight(2 * s.inner, s.D, 1)}, kernels.linear_swiglu
+
+
 def normed_product(s: Shape) -> tuple[Inputs, Call]:
     parts = mean_square(s)
     inputs = {"x": tokens(s, s.inner, 0), "weight": weight(s.D, s.inner, 1), "residual": tokens(s, s.D, 2)}
@@ -166,6 +170,7 @@ OPS: dict[str, Op] = {
     "swiglu": Op(activation, ("gate_up",), others=("liger",)),
     "linear_scaled": Op(scaled),
     "linear_swiglu": Op(gated_product),
+    "linear_swiglu_packed": Op(gated_product_with_gradient, ("x", "weight")),
     "linear_rms": Op(normed_product),
     "gate_mix": Op(gates, ("z", "o", "x", *GATES)),
     "gate_mix_two": Op(partial(gates, sources="zo"), ("z", "o", *GATES)),

@@ -6,7 +6,9 @@
 Nothing here is a measurement, except the ceilings marked so. A launch takes the longer of its bytes at full
 bandwidth and its FLOP at full rate; launches follow one another; starting them is free. So small batches are
 predicted too fast: the number of launches stands beside the time, some microseconds each without a CUDA
-graph. What is counted as bytes and FLOP stands in bench/counts.py. Three ways to the same step:
+graph. The full rate is that of a large cube, and no product of this model is one: a second table has the time
+at published rates of narrow products (bench/ceilings.py). bench/counts.py says what counts as bytes and FLOP.
+Three ways to the same step:
 
 - `eager`: PyTorch's own kernels, one per ATen call of the references;
 - `compiled`: every chain of elementwise calls is one kernel, products and attention are kernels of their own,
@@ -18,15 +20,14 @@ graph. What is counted as bytes and FLOP stands in bench/counts.py. Three ways t
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 import kernels
+from bench.ceilings import LIBRARY, MACHINES, OVERLAPPED, OWN, Ceilings, measure, published, roofline_time
 from bench.counts import (
     OPERATIONS,
     Shape,
@@ -38,6 +39,7 @@ from bench.counts import (
     linear_rms,
     linear_scaled,
     linear_swiglu,
+    linear_swiglu_packed,
     lm_head,
     meta,
     product,
@@ -53,33 +55,6 @@ BATCHES, LENGTHS = (1, 96, 384, 768), (82, 901)
 # Steps as Inductor compiles them and a graph holds them, recorded by bench/captured.py.
 CAPTURED = RESULTS.with_name("captured.json")
 VARIANTS = ("eager", "compiled", "kernels")
-
-
-class Ceilings(NamedTuple):
-    """A machine's limits. flop: of dense bfloat16 products. source: where the two numbers come from."""
-
-    bytes_per_s: float
-    flop_per_s: float
-    source: str
-
-
-MACHINES = {
-    "A100": Ceilings(2.039e12, 312e12, "datasheet, A100 SXM 80 GB"),
-    "H100": Ceilings(3.35e12, 989e12, "datasheet, H100 SXM"),
-    "H200": Ceilings(4.3e12, 790e12, "measured: a copy, and a large product"),
-    "B200": Ceilings(8.0e12, 2250e12, "datasheet, HGX B200"),
-    "RTX 4090": Ceilings(1.008e12, 165.2e12, "datasheet, sums in float32"),
-}
-
-
-def roofline_time(bytes: int, flop: int, ceilings: Ceilings) -> float:
-    """Seconds for one launch at best: the longer of moving its bytes and multiplying its FLOP."""
-    return max(bytes / ceilings.bytes_per_s, flop / ceilings.flop_per_s)
-
-
-def share(work: Work, seconds: float, ceilings: Ceilings) -> float:
-    """How much of the machine's best a measured time reaches: 1 is on the roofline."""
-    return roofline_time(work.bytes, work.flop, ceilings) / seconds
 
 
 # ----------------------------------------------------------------------------------------- the training step
@@ -99,6 +74,10 @@ class Row:
 
     def time(self, ceilings: Ceilings) -> float:
         return self.count * sum(roofline_time(work.bytes, work.flop, ceilings) for work in self.works)
+
+    def narrow_time(self, ceilings: Ceilings, own: float = OWN) -> float:
+        """Seconds with products at published rates of narrow ones; own: the rate of products in Triton."""
+        return self.time(published(ceilings, own if self.name.startswith("linear_") else LIBRARY))
 
     def total(self, quantity: str) -> int:
         """The sum of its works' bytes, flop or launches."""
@@ -140,13 +119,18 @@ def block(s: Shape, variant: str, *, gradient: bool = False, queries: int | None
             "linear_swiglu": (linear_swiglu(rest)["forward"],),
             "linear_rms: down": (linear_rms(rest)["forward"],),
         }
+    activated: dict[str, Works] = {"linear_swiglu": (linear_swiglu_packed(rest)["forward"],)}
+    if variant != "kernels":
+        activated = {
+            "product: gate, up": (product(rest, s.D, 2 * s.inner)["forward"],),
+            "swiglu": _operation("swiglu", rest, "forward", variant),
+        }
     return {
         "product: q, k, v": (product(s, s.D, 3 * s.D)["forward"],),
         "attention": attend,
         "product: o": (product(rest, s.D, s.D)["forward"],),
         "rms_norm": 2 * _operation("rms_norm", rest, "forward", variant),
-        "product: gate, up": (product(rest, s.D, 2 * s.inner)["forward"],),
-        "swiglu": _operation("swiglu", rest, "forward", variant),
+        **activated,
         "product: down": (product(rest, s.inner, s.D)["forward"],),
     }
 
@@ -262,47 +246,21 @@ def step(s: Shape, variant: str, *, gated: bool = False, whole_target: bool = Fa
 
 
 def totals(rows: list[Row], ceilings: Ceilings) -> dict[str, float]:
-    """The sums of a step: predicted seconds, FLOP, bytes, launches, and the floor that arithmetic sets."""
+    """The sums of a step: predicted seconds, FLOP, bytes, launches, and the floor that arithmetic sets.
+
+    narrow_s: predicted seconds with products at published rates of narrow ones on Hopper.
+    narrow_overlapped_s: the same if this project's products overlap the ends of their tiles.
+    """
     flop = sum(row.total("flop") for row in rows)
     return {
         "predicted_s": sum(row.time(ceilings) for row in rows),
+        "narrow_s": sum(row.narrow_time(ceilings) for row in rows),
+        "narrow_overlapped_s": sum(row.narrow_time(ceilings, OVERLAPPED) for row in rows),
         "arithmetic_floor_s": flop / ceilings.flop_per_s,
         "flop": flop,
         "bytes": sum(row.total("bytes") for row in rows),
         "launches": sum(row.total("launches") for row in rows),
     }
-
-
-# ---------------------------------------------------------------------------------------------- measured here
-
-
-@cache
-def measure() -> Ceilings:
-    """The ceilings of the current CUDA device: the best of several copies of 2 GiB and products of 8192^3.
-
-    A copy counts its bytes twice, read and written. Timed with CUDA events after a warm-up.
-    """
-    if not torch.cuda.is_available():
-        raise RuntimeError("measuring ceilings needs a CUDA device; name a machine instead")
-
-    def seconds(call: Callable[[], object]) -> float:
-        times = []
-        for _ in range(20):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-        return min(times[5:])
-
-    source, target = (torch.empty(2**31, dtype=torch.uint8, device="cuda") for _ in range(2))
-    copy = seconds(partial(target.copy_, source))
-    del source, target
-    n = 8192
-    a, b = (torch.randn(n, n, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    multiply = seconds(lambda: a @ b)
-    return Ceilings(2 * 2**31 / copy, 2 * n**3 / multiply, f"measured on {torch.cuda.get_device_name()}")
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -388,6 +346,13 @@ def main(argv: list[str] | None = None) -> int:
             f"{head['arch']:<7}{head['B']:>5}{head['T']:>5}{head['flop'] / 1e12:>9.2f}"
             f"{head['arithmetic_floor_s'] * 1e3:>9.2f}{cells}"
         )
+    print("\nThe same at published rates of narrow products on Hopper, ms")
+    print(f"{'arch':<7}{'B':>5}{'T':>5}" + "".join(f"{v:>18}" for v in (*VARIANTS, "tiles overlapped")))
+    for first in range(0, len(result["steps"]), len(VARIANTS)):
+        rows = result["steps"][first : first + len(VARIANTS)]
+        times = [*(row["narrow_s"] for row in rows), rows[-1]["narrow_overlapped_s"]]
+        cells = "".join(f"{seconds * 1e3:>18.2f}" for seconds in times)
+        print(f"{rows[0]['arch']:<7}{rows[0]['B']:>5}{rows[0]['T']:>5}{cells}")
     lines = [captured(arch, batch, 81) for arch in ("v1", "gated") for batch in BATCHES]
     print(*filter(None, lines), sep="\n")
     if options.write:

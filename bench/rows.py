@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.ceilings import MACHINES, measure
 from bench.counts import Shape
 from bench.implementations import (
     CERTAIN,
@@ -27,7 +28,7 @@ from bench.implementations import (
     peak_memory,
     traced,
 )
-from bench.roofline import MACHINES, Row, measure, step, totals
+from bench.roofline import Row, step, totals
 from hrm.common.machine import processor
 from hrm.common.versions import package_versions
 from hrm.config.load import Config, parse_args

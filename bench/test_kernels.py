@@ -29,10 +29,10 @@ import torch._functorch.config
 from torch import Tensor
 
 import kernels
+from bench.ceilings import measure, roofline_time
 from bench.counts import OPERATIONS, Shape, Work
 from bench.implementations import peak_memory
 from bench.operations import CUDA, DTYPE, OPS, Call, Inputs, library_attention, liger
-from bench.roofline import measure, roofline_time
 from hrm.common.machine import processor
 from hrm.common.versions import package_versions
 from hrm.engine.modes import compiler_fault

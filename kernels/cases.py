@@ -152,6 +152,10 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> dict[
         return Case("linear_rms", inputs, call, measured_as=DEFERRED, finish=finish)
 
     def linear_swiglu() -> Case:
+        inputs = {"x": draw(B, T, D), "weight": weight(2 * inner, D)}
+        return Case("linear_swiglu", inputs, kernels.linear_swiglu, (*inputs,))
+
+    def linear_swiglu_forward() -> Case:
         parts, inputs = mean_square(), {"x": draw(B, T, D), "weight": weight(2 * inner, D)}
         call = lambda x, weight: kernels.linear_swiglu(x, weight, parts.to(accumulate_dtype(x.dtype)))  # noqa: E731
         return Case("linear_swiglu", inputs, call)
@@ -215,10 +219,11 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> dict[
         "rope": rope,
         "attention forward": partial(attention, ()),
         DEFERRED: deferred_norm,
-        "linear_swiglu": linear_swiglu,
+        "linear_swiglu forward": linear_swiglu_forward,
         "attention": partial(attention, ("qkv",)),
         "rms_norm": partial(rms_norm, ("x", "residual")),
         "swiglu": swiglu,
+        "linear_swiglu": linear_swiglu,
         "gate_mix": partial(gate_mix, "zox"),
         "gate_mix_two": partial(gate_mix, "zo"),
         "lm_head_stablemax": partial(lm_head, "lm_head_stablemax"),

@@ -5,6 +5,8 @@ loop is the business of the kernel that calls it. Programs of the same rows are 
 x comes from memory once and for the other column tiles from the L2 cache, where the weights stay.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -129,17 +131,23 @@ def parts_of(mean_square: Tensor | None) -> tuple[Tensor | None, int]:
 DEFERRED = "deferred_norm"
 
 
-def use_fused(
-    op: str, *tensors: Tensor | None, sizes: tuple[int, ...] = (), measured_as: str | None = None
-) -> bool:
-    """Whether `op` runs as one kernel: under Triton's backend, unless a gradient is wanted.
+def takes_kernel(op: str, tensor: Tensor, weight: Tensor | None = None, **others: Any) -> bool:
+    """Whether `op` runs its kernel for `tensor`; the arguments are those of `choose`.
 
-    The first tensor is the one that `choose` takes, with sizes and measured_as. Without a measurement float32
-    takes the kernel only where the backend is named: without tensor cores the library's product wins.
+    Without a measurement float32 takes the kernel only where the backend is named: without tensor cores the
+    library's product wins.
     """
+    slower = "without tensor cores the library's product wins" if tensor.dtype == torch.float32 else None
+    return use_triton(op, tensor, slower=slower, weight=weight, **others)
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd follows an operation on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def use_fused(op: str, *tensors: Tensor | None, measured_as: str | None = None) -> bool:
+    """Whether `op`, which has no backward, runs as one kernel: `takes_kernel` by the first tensor."""
     first = tensors[0]
     assert first is not None
-    slower = "without tensor cores the library's product wins" if first.dtype == torch.float32 else None
-    if not use_triton(op, first, slower=slower, sizes=sizes, measured_as=measured_as):
-        return False
-    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+    return takes_kernel(op, first, measured_as=measured_as) and not wants_gradient(*tensors)

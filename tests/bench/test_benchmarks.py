@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from bench import implementations, rows
+from bench.ceilings import MACHINES
 from bench.implementations import Plain, built, starting_weights
-from bench.roofline import MACHINES, totals
+from bench.roofline import totals
 from bench.rows import (
     BOUNDS,
     CODES,

@@ -8,6 +8,7 @@ import torch
 
 from bench import captured, launches, roofline
 from bench.captured import LABELS, account, keep, launches_by_kernel, main, phases, predicted, table
+from bench.ceilings import MACHINES
 from tests.cuda_host.stand_in import read_log
 
 
@@ -90,7 +91,7 @@ def test_kernels_of_one_name_are_apart_by_part(records):
 
 def test_this_projects_kernels_are_counted_as_launch_by_launch():
     found = predicted("v1", 4, 81)
-    rows = launches.step("v1", 4, 81, roofline.MACHINES["H200"])
+    rows = launches.step("v1", 4, 81, MACHINES["H200"])
     both = [row for row in rows if row.kernel == "_linear_swiglu_forward_kernel"]
     assert {row.part for row in both} == {"forward", "target"}
     mean = sum(row.bytes for row in both) / sum(row.launches for row in both)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from bench import launches, roofline
+from bench.ceilings import MACHINES, Ceilings
 from bench.counts import OPERATIONS, Shape, Work, adam_atan2
 from bench.launches import LENGTHS, PARTS, Launches, main, predictions, step, totals, work_of_launch
-from bench.roofline import MACHINES, Ceilings
 from kernels.backend import recorded
 
 H200 = MACHINES["H200"]
@@ -49,11 +49,9 @@ def test_the_step_is_the_one_counted_by_hand(arch, length):
     ("part", "kernel", "op", "direction", "calls"),
     [
         ("forward", "_rms_norm_forward_kernel", "rms_norm", "forward", 16),
-        ("forward", "_swiglu_forward_kernel", "swiglu", "forward", 8),
         ("backward", "_swiglu_backward_kernel", "swiglu", "backward", 8),
         ("forward", "_attention_forward_kernel", "attention", "forward", 24),
         ("backward", "_attention_backward_kernel", "attention", "backward", 8),
-        ("forward", "_linear_swiglu_forward_kernel", "linear_swiglu", "forward", 16),
         ("forward", "_linear_scaled_forward_kernel", "linear_scaled", "forward", 12),
         ("forward", "_lm_head_forward_kernel", "lm_head_stablemax", "forward", 1),
         ("backward", "_lm_head_backward_kernel", "lm_head_stablemax", "backward", 1),
@@ -74,6 +72,16 @@ def test_the_norms_add_the_gradient_of_the_residual():
     second = shape.tokens * shape.D * shape.dtype.itemsize
     assert (row.launches, row.flop) == (16, 16 * work.flop)
     assert row.bytes == pytest.approx(16 * work.bytes + 14 * second, rel=5e-3)
+
+
+def test_swiglu_writes_gate_and_up_where_a_gradient_is_wanted():
+    """Eight of the forward's blocks have one."""
+    row = counted()["forward", "_linear_swiglu_forward_kernel"]
+    plain, packed = (
+        OPERATIONS[op](Shape(768))["forward"] for op in ("linear_swiglu", "linear_swiglu_packed")
+    )
+    assert (row.launches, row.flop) == (24, 16 * plain.flop + 8 * packed.flop)
+    assert row.bytes == pytest.approx(16 * plain.bytes + 8 * packed.bytes, rel=5e-3)
 
 
 def test_the_update_and_the_gates_move_what_is_counted_by_hand():
@@ -99,7 +107,8 @@ def test_launches_of_the_model_by_hand():
         assert rows[part, "_linear_rms_forward_kernel"].launches == 2 * plain
         # The first block of a call has nothing deferred to scale by.
         assert rows[part, "_linear_scaled_forward_kernel"].launches == plain - plain // 4
-        assert rows[part, "mm"].launches == plain // 4 + 4 * taught
+        # The library makes q, k and v of a call's first block, and with gradient q, k, v, o and down.
+        assert rows[part, "mm"].launches == plain // 4 + 3 * taught
     # Two for each of four products in eight blocks, two of the Q head, one of the token table.
     assert rows["backward", "mm"].launches == 8 * 4 * 2 + 2 + 1
     longer = counted(length=900)

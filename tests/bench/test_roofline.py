@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from bench import roofline
+from bench import ceilings, roofline
+from bench.ceilings import MACHINES, Ceilings, roofline_time
 from bench.counts import OPERATIONS, Shape, Work, eager, product, traced
-from bench.roofline import MACHINES, VARIANTS, Ceilings, main, predictions, roofline_time, step, totals
+from bench.roofline import VARIANTS, main, predictions, step, totals
 from hrm.config.load import parse_args
 from hrm.model.hrm import HRM
 
@@ -138,4 +139,4 @@ def test_the_command(capsys, monkeypatch, tmp_path):
             main(["--machine", "here"])
         assert "--machine here needs a CUDA device" in capsys.readouterr().err
         with pytest.raises(RuntimeError, match="needs a CUDA device"):
-            roofline.measure()
+            ceilings.measure()

@@ -82,6 +82,22 @@ def test_gradients_where_they_are_wanted(call, make, dtype):
     agree(call, make((17,), 64, 80), dtype, gradients=["weight"])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_through_the_epilogue(shape, dtype):
+    rows, K, width = shape
+    inputs = without(tensors(rows, K, 2 * width), "mean_square")
+    agree(call_swiglu, inputs, dtype)
+    for name in inputs:
+        agree(call_swiglu, inputs, dtype, gradients=[name])
+
+
+def test_every_tile_with_gradients():
+    """Four of the product, and two more and the usual one of the activation's backward."""
+    inputs = without(tensors((130,), 144, 288), "mean_square")
+    assert agree_in_every_tile(call_swiglu, inputs, torch.bfloat16) == 7
+
+
 @settings(max_examples=25, deadline=None)
 @given(M=st.integers(1, 150), K=st.integers(1, 150), N=st.integers(1, 150), eps=st.sampled_from([1e-6, 1e-2]))
 def test_any_shape(M, K, N, eps):
@@ -179,6 +195,10 @@ def test_one_kernel_unless_a_gradient_is_wanted(monkeypatch):
         return [launch.kernel.__name__.strip("_") for launch in launches]
 
     assert kernels() == ["swiglu_forward_kernel"]
+    with backend.recorded() as launches:
+        linear_swiglu(x, weight)
+    (made,) = launches
+    assert made.kernel.__name__ == "_linear_swiglu_forward_kernel" and made.args[4].shape == (4, 32)
     with torch.no_grad():
         assert kernels() == [
             "linear_swiglu_forward_kernel", "linear_scaled_forward_kernel",
@@ -190,9 +210,12 @@ def test_one_kernel_unless_a_gradient_is_wanted(monkeypatch):
         assert not matmul.use_fused("linear_swiglu", x.float(), weight.float(), None)
 
 
+@pytest.mark.parametrize("factor", [True, False])
 @pytest.mark.parametrize("call", [call_swiglu, call_scaled, call_rms])
-def test_gradcheck(call):
+def test_gradcheck(call, factor):
     inputs = (with_residual if call is call_rms else tensors)((3,), 8, 6)
+    if not factor and call is not call_scaled:
+        inputs = without(inputs, "mean_square")
     leaves = [tensor.requires_grad_() for tensor in inputs.values()]
     assert torch.autograd.gradcheck(lambda *args: call(**dict(zip(inputs, args, strict=True))), leaves)
 
@@ -202,10 +225,17 @@ def test_operator_contract_and_compile():
     ops = torch.ops.hrm_kernels
     torch.library.opcheck(ops.linear_swiglu.default, (x, weight, mean_square))
     torch.library.opcheck(ops.linear_swiglu.default, (x, weight, None))
+    learning = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+    torch.library.opcheck(ops.linear_swiglu_packed.default, learning)
     torch.library.opcheck(ops.linear_scaled.default, (x, weight, mean_square))
     torch.library.opcheck(ops.linear_rms.default, (x, weight, residual, mean_square, 1e-5))
     inputs = {"x": x, "weight": weight, "residual": residual, "mean_square": mean_square}
-    for call, taken in ((call_swiglu, without(inputs, "residual")), (call_rms, inputs)):
+    plain = {"x": x, "weight": weight}
+    for call, taken in (
+        (call_swiglu, plain),
+        (call_swiglu, without(inputs, "residual")),
+        (call_rms, inputs),
+    ):
         compiles(call, taken)
         with torch.no_grad():
             compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(**taken)
