@@ -534,8 +534,8 @@ def test_what_is_measured_is_what_a_step_asks_for(words):
         own = case.measured_as or case.op
         classes = {key for key, op in asked.classes.items() if op == own}
         assert classes, name
-        # These two run only where the kernels of attention and of the deferred norm were found slower.
-        if name not in ("rope", "rms_norm forward"):
+        # These run only where the kernels that contain them were found slower.
+        if name not in ("rope", "rms_norm forward", "swiglu"):
             assert classes <= step.classes.keys(), name
 
 
