@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -20,6 +20,7 @@ from hrm.config.load import resolve_device
 from hrm.config.messages import ConfigError
 from hrm.config.read import split_arguments
 from hrm.config.schema import DEVICE, PATH
+from hrm.evaluation.selection import Rule
 
 # PyTorch takes seconds to import: --help and a mistyped key are answered without it.
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from hrm.checkpoint.load_model import Trained
     from hrm.data.dataset import PuzzleDataset
     from hrm.distributed import World
+    from hrm.evaluation.paths import Plan
 
 JSON_FLAG = "--json"
 
@@ -47,14 +49,39 @@ class EvaluateConfig:
     eval_act: bool = key(
         False, "also stop each sequence when it halts, and tell the steps saved and the accuracy"
     )
-    halt_max_steps: int | None = key(
-        None, "ACT steps for each sequence; null is as in training", ge=1, le=4096
+    depth: int | None = key(
+        None, "ACT steps for each sequence, also more than in training; null is as in training", ge=1, le=4096
     )
     samples: int | None = key(None, "judge a fixed random part, of this many examples", ge=1, le=10**9)
-    seed: int = key(0, "seed of that part", ge=0, le=2**32 - 1)
+    seed: int = key(0, "seed of that part, and of the paths", ge=0, le=2**32 - 1)
+    paths: int = key(
+        1,
+        "runs of the model on each puzzle, which differ by `by` and of which `select` takes one",
+        ge=1,
+        le=4096,
+    )
+    by: str = key(
+        "symmetry",
+        "what tells the paths apart: a random symmetry of the puzzle. Path 0 has none",
+        pattern=r"^symmetry\Z",
+        form="symmetry",
+    )
+    select: Rule = key(
+        "q",
+        "the path that answers: that of the highest q_halt, the first to halt, one with the commonest "
+        "answer, that of the least change, one that keeps the puzzle's rules, a right one by the labels. The "
+        "accuracy is printed for all of them",
+    )
+    depths: str | None = key(
+        None,
+        "print the accuracy by depth and number of paths, for these ACT steps, such as 8,16,32",
+        pattern=r"^[1-9]\d{0,3}(,[1-9]\d{0,3}){0,31}\Z",
+        form="increasing whole numbers up to 4096, with commas between them",
+    )
     batch_size: int | None = key(
         None,
-        "sequences at a time, on each GPU; null is the run's global_batch_size, or samples if that is less. "
+        "sequences at a time, on each GPU; null is the run's global_batch_size, or samples times paths if "
+        "that is less. "
         "As in training, what fills up the last batch counts in q_halt_loss",
         ge=1,
         le=2**20,
@@ -69,6 +96,16 @@ class EvaluateConfig:
     )
     save_predictions: str | None = key(None, "write every prediction to this .npz file", **PATH)
     submission: str | None = key(None, "ARC: write the two best answers to this file, for Kaggle", **PATH)
+
+    @property
+    def depth_list(self) -> list[int]:
+        """The ACT steps of `depths`, empty without it."""
+        return [int(word) for word in self.depths.split(",")] if self.depths else []
+
+    @property
+    def has_paths(self) -> bool:
+        """Whether many paths, or one at several depths, are judged."""
+        return self.paths > 1 or self.depths is not None
 
 
 KEYS = keys_of(EvaluateConfig)
@@ -93,7 +130,13 @@ def parse_args(argv: Sequence[str]) -> EvaluateConfig:
         raise SystemExit(0)
     if args.values.get("checkpoint") is None:
         raise ConfigError("checkpoint is not given: write checkpoint=PATH, a run's folder or a checkpoint")
-    return EvaluateConfig(**args.values)
+    config = EvaluateConfig(**args.values)
+    depths = config.depth_list
+    if depths and config.depth is not None:
+        raise ConfigError(f"depth={config.depth} and depths={config.depths}: leave one out")
+    if depths != sorted(set(depths)) or max(depths, default=1) > 4096:
+        raise ConfigError(f"depths={config.depths} is not allowed: give {KEYS['depths'].allowed}")
+    return config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,6 +169,7 @@ def judge(config: EvaluateConfig, as_json: bool, world: "World", device: "torch.
     from hrm.engine.memory_estimate import check_inference
     from hrm.engine.modes import EAGER, resolve_mode
     from hrm.evaluation.metrics import Listener, Voting, evaluate, predictions_file, taken_of
+    from hrm.evaluation.paths import evaluate_paths
 
     found = find_trained(str(config.checkpoint))
     folder = Path(config.data_path) if config.data_path is not None else data_folder(found.config)
@@ -147,8 +191,8 @@ def judge(config: EvaluateConfig, as_json: bool, world: "World", device: "torch.
         ema=config.ema,
     )
     model = trained.model
-    if config.halt_max_steps is not None:
-        model.arch = replace(model.arch, halt_max_steps=config.halt_max_steps)
+    if deepest := max(config.depth_list, default=config.depth):
+        model.arch = replace(model.arch, halt_max_steps=deepest)
     mode = resolve_mode(config.mode, model.H_init.device) or EAGER
     stream = sys.stderr if as_json else sys.stdout
     say: Callable[[str], None] = partial(print, file=stream, flush=True) if world.is_main else lambda _: None
@@ -159,19 +203,27 @@ def judge(config: EvaluateConfig, as_json: bool, world: "World", device: "torch.
     taken = taken_of(dataset, examples)
     batch_size = config.batch_size or found.config.global_batch_size
     if config.batch_size is None and config.samples is not None:
-        batch_size = min(batch_size, config.samples)
+        batch_size = min(batch_size, config.samples * config.paths)
     if device.type == "cpu":
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world.size > 1 else 1
         check_inference(
-            trained.config, dataset.metadata, batch_size, device, early=config.eval_act, sharing=sharing
+            trained.config,
+            dataset.metadata,
+            batch_size,
+            device,
+            early=config.eval_act or config.has_paths,
+            sharing=sharing,
         )
+    plan = path_plan(config, trained, dataset) if config.has_paths else None
     with ExitStack() as stack:
         listeners: list[Listener] = []
+        of_every_path: list[Listener] = []
         voting = None
         try:
             if world.is_main and is_arc and (config.split == "test" or config.submission is not None):
                 voting = Voting(dataset, taken)
-                listeners.append(voting)
+                # By vote, all paths of all augmentations of a task vote together.
+                (of_every_path if plan and config.select == "vote" else listeners).append(voting)
         except DatasetError as error:
             if config.submission is not None:
                 raise
@@ -179,7 +231,8 @@ def judge(config: EvaluateConfig, as_json: bool, world: "World", device: "torch.
         if world.is_main and config.save_predictions is not None:
             file = Path(config.save_predictions)
             listeners.append(stack.enter_context(predictions_file(file, dataset, taken)))
-        results = evaluate(
+        run = evaluate if plan is None else partial(evaluate_paths, plan=plan, of_every_path=of_every_path)
+        results = run(
             trained,
             dataset,
             batch_size=batch_size,
@@ -196,7 +249,29 @@ def judge(config: EvaluateConfig, as_json: bool, world: "World", device: "torch.
         if config.submission is not None:
             voting.write_submission(Path(config.submission))
     if world.is_main:
-        print(to_json(results) if as_json else table(results).text())
+        print(to_json(results) if as_json else "\n".join(each.text() for each in tables(results)))
+
+
+def path_plan(config: EvaluateConfig, trained: "Trained", dataset: "PuzzleDataset") -> "Plan":
+    """The paths that the configuration asks for. Raises UserError where the puzzles do not allow them."""
+    from hrm.data.format import read_names
+    from hrm.data.puzzle_kinds import kind_of
+    from hrm.evaluation.paths import Plan
+    from hrm.evaluation.race import RULED
+    from hrm.evaluation.views import PlainViews, Views, views_for
+
+    kind = kind_of(dataset.metadata, dataset.sets)
+    if config.select == "rules" and kind.name not in RULED:
+        raise UserError(
+            f"select=rules: puzzles of kind {kind.name} have no rules that tell a right answer; write "
+            "select=q or select=vote"
+        )
+    views: Views = PlainViews(config.seed)
+    if config.paths > 1 and "symmetry" in config.by.split(","):
+        embeds = kind.name == "arc" and trained.model.puzzle_emb is not None
+        views = views_for(kind, config.seed, read_names(dataset.folder.parent) if embeds else None)
+    depths = tuple(config.depth_list) or (trained.model.arch.halt_max_steps,)
+    return Plan(config.paths, config.select, depths, views)
 
 
 def describe(trained: "Trained", mode: str, dataset: "PuzzleDataset") -> str:
@@ -209,8 +284,20 @@ def describe(trained: "Trained", mode: str, dataset: "PuzzleDataset") -> str:
     )
 
 
+def tables(results: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
+    """The results as tables: the overview and, for many paths, those of rules and depths."""
+    from hrm.evaluation.path_tables import depth_tables, rules_table
+
+    yield table(results)
+    for name, metrics in results.items():
+        if (paths := metrics.get("paths")) and metrics["count"]:
+            yield rules_table(name, paths)
+            if len(paths["depths"]) > 1:
+                yield from depth_tables(name, paths)
+
+
 def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    """The metrics of `evaluation.metrics.evaluate` as a table: one row for each set, part and method."""
+    """The metrics of `evaluate` or `evaluate_paths` as a table: one row for each set, part and method."""
     rows, notes = [], []
     for name, metrics in results.items():
         rows.append(_row(name, metrics))
@@ -223,12 +310,17 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
             notes.append(f"{name}, tests solved by vote of the augmentations: {shares} answers")
         if early := metrics.get("eval_act"):
             rows.append(_row("  eval_act", early))
-            by_steps = [
-                f"{count:,} after {i}" for i, count in enumerate(early["steps_histogram"], 1) if count
-            ]
+            histogram = early.get("steps_histogram", ())
+            by_steps = [f"{count:,} after {i}" for i, count in enumerate(histogram, 1) if count]
             notes.append(
                 f"{name}, eval_act: {100 * early['steps_saved']:.1f} % of the steps saved, "
-                f"{early['seconds']:.1f} s instead of {metrics['seconds']:.1f}; halted: {', '.join(by_steps)}"
+                f"{early['seconds']:.1f} s instead of {metrics['seconds']:.1f}"
+                + (f"; halted: {', '.join(by_steps)}" if by_steps else "")
+            )
+        if paths := metrics.get("paths"):
+            notes.append(
+                f"{name}: answers chosen by {paths['select']} from {paths['paths']} paths, whose ACT steps "
+                f"are added up; {metrics['seconds']:.1f} s"
             )
     columns = ["set", "puzzles", "exact", "cells", "q_halt", "steps"]
     notes.append(

@@ -17,6 +17,8 @@ _RENAMED = {
     "subsample_size": "sudoku.num_train",
     "arch.loss.loss_type": "loss.loss_type",
     "data_paths": "data_path",
+    # Of hrm.evaluate, which called it so at first.
+    "halt_max_steps": "depth",
 }
 
 # The key here, its value for true, its value for false.

@@ -1,6 +1,7 @@
 """Solves batches of fixed size: every sequence for halt_max_steps ACT steps, or each until it halts."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -150,13 +151,43 @@ def _prepare(
             step()
 
 
-class EarlyExit:
-    """The model at one batch size, without gradient; each sequence stops when it halts.
+class Waiting(NamedTuple):
+    """A sequence that waits for a row. place: its index. inputs, labels: (S,). puzzle_identifier: ()."""
 
-    A sequence halts as in training without exploration: when q_halt is above q_continue (above 0 without
-    one), at the latest after halt_max_steps. Its row then takes the next sequence, so shapes and the cost of
-    a step are those of `Inference`; rows without a sequence at the end give no answers. The host reads after
-    every step which sequences have halted.
+    place: int
+    inputs: np.ndarray
+    labels: np.ndarray
+    puzzle_identifier: int
+
+
+class Ends(NamedTuple):
+    """The ends of n sequences, as `Answers` and, each (n,), what a choice among paths needs.
+
+    halts_at: int32, the first ACT step at which the sequence wishes to halt, at least NEVER if at none.
+    residual: float32, the mean over at most three last steps of the change of the logits, as a norm over the
+    vocabulary averaged over the cells; infinite after one step.
+    """
+
+    places: np.ndarray
+    labels: np.ndarray
+    predictions: np.ndarray
+    q_halt: np.ndarray
+    steps: np.ndarray
+    halts_at: np.ndarray
+    residual: np.ndarray
+
+
+# The step at which a sequence halts that never wishes to.
+NEVER = 1 << 30
+# The steps over which a residual is averaged.
+_CHANGES = 3
+
+
+class StepByStep:
+    """The model one ACT step at a time at one batch size, without gradient: eager, compiled or captured.
+
+    A sequence wishes to halt as in training without exploration: when q_halt is above q_continue (above 0
+    without one). Weights are read in place.
     """
 
     def __init__(self, model: HRM, batch_size: int, seq_len: int, *, mode: Mode) -> None:
@@ -166,6 +197,11 @@ class EarlyExit:
         self._carry = initial_carry(model, batch_size, seq_len, device)
         self._predictions = torch.zeros(batch_size, seq_len, dtype=torch.int32, device=device)
         self._q_halt = torch.zeros(batch_size, dtype=torch.float32, device=device)
+        self._halts_at = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        wide = torch.promote_types(model.dtype, torch.float32)
+        vocab_size = len(model.lm_head.weight)
+        self._logits = torch.zeros(batch_size, seq_len, vocab_size, dtype=wide, device=device)
+        self._changes = torch.zeros(batch_size, _CHANGES, dtype=wide, device=device)
         self._step = compiled(self._act_step) if mode.compiled else self._act_step
         self._mode = mode
         self._program = Program(self._turn, device, captured=mode.captured)
@@ -174,21 +210,30 @@ class EarlyExit:
         return act_step(self.model, carry, puzzle_rows, least, with_target=False)
 
     def prepare(self, compilation: Compilation) -> None:
-        """Compiles the step, if its mode asks for it; the first answers would do so unannounced."""
-        _prepare(self._take_step, "the early exit", self.model, self._feed, self._mode, compilation)
+        """Compiles the step, if its mode asks for it; the first step would do so unannounced."""
+        _prepare(self._take_step, "the single step", self.model, self._feed, self._mode, compilation)
 
     def _take_step(self) -> tuple[Carry, Outputs]:
         carry, table = replace_halted(self.model, self._carry, self._feed.fresh), self.model.puzzle_emb
         puzzle_rows = None if table is None else table(carry.puzzle_identifiers)
-        # The feed holds 0 as the minimum of steps.
         taken: tuple[Carry, Outputs] = self._step(carry, puzzle_rows, self._feed.min_halt_steps)
         return taken
 
     def _turn(self) -> None:
         model = self.model
         carry, outputs = self._take_step()
-        self._predictions.copy_(model.lm_head(outputs.answer).argmax(-1))
+        logits = model.lm_head(outputs.answer)
+        self._predictions.copy_(logits.argmax(-1))
         self._q_halt.copy_(outputs.q_halt_logits)
+        begins = carry.steps == 1
+        wishes = outputs.q_halt_logits > (outputs.q_continue_logits if model.arch.q_continue else 0)
+        halts_at = torch.where(begins, NEVER, self._halts_at)
+        self._halts_at.copy_(torch.where(wishes, halts_at.minimum(carry.steps), halts_at))
+        wide = logits.to(self._logits.dtype)
+        change = (wide - self._logits).norm(dim=-1).mean(-1)
+        changes = torch.cat([self._changes[:, 1:], change[:, None]], dim=1)
+        self._changes.copy_(torch.where(begins[:, None], 0, changes))
+        self._logits.copy_(wide)
         for old, new in zip(self._carry, carry, strict=True):
             old.copy_(new)
 
@@ -197,36 +242,75 @@ class EarlyExit:
         """One ACT step of the sequences in the feed; does not wait for the device."""
         self._program()
 
+    def _ends(self, rows: np.ndarray, places: np.ndarray, labels: np.ndarray) -> Ends:
+        """The present state of some rows. Waits for the device."""
+        held = (self._predictions, self._q_halt, self._carry.steps, self._halts_at, self._changes.sum(dim=1))
+        predictions, q_halt, steps, halts_at, changes = (of.cpu().numpy()[rows] for of in held)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            counted = np.minimum(steps - 1, _CHANGES)
+            residual = np.where(counted > 0, changes / counted, np.inf).astype(np.float32)
+        return Ends(places, labels, predictions, q_halt, steps, halts_at, residual)
+
     @torch.no_grad()
-    def answers(self, batches: Iterable[tuple[Batch, int]]) -> Iterator[Answers]:
-        """The answers to batches as in `Inference.answers`, in the order in which sequences halt."""
+    def at_depths(self, batch: Batch, depths: Sequence[int]) -> Iterator[Ends]:
+        """The state of all rows of a batch after each of `depths`, without halting before the last.
+
+        depths: increasing numbers of ACT steps, the last of them arch.halt_max_steps.
+        """
+        self._feed.push(batch, min_halt_steps=NEVER)
+        self._carry.halted.fill_(True)
+        rows = np.arange(len(batch.inputs))
+        for before, depth in pairwise([0, *depths]):
+            for _ in range(before, depth):
+                self.take_turn()
+            yield self._ends(rows, rows, batch.labels)
+
+    @torch.no_grad()
+    def until_halted(
+        self, waiting: Iterator[Waiting], goes_on: Callable[[int, int], bool] = lambda place, steps: True
+    ) -> Iterator[Ends]:
+        """The ends of sequences that each stop when they halt, in the order in which they do.
+
+        The row of a sequence that has ended takes the next one, so shapes and the cost of a step stay; at the
+        end some rows stand idle. goes_on: asked after every step for the place of each sequence that runs,
+        with its steps; False drops it without an end. The host reads after every step which have halted.
+        """
         B, S = self._predictions.shape
         held = Batch(
             np.zeros((B, S), np.int32), np.full((B, S), IGNORE_LABEL, np.int32), np.zeros(B, np.int32)
         )
-        fields = [(getattr(held, name), name) for name in vars(held)]
-        waiting = ((batch, row) for batch, count in batches for row in range(count))
         # The index of the sequence in each row, -1 for none.
-        places, given = np.full(B, -1), 0
-        halted = np.ones(B, bool)
-        self._carry.halted.fill_(True)
+        places = np.full(B, -1)
+        free = np.ones(B, bool)
         while True:
-            places[halted] = -1
-            for slot in np.flatnonzero(halted):
-                following = next(waiting, None)
-                if following is None:
-                    break
-                for array, name in fields:
-                    array[slot] = getattr(following[0], name)[following[1]]
-                places[slot], given = given, given + 1
+            places[free] = -1
+            for row, following in zip(np.flatnonzero(free), waiting, strict=False):
+                places[row] = following.place
+                held.inputs[row], held.labels[row] = following.inputs, following.labels
+                held.puzzle_identifiers[row] = following.puzzle_identifier
             if (places < 0).all():
                 return
+            # Dropped sequences have not halted by themselves.
+            self._carry.halted.copy_(torch.from_numpy(free))
             self._feed.push(held)
             self.take_turn()
-            halted = self._carry.halted.cpu().numpy().copy()
-            done = np.flatnonzero(halted & (places >= 0))
+            free, steps = (of.cpu().numpy().copy() for of in (self._carry.halted, self._carry.steps))
+            done = np.flatnonzero(free & (places >= 0))
             if len(done):
-                predictions, q_halt, steps = (
-                    of.cpu().numpy()[done] for of in (self._predictions, self._q_halt, self._carry.steps)
-                )
-                yield Answers(places[done], held.labels[done], predictions, q_halt, steps)
+                yield self._ends(done, places[done], held.labels[done])
+            for row in np.flatnonzero(~free & (places >= 0)):
+                free[row] = not goes_on(int(places[row]), int(steps[row]))
+
+
+class EarlyExit(StepByStep):
+    """Each sequence stops when it halts, at the latest after halt_max_steps; see `until_halted`."""
+
+    def answers(self, batches: Iterable[tuple[Batch, int]]) -> Iterator[Answers]:
+        """The answers to batches as in `Inference.answers`, in the order in which sequences halt."""
+        rows = ((batch, row) for batch, count in batches for row in range(count))
+        waiting = (
+            Waiting(place, batch.inputs[row], batch.labels[row], batch.puzzle_identifiers[row])
+            for place, (batch, row) in enumerate(rows)
+        )
+        for ends in self.until_halted(waiting):
+            yield Answers(*ends[: len(Answers._fields)])

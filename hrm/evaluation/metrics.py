@@ -45,7 +45,7 @@ class Scores:
 
     def __init__(self, count: int) -> None:
         self.exact, self.q_right, self.counted = (np.zeros(count, bool) for _ in range(3))
-        self.accuracy, self.steps = np.zeros(count, np.float32), np.zeros(count, np.int16)
+        self.accuracy, self.steps = np.zeros(count, np.float32), np.zeros(count, np.int32)
 
     def add(self, answers: Answers) -> None:
         """Adds the results of some sequences."""
@@ -124,8 +124,8 @@ def evaluate(
             sums = np.zeros(0)
             scores = Scores(len(taken))
             start = time.perf_counter()
-            batches = _batches(dataset, name, taken, batch_size)
-            with _bar(name, len(taken)) as bar:
+            batches = batches_of(dataset, name, taken, batch_size)
+            with progress_bar(name, len(taken)) as bar:
                 for answers, batch_sums in answers_in_order(full, batches, world):
                     scores.add(answers)
                     # float64, because sums over a large set exceed the integers of float32.
@@ -136,15 +136,12 @@ def evaluate(
             named = dict(zip(full.names, sums.tolist(), strict=True))
             metrics: Metrics = means(named, named["count"])
             metrics |= {"count": int(metrics["count"]), "seconds": time.perf_counter() - start}
-            values, places = difficulty(dataset, name, taken)
-            if parts := dict(degrees(values)):
-                metrics["difficulty"] = {
-                    label: scores.metrics(places[chosen]) for label, chosen in parts.items()
-                }
+            if parts := by_difficulty(dataset, name, taken, scores):
+                metrics["difficulty"] = parts
             if early is not None:
                 scores, start = Scores(len(taken)), time.perf_counter()
-                batches = _batches(dataset, name, taken, batch_size)
-                with _bar(f"{name}, eval_act", len(taken)) as bar:
+                batches = batches_of(dataset, name, taken, batch_size)
+                with progress_bar(f"{name}, eval_act", len(taken)) as bar:
                     for answers in own_early_answers(early, batches, batch_size, world):
                         scores.add(answers)
                         bar.update(len(answers.places))
@@ -166,7 +163,7 @@ def taken_of(
     return {name: examples[name] for name in dataset.sets if len(examples[name])}
 
 
-def _batches(
+def batches_of(
     dataset: PuzzleDataset, name: str, taken: np.ndarray, batch_size: int
 ) -> Iterator[tuple[Batch, int]]:
     none = np.zeros(0, np.int64)
@@ -175,7 +172,7 @@ def _batches(
         yield batch, count
 
 
-def _bar(name: str, total: int) -> tqdm:
+def progress_bar(name: str, total: int) -> tqdm:
     """A progress bar on a terminal."""
     return tqdm(total=total, desc=name, unit=" puzzles", leave=False, disable=None)
 
@@ -202,6 +199,12 @@ def difficulty(dataset: PuzzleDataset, name: str, taken: np.ndarray) -> tuple[np
     if tokens.min() < 1:
         return unknown
     return np.array([solutions(grid)[1] for grid in (tokens - 1).astype(np.uint8)]), places
+
+
+def by_difficulty(dataset: PuzzleDataset, name: str, taken: np.ndarray, scores: Scores) -> dict[str, Metrics]:
+    """The metrics of the scored sequences by degree of difficulty, from easy to hard; empty if unknown."""
+    values, places = difficulty(dataset, name, taken)
+    return {label: scores.metrics(places[chosen]) for label, chosen in degrees(values)}
 
 
 def degrees(values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

@@ -40,14 +40,18 @@ class Outcomes:
         """The first `count` paths of every puzzle."""
         return self._of_each(lambda array: array[:, :count])
 
+    def of_paths(self, chosen: np.ndarray) -> "Outcomes":
+        """The paths under the mask `chosen`, (K,), of every puzzle."""
+        return self._of_each(lambda array: array[:, chosen])
+
     def puzzles(self, chosen: np.ndarray) -> "Outcomes":
         """All paths of the puzzles at the indices, or under the mask, `chosen`."""
         return self._of_each(lambda array: array[chosen])
 
     def _of_each(self, part: Callable[[np.ndarray], np.ndarray]) -> "Outcomes":
         lawful = None if self.lawful is None else part(self.lawful)
-        held = (self.right, self.answer, self.q_halt, self.halts_at, self.residual)
-        return Outcomes(*map(part, held), lawful)
+        right, answer, q_halt = part(self.right), part(self.answer), part(self.q_halt)
+        return Outcomes(right, answer, q_halt, part(self.halts_at), part(self.residual), lawful)
 
 
 def unfinished(puzzles: int, paths: int, has_rules: bool) -> Outcomes:

@@ -45,10 +45,10 @@ def run(tiny_sudoku: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "p" / "r"
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_give_the_numbers_of_one_process(ranks, run, tmp_path, capsys):
+@pytest.mark.parametrize(("ranks", "paths"), [(2, ()), (3, ()), (2, ("paths=2", "depths=2,4"))])
+def test_ranks_give_the_numbers_of_one_process(ranks, paths, run, tmp_path, capsys):
     # 20 puzzles in batches of 3: the last turn leaves ranks without a batch, and the last batch is padded.
-    argv = [f"checkpoint={run}", "device=cpu", "mode=eager", "batch_size=3", "eval_act=true"]
+    argv = [f"checkpoint={run}", "device=cpu", "mode=eager", "batch_size=3", "eval_act=true", *paths]
     files = [tmp_path / f"{name}.npz" for name in ("alone", "shared")]
     expected = alone(capsys, *argv, f"save_predictions={files[0]}")
     assert shared(ranks, *argv, f"save_predictions={files[1]}") == expected
@@ -59,7 +59,8 @@ def test_ranks_give_the_numbers_of_one_process(ranks, run, tmp_path, capsys):
         assert np.array_equal(one[name], other[name]), name
 
 
-def test_ranks_vote_as_one_process(tmp_path, capsys):
+@pytest.mark.parametrize("paths", [(), ("paths=3", "select=vote")])
+def test_ranks_vote_as_one_process(paths, tmp_path, capsys):
     for part, first in (("training", 0), ("evaluation", 4)):
         write_tasks(
             tmp_path / "arc" / part, {f"t{n}": random_task(n, 2, 1, 6) for n in range(first, first + 3)}
@@ -68,7 +69,7 @@ def test_ranks_vote_as_one_process(tmp_path, capsys):
     small = ["max_steps=1", "epochs=4", "eval_interval=null", "project_name=p", "run_name=r"]
     assert train.main(words(tmp_path / "data", tmp_path, *small)) == 0
     capsys.readouterr()
-    argv = [f"checkpoint={tmp_path / 'p' / 'r'}", "device=cpu", "mode=eager", "batch_size=4"]
+    argv = [f"checkpoint={tmp_path / 'p' / 'r'}", "device=cpu", "mode=eager", "batch_size=4", *paths]
     files = [tmp_path / f"{name}.json" for name in ("alone", "shared")]
     expected = alone(capsys, *argv, f"submission={files[0]}")
     assert "pass_at" in expected["all"]
