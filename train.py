@@ -61,6 +61,7 @@ def run(config: Config, ranks: "World", device: "torch.device", stop: StopSignal
     """
     from hrm.data.format import DatasetError
     from hrm.engine.compilation import Compilation
+    from hrm.engine.device_choice import faster_device
     from hrm.engine.engine import Engine
     from hrm.engine.memory_estimate import does_not_fit, enough_memory
     from hrm.engine.modes import dtype_note
@@ -77,12 +78,16 @@ def run(config: Config, ranks: "World", device: "torch.device", stop: StopSignal
     say: Callable[[str], None] = partial(print, flush=True) if ranks.is_main else lambda _: None
     for note in config.notes:
         say(note)
-    if note := dtype_note(config, device):
-        say(note)
     data, run_dir, ended_by = TrainingData.open(config), folder_of(config), GO_ON
     for note in data.notes:
         say(f"note: {note}")
     ranks.check_equal({"training data": data.fingerprint})
+    if ranks.size == 1:
+        device, choice = faster_device(config, data.metadata, device)
+        if choice:
+            say(choice)
+    if note := dtype_note(config, device):
+        say(note)
     with enough_memory(lambda: does_not_fit(config, data.metadata, device, ranks=ranks.size)):
         compilation = Compilation(say, stop.at_once)
         engine = Engine(config, data.metadata, data.total_steps, device, ranks, compilation)

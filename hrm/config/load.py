@@ -160,8 +160,8 @@ def _conflicts(arch: ArchConfig, loss: LossConfig) -> Iterator[str]:
 def resolve_device(name: str) -> str:
     """The device that `device=name` means on this machine: cpu, cuda, cuda:N or mps.
 
-    auto is cuda if there is a CUDA GPU, else cpu; it never takes mps. Raises ConfigError for a device that
-    is not there. Imports PyTorch unless the name is cpu.
+    auto is cuda if there is a CUDA GPU, else cpu, for which a run may take mps (`hrm.engine.device_choice`).
+    Raises ConfigError for a device that is not there. Imports PyTorch unless the name is cpu.
     """
     if name == "cpu":
         return name

@@ -202,7 +202,7 @@ class Config:
     seed: int = key(0, "seed of the weights, the batches and the exploration", ge=0, le=2**32 - 1)
     device: str = key(
         "auto",
-        "where to run; auto is cuda where there is one, else cpu",
+        "where to run; auto is cuda where there is one, mps where a step is measured faster there, else cpu",
         **DEVICE,
     )
     dtype: Literal["auto", "float32", "bfloat16"] = key(

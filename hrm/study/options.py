@@ -5,11 +5,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from hrm.common.threads import THREADS_HELP
+
 INTERRUPTED = "the same command continues from here; with --report-only it reports on the finished runs"
 
 
 def add_options(parser: argparse.ArgumentParser, first: str) -> None:
     """Adds the options of a campaign. first: what the baseline is by default."""
+    parser.epilog, parser.formatter_class = THREADS_HELP, argparse.RawDescriptionHelpFormatter
     parser.add_argument("--seeds", default="3", metavar="N|A,B,...", help="how many, or which (3)")
     parser.add_argument("--output", metavar="DIR", help="where runs and results go (a folder in checkpoints)")
     parser.add_argument(

@@ -1,5 +1,6 @@
 """The threads of a process follow its affinity, the cgroup's quota, the ranks and the user."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hrm.common import threads
-from hrm.common.threads import configure, threads_note, threads_of_each, usable_cpus
+from hrm.common.threads import THREADS_HELP, configure, threads_note, threads_of_each, usable_cpus
 from tests.support.paths import ROOT
 
 
@@ -136,3 +137,10 @@ def test_every_entry_sets_the_policy_before_pytorch_loads():
         [sys.executable, "-c", code], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60
     )
     assert done.stdout == "PASSIVE\n", done.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "hrm.evaluate", "hrm.solve", "hrm.compare", "hrm.sweep"])
+def test_the_help_of_each_command_that_computes_tells_of_threads(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        importlib.import_module(command).main(["--help"])
+    assert THREADS_HELP in capsys.readouterr().out
