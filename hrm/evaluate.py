@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from hrm.evaluation.paths import Plan
 
 JSON_FLAG = "--json"
+# The deviation of by=noise for a model trained without, that of Equilibrium Reasoners (arXiv 2605.21488).
+NOISE = 0.01
 
 
 @dataclass(config=RULES)
@@ -61,10 +63,14 @@ class EvaluateConfig:
         le=4096,
     )
     by: str = key(
-        "symmetry",
-        "what tells the paths apart: a random symmetry of the puzzle. Path 0 has none",
-        pattern=r"^symmetry\Z",
-        form="symmetry",
+        "init",
+        "what tells the paths apart: random first states, noise on every state, a random symmetry of the "
+        "puzzle, or several of them. Path 0 has none",
+        pattern=r"^(init|noise|symmetry)(,(init|noise|symmetry))*\Z",
+        form="init, noise, symmetry, or several with commas between them",
+    )
+    noise: float | None = key(
+        None, "deviation of the noise; null is arch.noise of the run, 0.01 if that is 0", gt=0, le=100
     )
     select: Rule = key(
         "q",
@@ -136,6 +142,8 @@ def parse_args(argv: Sequence[str]) -> EvaluateConfig:
         raise ConfigError(f"depth={config.depth} and depths={config.depths}: leave one out")
     if depths != sorted(set(depths)) or max(depths, default=1) > 4096:
         raise ConfigError(f"depths={config.depths} is not allowed: give {KEYS['depths'].allowed}")
+    if config.noise is not None and "noise" not in config.by.split(","):
+        raise ConfigError(f"noise={config.noise:g} has no effect: add by=noise, or leave it out")
     return config
 
 
@@ -259,6 +267,7 @@ def path_plan(config: EvaluateConfig, trained: "Trained", dataset: "PuzzleDatase
     from hrm.evaluation.paths import Plan
     from hrm.evaluation.race import RULED
     from hrm.evaluation.views import PlainViews, Views, views_for
+    from hrm.model.act import Randomness
 
     kind = kind_of(dataset.metadata, dataset.sets)
     if config.select == "rules" and kind.name not in RULED:
@@ -267,11 +276,13 @@ def path_plan(config: EvaluateConfig, trained: "Trained", dataset: "PuzzleDatase
             "select=q or select=vote"
         )
     views: Views = PlainViews(config.seed)
-    if config.paths > 1 and "symmetry" in config.by.split(","):
+    by = config.by.split(",") if config.paths > 1 else []
+    if "symmetry" in by:
         embeds = kind.name == "arc" and trained.model.puzzle_emb is not None
         views = views_for(kind, config.seed, read_names(dataset.folder.parent) if embeds else None)
     depths = tuple(config.depth_list) or (trained.model.arch.halt_max_steps,)
-    return Plan(config.paths, config.select, depths, views)
+    noise = (config.noise or trained.model.arch.noise or NOISE) if "noise" in by else 0.0
+    return Plan(config.paths, config.select, depths, views, Randomness("init" in by, noise), config.seed)
 
 
 def describe(trained: "Trained", mode: str, dataset: "PuzzleDataset") -> str:

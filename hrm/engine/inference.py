@@ -152,12 +152,16 @@ def _prepare(
 
 
 class Waiting(NamedTuple):
-    """A sequence that waits for a row. place: its index. inputs, labels: (S,). puzzle_identifier: ()."""
+    """A sequence that waits for a row.
+
+    place: its index. inputs, labels: (S,). puzzle_identifier: (). key: (3,), see `Carry`; None on path 0.
+    """
 
     place: int
     inputs: np.ndarray
     labels: np.ndarray
     puzzle_identifier: int
+    key: np.ndarray | None = None
 
 
 class Ends(NamedTuple):
@@ -190,11 +194,13 @@ class StepByStep:
     without one). Weights are read in place.
     """
 
-    def __init__(self, model: HRM, batch_size: int, seq_len: int, *, mode: Mode) -> None:
+    def __init__(
+        self, model: HRM, batch_size: int, seq_len: int, *, mode: Mode, randomness: Randomness = PLAIN
+    ) -> None:
         device = model.H_init.device
-        self.model = model
-        self._feed = Feed(batch_size, seq_len, device)
-        self._carry = initial_carry(model, batch_size, seq_len, device)
+        self.model, self.randomness = model, randomness
+        self._feed = Feed(batch_size, seq_len, device, key_words=randomness.key_words)
+        self._carry = initial_carry(model, batch_size, seq_len, device, randomness=randomness)
         self._predictions = torch.zeros(batch_size, seq_len, dtype=torch.int32, device=device)
         self._q_halt = torch.zeros(batch_size, dtype=torch.float32, device=device)
         self._halts_at = torch.zeros(batch_size, dtype=torch.int32, device=device)
@@ -207,14 +213,15 @@ class StepByStep:
         self._program = Program(self._turn, device, captured=mode.captured)
 
     def _act_step(self, carry: Carry, puzzle_rows: Tensor | None, least: Tensor) -> tuple[Carry, Outputs]:
-        return act_step(self.model, carry, puzzle_rows, least, with_target=False)
+        return act_step(self.model, carry, puzzle_rows, least, with_target=False, randomness=self.randomness)
 
     def prepare(self, compilation: Compilation) -> None:
         """Compiles the step, if its mode asks for it; the first step would do so unannounced."""
         _prepare(self._take_step, "the single step", self.model, self._feed, self._mode, compilation)
 
     def _take_step(self) -> tuple[Carry, Outputs]:
-        carry, table = replace_halted(self.model, self._carry, self._feed.fresh), self.model.puzzle_emb
+        carry = replace_halted(self.model, self._carry, self._feed.fresh, randomness=self.randomness)
+        table = self.model.puzzle_emb
         puzzle_rows = None if table is None else table(carry.puzzle_identifiers)
         taken: tuple[Carry, Outputs] = self._step(carry, puzzle_rows, self._feed.min_halt_steps)
         return taken
@@ -252,12 +259,13 @@ class StepByStep:
         return Ends(places, labels, predictions, q_halt, steps, halts_at, residual)
 
     @torch.no_grad()
-    def at_depths(self, batch: Batch, depths: Sequence[int]) -> Iterator[Ends]:
+    def at_depths(self, batch: Batch, depths: Sequence[int], keys: np.ndarray | int = 0) -> Iterator[Ends]:
         """The state of all rows of a batch after each of `depths`, without halting before the last.
 
-        depths: increasing numbers of ACT steps, the last of them arch.halt_max_steps.
+        depths: increasing numbers of ACT steps, the last of them arch.halt_max_steps. keys: as in
+        `Inference.run`.
         """
-        self._feed.push(batch, min_halt_steps=NEVER)
+        self._feed.push(batch, min_halt_steps=NEVER, keys=keys)
         self._carry.halted.fill_(True)
         rows = np.arange(len(batch.inputs))
         for before, depth in pairwise([0, *depths]):
@@ -279,6 +287,7 @@ class StepByStep:
         held = Batch(
             np.zeros((B, S), np.int32), np.full((B, S), IGNORE_LABEL, np.int32), np.zeros(B, np.int32)
         )
+        keys = np.zeros((B, self._feed.key_words), np.int32)
         # The index of the sequence in each row, -1 for none.
         places = np.full(B, -1)
         free = np.ones(B, bool)
@@ -288,11 +297,12 @@ class StepByStep:
                 places[row] = following.place
                 held.inputs[row], held.labels[row] = following.inputs, following.labels
                 held.puzzle_identifiers[row] = following.puzzle_identifier
+                keys[row] = 0 if following.key is None else following.key
             if (places < 0).all():
                 return
             # Dropped sequences have not halted by themselves.
             self._carry.halted.copy_(torch.from_numpy(free))
-            self._feed.push(held)
+            self._feed.push(held, keys=keys)
             self.take_turn()
             free, steps = (of.cpu().numpy().copy() for of in (self._carry.halted, self._carry.steps))
             done = np.flatnonzero(free & (places >= 0))

@@ -44,6 +44,7 @@ from hrm.evaluation.selection import (
     unfinished,
 )
 from hrm.evaluation.views import View, Views
+from hrm.model.act import PLAIN, Randomness, keys_of
 
 # A group of puzzles may fill this many batches, so that few rows of its last one stand idle.
 MOST_BATCHES = 16
@@ -55,12 +56,15 @@ class Plan:
 
     paths: of each puzzle, K. select: the rule whose answer counts. depths: increasing ACT steps at which
     answers are judged, the last of them the model's halt_max_steps. views: the puzzle as each path sees it.
+    randomness: of the recurrence, with its seed.
     """
 
     paths: int
     select: Rule
     depths: tuple[int, ...]
     views: Views
+    randomness: Randomness = PLAIN
+    seed: int = 0
 
 
 def evaluate_paths(
@@ -95,7 +99,7 @@ def evaluate_paths(
             trained.config, dataset.metadata, batch_size, device, early=True, always=True
         )
     ):
-        runner = EarlyExit(model, batch_size, seq_len, mode=mode)
+        runner = EarlyExit(model, batch_size, seq_len, mode=mode, randomness=plan.randomness)
         runner.prepare(compilation)
         numbered = 0
         for name, taken in taken_of(dataset, examples).items():
@@ -176,6 +180,12 @@ class _SetOfPaths:
             for row, example in zip(range(count), examples.tolist(), strict=True)
         ]
 
+    def _keys(self, examples: np.ndarray) -> np.ndarray:
+        """The keys of all paths of puzzles, (n * K, 3) int32, or (n * K, 0) where nothing is random."""
+        paths, words = self._plan.paths, self._plan.randomness.key_words
+        numbers = np.repeat(self._numbered + examples, paths)
+        return keys_of(self._plan.seed, numbers, np.tile(np.arange(paths), len(examples)))[:, :words]
+
     # --- every path to its end
 
     def all_steps(
@@ -248,6 +258,7 @@ class _SetOfPaths:
         views = self._views(batch, count, examples)
         inputs = np.concatenate([view.inputs for view in views])
         identifiers = np.concatenate([view.identifiers for view in views])
+        keys = self._keys(examples)
         seen = [np.zeros((len(inputs), inputs.shape[1]), np.int32) for _ in plan.depths]
         numbers = np.zeros((len(plan.depths), 6, self._group, paths), np.float32)
         flat = numbers.reshape(len(plan.depths), 6, -1)
@@ -257,7 +268,7 @@ class _SetOfPaths:
             part = Batch(inputs[rows], np.full((B, inputs.shape[1]), IGNORE_LABEL), identifiers[rows])
             valid = min(B, len(inputs) - start)
             own = slice(start, start + valid)
-            for depth, ends in enumerate(self._runner.at_depths(part, plan.depths)):
+            for depth, ends in enumerate(self._runner.at_depths(part, plan.depths, keys[rows])):
                 seen[depth][own] = ends.predictions[:valid]
                 for index, values in enumerate((ends.q_halt, ends.halts_at, ends.residual)):
                     flat[depth, index, own] = values[:valid]
@@ -291,6 +302,7 @@ class _SetOfPaths:
                 for batch, count in batches_of(self._dataset, self._name, self._taken[own], self._group):
                     places = own[first : first + count]
                     views = self._views(batch, count, self._taken[places])
+                    keys = self._keys(self._taken[places]).reshape(count, plan.paths, -1)
                     for row, (place, view) in enumerate(zip(places.tolist(), views, strict=True)):
                         race = Race(plan.select, self._judge, view, batch.inputs[row], batch.labels[row])
                         racing[place] = race
@@ -301,6 +313,7 @@ class _SetOfPaths:
                                     view.inputs[path],
                                     np.full_like(batch.labels[row], IGNORE_LABEL),
                                     int(view.identifiers[path]),
+                                    keys[row, path],
                                 )
                             else:
                                 finish(place)

@@ -131,7 +131,7 @@ def test_path_0_is_the_evaluation_of_one_path(arch, runs, capsys, tmp_path):
     expected, found = (np.load(file) for file in files)
     for name in expected.files:
         assert np.array_equal(expected[name], found[name]), name
-    many = numbers(capsys, run, f"paths={PATHS}")["paths"]["rules"]
+    many = numbers(capsys, run, f"paths={PATHS}", "by=symmetry")["paths"]["rules"]
     exact = one["exact_accuracy"]
     assert {rule: part["1"]["mean"] for rule, part in many.items()} == dict.fromkeys(RULES, exact)
     assert 0 < exact < many["oracle"][str(PATHS)]["mean"] < 1
@@ -139,7 +139,8 @@ def test_path_0_is_the_evaluation_of_one_path(arch, runs, capsys, tmp_path):
 
 @pytest.mark.parametrize("select", RULES)
 def test_other_batches_give_the_same_answers(select, run, capsys, tmp_path):
-    argv = [f"paths={PATHS}", f"select={select}", "depth=6", "eval_act=true"]
+    by = "init,noise,symmetry" if select == "q" else "init" if select == "vote" else "symmetry"
+    argv = [f"paths={PATHS}", f"select={select}", "depth=6", "eval_act=true", f"by={by}"]
     found = []
     for batch_size in (4, 15):
         file = tmp_path / f"{batch_size}.npz"
@@ -150,15 +151,18 @@ def test_other_batches_give_the_same_answers(select, run, capsys, tmp_path):
     assert np.array_equal(saved["all__predictions"], again["all__predictions"])
     for name in ("count", "exact_accuracy", "accuracy"):
         assert one["eval_act"][name] == other["eval_act"][name]
+    ceiling = one["paths"]["rules"]["oracle"]
+    assert ceiling["1"]["mean"] < ceiling[str(PATHS)]["mean"]
     assert one["steps"] == PATHS * 6 and one["eval_act"]["steps"] <= PATHS * 6
     assert one["exact_accuracy"] == one["paths"]["rules"][select][str(PATHS)]["mean"]
 
 
 def test_options_that_do_not_fit_are_refused_in_one_line(run, capsys):
     for argv, text in (
-        (["paths=2", "by=colour"], "by=colour is not allowed: give symmetry"),
+        (["paths=2", "by=colour"], "by=colour is not allowed: give init, noise, symmetry"),
         (["depths=4,2"], "depths=4,2 is not allowed: give increasing"),
         (["depths=4", "depth=4"], "leave one out"),
+        (["paths=2", "noise=0.1"], "add by=noise"),
     ):
         assert evaluate.main([f"checkpoint={run}", *argv]) == 2
         error = capsys.readouterr().err

@@ -45,7 +45,9 @@ def run(tiny_sudoku: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "p" / "r"
 
 
-@pytest.mark.parametrize(("ranks", "paths"), [(2, ()), (3, ()), (2, ("paths=2", "depths=2,4"))])
+@pytest.mark.parametrize(
+    ("ranks", "paths"), [(2, ()), (3, ()), (2, ("paths=2", "by=init,noise,symmetry", "depths=2,4"))]
+)
 def test_ranks_give_the_numbers_of_one_process(ranks, paths, run, tmp_path, capsys):
     # 20 puzzles in batches of 3: the last turn leaves ranks without a batch, and the last batch is padded.
     argv = [f"checkpoint={run}", "device=cpu", "mode=eager", "batch_size=3", "eval_act=true", *paths]
@@ -59,7 +61,7 @@ def test_ranks_give_the_numbers_of_one_process(ranks, paths, run, tmp_path, caps
         assert np.array_equal(one[name], other[name]), name
 
 
-@pytest.mark.parametrize("paths", [(), ("paths=3", "select=vote")])
+@pytest.mark.parametrize("paths", [(), ("paths=3", "by=symmetry", "select=vote")])
 def test_ranks_vote_as_one_process(paths, tmp_path, capsys):
     for part, first in (("training", 0), ("evaluation", 4)):
         write_tasks(
