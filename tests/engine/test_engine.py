@@ -192,24 +192,6 @@ def test_evaluation_adds_up_in_float64():
     assert engine.evaluate(parts)["all"]["lm_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-13)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", [{"use_gating": False}, {"puzzle_emb_ndim": 0}])
-def test_compiled_steps_follow_the_eager_ones(arch):
-    engines = [make_engine(make_config(arch, mode=mode)) for mode in ("eager", "compile")]
-    for batch, _ in zip(batches(), range(12), strict=False):
-        for engine in engines:
-            engine.train_step(batch)
-    eager, compiled = (engine.pop().metrics for engine in engines)
-    assert compiled == pytest.approx(eager, rel=2e-4)
-    weights = [engine.parameters.data for engine in engines]
-    # Updates are lr-sized whatever the gradient, so rounding may turn single small ones around.
-    assert (weights[0] - weights[1]).norm() / weights[0].norm() < 2e-3
-    results = [engine.evaluate([("all", next(batches(1)), B)])["all"] for engine in engines]
-    assert results[1]["count"] == B and results[1]["lm_loss"] == pytest.approx(
-        results[0]["lm_loss"], rel=1e-2
-    )
-
-
 def test_implementations_that_cannot_run_are_refused_before_the_first_step(monkeypatch):
     with pytest.raises(
         UserError, match=r"^attention: backend 'flash' was asked for, but flash-attn 2\.6 or later"
@@ -272,7 +254,7 @@ def test_what_was_compiled_to_be_measured_is_what_trains(monkeypatch):
         return compiler(function, **options)
 
     monkeypatch.setattr(torch, "compile", counted)
-    engine = make_engine(make_config(mode="auto"))
+    engine = make_engine(make_config({"use_gating": False}, mode="auto"))
 
     def measure(function, whole, run, steps, device, compiling):
         run(whole)

@@ -44,7 +44,7 @@ TRM = {
 # Architecture and options of a run; `all` has every part that v1 has not, but for those of `trm`.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "v1": ({"use_gating": False}, {}),
-    "gated": ({"use_gating": True}, {}),
+    "gated": ({"use_gating": True, "puzzle_emb_ndim": 0}, {}),
     "all": (
         {"gating_type": "hierarchical", "subgoal_head": FEUDAL, "H_cycles": 1},
         {"loss": EXTRA_LOSSES, "ema": True, "ema_rate": 0.9, "grad_clip": 1.0},
@@ -150,7 +150,7 @@ def assert_compiled_follows_eager(variant: str, metrics: float, loss: float, wei
     arch, options = VARIANTS[variant]
     eager, fused = (engine_in(mode, arch, lr=1e-3, **options) for mode in (EAGER, COMPILE))
     start = eager.parameters.data.clone()
-    (expected, _), (actual, _) = run(eager), run(fused)
+    (expected, evaluation), (actual, fused_evaluation) = run(eager), run(fused)
     for mine, theirs in zip(actual[:10], expected[:10], strict=True):
         # Absolutely where a deviation is the small difference of larger numbers.
         assert mine == pytest.approx(theirs, rel=metrics, abs=metrics / 10)
@@ -158,10 +158,12 @@ def assert_compiled_follows_eager(variant: str, metrics: float, loss: float, wei
     assert max(abs(a["loss"] - e["loss"]) for a, e in zip(actual, expected, strict=True)) < loss * first
     way = (eager.parameters.data - start).norm()
     assert (fused.parameters.data - eager.parameters.data).norm() < weights * way
+    assert fused_evaluation["lm_loss"] == pytest.approx(evaluation["lm_loss"], rel=1e-3)
+    assert fused_evaluation["count"] == evaluation["count"] == B
     assert sum(m["count"] for m in expected) > 3 * B
 
 
-@pytest.mark.parametrize("variant", ["v1", "gated", "all"])
+@pytest.mark.parametrize("variant", ["gated", "all"])
 def test_a_compiled_run_follows_the_eager_one(variant):
     """Fused kernels round differently; over the same batches a run may drift from it only slowly.
 
