@@ -1,11 +1,8 @@
 """The best checkpoint stays and is found; further tensors are saved, checked and read like the weights."""
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,6 @@ from hrm.checkpoint.read import (
 )
 from hrm.checkpoint.save import save_checkpoint
 from tests.support.checkpoints import names, refused, reseal, save, write_manifest
-from tests.support.paths import ROOT
 
 EMA = "ema.safetensors"
 
@@ -198,88 +194,6 @@ def test_a_damaged_best_is_passed_over(tmp_path: Path) -> None:
     assert best_checkpoint(tmp_path) == tmp_path / "step_2"
     shutil.rmtree(tmp_path / "step_2")
     assert best_checkpoint(tmp_path) is None and best_checkpoint(tmp_path / "missing") is None
-
-
-# --- kill -9
-
-KILLED_EVERYWHERE = """
-import json, os, shutil, sys
-from pathlib import Path
-import torch
-from hrm.checkpoint.read import best_checkpoint, load_checkpoint
-from hrm.checkpoint.save import save_checkpoint
-
-def save(run, step, value, score):
-    save_checkpoint(
-        run, step, weights={"w": torch.full((4,), value)}, training={"v": value}, run={},
-        extra={"ema.safetensors": {"w": torch.full((4,), -value)}}, score=score, keep=1, keep_best=True,
-    )
-
-def save_and_die(run, step, score, at):
-    events = 0
-    def count(event, _):
-        nonlocal events
-        # every opening, renaming, making and removing the save is about to do
-        events += event == "open" or event.startswith("os.")
-        if events == at:
-            os.kill(os.getpid(), 9)
-    sys.addaudithook(count)
-    save(run, step, 9.0, score)
-    os._exit(0)
-
-def content(read):
-    ema = read.extra["ema.safetensors"]["w"]
-    return read.step, read.training["v"], read.weights["w"].tolist(), ema.tolist()
-
-def of(step, value):
-    return step, value, [value] * 4, [-value] * 4
-
-template = Path(sys.argv[1]) / "template"
-save(template, 1, 1.0, 0.8)
-save(template, 2, 2.0, 0.5)
-outcomes = {}
-# a worse one, a better one, the last one again, the best one again
-for step, score in ((3, 0.6), (3, 0.9), (2, 0.9), (1, 0.9)):
-    for at in range(1, 200):
-        run = Path(sys.argv[1]) / f"{step}_{at}"
-        shutil.copytree(template, run)
-        child = os.fork()
-        if child == 0:
-            save_and_die(run, step, score, at)
-        status = os.waitpid(child, 0)[1]
-        saved = content(load_checkpoint(run)) == of(step, 9.0)
-        best = best_checkpoint(run)
-        assert best is not None, (step, score, at)
-        expected = of(step, 9.0) if saved and score == 0.9 else of(1, 1.0)
-        assert content(load_checkpoint(best)) == expected, (step, score, at, best)
-        save(run, 4, 4.0, 0.1)
-        left = sorted(path.name for path in run.iterdir())
-        assert left == [f"step_{expected[0]}", "step_4"], (step, score, at, left)
-        assert content(load_checkpoint(run)) == of(4, 4.0)
-        key = f"{step} {score} " + ("survived" if status == 0 else "new" if saved else "old")
-        outcomes[key] = outcomes.get(key, 0) + 1
-        shutil.rmtree(run)
-        if status == 0:
-            break
-        assert os.WTERMSIG(status) == 9
-print(json.dumps(outcomes))
-"""
-
-
-@pytest.mark.slow
-def test_killed_at_every_step_of_a_save_the_best_is_never_lost(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_EVERYWHERE, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    outcomes = json.loads(done.stdout)
-    for case in ("3 0.6", "3 0.9", "2 0.9", "1 0.9"):
-        assert outcomes[f"{case} old"] >= 8 and outcomes[f"{case} new"] >= 3, outcomes
-        assert outcomes[f"{case} survived"] == 1, outcomes
 
 
 def test_a_save_that_fails_prunes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
