@@ -181,6 +181,7 @@ def test_a_run_belongs_to_one_process(tiny_sudoku, tmp_path, capsys):
     assert run_main(*argv, capsys=capsys)[0] == 0
 
 
+@pytest.mark.slow
 def test_the_last_checkpoints_stay(tiny_sudoku, tmp_path):
     for keep, steps in (("1", [48]), ("null", [12, 24, 36, 48])):
         argv = words(tiny_sudoku, tmp_path, f"run_name=keep-{keep}", f"keep_checkpoints={keep}")
@@ -208,6 +209,7 @@ def test_starting_anew_keeps_the_earlier_run(tiny_sudoku, tmp_path, capsys):
     assert seeds == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_ranks_do_not_divide_is_refused(tiny_sudoku, tmp_path):
     environment = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}

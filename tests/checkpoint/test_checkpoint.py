@@ -443,6 +443,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["small disk", "limit"])
 def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path, how: str) -> None:
     """On a file system of 2 MB in a namespace of its own; where that is not allowed, by a limit."""

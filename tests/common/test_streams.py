@@ -39,6 +39,7 @@ def unread():
     os.close(writer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_a_closed_pipe_ends_every_command_quietly(words, unread):
     done = run(words, unread)

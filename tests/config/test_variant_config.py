@@ -32,6 +32,7 @@ def changes(name, *words):
     return {key: theirs for key, ours, theirs in values if ours != theirs}
 
 
+@pytest.mark.slow
 def test_named_architectures():
     assert changes("gated") == {"arch.use_gating": True}
     assert changes("balanced") == changes("hrm_v1_balanced") == {"arch.halt_max_steps": 8}

@@ -705,6 +705,7 @@ def test_a_difficulty_nothing_reaches_names_the_hardest(tmp_path: Path) -> None:
 # --- the command
 
 
+@pytest.mark.slow
 def test_the_command_generates_and_sums_up(tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -280,6 +280,7 @@ print(cached("one", build))
 """
 
 
+@pytest.mark.slow
 def test_processes_that_build_at_once_end_with_one_data_set(tmp_path: Path) -> None:
     env = os.environ | {"HRM_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
 

@@ -93,6 +93,7 @@ def test_a_run_resumed_without_its_metrics_starts_them(tmp_path: Path) -> None:
     assert lines(tmp_path) == [{"step": 6, "a": 1}]
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_no_logged_line(tmp_path: Path) -> None:
     script = (
         "import os, sys; from hrm.training.logging import MetricsFile; log = MetricsFile(sys.argv[1])\n"

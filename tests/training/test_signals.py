@@ -113,6 +113,7 @@ with StopSignals(None, None):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_the_process_at_once(second):
     with subprocess.Popen(
