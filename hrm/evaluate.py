@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from hrm.evaluation.paths import Plan
 
 JSON_FLAG = "--json"
-# The deviation of by=noise for a model trained without, that of Equilibrium Reasoners (arXiv 2605.21488).
-NOISE = 0.01
 
 
 @dataclass(config=RULES)
@@ -264,25 +262,16 @@ def path_plan(config: EvaluateConfig, trained: "Trained", dataset: "PuzzleDatase
     """The paths that the configuration asks for. Raises UserError where the puzzles do not allow them."""
     from hrm.data.format import read_names
     from hrm.data.puzzle_kinds import kind_of
-    from hrm.evaluation.paths import Plan
-    from hrm.evaluation.race import RULED
-    from hrm.evaluation.views import PlainViews, Views, views_for
-    from hrm.model.act import Randomness
+    from hrm.evaluation.paths import Plan, check_rule, differences
 
-    kind = kind_of(dataset.metadata, dataset.sets)
-    if config.select == "rules" and kind.name not in RULED:
-        raise UserError(
-            f"select=rules: puzzles of kind {kind.name} have no rules that tell a right answer; write "
-            "select=q or select=vote"
-        )
-    views: Views = PlainViews(config.seed)
+    kind, model = kind_of(dataset.metadata, dataset.sets), trained.model
+    check_rule(config.select, kind)
     by = config.by.split(",") if config.paths > 1 else []
-    if "symmetry" in by:
-        embeds = kind.name == "arc" and trained.model.puzzle_emb is not None
-        views = views_for(kind, config.seed, read_names(dataset.folder.parent) if embeds else None)
-    depths = tuple(config.depth_list) or (trained.model.arch.halt_max_steps,)
-    noise = (config.noise or trained.model.arch.noise or NOISE) if "noise" in by else 0.0
-    return Plan(config.paths, config.select, depths, views, Randomness("init" in by, noise), config.seed)
+    embeds = kind.name == "arc" and model.puzzle_emb is not None and "symmetry" in by
+    names = read_names(dataset.folder.parent) if embeds else None
+    views, randomness = differences(by, kind, model, seed=config.seed, noise=config.noise, names=names)
+    depths = tuple(config.depth_list) or (model.arch.halt_max_steps,)
+    return Plan(config.paths, config.select, depths, views, randomness, config.seed)
 
 
 def describe(trained: "Trained", mode: str, dataset: "PuzzleDataset") -> str:

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -13,19 +13,22 @@ import numpy as np
 
 from hrm.common.errors import UserError, run_command
 from hrm.common.files import check_file, write_whole
-from hrm.common.text import counted
+from hrm.common.text import counted, one_line
 from hrm.common.threads import THREADS_HELP
 from hrm.data.arc.augment import grid_of
 from hrm.data.puzzle_kinds import Kind, kind_of
+from hrm.evaluation.selection import RULES, choose
 from hrm.solving.read_puzzles import Puzzle, arc_puzzles, read_puzzles, shortened
 from hrm.solving.read_tokens import may_be_tokens, read_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hrm.solving.trace import Step, Trace
+    from hrm.solving.trace import Recorded, Step, Trace
 
 MAX_STEPS = 100_000
+# Answers of paths that are listed.
+MOST_VOTES = 8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +60,27 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--trace", action="store_true", help="show the board after every step")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that plays the steps")
-    parser.add_argument("--steps", type=_whole, metavar="N", help="ACT steps; else as many as in training")
+    parser.add_argument(
+        "--steps", "--depth", type=_whole, metavar="N", help="ACT steps; else as many as in training"
+    )
+    parser.add_argument(
+        "--paths", type=_whole, default=1, metavar="K", help="solve the puzzle K times; one path answers"
+    )
+    parser.add_argument(
+        "--by",
+        default="init",
+        metavar="WHAT",
+        help="what tells the paths apart: init (random first states), noise, symmetry, or several with "
+        "commas between them; path 0 has none (init)",
+    )
+    parser.add_argument(
+        "--select",
+        choices=[rule for rule in RULES if rule != "oracle"],
+        default="q",
+        help="the path that answers: that of the highest q_halt, the first to halt, one with the commonest "
+        "answer, that of the least change, one that keeps the puzzle's rules (q)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the paths (0)")
     parser.add_argument("--act", action="store_true", help="stop at the first step at which the model halts")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument(
@@ -88,14 +111,19 @@ def solve(args: argparse.Namespace) -> list[str]:
             "--adapt-steps learns an ARC task's embedding from the demonstrations in its .json, in place of "
             "--identifier: leave one out"
         )
+    by = args.by.split(",")
+    if unknown := [word for word in by if word not in ("init", "noise", "symmetry")]:
+        raise UserError(
+            f"--by {one_line(args.by)}: {one_line(unknown[0])} is none of init, noise and symmetry"
+        )
     if args.html is not None:
         check_file(args.html)
 
     screen = _Screen(sys.stderr if args.json else sys.stdout)
     # Imports PyTorch, which takes seconds; mistakes in the puzzle and the options are reported before.
     from hrm.solving.player import page
-    from hrm.solving.prepare import adapted_embedding, check_fits, identifier_for, load_for
-    from hrm.solving.trace import record_trace
+    from hrm.solving.prepare import adapted_embedding, check_fits, identifier_for, load_for, paths_for
+    from hrm.solving.trace import record_paths
 
     trained = load_for(
         None if given is None else given.kind,
@@ -125,19 +153,25 @@ def solve(args: argparse.Namespace) -> list[str]:
 
     name = f"{trained.path}, {sum(p.numel() for p in trained.model.parameters()):,} parameters"
     results: list[dict[str, Any]] = []
+    paths = paths_for(args.paths, by, args.select, args.seed, given.kind, embedding, trained)
     for number, puzzle in enumerate(given.puzzles, 1):
-        found = record_trace(
+        recorded = record_paths(
             trained.model,
             trained.metadata,
             puzzle.question,
             embedding,
+            paths=replace(paths, example=number - 1),
             steps=args.steps,
             act=args.act,
             answer=puzzle.answer,
             name=name,
             title=puzzle.title,
         )
+        chosen = int(choose(args.select, recorded.outcomes)[0])
+        found = recorded.traces[chosen]
         results.append(_result(puzzle, found, whole=args.trace))
+        if args.paths > 1:
+            results[-1] |= {"path": chosen, "votes": _votes(puzzle, recorded, args.trace)}
         if not args.json:
             screen.result(given.kind, found, results[-1], whole=args.trace, titled=len(given.puzzles) > 1)
         if args.html is not None:
@@ -188,6 +222,8 @@ class _Screen:
                 before = step.board
         blocks.append("answer:\n" + kind.text(trace.steps[-1].board, trace.question, self.color))
         blocks.append("\n".join(_verdict(result)))
+        if "votes" in result:
+            blocks.append("\n".join(_vote_lines(result)))
         self.say("\n\n".join(blocks) + "\n")
 
 
@@ -217,6 +253,34 @@ def _result(puzzle: Puzzle, trace: "Trace", *, whole: bool) -> dict[str, Any]:
         "answer": trace.answer,
     }
     return {**result, "trace": [asdict(step) for step in trace.steps]} if whole else result
+
+
+def _votes(puzzle: Puzzle, recorded: "Recorded", whole: bool) -> list[dict[str, Any]]:
+    """The different answers of the paths, the commonest first, each with the paths that gave it."""
+    answer, q_halt = recorded.outcomes.answer[0], recorded.outcomes.q_halt[0]
+    firsts, counts = np.unique(answer, return_counts=True)
+    votes = []
+    for first in firsts[np.argsort(-counts, kind="stable")].tolist():
+        paths = np.flatnonzero(answer == first)
+        best = int(paths[q_halt[paths].argmax()])
+        votes.append({"paths": paths.tolist(), **_result(puzzle, recorded.traces[best], whole=whole)})
+    return votes
+
+
+def _vote_lines(result: dict[str, Any]) -> list[str]:
+    """How the paths voted, a line for each of the commonest answers."""
+    total = sum(len(vote["paths"]) for vote in result["votes"])
+    lines = [f"path {result['path']} of {total} answers; the paths gave {len(result['votes'])} answers:"]
+    for vote in result["votes"][:MOST_VOTES]:
+        differ = sum(a != b for a, b in zip(vote["board"], result["board"], strict=True))
+        same = f"differs in {counted(differ, 'cell')}" if differ else "this answer"
+        faults = counted(len(vote["problems"]), "fault")
+        verdict = {True: ", right", False: f", {faults}", None: ""}[vote["right"]]
+        sure = f"confidence up to {100 * vote['q_halt']:.1f} %"
+        lines.append(f"  {counted(len(vote['paths']), 'path')}, {sure}: {same}{verdict}")
+    if more := result["votes"][MOST_VOTES:]:
+        lines.append(f"  and {counted(len(more), 'further answer')}")
+    return lines
 
 
 def _verdict(result: dict[str, Any]) -> list[str]:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from hrm.checkpoint.load_model import Trained
+from hrm.common.errors import UserError
 from hrm.data.dataset import Batch, PuzzleDataset
 from hrm.data.format import IGNORE_LABEL
-from hrm.data.puzzle_kinds import kind_of
+from hrm.data.puzzle_kinds import Kind, kind_of
 from hrm.distributed import World
 from hrm.engine.compilation import Compilation
 from hrm.engine.inference import Answers, EarlyExit, Waiting
@@ -29,7 +30,7 @@ from hrm.evaluation.metrics import (
     progress_bar,
     taken_of,
 )
-from hrm.evaluation.race import Judge, Race
+from hrm.evaluation.race import RULED, Judge, Race
 from hrm.evaluation.selection import (
     Outcomes,
     Rule,
@@ -43,9 +44,12 @@ from hrm.evaluation.selection import (
     share,
     unfinished,
 )
-from hrm.evaluation.views import View, Views
+from hrm.evaluation.views import PlainViews, View, Views, views_for
 from hrm.model.act import PLAIN, Randomness, keys_of
+from hrm.model.hrm import HRM
 
+# The deviation of the noise on a model trained without, that of Equilibrium Reasoners (arXiv 2605.21488).
+NOISE = 0.01
 # A group of puzzles may fill this many batches, so that few rows of its last one stand idle.
 MOST_BATCHES = 16
 
@@ -65,6 +69,36 @@ class Plan:
     views: Views
     randomness: Randomness = PLAIN
     seed: int = 0
+
+
+def differences(
+    by: Sequence[str],
+    kind: Kind,
+    model: HRM,
+    *,
+    seed: int,
+    noise: float | None = None,
+    names: Sequence[str] | None = None,
+) -> tuple[Views, Randomness]:
+    """What tells the paths of puzzles of a kind apart.
+
+    by: some of init, noise, symmetry. noise: the deviation, None for arch.noise or else NOISE. names: of the
+    puzzles by identifier. Raises UserError for puzzles without symmetries.
+    """
+    views: Views = PlainViews(seed)
+    if "symmetry" in by:
+        embeds = kind.name == "arc" and model.puzzle_emb is not None
+        views = views_for(kind, seed, names if embeds else None)
+    return views, Randomness("init" in by, (noise or model.arch.noise or NOISE) if "noise" in by else 0.0)
+
+
+def check_rule(select: Rule, kind: Kind) -> None:
+    """Raises UserError if a rule cannot choose among answers to puzzles of this kind."""
+    if select == "rules" and kind.name not in RULED:
+        raise UserError(
+            f"select=rules: puzzles of kind {kind.name} have no rules that tell a right answer; write "
+            "select=q or select=vote"
+        )
 
 
 def evaluate_paths(

@@ -3,6 +3,7 @@
 The view of a path is a function of (seed, example, path) alone. Path 0 sees the puzzle as it is.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,10 @@ class Turned(View):
     def __init__(self, inputs: np.ndarray, ways: Sequence["Way"]) -> None:
         asked = grid_of(inputs)
         assert asked is not None
-        turned = [inputs if number == 0 else canvas(way.there(asked)) for number, way in enumerate(ways)]
+        side = math.isqrt(len(inputs))
+        turned = [
+            inputs if number == 0 else canvas(way.there(asked), side=side) for number, way in enumerate(ways)
+        ]
         self.inputs = np.stack(turned).astype(inputs.dtype)
         self.identifiers = np.array([way.identifier for way in ways], np.int32)
         self._ways = ways
@@ -75,7 +79,8 @@ class Turned(View):
         for answer, path in zip(found, paths.tolist(), strict=True):
             if path:
                 grid = grid_of(answer)
-                answer[:] = 0 if grid is None else canvas(self._ways[path].back(grid))
+                side = math.isqrt(len(answer))
+                answer[:] = 0 if grid is None else canvas(self._ways[path].back(grid), side=side)
         return found
 
 

@@ -14,9 +14,12 @@ from hrm.common.text import one_line
 from hrm.config.load import resolve_device
 from hrm.data.arc.augment import Pair, canvas
 from hrm.data.arc.files import Task
-from hrm.data.format import IGNORE_LABEL, Metadata
+from hrm.data.format import IGNORE_LABEL, Metadata, read_names
 from hrm.data.puzzle_kinds import Kind, kind_of
+from hrm.evaluation.paths import check_rule, differences
+from hrm.evaluation.selection import Rule
 from hrm.solving.adapt import learn_embedding
+from hrm.solving.trace import Paths
 
 # Receives one line that the user should know.
 Note = Callable[[str], None]
@@ -131,3 +134,32 @@ def adapted_embedding(
         report=record,
     )
     return row, losses
+
+
+def paths_for(
+    count: int,
+    by: Sequence[str],
+    select: Rule,
+    seed: int,
+    kind: Kind,
+    embedding: Tensor | int | None,
+    trained: Trained,
+) -> Paths:
+    """The paths that a user asks for; arguments as those of `hrm.solve`.
+
+    Raises UserError for a rule or a symmetry that the puzzle does not have.
+    """
+    check_rule(select, kind)
+    if count == 1:
+        return Paths()
+    names: list[str] = []
+    if "symmetry" in by and kind.name == "arc" and trained.model.puzzle_emb is not None:
+        folder = Path(trained.config.data_path or ".")
+        names = read_names(folder) if (folder / "identifiers.json").is_file() else []
+        if not isinstance(embedding, int) or embedding >= len(names):
+            raise UserError(
+                "--by symmetry: the model has puzzle embeddings for the augmentations of its training tasks "
+                "alone; write --by init or --by noise for this task"
+            )
+    views, randomness = differences(by, kind, trained.model, seed=seed, names=names)
+    return Paths(count, views, randomness, seed)

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +12,19 @@ from torch import Tensor
 from hrm.common.errors import UserError
 from hrm.data.format import IGNORE_LABEL, Metadata
 from hrm.data.puzzle_kinds import kind_of
-from hrm.model.act import Outputs, Sequences, act_step, initial_carry, replace_halted
+from hrm.evaluation.race import RULED
+from hrm.evaluation.selection import Outcomes, same_answers, unfinished
+from hrm.evaluation.views import PlainViews, Views
+from hrm.model.act import (
+    PLAIN,
+    Outputs,
+    Randomness,
+    Sequences,
+    act_step,
+    initial_carry,
+    keys_of,
+    replace_halted,
+)
 from hrm.model.hrm import HRM
 
 # The order of the gates in the outputs of an ACT step.
@@ -65,48 +79,115 @@ class Trace:
     title: str
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Recorded:
+    """The traces of a puzzle's K paths, and how the paths ended, arrays (1, K)."""
+
+    traces: list[Trace]
+    outcomes: Outcomes
+
+
+@dataclass(frozen=True)
+class Paths:
+    """What makes the K paths of a puzzle differ; see `hrm.evaluation.paths.Plan`. example: its number."""
+
+    paths: int = 1
+    views: Views = field(default_factory=lambda: PlainViews(0))
+    randomness: Randomness = PLAIN
+    seed: int = 0
+    example: int = 0
+
+
 def record_trace(
     model: HRM,
     metadata: Metadata,
     tokens: Sequence[int] | np.ndarray,
     puzzle: int | Tensor | None = None,
+    **options: Any,
+) -> Trace:
+    """Solves one puzzle on path 0 and records every ACT step; see `record_paths`."""
+    return record_paths(model, metadata, tokens, puzzle, **options).traces[0]
+
+
+@torch.no_grad()
+def record_paths(
+    model: HRM,
+    metadata: Metadata,
+    tokens: Sequence[int] | np.ndarray,
+    puzzle: int | Tensor | None = None,
     *,
+    paths: Paths | None = None,
     steps: int | None = None,
     act: bool = False,
     answer: Sequence[int] | np.ndarray | None = None,
     name: str = "",
     title: str = "",
-) -> Trace:
-    """Solves one puzzle and records every ACT step.
+) -> Recorded:
+    """Solves one puzzle on every path and records all ACT steps, each board mapped back to the puzzle.
 
     tokens, answer: (S). puzzle: an identifier, a row of the puzzle table (puzzle_emb_ndim), or None for the
     data set's blank identifier; a model without a puzzle table ignores it. steps: ACT steps, None for
-    arch.halt_max_steps; act: stop at the first step that halts. name, title: of the model and the puzzle.
-    The last board equals that of `Inference.solve` after as many steps.
-    Raises UserError for an identifier without a row, ValueError for a wrong number of cells.
+    arch.halt_max_steps; act: stop each path at the first step that halts. name, title: of the model and the
+    puzzle. The last board of path 0 equals that of `Inference.solve` after as many steps. Gates of cells are
+    those of the path's own view. Raises UserError for an identifier without a row, ValueError for a wrong
+    number of cells.
     """
     question = np.asarray(tokens, dtype=np.int32)
     if question.shape != (metadata.seq_len,):
         raise ValueError(f"trace: tokens must be {(metadata.seq_len,)}, got {question.shape}")
-    kind = kind_of(metadata)
-    row = puzzle_row(model, metadata.blank_identifier_id if puzzle is None else puzzle)
-    taken: list[Step] = []
-    for halts, outputs in _act_steps(model, question, row, steps or model.arch.halt_max_steps):
-        board = model.lm_head(outputs.answer).argmax(-1)[0].tolist()
-        step = Step(
-            board=board,
-            q_halt=outputs.q_halt_logits.sigmoid().item(),
-            q_continue=outputs.q_continue_logits.sigmoid().item() if model.arch.q_continue else None,
-            halts=halts,
-            problems=kind.problems(question, board),
-            gates=_gates(model, outputs),
+    kind, paths = kind_of(metadata), paths or Paths()
+    K = paths.paths
+    puzzle = metadata.blank_identifier_id if puzzle is None else puzzle
+    view = paths.views.of(question, 0 if isinstance(puzzle, Tensor) else puzzle, paths.example, K)
+    asked = [puzzle] * K if isinstance(puzzle, Tensor) else view.identifiers.tolist()
+    rows = [row for each in asked if (row := puzzle_row(model, each)) is not None]
+    taken: list[list[Step]] = [[] for _ in range(K)]
+    found = unfinished(1, K, kind.name in RULED)
+    changes: list[np.ndarray] = []
+    before: Tensor | None = None
+    known = None if answer is None else np.asarray(answer)
+    going = np.ones(K, bool)
+    walk = _act_steps(model, view.inputs, torch.cat(rows) if rows else None, paths)
+    for number, (halts, outputs) in enumerate(islice(walk, steps or model.arch.halt_max_steps), 1):
+        logits = model.lm_head(outputs.answer)
+        boards = view.answers(logits.argmax(-1).cpu().numpy().astype(np.int32), np.arange(K))
+        if before is not None:
+            changes.append((logits - before).float().norm(dim=-1).mean(-1).cpu().numpy())
+        before = logits
+        q_halt, q_continue = (
+            q.detach().double().cpu() for q in (outputs.q_halt_logits, outputs.q_continue_logits)
         )
-        taken.append(step)
-        if act and step.halts:
-            break
-    known = None if answer is None else np.asarray(answer).tolist()
-    return Trace(kind.name, kind.rows, kind.cols, question.tolist(), known, taken, name, title)
+        found.halts_at[0, halts & going] = np.minimum(found.halts_at[0, halts & going], number)
+        found.q_halt[0, going] = q_halt.numpy()[going]
+        if changes:
+            found.residual[0, going] = np.mean(changes[-3:], axis=0)[going]
+        for path in np.flatnonzero(going).tolist():
+            board = boards[path].tolist()
+            step = Step(
+                board=board,
+                q_halt=outputs.q_halt_logits[path].sigmoid().item(),
+                q_continue=q_continue[path].sigmoid().item() if model.arch.q_continue else None,
+                halts=bool(halts[path]),
+                problems=kind.problems(question, board),
+                gates=_gates(model, outputs, path),
+            )
+            taken[path].append(step)
+        if act:
+            going &= ~halts
+            if not going.any():
+                break
+    ends = np.array([steps_of[-1].board for steps_of in taken])
+    found.answer[0] = same_answers(ends)
+    if known is not None:
+        found.right[0] = (ends == known).all(axis=1)
+    if found.lawful is not None:
+        found.lawful[0] = [not steps_of[-1].problems for steps_of in taken]
+    labels = None if known is None else known.tolist()
+    traces = [
+        Trace(kind.name, kind.rows, kind.cols, question.tolist(), labels, steps_of, name, title)
+        for steps_of in taken
+    ]
+    return Recorded(traces, found)
 
 
 def puzzle_row(model: HRM, puzzle: int | Tensor) -> Tensor | None:
@@ -129,28 +210,38 @@ def puzzle_row(model: HRM, puzzle: int | Tensor) -> Tensor | None:
 
 
 def _act_steps(
-    model: HRM, question: np.ndarray, row: Tensor | None, steps: int
-) -> Iterator[tuple[bool, Outputs]]:
-    """For each ACT step: whether the model halts, and its outputs with the gates."""
-    device = model.H_init.device
-    inputs = torch.from_numpy(question).to(device)[None]
-    fresh = Sequences(inputs, torch.full_like(inputs, IGNORE_LABEL), inputs.new_zeros(1))
-    carry = replace_halted(model, initial_carry(model, 1, len(question), device), fresh)
+    model: HRM, questions: np.ndarray, rows: Tensor | None, paths: Paths
+) -> Iterator[tuple[np.ndarray, Outputs]]:
+    """For each ACT step: which of the K paths halt, (K,) bool, and the outputs with the gates."""
+    device, randomness = model.H_init.device, paths.randomness
+    inputs = torch.from_numpy(np.array(questions)).to(device)
+    K, S = inputs.shape
+    numbers = keys_of(paths.seed, np.full(K, paths.example), np.arange(K))[:, : randomness.key_words]
+    keys = torch.from_numpy(np.ascontiguousarray(numbers)).to(device)
+    fresh = Sequences(inputs, torch.full_like(inputs, IGNORE_LABEL), inputs.new_zeros(K), keys)
+    blank = initial_carry(model, K, S, device, randomness=randomness)
+    carry = replace_halted(model, blank, fresh, randomness=randomness)
     at_once = torch.zeros_like(carry.steps)
-    for _ in range(steps):
+    while True:
         # No minimum of steps: `halted` is the model's own choice, and the caller may take further steps.
         carry, outputs = act_step(
-            model, carry, row, at_once, sees_gates=model.arch.use_gating, with_target=False
+            model,
+            carry,
+            rows,
+            at_once,
+            sees_gates=model.arch.use_gating,
+            with_target=False,
+            randomness=randomness,
         )
-        yield bool(carry.halted), outputs
+        yield carry.halted.cpu().numpy(), outputs
 
 
-def _gates(model: HRM, outputs: Outputs) -> dict[str, dict[str, Gate]]:
-    """The gates of each level's last update, by level and source."""
+def _gates(model: HRM, outputs: Outputs, path: int) -> dict[str, dict[str, Gate]]:
+    """The gates of each level's last update on a path, by level and source."""
     found: dict[str, dict[str, Gate]] = {}
     for level, gated in zip(LEVELS, outputs.gated or (), strict=False):
         found[level] = {}
         for source, gate in zip(SOURCES, gated.gates, strict=False):
-            tokens = gate[0].float().mean(-1)
+            tokens = gate[path].float().mean(-1)
             found[level][source] = Gate(tokens.mean().item(), tokens[model.puzzle_emb_len :].tolist())
     return found

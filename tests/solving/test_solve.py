@@ -179,6 +179,18 @@ def test_many_puzzles(run_of_4, tmp_path, capsys, monkeypatch):
     assert status == 0 and out.count("answer:") == 1
 
 
+def test_paths_vote(run_of_4, capsys):
+    words = [run_of_4, RIGHT[0], "--paths", 6, "--by", "init,symmetry", "--select", "vote"]
+    status, out, _ = run(*words, capsys=capsys)
+    assert status == 0 and "of 6 answers; the paths gave" in out and ": this answer, right" in out
+    _, out, _ = run(*words, "--json", capsys=capsys)
+    (result,) = json.loads(out)["puzzles"]
+    paths = [path for vote in result["votes"] for path in vote["paths"]]
+    assert sorted(paths) == list(range(6)) and result["path"] in result["votes"][0]["paths"]
+    assert result["votes"][0]["board"] == result["board"]
+    assert "init, noise and symmetry" in refused(run_of_4, RIGHT[0], "--by", "colour", capsys=capsys)
+
+
 def test_steps_and_act(run_of_4, capsys):
     """--steps takes as many as it says; --act stops where the longer run says that the model halts."""
     results = {}

@@ -1,5 +1,6 @@
 """A model watched while it solves one puzzle, against the model itself."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from hrm.data.format import Metadata
 from hrm.data.puzzle_kinds import kind_of
 from hrm.engine.inference import Inference
 from hrm.engine.modes import EAGER
-from hrm.model.act import Sequences, act_step, initial_carry, replace_halted
+from hrm.evaluation.views import views_for
+from hrm.model.act import Randomness, Sequences, act_step, initial_carry, replace_halted
 from hrm.model.hrm import HRM
-from hrm.solving.trace import puzzle_row, record_trace
+from hrm.solving.trace import Paths, puzzle_row, record_paths, record_trace
 
 S, V, PUZZLES, STEPS = 16, 6, 3, 4
 METADATA = Metadata(0, 0, 0, V, S, PUZZLES, 1, 1.0, ["all"])
@@ -136,3 +138,24 @@ def test_the_answer_goes_with_the_trace_and_in_bfloat16_too():
     narrow.load_state_dict(model.state_dict())
     gate = record_trace(narrow, METADATA, QUESTION).steps[0].gates["L"]["input"]
     assert gate.mean == pytest.approx(found.steps[0].gates["L"]["input"].mean, abs=5e-3)
+
+
+@pytest.mark.parametrize("name", ["v1", "gated", "trm"])
+def test_paths_of_one_puzzle(name):
+    model, kind = make(**VARIANTS[name]), kind_of(METADATA)
+    paths = Paths(5, views_for(kind, 3, None), Randomness(starts=True, noise=0.1), 3, 1)
+    found = record_paths(model, METADATA, QUESTION, paths=paths)
+    alone = record_trace(model, METADATA, QUESTION)
+    assert [step.board for step in found.traces[0].steps] == [step.board for step in alone.steps]
+    ends = [trace.steps[-1].board for trace in found.traces]
+    assert len({tuple(board) for board in ends}) > 1
+    assert found.outcomes.answer[0].tolist() == [ends.index(board) for board in ends]
+    sure = [trace.steps[-1].q_halt for trace in found.traces]
+    np.testing.assert_allclose(1 / (1 + np.exp(-found.outcomes.q_halt[0])), sure, rtol=1e-5)
+    # The first paths do not depend on the number of paths.
+    fewer = record_paths(model, METADATA, QUESTION, paths=replace(paths, paths=3))
+    assert [trace.steps[-1].board for trace in fewer.traces] == ends[:3]
+    early = record_paths(model, METADATA, QUESTION, paths=paths, act=True)
+    for whole, cut in zip(found.traces, early.traces, strict=True):
+        halts = next((n for n, step in enumerate(whole.steps, 1) if step.halts), STEPS)
+        assert [step.board for step in cut.steps] == [step.board for step in whole.steps[:halts]]
