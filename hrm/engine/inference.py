@@ -37,8 +37,9 @@ class Answers(NamedTuple):
 class Inference:
     """The model at one batch size, without gradient: eager, compiled or captured, by mode.
 
-    `run` and `solve` set predictions (B, S) int32, q_halt (B,), and sums, the metric sums of `act_loss` in
-    float32 in the order of `names`. Weights are read in place, so each call uses the present ones.
+    `run` and `solve` set predictions (B, S) int32 and q_halt (B,); `run` also sets sums, the metric sums of
+    `act_loss` in float32 in the order of `names`. Weights are read in place, so each call uses the present
+    ones.
     """
 
     def __init__(
@@ -63,7 +64,9 @@ class Inference:
         self.sums = torch.zeros(0, device=device)
         self._step = compiled(self._act_step) if mode.compiled else self._act_step
         self._mode = mode
-        self._program = Program(self._solve, device, captured=mode.captured)
+        self._judging = Program(self._judge, device, captured=mode.captured)
+        # An answer alone needs no loss, whose many small operations weigh in the latency of one sequence.
+        self._solving = Program(self._answer, device, captured=mode.captured)
 
     def _act_step(self, carry: Carry, puzzle_rows: Tensor | None) -> tuple[Carry, Outputs]:
         return act_step(self.model, carry, puzzle_rows, None, randomness=self.randomness)
@@ -85,14 +88,21 @@ class Inference:
         carry = replace_halted(self.model, self._blank, fresh, randomness=self.randomness)
         return carry, None if table is None else table(carry.puzzle_identifiers)
 
-    def _solve(self) -> None:
+    def _solve(self) -> tuple[Carry, Outputs]:
         model = self.model
         carry, puzzle_rows = self._start()
         for _ in range(model.arch.halt_max_steps):
             carry, outputs = self._step(carry, puzzle_rows)
         self.predictions.copy_(model.lm_head(outputs.answer).argmax(-1))
         self.q_halt.copy_(outputs.q_halt_logits)
-        _, sums = act_loss(self.loss, model.lm_head.weight, carry, outputs)
+        return carry, outputs
+
+    def _answer(self) -> None:
+        self._solve()
+
+    def _judge(self) -> None:
+        carry, outputs = self._solve()
+        _, sums = act_loss(self.loss, self.model.lm_head.weight, carry, outputs)
         vector = torch.stack([value.to(torch.float32) for value in sums.values()])
         if not self.names:
             self.names, self.sums = list(sums), torch.zeros_like(vector)
@@ -106,8 +116,9 @@ class Inference:
         makes them; 0 puts every row on path 0.
         """
         self._feed.push(batch, keys=keys)
-        self._program()
+        self._judging()
 
+    @torch.no_grad()
     def solve(self, inputs: np.ndarray, puzzle_identifiers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The answers to inputs (B, S) of puzzles (B,), int32: predictions (B, S) int32, q_halt (B,) float32.
 
@@ -121,7 +132,8 @@ class Inference:
                 f"solve: inputs must be {(B, S)} and puzzle_identifiers {(B,)}, "
                 f"got {inputs.shape} and {puzzle_identifiers.shape}"
             )
-        self.run(Batch(inputs, np.full_like(inputs, IGNORE_LABEL), puzzle_identifiers))
+        self._feed.push(Batch(inputs, np.full_like(inputs, IGNORE_LABEL), puzzle_identifiers))
+        self._solving()
         return self.predictions.cpu().numpy().copy(), self.q_halt.cpu().numpy().copy()
 
     def answers(self, batches: Iterable[tuple[Batch, int]]) -> Iterator[Answers]:

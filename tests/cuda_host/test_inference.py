@@ -26,7 +26,7 @@ def trained():
     return engine, batches
 
 
-def test_evaluation_and_solving_replay_one_graph(stand_in, tmp_path, trained):
+def test_evaluation_replays_a_graph_and_solving_works_beside_it(stand_in, tmp_path, trained):
     engine, batches = trained
     for _ in range(WARM_UP + 1):
         engine.evaluate([("all", next(batches), ROWS)])
