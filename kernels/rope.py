@@ -33,6 +33,29 @@ def rope_tables(
     return angles.cos(), angles.sin()
 
 
+def rope_tables_2d(
+    rows: int,
+    columns: int,
+    head_dim: int,
+    theta: float = 10000.0,
+    dtype: torch.dtype = torch.float32,
+    before: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The tables of a grid read row by row: half of a head's width turns by row, half by column.
+
+    Pair i of either turns by theta^(-2i / (head_dim / 2)) for each row or column. The `before` positions in
+    front of the grid do not turn. Returns two tables (before + rows * columns, head_dim). head_dim is a
+    multiple of 4. The first quarters of both halves turn by row, the others by column. Code that pairs channels
+    within a half for the row and a half for the column has the same model, with queries and keys reordered.
+    """
+    frequency = 1.0 / theta ** (torch.arange(0, head_dim // 2, 2, dtype=dtype) / (head_dim // 2))
+    row, column = torch.arange(rows, dtype=dtype), torch.arange(columns, dtype=dtype)
+    of_cells = (row.repeat_interleave(columns), column.repeat(rows))
+    angles = torch.cat([torch.outer(place, frequency) for place in of_cells] * 2, dim=-1)
+    angles = torch.cat((angles.new_zeros(before, head_dim), angles))
+    return angles.cos(), angles.sin()
+
+
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The rotation in plain PyTorch; see `rope`."""
     x1, x2 = x.to(accumulate_dtype(x.dtype)).chunk(2, dim=-1)

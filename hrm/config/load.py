@@ -121,6 +121,11 @@ def _conflicts(arch: ArchConfig, loss: LossConfig) -> Iterator[str]:
     )
     if arch.hidden_size % arch.num_heads:
         yield f"{width} is not a multiple of {heads}: change one"
+    elif arch.pos_encodings == "rope2d" and not arch.mlp_t and arch.hidden_size // arch.num_heads % 4:
+        yield (
+            f"{width} over {heads} gives heads whose width is no multiple of 4, which rope2d cannot rotate: "
+            "change one, or set arch.pos_encodings=learned"
+        )
     elif arch.pos_encodings == "rope" and not arch.mlp_t and arch.hidden_size // arch.num_heads % 2:
         yield (
             f"{width} over {heads} gives heads of odd width, which rope cannot rotate: change one, or set "

@@ -33,6 +33,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "ema": True,
     },
 }
+# Equilibrium Reasoners: TRM as a damped and noisy recurrence from random starts.
+ARCHITECTURES["eqr"] = {
+    **ARCHITECTURES["trm"],
+    "arch.puzzle_emb_ndim": 0,
+    "arch.puzzle_emb_len": 0,
+    "arch.init": "random",
+    "arch.noise": 0.01,
+    "arch.damping": 0.95,
+    "ema_rate": 0.999,
+}
 ARCHITECTURE_ALIASES = {"hrm": "v1", "hrm_v1": "v1", "hrm_v1_gated": "gated", "hrm_v1_balanced": "balanced"}
 DEFAULT_ARCHITECTURE = "gated"
 

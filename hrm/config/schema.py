@@ -59,7 +59,9 @@ class ArchConfig:
     damping: float = key(1.0, "share of an update that is new; the rest stays as it was", gt=0, le=1)
     share_levels: bool = key(False, "one stack of L_layers blocks for both levels; H_layers is not used")
     mlp_t: bool = key(False, "mix the tokens by a SwiGLU over them in place of attention")
-    pos_encodings: Literal["rope", "learned", "none"] = key("rope", "how positions are told apart")
+    pos_encodings: Literal["rope", "rope2d", "learned", "none"] = key(
+        "rope", "how positions are told apart; rope2d by row and column of the data's grid"
+    )
     rope_theta: float = key(10000.0, "base of the rotary frequencies", gt=0, le=1e9)
     rms_norm_eps: float = key(1e-5, "added to the mean square in the norms", gt=0, le=1)
     # None only until __post_init__.

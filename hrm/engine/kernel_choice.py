@@ -13,7 +13,7 @@ import torch
 
 from hrm.distributed import World
 from hrm.engine.engine import Engine
-from hrm.model.layers import swiglu_width
+from hrm.model.layers import ROTARY, swiglu_width
 from kernels import backend, measured
 from kernels.cases import Sizes
 
@@ -105,7 +105,7 @@ def measured_cases(engine: Engine) -> list[str]:
     if not arch.mlp_t:
         found[1:1] = ["deferred_norm"]
         # A backend that the configuration names is taken whatever it costs.
-        if config.attention.backend == "auto" and arch.pos_encodings == "rope":
+        if config.attention.backend == "auto" and arch.pos_encodings in ROTARY:
             found[1:1] = ["rope", "attention forward", "attention"]
     if arch.use_gating and arch.gating_type == "standard":
         found += ["gate_mix", "gate_mix_two"]

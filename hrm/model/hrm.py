@@ -12,15 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hrm.common.errors import UserError
 from hrm.common.regions import region
 from hrm.config.schema import ArchConfig, Config
 from hrm.data.format import Metadata
 from hrm.model.gating import Gates, GatingNetwork, make_gating, mix, sources_of
-from hrm.model.layers import Block, Embedding, Linear, PuzzleEmbedding, truncated_normal_
+from hrm.model.layers import ROTARY, Block, Embedding, Linear, PuzzleEmbedding, truncated_normal_
 from hrm.model.subgoal import SubgoalHead
 from kernels import noisy_update
 from kernels.matmul import DEFERRED, rstd_of, use_fused
-from kernels.rope import rope_tables
+from kernels.rope import rope_tables, rope_tables_2d
 
 # Sum the parts of a bfloat16 product in float32. By default PyTorch lets cuBLAS round each part to bfloat16
 # where it splits a long sum, and a weight's gradient is a sum over all tokens. The setting is the process's.
@@ -125,6 +126,17 @@ class ReasoningModule(nn.Module):
         )
 
 
+def grid_of(seq_len: int, columns: int | None) -> tuple[int, int]:
+    """Rows and columns of the data's grid: a square, unless `columns` is given. Raises UserError."""
+    rows = seq_len // columns if columns else math.isqrt(seq_len)
+    if rows * (columns or rows) != seq_len:
+        raise UserError(
+            f"arch.pos_encodings=rope2d: the data's {seq_len} cells are no square grid, and its dataset.json "
+            "has no fitting columns; set arch.pos_encodings=rope"
+        )
+    return rows, columns or rows
+
+
 class HRM(nn.Module):
     """HRM v1 and its variants as `arch` describes them; parameters in float32, states in `dtype`.
 
@@ -141,11 +153,15 @@ class HRM(nn.Module):
 
     @classmethod
     def from_config(cls, config: Config, metadata: Metadata, dtype: torch.dtype) -> "HRM":
-        """The model that a run's configuration describes, with the sizes of its data."""
+        """The model that a run's configuration describes, with the sizes of its data.
+
+        Raises UserError for rope2d without a grid.
+        """
         return cls(
             config.arch,
             vocab_size=metadata.vocab_size,
             seq_len=metadata.seq_len,
+            columns=metadata.columns,
             num_puzzle_identifiers=metadata.num_puzzle_identifiers,
             dtype=dtype,
             seed=config.seed,
@@ -158,6 +174,7 @@ class HRM(nn.Module):
         *,
         vocab_size: int,
         seq_len: int,
+        columns: int | None = None,
         num_puzzle_identifiers: int,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
@@ -183,9 +200,14 @@ class HRM(nn.Module):
         self.register_buffer("H_init", torch.empty(D))
         self.register_buffer("L_init", torch.empty(D))
         cos, sin = None, None
-        if arch.pos_encodings == "rope" and not arch.mlp_t:
+        if arch.pos_encodings in ROTARY and not arch.mlp_t:
             wide = torch.float64 if dtype == torch.float64 else torch.float32
-            cos, sin = rope_tables(self.length, D // arch.num_heads, arch.rope_theta, wide)
+            head_dim, theta = D // arch.num_heads, arch.rope_theta
+            if arch.pos_encodings == "rope":
+                cos, sin = rope_tables(self.length, head_dim, theta, wide)
+            else:
+                grid = grid_of(seq_len, columns)
+                cos, sin = rope_tables_2d(*grid, head_dim, theta, wide, before=self.puzzle_emb_len)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         # The parameters that compute in float32 whatever the dtype of the states.

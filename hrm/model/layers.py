@@ -112,6 +112,10 @@ class PuzzleEmbedding(nn.Module):
         return self.weights[puzzle_identifiers]
 
 
+# Position encodings that rotate queries and keys.
+ROTARY = ("rope", "rope2d")
+
+
 class Attention(nn.Module):
     """Self-attention with a packed projection and no biases."""
 

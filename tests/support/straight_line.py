@@ -89,10 +89,25 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
 
 def rope_angles(cfg: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of position * theta^(-2j / d), j < d/2: (T, d/2) each, for a (B, T, D)."""
+    if cfg.pos_encodings == "rope2d":
+        return grid_angles(cfg, like)
     d, T = cfg.hidden_size // cfg.num_heads, like.shape[1]
     kind: Any = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
     frequency = 1.0 / (cfg.rope_theta ** (torch.arange(0, d, 2, **kind) / d))
     angle = torch.outer(torch.arange(T, **kind), frequency)
+    return angle.cos(), angle.sin()
+
+
+def grid_angles(cfg: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The same on a square grid behind P tokens of angle 0: d/4 pairs turn by row, d/4 by column."""
+    d, P = cfg.hidden_size // cfg.num_heads, puzzle_tokens(cfg)
+    side = math.isqrt(like.shape[1] - P)
+    angle = like.new_zeros(like.shape[1], d // 2)
+    for cell in range(side * side):
+        for j in range(d // 4):
+            frequency = cfg.rope_theta ** (-2 * j / (d // 2))
+            angle[P + cell, j] = cell // side * frequency
+            angle[P + cell, d // 4 + j] = cell % side * frequency
     return angle.cos(), angle.sin()
 
 
@@ -160,7 +175,7 @@ def forward(
     """One ACT step, gradient through its last two calls only: z_H, z_L, logits (B, S, V), both q (B)."""
     e = embed(w, cfg, tokens, puzzle_rows)
     zero = torch.zeros_like(e)
-    angles = rope_angles(cfg, e) if cfg.pos_encodings == "rope" else None
+    angles = rope_angles(cfg, e) if cfg.pos_encodings.startswith("rope") else None
     with torch.no_grad():
         for i in range(cfg.H_cycles):
             last = i == cfg.H_cycles - 1

@@ -80,7 +80,7 @@ def forward(
     In the paper's words z_L is the latent z, z_H the answer y, and e the question x.
     """
     e = plain.embed(w, cfg, tokens, puzzle_rows)
-    angles = plain.rope_angles(cfg, e) if cfg.pos_encodings == "rope" else None
+    angles = plain.rope_angles(cfg, e) if cfg.pos_encodings.startswith("rope") else None
     with torch.no_grad():
         for _ in range(cfg.H_cycles - 1):
             for _ in range(cfg.L_cycles):
