@@ -195,6 +195,16 @@ def lm_head(s: Shape) -> dict[str, Work]:
     }
 
 
+def noisy_update(s: Shape) -> dict[str, Work]:
+    """A module's result and its state before read, its state after written; keys and steps in int32."""
+    return {"forward": Work(3 * s.tokens * s.D * s.dtype.itemsize + 16 * s.B)}
+
+
+def random_start(s: Shape) -> dict[str, Work]:
+    """The states read and written, and for each sequence its key and whether it begins."""
+    return {"forward": Work(2 * s.tokens * s.D * s.dtype.itemsize + 13 * s.B)}
+
+
 def adam_atan2(s: Shape, gated: bool = False) -> dict[str, Work]:
     """p, m and v read and written and g read, in float32, and the narrow copy of p written."""
     copy = s.dtype.itemsize if s.dtype.itemsize < 4 else 0
@@ -221,6 +231,8 @@ OPERATIONS: dict[str, Callable[[Shape], dict[str, Work]]] = {
     "softmax_cross_entropy": cross_entropy,
     "lm_head_stablemax": lm_head,
     "lm_head_softmax": lm_head,
+    "noisy_update": noisy_update,
+    "random_start": random_start,
     "adam_atan2": adam_atan2,
     "sign_sgd": sign_sgd,
 }

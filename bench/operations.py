@@ -163,6 +163,23 @@ def rows_of_a_table(s: Shape) -> tuple[Inputs, Call]:
     return inputs, call
 
 
+def keys(s: Shape) -> Tensor:
+    """Keys of which none is on path 0."""
+    return torch.ones(s.B, 3, dtype=torch.int32, device=DEVICE)
+
+
+def noise(s: Shape) -> tuple[Inputs, Call]:
+    steps = torch.zeros(s.B, dtype=torch.int32, device=DEVICE)
+    call = partial(kernels.noisy_update, damping=0.95, noise=0.01, keys=keys(s), steps=steps)
+    return {"f": tokens(s, s.D, 0), "z": tokens(s, s.D, 1)}, call
+
+
+def start(s: Shape) -> tuple[Inputs, Call]:
+    begins = torch.ones(s.B, dtype=torch.bool, device=DEVICE)
+    call = partial(kernels.random_start, begins=begins, keys=keys(s), call=0)
+    return {"z": tokens(s, s.D, 0), "init": randn(s.D, seed=1)}, call
+
+
 GATES = ("w1", "b1", "w2", "b2")
 FLAT = ("param", "exp_avg", "exp_avg_sq")
 OPS: dict[str, Op] = {
@@ -182,6 +199,8 @@ OPS: dict[str, Op] = {
     ),
     "lm_head_stablemax": Op(partial(head, function=kernels.lm_head_stablemax), ("z", "weight")),
     "lm_head_softmax": Op(partial(head, function=kernels.lm_head_softmax), ("z", "weight")),
+    "noisy_update": Op(noise),
+    "random_start": Op(start),
     "adam_atan2": Op(adam, changed=FLAT, dtype=torch.float32),
     "sign_sgd": Op(rows_of_a_table, changed=("table",), dtype=torch.float32),
 }

@@ -45,8 +45,8 @@ def rope_tables_2d(
 
     Pair i of either turns by theta^(-2i / (head_dim / 2)) for each row or column. The `before` positions in
     front of the grid do not turn. Returns two tables (before + rows * columns, head_dim). head_dim is a
-    multiple of 4. The first quarters of both halves turn by row, the others by column. Code that pairs channels
-    within a half for the row and a half for the column has the same model, with queries and keys reordered.
+    multiple of 4. The first quarters of both halves turn by row, the others by column. Code that pairs the
+    channels within a half for the row and within one for the column has the same model, reordered.
     """
     frequency = 1.0 / theta ** (torch.arange(0, head_dim // 2, 2, dtype=dtype) / (head_dim // 2))
     row, column = torch.arange(rows, dtype=dtype), torch.arange(columns, dtype=dtype)
