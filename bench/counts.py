@@ -8,7 +8,7 @@ on tensors without data.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -309,6 +309,14 @@ def eager(op: str, s: Shape) -> dict[str, list[Work]]:
         return traced(kernels.rms_norm, x, x.detach().requires_grad_())
     if op == "swiglu":
         return traced(kernels.swiglu, meta(M, 2 * s.inner, dtype=dtype, gradient=True))
+    if op in ("noisy_update", "random_start"):
+        z, keys = meta(s.B, s.T, D, dtype=dtype), meta(s.B, 3, dtype=torch.int32)
+        if op == "noisy_update":
+            steps = meta(s.B, dtype=torch.int32)
+            noisy = partial(kernels.noisy_update, damping=0.95, noise=0.01, keys=keys, steps=steps)
+            return traced(noisy, z, z)
+        begins, init = meta(s.B, dtype=torch.bool), meta(D, dtype=torch.float32)
+        return traced(lambda z: kernels.random_start(z, begins, init, keys, 0), z)
     if op.startswith("gate_mix"):
         shapes = ((s.R, 3 * D), (s.R,), (3 * D, s.R), (3 * D,))
         weights = [meta(*shape, dtype=dtype, gradient=True) for shape in shapes]
