@@ -63,7 +63,7 @@ def read_puzzles(source: str) -> Puzzles:
         if os.sep in source or 4 * strange > len(source):
             raise UserError(
                 f"{source[:100]!r}: no such file, nor a puzzle; expected a file, or the 16, 36, 81 or 256 "
-                "cells of a Sudoku ('.' or 0 is blank), or those of a square maze ('#', 'S', 'G', '.')"
+                "cells of a Sudoku ('.' or 0 is blank), or those of a maze ('#', 'S', 'G', '.')"
             )
         return _boards(source, "the puzzle")
     if source.endswith(".json"):
@@ -111,7 +111,7 @@ def _boards(text: str, where: str) -> Puzzles:
     if not lines:
         raise UserError(f"{where}: empty; expected a puzzle")
     # A '#' may also begin a comment beside a Sudoku, whose digits no maze has.
-    if set(text) & set("#SG") and not set(text) & set("123456789"):
+    if set(text) & set("#SGEX") and not set(text) & set("123456789"):
         return _mazes(lines, where)
     return _sudokus(lines, where)
 
@@ -120,15 +120,18 @@ def _mazes(lines: Sequence[str], where: str) -> Puzzles:
     cells = [len(line) for line in lines]
     side = math.isqrt(cells[0])
     is_side = range(2, MOST_SIDE + 1).__contains__
+    ends = [sum(line.count(mark) for mark in "SGE") for line in lines]
+    is_many = len(lines) == 1 or all(count == 2 for count in ends)
     # One board; its kind reports rows of wrong length.
-    if is_side(len(lines)) and len(lines) in cells:
-        side, boards = len(lines), ["\n".join(lines)]
+    if is_side(len(lines)) and (len(lines) in cells or (not is_many and is_side(cells[0]))):
+        rows, columns = len(lines), len(lines) if len(lines) in cells else cells[0]
+        boards = ["\n".join(lines)]
     elif is_side(side) and all(count == side**2 for count in cells):
-        boards = list(lines)
+        rows, columns, boards = side, side, list(lines)
     else:
-        expected = f"as many rows as columns, {MOST_SIDE} at most"
+        expected = f"a square, or rows over several lines, {MOST_SIDE} at most"
         raise _unreadable(where, cells, expected)
-    kind = Kind("maze", side, side, MAZE_VOCABULARY)
+    kind = Kind("maze", rows, columns, MAZE_VOCABULARY)
     return Puzzles(kind, list(_questions(kind, boards, where)))
 
 

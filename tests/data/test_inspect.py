@@ -37,7 +37,7 @@ def mazes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """30 training mazes with 3 augmentations each and 20 test mazes, of 7 x 7 cells."""
     folder = tmp_path_factory.mktemp("data") / "mazes"
     taken: set[bytes] = set()
-    request = Request(7, braided=True, min_length=3)
+    request = Request(7, 7, braided=True, min_length=3)
     splits = {"test": generate(request, "test", 20, taken), "train": generate(request, "train", 30, taken)}
     write_mazes(folder, splits, 3, 0)
     return folder

@@ -41,7 +41,7 @@ def some(count: int, side: int = 9, braided: bool = True, min_length: int = 0, s
     states = np.random.default_rng(seed).integers(1, 1 << 63, count, np.uint64)
     questions, answers = np.zeros((2, count, side * side), np.uint8)
     mazes = Mazes(questions, answers, np.zeros(count, np.int32))
-    random_mazes(braided, min_length, 100, states, questions, answers, mazes.lengths)
+    random_mazes((side, side), braided, min_length, 100, states, questions, answers, mazes.lengths)
     return mazes
 
 
@@ -171,7 +171,9 @@ def test_no_generated_maze_is_there_twice(side: int) -> None:
     # There are 21 perfect mazes of 5 x 5 cells.
     count = 8 if side == 5 else 300
     parts = [
-        chunk for split in ("test", "train") for chunk in generate(Request(side, seed=3), split, count, taken)
+        chunk
+        for split in ("test", "train")
+        for chunk in generate(Request(side, side, seed=3), split, count, taken)
     ]
     grids = np.concatenate([part.questions for part in parts]).reshape(-1, side, side)
     classes = {min(symmetric(grid, k).tobytes() for k in range(SYMMETRIES)) for grid in grids}
@@ -183,7 +185,7 @@ def test_no_generated_maze_is_there_twice(side: int) -> None:
 
 def test_threads_and_chunks_change_no_maze(monkeypatch: pytest.MonkeyPatch) -> None:
     def made(workers: int) -> list[np.ndarray]:
-        chunks = list(generate(Request(8, True, 2, seed=5), "train", 600, set(), workers))
+        chunks = list(generate(Request(8, 8, True, 2, seed=5), "train", 600, set(), workers))
         return [
             np.concatenate([getattr(c, name) for c in chunks]) for name in ("questions", "answers", "lengths")
         ]
@@ -253,7 +255,7 @@ def test_a_generated_data_set_is_whole(tmp_path: Path, capsys: pytest.CaptureFix
     [
         (("--size", 4), "error: size=4: expected at least 5"),
         (("--num-train", 0), "error: num_train=0: expected at least 1"),
-        (("--num-aug", 8), "error: num_aug=8: expected 0 to 7, the symmetries of a square"),
+        (("--num-aug", 8), "error: num_aug=8: expected 0 to 7, the other symmetries of a square"),
         (("--num-aug", -1), "error: num_aug=-1: expected 0 to 7"),
         (("--seed", -1), "error: seed=-1: expected at least 0"),
         (("--workers", 0), "error: workers=0: expected at least 1"),
@@ -411,7 +413,7 @@ def test_files_that_hold_no_mazes(tmp_path: Path, content: bytes, message: str) 
 
 def turned(mazes: Mazes, symmetry: int) -> Mazes:
     def turn(array: np.ndarray) -> np.ndarray:
-        side = mazes.side
+        side = mazes.shape[0]
         return symmetric(array.reshape(-1, side, side), symmetry).reshape(len(array), -1)
 
     return Mazes(turn(mazes.questions), turn(mazes.answers), mazes.lengths)

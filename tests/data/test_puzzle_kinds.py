@@ -142,7 +142,7 @@ def test_other_tokens_are_numbers() -> None:
         (
             MAZE,
             QUESTION.replace("G", "g"),
-            "row 4, column 4 is 'g', expected '#', 'S', 'G', 'o', or '.' or a space",
+            "row 4, column 4 is 'g', expected '#', 'S', 'G' (or E), 'o' (or X), or '.' or a space",
         ),
         (MAZE, QUESTION.replace("#S..#", "#S.."), "row 2 has 4 cells, expected 5; a cell is '#'"),
         (MAZE, QUESTION + "\n#####", "6 lines, expected 25 cells in one line or 5 lines of 5"),

@@ -71,7 +71,7 @@ def test_cells_without_loss_and_padding_move_with_the_grid(sudoku):
 
 
 def test_mazes_take_each_of_the_eight_symmetries(tmp_path):
-    request, taken = Request(side=7, seed=1), set[bytes]()
+    request, taken = Request(7, 7, seed=1), set[bytes]()
     splits = {split: list(generate(request, split, 12, taken)) for split in ("test", "train")}
     write_mazes(tmp_path / "maze", splits, 0, 0)
     train = PuzzleDataset(tmp_path / "maze", "train")

@@ -16,17 +16,19 @@ from pathlib import Path
 import numpy as np
 
 from hrm.common.threads import usable_cpus
+from hrm.data.faults import Faults
 from hrm.data.format import PuzzleSet
 from hrm.data.hub import PREFIX, fetch
 from hrm.data.inspect.histogram import histogram
 from hrm.data.maze.files import SMALLEST_SIDE, MazeError, Mazes, keys, read_mazes
-from hrm.data.maze.search import SYMMETRIES, random_mazes, symmetric
+from hrm.data.maze.search import random_mazes, symmetric, symmetries_of
+from hrm.data.options import add_shared, refuse_idle
 from hrm.data.workers import over_rows
 from hrm.data.writer import Shape, check_output, new_dataset
 
 VOCABULARY = 6
 GENERATED = "generated"
-DEFAULTS = {"size": 30, "kind": "perfect", "min_length": 0, "num_train": 1000, "num_test": 1000}
+DEFAULTS = {"size": (30, 30), "kind": "perfect", "min_length": 0, "num_train": 1000, "num_test": 1000}
 # Draws for one maze before its length of path, or a new maze, counts as out of reach.
 ATTEMPTS = 10_000
 # Cells, roughly, in a chunk of generated mazes.
@@ -38,15 +40,21 @@ AUGMENTING, CHOOSING = 3, 4
 
 @dataclass(frozen=True)
 class Request:
-    """The mazes to generate: side x side cells, with a path of at least min_length steps.
+    """The mazes to generate: of rows x columns cells, with a path of at least min_length steps.
 
     braided: without dead ends, so with loops; see `search.random_mazes`.
     """
 
-    side: int = 30
+    rows: int = 30
+    columns: int = 30
     braided: bool = False
     min_length: int = 0
     seed: int = 0
+
+    @property
+    def row_length(self) -> int | None:
+        """As in `Mazes.columns`."""
+        return None if self.rows == self.columns else self.columns
 
 
 def generate(
@@ -57,13 +65,13 @@ def generate(
     split: "test" or "train", which have their own random numbers. taken: see `files.keys`. workers: threads;
     mazes do not depend on their number. Raises MazeError if such mazes are out of reach.
     """
-    cells = request.side**2
+    cells = request.rows * request.columns
     size = max(1, CHUNK_CELLS // cells)
     rng = np.random.default_rng([request.seed, STREAMS[split]])
     for first in range(0, count, size):
         rows = min(size, count - first)
         questions, answers = np.empty((2, rows, cells), np.uint8)
-        mazes = Mazes(questions, answers, np.empty(rows, np.int32))
+        mazes = Mazes(questions, answers, np.empty(rows, np.int32), request.row_length)
         states = rng.integers(1, 1 << 63, rows, np.uint64)
         found = np.empty(rows, "S16")
         draw = partial(_draw, request, mazes, states, found)
@@ -83,6 +91,7 @@ def _draw(request: Request, mazes: Mazes, states: np.ndarray, found: np.ndarray,
     """New mazes in these rows, and their keys."""
     part = Mazes(mazes.questions[rows], mazes.answers[rows], mazes.lengths[rows])
     random_mazes(
+        (request.rows, request.columns),
         request.braided,
         request.min_length,
         ATTEMPTS,
@@ -93,61 +102,81 @@ def _draw(request: Request, mazes: Mazes, states: np.ndarray, found: np.ndarray,
     )
     if not part.lengths.all():
         raise _out_of_reach(request)
-    found[rows] = keys(part.questions)
+    found[rows] = keys(part.questions, request.row_length)
 
 
 def _out_of_reach(request: Request) -> MazeError:
+    size = f"{request.rows}" + f"x{request.columns}" * (request.rows != request.columns)
     return MazeError(
-        f"size={request.side} min_length={request.min_length}: none of {ATTEMPTS} random mazes has a path "
-        "that long and is not there yet; lower --min-length, --num-train or --num-test, or raise --size"
+        f"size={size} min_length={request.min_length}: none of {ATTEMPTS} random "
+        "mazes has a path that long and is not there yet; lower --min-length, --num-train or --num-test, or "
+        "raise --size"
     )
 
 
 @dataclass(frozen=True)
+class Form:
+    """How files of mazes are read, see `files.read_mazes`. skip_bad: leaves out faulty mazes."""
+
+    columns: int | None = None
+    skip_bad: bool = False
+
+
+@dataclass(frozen=True)
 class Selection:
-    """The mazes of a file for a split: a bool for each; the numbers of repetitions and of test mazes."""
+    """The mazes of a file for a split: a bool for each; the numbers of repetitions and of test mazes.
+
+    form: how the file is read. notes: lines about the faulty mazes that are left out.
+    """
 
     path: Path
     kept: np.ndarray
     repeated: int
     in_test: int = 0
+    form: Form = Form()
+    notes: tuple[str, ...] = ()
 
     def mazes(self) -> Iterator[Mazes]:
         """Reads them, in chunks."""
         first = 0
-        for chunk in read_mazes(self.path, check=False):
+        faults = Faults(skip=self.form.skip_bad, error=MazeError)
+        for chunk in read_mazes(self.path, columns=self.form.columns, check=False, faults=faults):
             yield chunk.take(np.nonzero(self.kept[first : first + len(chunk.lengths)])[0])
             first += len(chunk.lengths)
 
 
-def select(train: Path, test: Path) -> dict[str, Selection]:
+def select(train: Path, test: Path, form: Form = Form()) -> dict[str, Selection]:
     """Reads and checks two files; keeps the first of equal mazes, and no test maze for training.
 
     Mazes that are symmetric to each other are equal. Raises MazeError.
     """
-    classes, sides = {}, {}
+    classes, shapes, notes = {}, {}, {}
     for split, path in (("test", test), ("train", train)):
-        classes[split], sides[split] = _classes(path)
-    if sides["test"] != sides["train"]:
+        classes[split], (rows, cols), notes[split] = _classes(path, form)
+        shapes[split] = f"{rows} x {cols}"
+    if shapes["test"] != shapes["train"]:
         raise MazeError(
-            f"{train}: mazes of side {sides['train']}, but {sides['test']} in {test}; expected one size"
+            f"{train}: mazes of {shapes['train']} cells, but {shapes['test']} in {test}; expected one size"
         )
     first_of_train, first_of_test = _first_of_each(classes["train"]), _first_of_each(classes["test"])
     in_test = np.isin(classes["train"], classes["test"])
     kept = first_of_train & ~in_test
     if not kept.any():
         raise MazeError(f"{train}: every maze is one of the test {test}; expected others")
+    repeated = {"train": int((~first_of_train & ~in_test).sum()), "test": int((~first_of_test).sum())}
     return {
-        "train": Selection(train, kept, int((~first_of_train & ~in_test).sum()), int(in_test.sum())),
-        "test": Selection(test, first_of_test, int((~first_of_test).sum())),
+        "train": Selection(train, kept, repeated["train"], int(in_test.sum()), form, notes["train"]),
+        "test": Selection(test, first_of_test, repeated["test"], 0, form, notes["test"]),
     }
 
 
-def hold_out(path: Path, test_size: float, rng: np.random.Generator) -> dict[str, Selection]:
+def hold_out(
+    path: Path, test_size: float, rng: np.random.Generator, form: Form = Form()
+) -> dict[str, Selection]:
     """Reads and checks one file, and takes about `test_size` of its mazes for the test. Raises MazeError."""
     if not 0 < test_size < 1:
         raise MazeError(f"test_size={test_size:g}: expected a part of the mazes, between 0 and 1")
-    classes, _ = _classes(path)
+    classes, _, notes = _classes(path, form)
     first = _first_of_each(classes)
     rows = np.nonzero(first)[0]
     if len(rows) < 2:
@@ -156,18 +185,21 @@ def hold_out(path: Path, test_size: float, rng: np.random.Generator) -> dict[str
     held = np.zeros(len(classes), bool)
     held[rng.choice(rows, number, replace=False)] = True
     return {
-        "train": Selection(path, first & ~held, int((~first).sum())),
-        "test": Selection(path, held, 0),
+        "train": Selection(path, first & ~held, int((~first).sum()), 0, form, notes),
+        "test": Selection(path, held, 0, 0, form),
     }
 
 
-def _classes(path: Path) -> tuple[np.ndarray, int]:
-    """The key of every maze of a file, and the side of all."""
+def _classes(path: Path, form: Form) -> tuple[np.ndarray, tuple[int, int], tuple[str, ...]]:
+    """The key of every sound maze of a file, the shape of all, and notes on those left out."""
+    faults = Faults(skip=form.skip_bad, error=MazeError)
     found: list[np.ndarray] = []
-    for mazes in read_mazes(path):
-        found.append(keys(mazes.questions))
-        side = mazes.side
-    return np.concatenate(found), side
+    for mazes in read_mazes(path, columns=form.columns, faults=faults):
+        found.append(keys(mazes.questions, mazes.columns))
+        shape = mazes.shape
+    if not found:
+        raise MazeError(f"{path}: no sound maze in it; {'; '.join(faults.notes())}")
+    return np.concatenate(found), shape, tuple(f"  {path.name}: {note}" for note in faults.notes())
 
 
 def _first_of_each(classes: np.ndarray) -> np.ndarray:
@@ -177,21 +209,24 @@ def _first_of_each(classes: np.ndarray) -> np.ndarray:
 
 
 def augment(mazes: Mazes, num_aug: int, rng: np.random.Generator) -> Mazes:
-    """Every maze, followed by `num_aug` random ones of its seven symmetric mazes in the order of
-    `search.symmetric`."""
-    count, side = len(mazes.lengths), mazes.side
+    """Every maze, followed by `num_aug` random ones of its other symmetric mazes in the order of
+    `search.symmetric`: seven of a square, three of a rectangle."""
+    count, shape = len(mazes.lengths), mazes.shape
+    keeping = np.array(symmetries_of(shape))
+    _check_num_aug(num_aug, shape)
     symmetries = np.zeros((count, 1 + num_aug), np.int64)
-    others = rng.random((count, SYMMETRIES - 1)).argsort(axis=1)[:, :num_aug] + 1
-    symmetries[:, 1:] = np.sort(others, axis=1)
+    others = rng.random((count, len(keeping) - 1)).argsort(axis=1)[:, :num_aug] + 1
+    symmetries[:, 1:] = keeping[np.sort(others, axis=1)]
 
     def turn(originals: np.ndarray) -> np.ndarray:
-        turned = np.empty((*symmetries.shape, side, side), np.uint8)
-        for symmetry in range(SYMMETRIES):
+        turned = np.empty((*symmetries.shape, *shape), np.uint8)
+        for symmetry in keeping.tolist():
             rows, places = np.nonzero(symmetries == symmetry)
-            turned[rows, places] = symmetric(originals.reshape(-1, side, side)[rows], symmetry)
-        return turned.reshape(-1, side * side)
+            turned[rows, places] = symmetric(originals.reshape(-1, *shape)[rows], symmetry)
+        return turned.reshape(-1, originals.shape[1])
 
-    return Mazes(turn(mazes.questions), turn(mazes.answers), np.repeat(mazes.lengths, 1 + num_aug))
+    lengths = np.repeat(mazes.lengths, 1 + num_aug)
+    return Mazes(turn(mazes.questions), turn(mazes.answers), lengths, mazes.columns)
 
 
 def write_mazes(
@@ -199,7 +234,7 @@ def write_mazes(
 ) -> dict[str, np.ndarray]:
     """Writes a data set with augmented training mazes; returns the lengths of paths of every split.
 
-    splits: name to chunks of mazes, all of one side. Raises DatasetError; see `writer.new_dataset`.
+    splits: name to chunks of mazes, all of one shape. Raises DatasetError; see `writer.new_dataset`.
     """
     rng = np.random.default_rng([seed, AUGMENTING])
     lengths: dict[str, list[np.ndarray]] = {split: [] for split in splits}
@@ -210,7 +245,9 @@ def write_mazes(
             for mazes in chunks:
                 if not len(mazes.lengths):
                     continue
-                writer = writer or data.split(split, Shape(mazes.side**2, VOCABULARY, kind="maze"))
+                if writer is None:
+                    cells = mazes.questions.shape[1]
+                    writer = data.split(split, Shape(cells, VOCABULARY, kind="maze", columns=mazes.columns))
                 lengths[split].append(mazes.lengths)
                 mazes = augment(mazes, rows - 1, rng)
                 count = len(mazes.lengths)
@@ -229,28 +266,32 @@ def write_mazes(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m hrm.data maze`."""
     add = parser.add_argument
-    add(
-        "--output-dir", type=Path, required=True, help="folder of the data set; one already there is replaced"
-    )
+    add_shared(parser, "mazes", "--output-dir")
     add(
         "--source",
         default=GENERATED,
         help="'generated' (default); a folder with train.csv and test.csv; one .csv file, of which a part is "
         "held out for the test; hub:NAME, a data set of the Hugging Face hub. Columns: "
-        "source,question,answer,rating",
+        "source,question,answer,rating; letters '# SGo' or those of maze-dataset, '# SEX'",
     )
-    add("--size", type=int, help=f"side of generated mazes in cells, {SMALLEST_SIDE} or more (default 30)")
+    add(
+        "--columns", type=int, help="cells in a row of a file's mazes (default: they are square, or of lines)"
+    )
+    add(
+        "--size",
+        type=_size,
+        help=f"sides of generated mazes in cells, such as 30 or 20x40, {SMALLEST_SIDE} or more (default 30)",
+    )
     add("--kind", choices=("perfect", "braided"), help="one way between any two cells (default), or loops")
     add("--min-length", type=int, help="least steps from start to goal of generated mazes (default: any)")
-    add("--num-train", type=int, help="training mazes to generate (default 1000)")
-    add("--num-test", type=int, help="test mazes to generate (default 1000)")
+    add_shared(parser, "mazes", "--num-train", "--num-test")
     add(
-        "--num-aug", type=int, default=0, help="of every training maze, turned and mirrored: 0 (default) to 7"
+        "--num-aug",
+        type=int,
+        default=0,
+        help="of every training maze, turned and mirrored: 0 (default) to 7, or 3 if it is not square",
     )
-    add("--subsample-size", type=int, help="keep this many training mazes, chosen at random")
-    add("--test-size", type=float, help="part of a single file that is held out for the test (default 0.1)")
-    add("--seed", type=int, default=0, help="same seed, same bytes (default 0)")
-    add("--workers", type=int, help="threads that generate; changes no byte (default: one per core)")
+    add_shared(parser, "mazes", "--subsample-size", "--test-size", "--skip-bad", "--seed", "--workers")
     parser.set_defaults(run=run)
 
 
@@ -264,22 +305,45 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join([head, *_summary(lengths, args.num_aug), *notes]))
 
 
+def _size(text: str) -> tuple[int, int]:
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdigit() and len(side) < 6 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a side, such as 30, nor two, such as 20x40")
+    return int(sides[0]), int(sides[-1])
+
+
 def _complete(args: argparse.Namespace) -> None:
     """Refuses options that are out of range or have no effect, and fills in defaults."""
     generated = args.source == GENERATED
+    made = ("size", "kind", "min_length", "num_train", "num_test", "workers")
+    refuse_idle(
+        args,
+        {
+            **dict.fromkeys(made, generated),
+            **dict.fromkeys(("columns", "skip_bad"), not generated),
+            "test_size": not generated and _is_one_file(args.source),
+        },
+        f"--source {args.source}",
+        MazeError,
+    )
     for name, default in {**DEFAULTS, "workers": usable_cpus(), "test_size": 0.1}.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
-        elif generated == (name == "test_size") or (name == "test_size" and not _is_one_file(args.source)):
-            option = "--" + name.replace("_", "-")
-            raise MazeError(f"{option} has no meaning for --source {args.source}; leave it out")
-    at_least = {"size": SMALLEST_SIDE, "num_train": 1, "num_test": 1, "workers": 1, "subsample_size": 1}
+    if min(args.size) < SMALLEST_SIDE:
+        raise MazeError(f"size={min(args.size)}: expected at least {SMALLEST_SIDE}")
+    at_least = {"columns": SMALLEST_SIDE, "num_train": 1, "num_test": 1, "workers": 1, "subsample_size": 1}
     for name in (*at_least, "min_length", "seed"):
         value, low = getattr(args, name), at_least.get(name, 0)
         if value is not None and value < low:
             raise MazeError(f"{name}={value}: expected at least {low}")
-    if not 0 <= args.num_aug < SYMMETRIES:
-        raise MazeError(f"num_aug={args.num_aug}: expected 0 to {SYMMETRIES - 1}, the symmetries of a square")
+    _check_num_aug(args.num_aug, args.size)
+
+
+def _check_num_aug(num_aug: int, shape: tuple[int, int]) -> None:
+    most = len(symmetries_of(shape)) - 1
+    if not 0 <= num_aug <= most:
+        of_what = "a square" if shape[0] == shape[1] else f"a rectangle of {shape[0]} x {shape[1]} cells"
+        raise MazeError(f"num_aug={num_aug}: expected 0 to {most}, the other symmetries of {of_what}")
 
 
 def _is_one_file(source: str) -> bool:
@@ -287,7 +351,8 @@ def _is_one_file(source: str) -> bool:
 
 
 def _generated(args: argparse.Namespace) -> tuple[dict[str, Iterable[Mazes]], list[str]]:
-    request = Request(args.size, args.kind == "braided", args.min_length, args.seed)
+    rows, columns = args.size
+    request = Request(rows, columns, args.kind == "braided", args.min_length, args.seed)
     # The first mazes of a larger draw are a draw themselves.
     counts = {"test": args.num_test, "train": min(args.num_train, args.subsample_size or args.num_train)}
     taken: set[bytes] = set()
@@ -296,12 +361,13 @@ def _generated(args: argparse.Namespace) -> tuple[dict[str, Iterable[Mazes]], li
 
 def _from_files(args: argparse.Namespace) -> tuple[dict[str, Iterable[Mazes]], list[str]]:
     rng = np.random.default_rng([args.seed, CHOOSING])
+    form = Form(args.columns, args.skip_bad)
     if _is_one_file(args.source):
-        selections = hold_out(Path(args.source), args.test_size, rng)
+        selections = hold_out(Path(args.source), args.test_size, rng, form)
     else:
         names = ("train.csv", "test.csv")
         folder = fetch(args.source, names) if args.source.startswith(PREFIX) else Path(args.source)
-        selections = select(*(folder / name for name in names))
+        selections = select(folder / names[0], folder / names[1], form)
     train = selections["train"]
     rows = np.nonzero(train.kept)[0]
     if args.subsample_size is not None and args.subsample_size < len(rows):
@@ -314,6 +380,7 @@ def _from_files(args: argparse.Namespace) -> tuple[dict[str, Iterable[Mazes]], l
     ]
     if train.in_test:
         notes.append(f"  left out of train: {train.in_test} that are in the test, turned or mirrored")
+    notes += [note for selection in selections.values() for note in selection.notes]
     return {name: selection.mazes() for name, selection in selections.items()}, notes
 
 

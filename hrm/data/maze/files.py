@@ -1,4 +1,7 @@
-"""Reads mazes from CSV files with columns `source,question,answer,rating`, and checks every row."""
+"""Reads mazes from CSV files with columns `source,question,answer,rating`, and checks every row.
+
+A maze is one line, row by row, of a square or of rows of a given length, or several lines in quotes.
+"""
 
 import csv
 from collections.abc import Iterator
@@ -13,7 +16,9 @@ from tqdm import tqdm
 
 from hrm.common.errors import UserError
 from hrm.common.files import numbered_lines
-from hrm.data.maze.search import PATH, SYMMETRIES, solve, solved, symmetric
+from hrm.common.text import counted
+from hrm.data.faults import Faults
+from hrm.data.maze.search import PATH, solve, solved, symmetric, symmetries_of
 from hrm.data.puzzle_kinds import Kind
 
 # Rows in memory at a time.
@@ -23,7 +28,7 @@ SMALLEST_SIDE = 5
 LINE_LIMIT = 2 * csv.field_size_limit() + (1 << 12)
 # The token of every character; 0 for foreign ones.
 TOKENS = np.zeros(256, np.uint8)
-TOKENS[np.frombuffer(b"# SGo.", np.uint8)] = (1, 2, 3, 4, 5, 2)
+TOKENS[np.frombuffer(b"# SGo.EX", np.uint8)] = (1, 2, 3, 4, 5, 2, 4, 5)
 
 
 class MazeError(UserError):
@@ -32,50 +37,75 @@ class MazeError(UserError):
 
 @dataclass(frozen=True)
 class Mazes:
-    """Mazes before augmentation: questions and answers (N, S) uint8 tokens, steps of the paths (N,) int32."""
+    """Mazes before augmentation: questions and answers (N, S) uint8 tokens, steps of the paths (N,) int32.
+
+    columns: cells in a row; None for squares.
+    """
 
     questions: np.ndarray
     answers: np.ndarray
     lengths: np.ndarray
+    columns: int | None = None
 
     def take(self, rows: np.ndarray) -> "Mazes":
         """The mazes of these rows, in this order."""
-        return Mazes(self.questions[rows], self.answers[rows], self.lengths[rows])
+        return Mazes(self.questions[rows], self.answers[rows], self.lengths[rows], self.columns)
 
     @property
-    def side(self) -> int:
-        return isqrt(self.questions.shape[1])
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of each maze."""
+        return shape_of(self.questions.shape[1], self.columns)
 
 
-def keys(questions: np.ndarray) -> np.ndarray:
-    """A key of 16 bytes for each maze (N, S), (N,) S16, equal exactly for symmetric mazes."""
-    side = isqrt(questions.shape[1])
-    grids = questions.reshape(-1, side, side)
-    turned = (np.ascontiguousarray(symmetric(grids, symmetry)) for symmetry in range(SYMMETRIES))
+def shape_of(cells: int, columns: int | None) -> tuple[int, int]:
+    """Rows and columns of a maze of so many cells. columns: cells in a row; None for a square."""
+    columns = columns or isqrt(cells)
+    return cells // columns, columns
+
+
+def keys(questions: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """A key of 16 bytes for each maze (N, S), (N,) S16, equal exactly for symmetric mazes.
+
+    columns: cells in a row; None for squares.
+    """
+    shape = shape_of(questions.shape[1], columns)
+    grids = questions.reshape(-1, *shape)
+    turned = (np.ascontiguousarray(symmetric(grids, symmetry)) for symmetry in symmetries_of(shape))
     digests = ([blake2b(grid, digest_size=16).digest() for grid in grids] for grids in turned)
     return np.array([min(of_one) for of_one in zip(*digests, strict=True)], "S16")
 
 
-def read_mazes(path: Path, *, check: bool = True) -> Iterator[Mazes]:
-    """The mazes of a file in order, CHUNK_ROWS at a time, all of one size.
+def read_mazes(
+    path: Path, *, columns: int | None = None, check: bool = True, faults: Faults | None = None
+) -> Iterator[Mazes]:
+    """The sound mazes of a file in order, up to CHUNK_ROWS at a time, all of one shape.
 
-    The columns `question` and `answer` hold square grids in a line, of the characters "# SGo" or "." for an
-    open cell; missing answers are solved. Raises MazeError with file, line, row, column and fault;
-    check=False skips the rules, for a second reading.
+    The columns `question` and `answer` hold grids of the characters "# SGo", "# SEX", or "." for an open
+    cell; missing answers are solved. columns: cells in a row of a grid that is one line; None for a square.
+    faults: collects the faulty mazes, by file, line, row and column; unless they are left out, MazeError is
+    raised at the end. check=False skips the rules, for a second reading of a sound file.
     """
+    faults = faults or Faults(skip=False, error=MazeError)
+    kind, any_row = None, False
     try:
         with tqdm(desc=f"reading {path.name}", unit=" mazes", leave=False) as bar:
-            rows = _rows(path, numbered_lines(path, LINE_LIMIT, "a maze a line", MazeError))
-            kind = None
+            rows = _rows(path, numbered_lines(path, LINE_LIMIT, "a maze a line", MazeError), faults)
             while chunk := list(islice(rows, CHUNK_ROWS)):
-                kind = kind or _kind(path, chunk[0])
-                yield _mazes(path, kind, chunk, check)
+                any_row = True
+                while kind is None and chunk:
+                    with faults.item():
+                        kind = _kind(path, chunk[0], columns)
+                    if kind is None:
+                        chunk.pop(0)
+                if kind is not None and len((mazes := _mazes(path, kind, chunk, check, faults)).lengths):
+                    yield mazes
                 bar.update(len(chunk))
     except (OSError, csv.Error) as error:
         raise MazeError(
             f"{path}: cannot be read ({error}); expected a .csv file of source,question,answer,rating"
         ) from None
-    if kind is None:
+    faults.check()
+    if not any_row:
         raise MazeError(f"{path}: no maze in it, expected rows of source,question,answer,rating")
 
 
@@ -83,7 +113,7 @@ def read_mazes(path: Path, *, check: bool = True) -> Iterator[Mazes]:
 Row = tuple[int, str, str | None]
 
 
-def _rows(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[Row]:
+def _rows(path: Path, lines: Iterator[tuple[int, str]], faults: Faults) -> Iterator[Row]:
     reader = csv.reader(line for _, line in lines)
     header = [name.strip().lower() for name in next(reader, [])]
     if "question" not in header:
@@ -93,59 +123,78 @@ def _rows(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[Row]:
     for fields in reader:
         if fields:
             if len(fields) != len(header):
-                found = f"{len(fields)} fields, expected {len(header)} as in the header"
-                raise _bad(path, reader.line_num, found)
+                found = f"{counted(len(fields), 'field')}, expected {len(header)} as in the header"
+                faults.add(f"{path}: line {reader.line_num}", found)
+                continue
             yield reader.line_num, fields[question], None if answer is None else fields[answer]
 
 
-def _kind(path: Path, first: Row) -> Kind:
-    side = isqrt(len(first[1]))
-    if side * side != len(first[1]) or side < SMALLEST_SIDE:
-        raise _bad(
-            path,
-            first[0],
-            f"question of {len(first[1])} characters, expected a square of at least {SMALLEST_SIDE} a side",
-        )
-    return Kind("maze", side, side)
-
-
-def _mazes(path: Path, kind: Kind, rows: list[Row], check: bool) -> Mazes:
-    lines, question_texts, answer_texts = zip(*rows, strict=True)
-    questions = _tokens(path, kind, lines, question_texts, "question")
-    if answer_texts[0] is None:
-        answers = questions.copy()
-        for number, question in enumerate(questions):
-            if wrong := kind.impossible(question):
-                raise _bad(path, lines[number], f"question: {wrong[0]}")
-            answers[number] = solve(question, kind.cols)[0]
+def _kind(path: Path, first: Row, columns: int | None) -> Kind:
+    """The shape of the first maze."""
+    line, question, _ = first
+    lines = question.splitlines()
+    if len(lines) > 1:
+        if columns is not None:
+            raise _bad(path, line, f"question of {len(lines)} lines, which --columns has no meaning for")
+        rows, columns, expected = len(lines), len(lines[0]), "rows"
     else:
-        answers = _tokens(path, kind, lines, answer_texts, "answer")
-    if check and not (right := solved(questions, answers, kind.cols)).all():
-        number = int(right.argmin())
-        wrong = kind.impossible(questions[number])
-        what = "question" if wrong else "answer"
-        first = (wrong or kind.problems(questions[number], answers[number]))[0]
-        raise _bad(path, lines[number], f"{what}: {first}")
-    return Mazes(questions, answers, ((answers == PATH).sum(axis=1) + 1).astype(np.int32))
-
-
-def _tokens(path: Path, kind: Kind, lines: tuple[int, ...], texts: tuple[str, ...], what: str) -> np.ndarray:
-    cells = kind.rows * kind.cols
-    for line, text in zip(lines, texts, strict=True):
-        if len(text) != cells:
-            found = f"{what} of {len(text)} characters, expected {cells} as in the first row of the file"
-            raise _bad(path, line, found)
-    # One byte a character; non-ASCII ones become '?', which is foreign too.
-    tokens = TOKENS[np.frombuffer("".join(texts).encode("ascii", "replace"), np.uint8)].reshape(-1, cells)
-    foreign = (tokens == 0).any(axis=1)
-    if foreign.any():
-        number = int(foreign.argmax())
-        cell = int((tokens[number] == 0).argmax())
+        cells = len(question)
+        rows, columns = shape_of(cells, columns) if cells else (0, columns or 1)
+        expected = f"rows of {columns}" if rows != columns else "a square"
+    if rows * columns != len("".join(lines)) or min(rows, columns) < SMALLEST_SIDE:
         raise _bad(
             path,
-            lines[number],
-            f"{what}: {kind.at(cell)} is {texts[number][cell]!r}, expected one of '#', ' ', 'S', 'G', 'o'",
+            line,
+            f"question of {counted(len(''.join(lines)), 'character')}, expected {expected} of at least "
+            f"{SMALLEST_SIDE} a side; --columns N reads rows of N cells",
         )
+    return Kind("maze", rows, columns)
+
+
+def _mazes(path: Path, kind: Kind, rows: list[Row], check: bool, faults: Faults) -> Mazes:
+    columns = None if kind.rows == kind.cols else kind.cols
+    kept, boards = [], []
+    for line, *texts in rows:
+        with faults.item():
+            given = [
+                _tokens(path, kind, line, text, what)
+                for text, what in zip(texts, ("question", "answer"), strict=True)
+                if text is not None
+            ]
+            if len(given) == 1:
+                if wrong := kind.impossible(given[0]):
+                    raise _bad(path, line, f"question: {wrong[0]}")
+                given.append(solve(given[0], kind.cols)[0])
+            kept.append(line)
+            boards.append(given)
+    questions, answers = np.array(boards, np.uint8).reshape(-1, 2, kind.rows * kind.cols).swapaxes(0, 1)
+    right = np.ones(len(kept), bool)
+    if check or faults.skip:
+        right = solved(questions, answers, kind.cols)
+        for number in np.nonzero(~right)[0].tolist():
+            wrong = kind.impossible(questions[number])
+            what = "question" if wrong else "answer"
+            first = (wrong or kind.problems(questions[number], answers[number]))[0]
+            faults.add(f"{path}: line {kept[number]}", f"{what}: {first}")
+    lengths = ((answers == PATH).sum(axis=1) + 1).astype(np.int32)
+    return Mazes(questions, answers, lengths, columns).take(np.nonzero(right)[0])
+
+
+def _tokens(path: Path, kind: Kind, line: int, text: str, what: str) -> np.ndarray:
+    """The tokens (S,) uint8 of one maze."""
+    rows, cells = text.splitlines(), kind.rows * kind.cols
+    if len(rows) > 1 and any(len(row) != kind.cols for row in rows):
+        raise _bad(path, line, f"{what} with rows of other lengths than {kind.cols}, the first one's")
+    text = "".join(rows)
+    if len(text) != cells:
+        found = f"{what} of {counted(len(text), 'character')}"
+        raise _bad(path, line, f"{found}, expected {cells} as in the first row of the file")
+    # One byte a character; non-ASCII ones become '?', which is foreign too.
+    tokens = TOKENS[np.frombuffer(text.encode("ascii", "replace"), np.uint8)]
+    if not tokens.all():
+        cell = int((tokens == 0).argmax())
+        known = "'#', ' ', 'S', 'G', 'o', 'E', 'X'"
+        raise _bad(path, line, f"{what}: {kind.at(cell)} is {text[cell]!r}, expected one of {known}")
     return tokens
 
 

@@ -13,11 +13,12 @@ class MazeRules(Rules):
     """Cells stay, and the marked cells are a shortest path from S to G and nothing else."""
 
     symbols = "_#.SGo"
-    also: ClassVar = {" ": "."}
+    # The letters of maze-dataset: E is the end, X the path.
+    also: ClassVar = {" ": ".", "E": "G", "X": "o"}
     blank = OPEN
 
     def expected(self, boards: Boards) -> str:
-        return "'#', 'S', 'G', 'o', or '.' or a space where it is open"
+        return "'#', 'S', 'G' (or E), 'o' (or X), or '.' or a space where it is open"
 
     def problems(self, boards: Boards, question: np.ndarray, answer: np.ndarray) -> Iterator[str]:
         wrong = list(self.impossible(boards, question))

@@ -1,10 +1,8 @@
-"""Mazes on square grids: shortest paths, symmetries, and random ones.
+"""Mazes on rectangular grids: shortest paths, symmetries, and random ones.
 
 A maze is a uint8 array of tokens, row by row: WALL, OPEN, START, GOAL, PATH; 0 is padding. Steps go to one of
 the four neighbours of a cell.
 """
-
-import math
 
 import numpy as np
 
@@ -13,6 +11,8 @@ from hrm.data.workers import compiled
 WALL, OPEN, START, GOAL, PATH = 1, 2, 3, 4, 5
 # Symmetries of the square; see `symmetric`.
 SYMMETRIES = 8
+# Those that keep the shape of a rectangle.
+OF_RECTANGLES = (0, 2, 4, 5)
 
 
 def distances(passable: np.ndarray, columns: int, start: int) -> np.ndarray:
@@ -43,7 +43,13 @@ def solved(questions: np.ndarray, answers: np.ndarray, columns: int) -> np.ndarr
     return right
 
 
+def symmetries_of(shape: tuple[int, int]) -> tuple[int, ...]:
+    """The numbers of the symmetries that keep a shape (rows, columns)."""
+    return tuple(range(SYMMETRIES)) if shape[0] == shape[1] else OF_RECTANGLES
+
+
 def random_mazes(
+    shape: tuple[int, int],
     braided: bool,
     min_length: int,
     attempts: int,
@@ -57,16 +63,17 @@ def random_mazes(
     Corridors one cell wide in a frame of walls, carved by a random depth-first walk, so that exactly one
     path joins any two cells. braided: every dead end opens into another corridor, which makes loops. Start
     and goal are random and at least min_length steps apart; if none of `attempts` mazes has such cells, this
-    length and all later ones are 0. S: a square of 5 or more. states: (N,) uint64, not 0: each maze's own
-    random state, which advances, so that a second call with the same arrays gives further mazes.
+    length and all later ones are 0. shape: rows and columns, 5 or more each. states: (N,) uint64, not 0: each
+    maze's own random state, which advances, so that a second call with the same arrays gives further mazes.
     """
-    side = math.isqrt(questions.shape[1])
-    _fill(side, braided, min_length, attempts, states, questions, answers, lengths)
+    _fill(*shape, braided, min_length, attempts, states, questions, answers, lengths)
 
 
 def symmetric(grids: np.ndarray, symmetry: int) -> np.ndarray:
-    """Grids (..., n, n) under one of the SYMMETRIES: 0 to 3 quarter turns to the left, then mirrored left to
-    right, top to bottom, and at either diagonal."""
+    """Grids (..., rows, columns) under one of the SYMMETRIES.
+
+    0 to 3 are quarter turns to the left, then mirrored left to right, top to bottom, and at either diagonal.
+    """
     if symmetry < 4:
         return np.rot90(grids, symmetry, axes=(-2, -1))
     if symmetry < 6:
@@ -161,15 +168,15 @@ def _below(limit, random):
 
 
 @compiled
-def _fill(side, braided, min_length, attempts, states, questions, answers, lengths):
+def _fill(rows, columns, braided, min_length, attempts, states, questions, answers, lengths):
     lengths[:] = 0
     for row in range(len(questions)):
         random = states[row : row + 1]
         for _ in range(attempts):
-            start, goal = _carve(side, braided, min_length, random, questions[row])
+            start, goal = _carve(rows, columns, braided, min_length, random, questions[row])
             if goal >= 0:
                 answers[row] = questions[row]
-                lengths[row] = _solve(answers[row], side, start, goal)
+                lengths[row] = _solve(answers[row], columns, start, goal)
                 break
         # If one maze is out of reach, so are the others.
         if not lengths[row]:
@@ -177,25 +184,26 @@ def _fill(side, braided, min_length, attempts, states, questions, answers, lengt
 
 
 @compiled
-def _carve(side, braided, min_length, random, maze):
+def _carve(rows, columns, braided, min_length, random, maze):
     """Fills `maze`; returns its start and goal, -1 if no two cells are min_length apart.
 
-    Rooms lie at odd rows and columns of a square of odd side. An even side repeats one inner row and column
-    of walls and passages, which lengthens the passages that cross them and changes nothing else.
+    Rooms lie at odd rows and columns of a grid of odd sides. An even side repeats one inner row or column of
+    walls and passages, which lengthens the passages that cross it and changes nothing else.
     """
-    rooms = (side - 1) // 2
-    odd = 2 * rooms + 1
-    grid = np.full(odd * odd, WALL, np.uint8)
-    stack = np.empty(rooms * rooms, np.int32)
+    high, wide = (rows - 1) // 2, (columns - 1) // 2
+    height, width = 2 * high + 1, 2 * wide + 1
+    cells = height * width
+    grid = np.full(cells, WALL, np.uint8)
+    stack = np.empty(high * wide, np.int32)
     ways = np.empty(4, np.int32)
-    stack[0] = (2 * _below(rooms, random) + 1) * odd + 2 * _below(rooms, random) + 1
+    stack[0] = (2 * _below(high, random) + 1) * width + 2 * _below(wide, random) + 1
     grid[stack[0]] = OPEN
     depth = 1
     while depth:
         room = stack[depth - 1]
         count = 0
         for way in range(4):
-            room_there = _room(room, way, odd)
+            room_there = _room(room, way, height, width)
             if room_there >= 0 and grid[room_there] == WALL:
                 ways[count] = way
                 count += 1
@@ -203,52 +211,54 @@ def _carve(side, braided, min_length, random, maze):
             depth -= 1
             continue
         way = ways[_below(count, random)]
-        grid[_neighbour(room, way, odd, odd * odd)] = OPEN
-        stack[depth] = _room(room, way, odd)
+        grid[_neighbour(room, way, width, cells)] = OPEN
+        stack[depth] = _room(room, way, height, width)
         grid[stack[depth]] = OPEN
         depth += 1
     if braided:
-        for number in range(rooms * rooms):
-            room = (2 * (number // rooms) + 1) * odd + 2 * (number % rooms) + 1
+        for number in range(high * wide):
+            room = (2 * (number // wide) + 1) * width + 2 * (number % wide) + 1
             count = doors = 0
             for way in range(4):
-                if grid[_neighbour(room, way, odd, odd * odd)] == OPEN:
+                if grid[_neighbour(room, way, width, cells)] == OPEN:
                     doors += 1
-                elif _room(room, way, odd) >= 0:
+                elif _room(room, way, height, width) >= 0:
                     ways[count] = way
                     count += 1
             if doors == 1:
-                grid[_neighbour(room, ways[_below(count, random)], odd, odd * odd)] = OPEN
-    row_cut = column_cut = side
-    if odd < side:
-        row_cut = 2 * _below(rooms - 1, random) + 2
-        column_cut = 2 * _below(rooms - 1, random) + 2
-    for row in range(side):
-        for column in range(side):
-            maze[row * side + column] = grid[(row - (row > row_cut)) * odd + column - (column > column_cut)]
-    return _ends(side, min_length, random, maze)
+                grid[_neighbour(room, ways[_below(count, random)], width, cells)] = OPEN
+    row_cut, column_cut = rows, columns
+    if height < rows:
+        row_cut = 2 * _below(high - 1, random) + 2
+    if width < columns:
+        column_cut = 2 * _below(wide - 1, random) + 2
+    for row in range(rows):
+        for column in range(columns):
+            old = (row - (row > row_cut)) * width + column - (column > column_cut)
+            maze[row * columns + column] = grid[old]
+    return _ends(columns, min_length, random, maze)
 
 
 @compiled
-def _room(room, way, odd):
+def _room(room, way, height, width):
     """The next room in a direction, -1 beyond the frame."""
-    row, column = room // odd, room % odd
+    row, column = room // width, room % width
     if (way == 0 and row < 2) or (way == 1 and column < 2):
         return -1
-    if (way == 2 and column >= odd - 2) or (way == 3 and row >= odd - 2):
+    if (way == 2 and column >= width - 2) or (way == 3 and row >= height - 2):
         return -1
-    return room + (-2 * odd, -2, 2, 2 * odd)[way]
+    return room + (-2 * width, -2, 2, 2 * width)[way]
 
 
 @compiled
-def _ends(side, min_length, random, maze):
+def _ends(columns, min_length, random, maze):
     cells = np.nonzero(maze == OPEN)[0]
     steps = np.empty(len(maze), np.int32)
     # Most starts have a goal far enough away, unless hardly any has.
     for _ in range(16):
         start = cells[_below(len(cells), random)]
         steps[:] = -1
-        _flood(maze == OPEN, side, start, steps)
+        _flood(maze == OPEN, columns, start, steps)
         far = np.nonzero(steps >= max(1, min_length))[0]
         if len(far):
             goal = far[_below(len(far), random)]
