@@ -32,15 +32,18 @@ def test_training_learns_and_replaces_sequences():
     assert halted > B
 
 
-def test_a_restored_engine_goes_on_bit_for_bit():
-    straight = make_engine()
+@pytest.mark.parametrize(
+    "arch", [{}, {"init": "random", "noise": 0.05, "damping": 0.9}], ids=["plain", "random"]
+)
+def test_a_restored_engine_goes_on_bit_for_bit(arch):
+    straight = make_engine(make_config(arch))
     source = list(zip(range(20), batches(), strict=False))
     for i, batch in source:
         straight.train_step(batch)
         if i == 9:
             saved = copy.deepcopy((straight.weights(), straight.training_state()))
     # Another seed's model: nothing may survive from the fresh initialisation but the exploration's seed.
-    resumed = make_engine()
+    resumed = make_engine(make_config(arch))
     with torch.no_grad():
         resumed.parameters.data.normal_()
         resumed.model.H_init.normal_()
