@@ -54,7 +54,7 @@ def test_large_scores(dtype):
     agree(lambda qkv: attention(qkv, 2, *angles), packed(1, 82, 2, 32, scale=30.0), dtype)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     B=st.integers(1, 2),
     T=st.integers(1, 128),
@@ -85,8 +85,8 @@ def test_strided_projections_tables_and_upstream_gradients():
 def test_gradcheck():
     cos, sin = tables(4, 4, torch.float64)
     qkv = packed(1, 4, 2, 4)["qkv"].requires_grad_()
-    assert torch.autograd.gradcheck(lambda qkv: attention(qkv, 2, cos, sin), qkv)
-    assert torch.autograd.gradcheck(lambda qkv: attention(qkv, 2, queries=2), qkv)
+    assert torch.autograd.gradcheck(lambda qkv: attention(qkv, 2, cos, sin), qkv, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda qkv: attention(qkv, 2, queries=2), qkv, fast_mode=True)
 
 
 def test_operator_contract_and_compile():

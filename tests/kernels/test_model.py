@@ -16,8 +16,8 @@ from tests.kernels.compare import DEVICE, randn
 from tests.support.engines import METADATA, batches, make_config
 
 # Every sequence is replaced twice.
-STEPS, ROWS = 8, 3
-SMALL = {"num_heads": 2, "L_cycles": 1, "H_layers": 1, "L_layers": 1}
+STEPS, ROWS = 4, 3
+SMALL = {"halt_max_steps": 2, "num_heads": 2, "L_cycles": 1, "H_layers": 1, "L_layers": 1}
 
 
 def some(batch: Batch) -> Batch:

@@ -65,8 +65,8 @@ def test_only_wanted_gradients_come_back():
 
 def test_gradcheck():
     inputs = [randn(3, 20, seed=seed).requires_grad_() for seed in (0, 1)]
-    assert torch.autograd.gradcheck(rms_norm, inputs)
-    assert torch.autograd.gradcheck(rms_norm_pair, inputs)
+    assert torch.autograd.gradcheck(rms_norm, inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(rms_norm_pair, inputs, fast_mode=True)
 
 
 def test_operator_contract_and_compile():
