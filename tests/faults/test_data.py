@@ -88,7 +88,7 @@ def overwrite(path: Path) -> None:
 def test_a_run_ends_before_it_uses_data_that_change(
     data: Path, tmp_path: Path, file: str, damage: Callable[[Path], Any], what: str
 ) -> None:
-    argv = words(data, tmp_path, "run_name=r", "epochs=48", "eval_interval=4", "log_interval=1")
+    argv = words(data, tmp_path, "run_name=r", "epochs=12", "eval_interval=4", "log_interval=1")
     path, run = data / file, tmp_path / "data" / "r"
     with Trainer(argv, hold=26) as trainer:
         trainer.wait_until_held()
@@ -102,10 +102,10 @@ def test_a_run_ends_before_it_uses_data_that_change(
     # Behind the progress, which goes there too.
     assert told.splitlines()[-1].startswith(f"error: {path}: {what} after it was opened; put back the file")
     assert told.count("error") == 1 and "Traceback" not in told
-    assert 0 < load_checkpoint(run).step == newest(run) < 288
+    assert 0 < load_checkpoint(run).step == newest(run) < 72
     if damage is cut:
         # The file as it was, under another number and with another time: the same command goes on.
         path.unlink()
         shutil.copyfile(kept, path)
         assert train.main(argv) == 0
-        assert load_checkpoint(run).step == last_step(run) == 288
+        assert load_checkpoint(run).step == last_step(run) == 72
