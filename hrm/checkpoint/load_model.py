@@ -1,6 +1,6 @@
 """A trained model, ready for use, from the folder that its training left: this trainer's or the official."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,10 @@ from hrm.checkpoint.read import (
 from hrm.checkpoint.safe_io import read_safetensors, read_training
 from hrm.checkpoint.weights import PUZZLE_TABLE, load_weights, read_weights
 from hrm.common.text import one_line
-from hrm.config import foreign
 from hrm.config.load import KEYS, config_of, load_config, validate
-from hrm.config.messages import ConfigError, nearest
-from hrm.config.read import Reader, mapping_items, read_yaml, scalar
+from hrm.config.messages import ConfigError
+from hrm.config.official import read_official
+from hrm.config.read import compose, read_yaml
 from hrm.config.schedule import interval_epochs, stage_arch
 from hrm.config.schema import ArchConfig, Config
 from hrm.data.format import Metadata, read_metadata
@@ -41,20 +41,10 @@ _CONFIG_LIMIT = 1 << 20
 _MOST_CELLS = 1 << 20
 _TOKENS = "embed_tokens.embedding_weight"
 
-# The official models by class, and what makes them of the defaults.
-_CLASSES: dict[str, dict[str, Any]] = {
-    "HierarchicalReasoningModel_ACTV1": {},
-    "TinyRecursiveReasoningModel_ACTV1": {"arch.share_levels": True, "arch.gradient": "last_cycle"},
-}
-_GROUPS = ("arch", "arch.loss", "arch.subgoal_head")
-# Keys of an official configuration that evaluation uses, beside arch, and those that it does not.
-_TAKEN = ("data_path", "data_paths", "global_batch_size", "seed")
-_IDLE = {
-    *("epochs", "lr", "lr_min_ratio", "lr_warmup_steps", "weight_decay", "beta1", "beta2", "puzzle_emb_lr"),
-    *("puzzle_emb_weight_decay", "project_name", "run_name", "checkpoint_path", "checkpoint_every_eval"),
-    *("eval_interval", "eval_save_outputs", "data_paths_test", "evaluators", "min_eval_interval", "ema"),
-    *("ema_rate", "freeze_weights", "load_checkpoint", "arch.loss.name"),
-}
+# Keys of an official configuration that evaluation uses, beside arch and the data.
+_TAKEN = ("global_batch_size", "seed")
+# In place of the path of data that nothing names; no such folder exists.
+NO_DATA = "(data set not named)"
 
 
 @dataclass(frozen=True)
@@ -63,6 +53,7 @@ class Found:
 
     file: the weights' file; weights: what it holds. config: arch as of the stage that the checkpoint is of.
     metadata: of the data it was trained on, where the checkpoint tells. notes: a line for each thing to know.
+    average: the averaged weights, where the file itself holds them.
     """
 
     file: Path
@@ -70,6 +61,7 @@ class Found:
     config: Config
     metadata: Metadata | None
     notes: list[str]
+    average: dict[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,24 +83,28 @@ class Trained:
 def find_trained(path: str | Path) -> Found:
     """The checkpoint that a path names, with the configuration beside it.
 
-    path: a run's folder (its newest good checkpoint), a `step_<N>` folder, or of the official code a `step_N`
-    file or the folder that holds some. Raises CheckpointError or ConfigError naming the file and the remedy.
+    path: a run's folder (its newest good checkpoint), a `step_<N>` folder, or a weights file of another
+    trainer or the folder that holds it. Raises CheckpointError or ConfigError naming the file and the remedy.
     """
-    file, weights, notes = read_weights(Path(path))
+    file, weights, notes, average, inside = read_weights(Path(path))
     folder = file.parent
-    # A run keeps its configuration beside its checkpoints' folders.
+    # A run keeps its configuration beside its checkpoints' folders, EqR's beside that of its files.
     places = [folder, folder.parent] if STEP_NAME.fullmatch(folder.name) else [folder]
     beside = [place / name for place in places for name in (OWN_CONFIG, OFFICIAL_CONFIG)]
+    beside += [folder.parent / OFFICIAL_CONFIG] if inside is None else []
     config_file = next((each for each in beside if each.is_file()), None)
-    if config_file is None:
+    if config_file is None and inside is None:
         raise CheckpointError(
             f"{file}: its run's configuration is missing, expected {OWN_CONFIG} or {OFFICIAL_CONFIG} in "
             f"{places[-1]}; copy it there"
         )
-    if config_file.stat().st_size > _CONFIG_LIMIT:
+    if config_file is not None and config_file.stat().st_size > _CONFIG_LIMIT:
         raise ConfigError(f"{config_file}: too large, expected the configuration that a run saves")
-    if config_file.name == OFFICIAL_CONFIG:
-        config, unknown = _official_config(config_file)
+    if config_file is None:
+        config, unknown = _official_config(_as_yaml(inside, file), f"{file}")
+        notes = [*notes, *unknown]
+    elif config_file.name == OFFICIAL_CONFIG:
+        config, unknown = _official_config(read_yaml(str(config_file)), str(config_file))
         notes = [*notes, *unknown]
     else:
         config = load_config(config_file)
@@ -116,7 +112,7 @@ def find_trained(path: str | Path) -> Found:
     if (folder / MANIFEST).is_file():
         config = replace(config, arch=_arch_of_stage(config, folder / TRAINING))
         metadata = _metadata_of(read_manifest(folder).get("data"), folder / MANIFEST)
-    return Found(file, weights, config, metadata, notes)
+    return Found(file, weights, config, metadata, notes, average)
 
 
 def load_trained(
@@ -154,7 +150,7 @@ def load_trained(
     weights, notes = load_weights(found.file, shapes, reset_puzzle_emb, names)
     model = build()
     if ema:
-        weights = {**weights, **_average(found.file, weights)}
+        weights = {**weights, **_average(found, weights)}
     model.load_state_dict(weights, strict=False)
     if model.dtype.itemsize < 4:
         # As training uses them, so that no weight is cast each time.
@@ -249,13 +245,14 @@ def _metadata_of(value: Any, where: Path) -> Metadata | None:
     return metadata
 
 
-def _average(file: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    path = file.parent / AVERAGE
-    if file.name != WEIGHTS or not path.is_file():
+def _average(found: Found, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    file, average = found.file, found.average
+    path = file if average is not None else file.parent / AVERAGE
+    if average is None and (file.name != WEIGHTS or not path.is_file()):
         raise CheckpointError(
             f"{file.parent} has no averaged weights ({AVERAGE}); leave ema out, or train with ema=true"
         )
-    average = read_safetensors(path)
+    average = read_safetensors(path) if average is None else average
     for name, tensor in average.items():
         if name not in weights or weights[name].shape != tensor.shape:
             raise CheckpointError(f"{path} is no average of the weights beside it: {name} differs")
@@ -265,58 +262,45 @@ def _average(file: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # --- the official configuration
 
 
-def _official_config(path: Path) -> tuple[Config, list[str]]:
-    """The configuration that an official run saved, and a line for each key of it that is not known."""
-    reader = Reader(KEYS)
-    unknown: list[str] = []
-    own: dict[str, Any] = {}
-    for name, node, where in _leaves(read_yaml(str(path)), str(path)):
-        if name in _IDLE or (name == "arch.H_layers" and scalar(node, name, where) == "0"):
-            continue
-        if name == "arch.name":
-            own = _class_values(scalar(node, name, where), where)
-        elif name.startswith("arch.") or name in _TAKEN:
-            key, text, _ = foreign.translate(name, _text(node, name, where), KEYS)
-            if key not in KEYS or key is None:
-                near = nearest(name, KEYS)
-                hint = f"; is it {near.removeprefix('arch.')}?" if near else ""
-                raise ConfigError(f"{where}{one_line(name)} is not known here and changes the model{hint}")
-            reader.add(key, text, where)
-        else:
-            unknown.append(f"{where}{one_line(name)} is not known here and changes nothing")
-    values = {**own, **reader.result()}
-    for key, what in {"loss.loss_type": "arch.loss.loss_type", "data_path": "data_path"}.items():
-        if values.get(key) is None:
-            raise ConfigError(f"{path}: no {what}, expected the configuration that an official run saves")
+def _official_config(node: yaml.Node | None, path: str) -> tuple[Config, list[str]]:
+    """The configuration that an official run saved, and a line for each thing to know of it."""
+    official = read_official(node, path, KEYS, _TAKEN)
+    values, notes = official.values, official.notes
+    if values.get("loss.loss_type") is None:
+        raise ConfigError(
+            f"{path}: no arch.loss.loss_type, expected the configuration that an official run saves"
+        )
+    values["data_path"] = next(iter(official.data_paths), NO_DATA)
+    if len(official.data_paths) > 1:
+        shown = ", ".join(map(one_line, official.data_paths))
+        notes = [*notes, f"{path}: trained on several data sets ({shown}); the first is taken"]
     config = config_of(values)
     try:
         validate(config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    return config, unknown
+    return config, notes
 
 
-def _class_values(text: str, where: str) -> dict[str, Any]:
-    """The keys that an official model's class stands for."""
-    name = text.rpartition("@")[2]
-    if name not in _CLASSES:
-        raise ConfigError(
-            f"{where}arch.name ends in {one_line(name)}, expected one of {', '.join(_CLASSES)}: a model of "
-            "another class cannot be evaluated here"
-        )
-    return _CLASSES[name]
+def _as_yaml(config: Any, file: Path) -> yaml.Node | None:
+    """A configuration that a weights file holds, as a node tree."""
+    for key in ("config", "cfg"):
+        if isinstance(config.get(key), dict) and "arch" in config[key]:
+            config = config[key]
+    try:
+        return compose(yaml.safe_dump(_plain(config)), f"{file}")
+    except (yaml.YAMLError, RecursionError) as error:
+        raise CheckpointError(f"{file}: its configuration cannot be read ({one_line(error)})") from None
 
 
-def _leaves(node: yaml.Node | None, path: str, prefix: str = "") -> Iterator[tuple[str, yaml.Node, str]]:
-    """Each value below a YAML mapping by dotted name, with its place."""
-    for name, child, where in mapping_items(node, path):
-        if prefix + name in _GROUPS:
-            yield from _leaves(child, path, f"{prefix}{name}.")
-        else:
-            yield prefix + name, child, where
+def _plain(value: Any) -> Any:
+    """A configuration with plain containers, without what is no value of YAML."""
+    if isinstance(value, dict):
+        kept = {str(name): _plain(item) for name, item in value.items()}
+        return {name: item for name, item in kept.items() if item is not _OTHER}
+    if isinstance(value, list | tuple):
+        return [item for item in map(_plain, value) if item is not _OTHER]
+    return value if value is None or type(value) in (bool, int, float, str) else _OTHER
 
 
-def _text(node: yaml.Node, name: str, where: str) -> str:
-    if name == "data_paths" and isinstance(node, yaml.SequenceNode):
-        return f"[{','.join(scalar(child, name, where) for child in node.value)}]"
-    return scalar(node, name, where)
+_OTHER = object()

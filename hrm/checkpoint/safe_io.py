@@ -11,6 +11,7 @@ import os
 import pickletools
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,26 @@ _NAMED = re.compile(
     r"torch (Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage"
 )
 _MAKES_OBJECTS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
+# Further names that PyTorch resolves itself, to values of the size of their arguments.
+_PLAIN = re.compile(r"_codecs encode|torch (Size|device|b?float\d+|u?int\d+|bool)")
+
+
+class _Resolver(type):
+    def __call__(cls, *_: Any) -> Any:
+        return object.__new__(cls)  # type: ignore[arg-type]
+
+
+class _Unread(metaclass=_Resolver):
+    """Stands for any class or function that a foreign pickle asks for.
+
+    A call gives an empty object, and `NEWOBJ` an empty dict, which keeps the items of a dict's subclass.
+    """
+
+    def __new__(cls, *_: Any) -> Any:
+        return OrderedDict()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 class CheckpointError(UserError):
@@ -121,14 +142,17 @@ def read_training(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_torch(path: Path) -> Any:
+def read_torch(path: Path, foreign: bool = False) -> Any:
     """A file that torch.save wrote, on the CPU; tensors are memory maps of the file.
 
-    Raises CheckpointError for anything but tensors and plain containers, without running any of it.
+    Raises CheckpointError for anything but tensors and plain containers, without running any of it. foreign:
+    the file is a dict, and other objects in it become empty ones, as in checkpoints with a random state of
+    NumPy.
     """
     try:
-        _check_archive(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # noqa: TID251
+        unread = _check_archive(path, foreign)
+        with torch.serialization.safe_globals([(_Unread, name) for name in unread]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # noqa: TID251
     # on damaged bytes the unpickler and the archive reader raise errors of nearly any type
     except Exception as error:
         raise CheckpointError(
@@ -146,8 +170,12 @@ class _SmallReads(io.FileIO):
         return content
 
 
-def _check_archive(path: Path) -> None:
-    """Raises ValueError unless torch.save could have written the archive, its pickle holding tensors only."""
+def _check_archive(path: Path, foreign: bool = False) -> set[str]:
+    """Raises ValueError unless torch.save could have written the archive, its pickle holding tensors only.
+
+    foreign: returns the names of other objects in place of raising.
+    """
+    unread = set()
     open_bounded(path).close()
     with _SmallReads(path) as file, zipfile.ZipFile(file) as archive:
         members = archive.infolist()
@@ -164,9 +192,21 @@ def _check_archive(path: Path) -> None:
             raise ValueError("its pickle is too long")
         for operation, argument, _ in pickletools.genops(archive.read(pickles[0])):
             named = operation.name == "GLOBAL" and _NAMED.fullmatch(str(argument)) is None
-            if named or operation.name in _MAKES_OBJECTS:
+            if foreign and named and _may_stay_unread(str(argument)):
+                if not _PLAIN.fullmatch(str(argument)):
+                    unread.add(str(argument).replace(" ", "."))
+            elif foreign and operation.name == "NEWOBJ":
+                continue
+            elif named or operation.name in _MAKES_OBJECTS:
                 what = str(argument or "objects").replace(" ", ".")[:100]
                 raise ValueError(f"it asks for {what}, which was not run")
+    return unread
+
+
+def _may_stay_unread(name: str) -> bool:
+    """Whether PyTorch does not resolve a name itself, or only to a plain value."""
+    own = name.startswith(("torch ", "torch.", "builtins ", "__builtin__ ", "collections "))
+    return name.isascii() and name.isprintable() and (not own or _PLAIN.fullmatch(name) is not None)
 
 
 def sha256(path: Path) -> str:

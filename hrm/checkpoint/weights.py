@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from hrm.checkpoint.foreign import Contents, read_file, weights_file
 from hrm.checkpoint.identifiers import Identifiers, follow_names, identifiers_of_checkpoint
 from hrm.checkpoint.read import MANIFEST, STEP_NAME, WEIGHTS, choose
-from hrm.checkpoint.safe_io import CheckpointError, read_safetensors, read_torch
+from hrm.checkpoint.safe_io import CheckpointError
 
 PUZZLE_TABLE = "puzzle_emb.weights"
 # Parts that variants add to v1, with a part of their tensors' names; a checkpoint may lack a whole part.
@@ -24,16 +24,16 @@ def load_weights(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Weights that fit a model's names and shapes, and a line for each part left out.
 
-    path: a `step_<N>` folder, a run's folder, a .safetensors file, or a `step_<N>` file of the official code
-    (github.com/sapientinc/HRM; a state dict under `_orig_mod.model.inner.`) or the folder that holds it.
-    expected: the shape of every parameter and persistent buffer. If the checkpoint has no gate networks or
-    no subgoal head, the result lacks them and the model keeps its own values; with reset_puzzle_emb that also
-    holds for a puzzle table of another length. names: of the model's puzzle table, whose rows the
-    checkpoint's then follow; None leaves each row its number. Tensors are on the CPU in the file's dtype.
+    path: a `step_<N>` folder, a run's folder, a weights file of another trainer or the folder that holds it
+    (see `hrm.checkpoint.foreign`). expected: the shape of every parameter and persistent buffer. If the
+    checkpoint has no gate networks or no subgoal head, the result lacks them and the model keeps its own
+    values; with reset_puzzle_emb that also holds for a puzzle table of another length. names: of the model's
+    puzzle table, whose rows the checkpoint's then follow; None leaves each row its number. Tensors are on the
+    CPU in the file's dtype.
     Raises CheckpointError for a damaged file or another architecture, with the first differences, and for a
     puzzle table of other puzzles.
     """
-    path, weights, notes = read_weights(Path(path))
+    path, weights, notes, *_ = read_weights(Path(path))
     shapes = dict(expected)
     table, shape = weights.get(PUZZLE_TABLE), shapes.get(PUZZLE_TABLE)
     if table is not None and shape is not None and table.shape[1:] == shape[1:]:
@@ -75,42 +75,20 @@ def load_weights(
     )
 
 
-def read_weights(path: Path) -> tuple[Path, dict[str, Tensor], list[str]]:
-    """The weights file that a path stands for, its weights by this project's names, and notes for the user.
+def read_weights(path: Path) -> Contents:
+    """The weights file that a path stands for, and its contents.
 
     path: see `load_weights`. Raises CheckpointError.
     """
     notes: list[str] = []
     if path.is_dir():
-        # in a folder of the official code, step_N is a file with a state dict
-        steps = {int(match[1]): file for file in path.iterdir() if (match := STEP_NAME.fullmatch(file.name))}
-        if steps and not (path / MANIFEST).exists() and all(file.is_file() for file in steps.values()):
-            path = steps[max(steps)]
-        else:
+        names = [(entry, STEP_NAME.fullmatch(entry.name)) for entry in (path, *path.iterdir())]
+        is_own = (path / MANIFEST).exists() or any(match and entry.is_dir() for entry, match in names)
+        file = None if is_own else weights_file(path)
+        if file is None:
             path, _, notes = choose(path)
-            path = path / WEIGHTS
+            file = path / WEIGHTS
+        path = file
     elif not path.exists():
         raise CheckpointError(f"{path} does not exist; expected a checkpoint's file or folder")
-    state = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
-
-    weights: dict[str, Tensor] = {}
-    if not isinstance(state, dict) or not all(_is_weight(*item) for item in state.items()):
-        raise CheckpointError(f"{path} is not a state dict; expected names with tensors of floats only")
-    for name, tensor in state.items():
-        for prefix in ("_orig_mod.", "model.inner."):
-            name = name.removeprefix(prefix)
-        if name in weights:
-            raise CheckpointError(f"{path} holds {name} twice, under two prefixes; save it again with one")
-        weights[name] = tensor
-    return path, weights, notes
-
-
-def _is_weight(name: Any, tensor: Any) -> bool:
-    return (
-        isinstance(name, str)
-        and isinstance(tensor, Tensor)
-        and tensor.is_floating_point()
-        and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
-        # Reject expanded tensors: a tiny file could claim a huge table, and so a huge model.
-        and tensor.nbytes <= tensor.untyped_storage().nbytes()
-    )
+    return read_file(path)._replace(notes=notes)

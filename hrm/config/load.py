@@ -16,6 +16,7 @@ from hrm.common.text import one_line
 from hrm.common.threads import THREADS_HELP
 from hrm.config.keys import help_keys
 from hrm.config.messages import ConfigError, Faults
+from hrm.config.official import Official, is_official, read_official
 from hrm.config.presets import (
     ARCHITECTURES,
     DEFAULT_ARCHITECTURE,
@@ -25,7 +26,7 @@ from hrm.config.presets import (
     architecture,
     presets_help,
 )
-from hrm.config.read import Arguments, read_file, split_arguments
+from hrm.config.read import Arguments, read_file, read_yaml, split_arguments
 from hrm.config.schedule import fitting_interval, interval_epochs, stage_ends
 from hrm.config.schema import (
     KEYS,
@@ -45,7 +46,8 @@ Trains on built-in Sudoku, or on the data set in data_path.
 
   --arch NAME|FILE.yaml  the architecture; arch=NAME is the same. A file holds arch.* keys without the prefix
                          and, in `defaults: [NAME]`, what it starts from (else v1)
-  --config FILE.yaml     start from a saved configuration; key=value words beat it
+  --config FILE.yaml     start from a saved configuration or one of the official code; key=value words beat
+                         it. FILE.yaml alone is the same
   --print-config         print the resulting configuration as YAML, and exit
 """
 
@@ -201,8 +203,16 @@ def help_text() -> str:
 
 def _resolve(args: Arguments) -> Config:
     file, arch = args.flags.get("--config"), args.flags.get("--arch")
-    saved = read_file(file, KEYS) if file is not None else {}
-    if arch is not None and any(name.startswith("arch.") for name in saved):
+    saved, notes = {}, list(args.notes)
+    if file is not None:
+        node = read_yaml(file)
+        if is_official(node):
+            official = read_official(node, file, KEYS)
+            saved, notes = _official_values(official, file, args), official.notes + notes
+            arch = arch or _official_base(official.base, file)
+        else:
+            saved = read_file(node, file, KEYS)
+    if args.flags.get("--arch") is not None and any(name.startswith("arch.") for name in saved):
         raise ConfigError(
             f"{one_line(str(file))} already describes the architecture: leave --arch out, or change "
             "single fields with arch.KEY=VALUE"
@@ -221,7 +231,7 @@ def _resolve(args: Arguments) -> Config:
     arch_name, arch_fields = architecture(arch or DEFAULT_ARCHITECTURE, KEYS, known)
     values = {"run_name": arch_name, **preset, **arch_fields, **given}
     config = config_of({**values, "preset": "quick" if preset is QUICK else "full"})
-    config.notes.extend([f"configuration from {one_line(file)}" if file is not None else note, *args.notes])
+    config.notes.extend([f"configuration from {one_line(file)}" if file is not None else note, *notes])
 
     if config.stages is not None and "epochs" not in args.values:
         config.epochs = stage_ends(config)[-1]
@@ -235,6 +245,23 @@ def _resolve(args: Arguments) -> Config:
             config.eval_interval = fitting
     validate(config)
     return config
+
+
+def _official_values(official: Official, file: str, args: Arguments) -> dict[str, Any]:
+    """The values of an official file, with its data set unless the command line names one."""
+    if args.values.get("data_path") is not None:
+        return official.values
+    if len(official.data_paths) != 1:
+        what = f"{len(official.data_paths)} data sets" if official.data_paths else "no data set"
+        raise ConfigError(f"{one_line(file)} names {what}, and a run trains on one: write data_path=DIR")
+    return {**official.values, "data_path": official.data_paths[0]}
+
+
+def _official_base(base: str | None, file: str) -> str | None:
+    """The architecture that a file starts from: where Hydra finds it, or one of this name here."""
+    folder = os.path.dirname(file)
+    paths = [os.path.join(folder, *up, "arch", f"{base}.yaml") for up in ([], [os.pardir])]
+    return next((path for path in paths if base is not None and os.path.isfile(path)), base)
 
 
 def config_of(values: Mapping[str, Any]) -> Config:

@@ -14,6 +14,7 @@ from hrm.common.text import one_line
 from hrm.config import foreign
 from hrm.config.keys import Key
 from hrm.config.messages import ConfigError, help_entry, nearest, typed
+from hrm.config.official import official_arch, read_official
 from hrm.config.read import Reader, mapping_items, read_yaml, scalar
 
 # The changes of each architecture to v1, whose values are the defaults of `hrm.config.schema`.
@@ -110,6 +111,8 @@ def architecture(
         raise ConfigError(f"{where}unknown architecture {one_line(name)}: {_names_known(name, known, where)}")
     values: dict[str, Any] = {}
     node, reader = read_yaml(name), Reader(keys)
+    if (official := official_arch(node)) is not None:
+        return _file_name(name), values | read_official(official, name, keys).values
     for field, child, line in mapping_items(node, name):
         if field == "defaults":
             for base in _bases(child, line):
@@ -119,7 +122,11 @@ def architecture(
     if isinstance(node, yaml.MappingNode):
         node.value = [(field, value) for field, value in node.value if field.value != "defaults"]
     reader.add_mapping(node, name, "arch.")
-    return folder_name(os.path.splitext(os.path.basename(name))[0]), values | reader.result()
+    return _file_name(name), values | reader.result()
+
+
+def _file_name(path: str) -> str:
+    return folder_name(os.path.splitext(os.path.basename(path))[0])
 
 
 def _names_known(name: str, known: Mapping[str, Any], where: str) -> str:

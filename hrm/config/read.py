@@ -48,6 +48,8 @@ def split_arguments(
                 if not text.strip():
                     raise ConfigError("arch has no value: write arch=NAME or arch=FILE.yaml")
                 name = "--arch"
+            if not equals and word.endswith((".yaml", ".yml")) and "--config" in known:
+                name, equals, text = "--config", "=", word
             if name in known:
                 text = text if equals or not _FLAGS[name] else next(words, "")
                 if equals and not _FLAGS[name]:
@@ -115,10 +117,10 @@ class Reader:
         return self._values
 
 
-def read_file(path: str, keys: Mapping[str, Key]) -> dict[str, Any]:
+def read_file(node: yaml.Node | None, path: str, keys: Mapping[str, Key]) -> dict[str, Any]:
     """The values in a YAML file, by dotted name. Raises ConfigError that reports every mistake."""
     reader = Reader(keys)
-    reader.add_mapping(read_yaml(path), path)
+    reader.add_mapping(node, path)
     return reader.result()
 
 

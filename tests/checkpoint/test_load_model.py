@@ -268,7 +268,6 @@ def test_what_else_an_official_configuration_says(tmp_path):
         ({}, {"num_heads": 5}, r"all_config\.yaml: arch\.hidden_size=32 is not a multiple of"),
         ({}, {"loss": {"name": "x", "scale": 2}}, r"arch\.loss\.scale is not known here"),
         ({}, {"loss": None}, r"no arch\.loss\.loss_type"),
-        ({"data_path": None}, {}, r"data_path"),
         ({"global_batch_size": 0}, {}, r"global_batch_size=0 is not allowed"),
     ],
 )

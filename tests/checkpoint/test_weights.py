@@ -137,7 +137,7 @@ def test_a_puzzle_table_of_another_length(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": {"w": torch.zeros(1)}}, "not a state dict"),
+        ({"model": {"w": 3}}, "not a state dict"),
         ({"w": 3}, "not a state dict"),
         ({3: torch.zeros(1)}, "not a state dict"),
         ({"w": torch.zeros(1, dtype=torch.int64)}, "not a state dict"),

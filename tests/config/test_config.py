@@ -270,7 +270,7 @@ def test_architecture_file(tmp_path):
         ("defaults: [a.yaml]", "a.yaml line 1: unknown architecture a.yaml: The names are v1, gated"),
         ("lr: 3", "a.yaml line 1: lr is not a field of an architecture: give the file by --config"),
         ("arch: {}", "a.yaml line 1: arch is not a field of an architecture: give the file by --config"),
-        ("name: x@y", "a.yaml line 1: arch.name is not a key here: choose the architecture by --arch NAME"),
+        ("name: x@y", "a.yaml line 1: arch.name ends in y, expected one of HierarchicalReasoningModel_ACTV1"),
         ("- 1", "a.yaml line 1: expected `key: value` lines"),
         ("? [a]\n: 3", "a.yaml line 1: expected a plain key"),
         ("x: 1\na: [", "a.yaml line 2: not valid YAML: "),

@@ -1,11 +1,16 @@
 """Spellings of the official code, of TRM and of their forks: what they set, their notes and refusals."""
 
+import os
+import re
 from operator import attrgetter
+from pathlib import Path
 
 import pytest
+import yaml  # type: ignore[import-untyped]
 
 from hrm.common.errors import UserError
-from hrm.config.load import parse_args
+from hrm.config import foreign, official
+from hrm.config.load import KEYS, parse_args
 from hrm.config.messages import ConfigError
 from hrm.evaluate import parse_args as parse_evaluate
 
@@ -106,3 +111,134 @@ def test_evaluation_names_its_own_keys():
         parse_evaluate(["checkpoint=x", "load_checkpoint=y"])
     with pytest.raises(UserError, match=r"save_outputs is not a key here: .*save_predictions=FILE\.npz"):
         parse_evaluate(["checkpoint=x", "save_outputs=[logits]"])
+
+
+# --- their configuration files
+
+ALL_CONFIG = """\
+arch:
+  H_cycles: 3
+  H_layers: 0
+  L_cycles: 4
+  L_layers: 2
+  expansion: 4
+  forward_dtype: float32
+  halt_exploration_prob: 0.2
+  halt_max_steps: 9
+  hidden_size: 64
+  loss: {loss_type: softmax_cross_entropy, name: losses@ACTLossHead}
+  mlp_t: false
+  name: recursive_reasoning.trm@TinyRecursiveReasoningModel_ACTV1
+  no_ACT_continue: true
+  num_heads: 4
+  puzzle_emb_len: 2
+  puzzle_emb_ndim: 64
+checkpoint_path: checkpoints/there
+data_paths: [data/a]
+ema: true
+epochs: 50
+eval_interval: 10
+evaluators: [{name: arc@ARC}]
+freeze_weights: false
+global_batch_size: 24
+load_checkpoint: null
+lr: 3.0e-05
+project_name: null
+run_name: bold-owl
+weight_decay: 1.0
+"""
+
+
+def test_an_official_configuration_starts_a_run(tmp_path):
+    path = tmp_path / "all_config.yaml"
+    path.write_text(ALL_CONFIG)
+    config = parse_args([str(path)])
+    arch = {"share_levels": True, "gradient": "last_cycle", "q_continue": False, "H_cycles": 3, "L_cycles": 4}
+    arch |= {"L_layers": 2, "halt_max_steps": 9, "hidden_size": 64, "puzzle_emb_len": 2, "expansion": 4.0}
+    assert {name: getattr(config.arch, name) for name in arch} == arch
+    assert (config.dtype, config.loss.loss_type) == ("float32", "softmax_cross_entropy")
+    assert (config.data_path, config.run_name, config.lr, config.ema) == ("data/a", "bold-owl", 3e-5, True)
+    # There it is the folder of the run's checkpoints, here the weights to start from.
+    assert config.checkpoint_path is None and config.project_name == "a"
+    assert [note for note in config.notes if "left out" in note] == [
+        f"{path} line 23: evaluators is left out; python -m hrm.evaluate checkpoint=RUN lets ARC's "
+        "augmentations vote"
+    ]
+    assert parse_args([f"--config={path}", "lr=1", "data_path=b"]).data_path == "b"
+    path.write_text(ALL_CONFIG.replace("[data/a]", "[data/a, data/b]"))
+    with pytest.raises(ConfigError, match=r"names 2 data sets, and a run trains on one: write data_path=DIR"):
+        parse_args([str(path)])
+    assert parse_args([str(path), "data_path=data/b"]).data_path == "data/b"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "freeze_weights: false",
+            "freeze_weights: true",
+            r"line 24: freeze_weights=true does not exist here; w",
+        ),
+        ("  mlp_t: false", "  mlp_q: false", r"line 12: arch.mlp_q is not known here .*; is it mlp_t\?"),
+        (
+            "recursive_reasoning.trm@",
+            "recursive_reasoning.trm_singlez@",
+            "that model of TRM's code does not ex",
+        ),
+        ("trm@TinyRecursiveReasoningModel_ACTV1", "urm@URM", "arch.name ends in URM, expected one of Hier"),
+        ("lr: 3.0e-05", "use_muon: true", "use_muon=true does not exist here; leave it out"),
+        ("  mlp_t: false", "  lambda_: 0.5", "arch.lambda_=0.5 does not exist here; states have no damping"),
+    ],
+)
+def test_what_a_run_cannot_take_from_it(old, new, message, tmp_path):
+    assert old in ALL_CONFIG
+    (tmp_path / "a.yaml").write_text(ALL_CONFIG.replace(old, new))
+    with pytest.raises(ConfigError, match=message):
+        parse_args([str(tmp_path / "a.yaml")])
+
+
+def test_hydras_defaults_and_files_of_architectures(tmp_path):
+    (tmp_path / "arch").mkdir()
+    arch = tmp_path / "arch" / "mine.yaml"
+    arch.write_text("name: trm@TRMModel\nloss: {name: a@B}\nL_layers: 3\npuzzle_emb_ndim: ${.hidden_size}\n")
+    config = parsed(f"--arch={arch}", "data_path=x")
+    assert config.arch.share_levels and config.arch.L_layers == 3 and config.run_name == "mine"
+    for place, entry in ((tmp_path, "arch"), (tmp_path / "train", "/arch")):
+        place.mkdir(exist_ok=True)
+        (place / "cfg.yaml").write_text(
+            f"defaults:\n  - {entry}: mine\n  - _self_\narch: {{L_cycles: 4}}\nlr: 1\n"
+        )
+        config = parse_args([str(place / "cfg.yaml"), "data_path=x"])
+        assert config.arch.share_levels and (config.arch.L_layers, config.arch.L_cycles) == (3, 4)
+    (tmp_path / "hrm.yaml").write_text("defaults:\n  - arch: hrm_v1\ndata_path: d\n")
+    assert parse_args([str(tmp_path / "hrm.yaml")]).arch == parse_args(["--arch=v1", "data_path=d"]).arch
+
+
+CHECKOUTS = [
+    os.environ[name] for name in ("HRM_REPO", "TRM_REPO", "URM_REPO", "EQR_REPO") if name in os.environ
+]
+
+
+@pytest.mark.skipif(not CHECKOUTS, reason="HRM_REPO, TRM_REPO, URM_REPO and EQR_REPO name no checkout")
+def test_the_table_has_every_key_of_their_files():
+    missing = []
+    for repo in CHECKOUTS:
+        for path in [*Path(repo).glob("config/**/*.yaml"), *Path(repo).glob("config/schema.py")]:
+            text = path.read_text()
+            keys = re.findall(r"^    (\w+): .* = ", text, re.M) if path.suffix == ".py" else None
+            for name in keys or leaves(yaml.safe_load(text), "arch." if path.parent.name == "arch" else ""):
+                # A schema's fields and some files leave the group out.
+                own = [name, *(f"{group}.{name}" for group in ("dataset", "arch"))]
+                if not any(key in KEYS or foreign.is_known(key) for key in own):
+                    missing.append(f"{path.relative_to(repo)}: {name}")
+    assert missing == []
+
+
+def leaves(values, prefix):
+    for name, value in (values or {}).items():
+        if prefix + name in ("defaults", "secrets"):
+            continue
+        if isinstance(value, dict) and prefix + name != "param_iter":
+            yield from leaves(value, f"{prefix}{name}.")
+        elif prefix.removeprefix("arch.") + name not in official.TRAINERS:
+            yield prefix + name

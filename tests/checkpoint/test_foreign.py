@@ -1,0 +1,178 @@
+"""Checkpoints as other trainers and the hub leave them: found, unwrapped, read without their code."""
+
+import argparse
+import random
+import subprocess
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml  # type: ignore[import-untyped]
+from safetensors.torch import save_file
+
+from hrm.checkpoint.load_model import find_trained, load_trained
+from hrm.checkpoint.read import CheckpointError
+from hrm.checkpoint.weights import load_weights, read_weights
+from hrm.evaluate import main as evaluate
+from tests.support.trained_runs import METADATA, make_config, make_model
+
+CONFIG: dict[str, Any] = {
+    "arch": {
+        "name": "hrm.hrm_act_v1@HierarchicalReasoningModel_ACTV1",
+        "loss": {"name": "losses@ACTLossHead", "loss_type": "stablemax_cross_entropy"},
+        **{"hidden_size": 32, "num_heads": 4, "expansion": 2.0, "H_layers": 1, "L_layers": 1},
+        **{"H_cycles": 2, "L_cycles": 2, "halt_max_steps": 3, "halt_exploration_prob": 0.1},
+        **{"puzzle_emb_ndim": 32, "pos_encodings": "rope"},
+    },
+    "data_path": "data/sudoku",
+    "global_batch_size": 8,
+    "lr_warmup_steps": 3,
+}
+WEIGHTS = make_model(make_config(), seed=1).state_dict()
+SHAPES = {name: tensor.shape for name, tensor in WEIGHTS.items()}
+
+
+class AttributeDict(dict[str, Any]):
+    """As Lightning wraps hyper-parameters."""
+
+
+class Bomb:
+    """Writes a file when it is trusted."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return subprocess.call, (["touch", str(self.trace)],)
+
+
+def prefixed(prefix: str, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    return OrderedDict((prefix + name, scale * tensor) for name, tensor in WEIGHTS.items())
+
+
+def eqr(**more: Any) -> dict[str, Any]:
+    """As EqR's save_checkpoint: states of three generators, and a configuration."""
+    return {
+        "step": 3,
+        "model": prefixed("model._orig_mod.inner."),
+        "optimizers": [{"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}]}],
+        "rng": {"torch": torch.random.get_rng_state(), "cuda": None},
+        "numpy": np.random.get_state(),
+        "python": random.getstate(),
+        "carry": argparse.Namespace(z_H=torch.zeros(2), steps=torch.zeros(1, dtype=torch.int32)),
+        "config": {k: v for k, v in CONFIG.items() if k != "data_path"} | {"dataset": {"data_path": "d/e"}},
+        "ema": {"mu": 0.9, "shadow": prefixed("model.inner.", 2.0)},
+        **more,
+    }
+
+
+def write(folder: Path, files: dict[str, Any]) -> Path:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".yaml"):
+            path.write_text(yaml.safe_dump(content))
+        elif name.endswith(".safetensors"):
+            save_file(content, path)
+        else:
+            torch.save(content, path)
+    return folder
+
+
+LIGHTNING = {"state_dict": prefixed("model."), "hyper_parameters": AttributeDict(CONFIG), "epoch": 3}
+FOLDERS: dict[str, tuple[dict[str, Any], str]] = {
+    "HRM's on the hub": ({"checkpoint": prefixed("_orig_mod.model.inner.")}, "checkpoint"),
+    "the same in safetensors": ({"m.safetensors": prefixed("_orig_mod.model.inner.")}, "m.safetensors"),
+    "TRM's run": (
+        {
+            "step_90": prefixed("_orig_mod.model.inner.", 3.0),
+            "step_100": prefixed("_orig_mod.model.inner."),
+            "step_100_all_preds.0": {"preds": torch.zeros(3)},
+        },
+        "step_100",
+    ),
+    "URM's run": (
+        {"step_9.pt": {"model_state_dict": prefixed("model.module.inner."), "optimizer_states": [{}]}},
+        "step_9.pt",
+    ),
+    "EqR's run": ({"step_3_run1.pth": eqr()}, "step_3_run1.pth"),
+    "a parallel run": ({"last.pt": {"state_dict": prefixed("module._orig_mod.")}}, "last.pt"),
+    "Lightning's": ({"epoch=3.ckpt": LIGHTNING}, "epoch=3.ckpt"),
+    "a folder below": ({"sudoku/eqr.pth": {"model": prefixed("model.inner.")}}, "sudoku/eqr.pth"),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folders_as_users_have_them(name, tmp_path):
+    files, file = FOLDERS[name]
+    write(tmp_path, {**files, "all_config.yaml": CONFIG})
+    for path in (tmp_path, tmp_path / file):
+        weights, notes = load_weights(path, SHAPES)
+        assert notes == [] and weights.keys() == WEIGHTS.keys()
+        assert all(torch.equal(tensor, WEIGHTS[name]) for name, tensor in weights.items())
+        trained = load_trained(path, device="cpu", metadata=METADATA)
+        assert trained.path == tmp_path / file and trained.config.arch.halt_max_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "data_path"),
+    [(eqr(), "d/e"), (LIGHTNING, "data/sudoku"), ({**LIGHTNING, "x": {1: 2}}, None)],
+)
+def test_the_configuration_in_a_file(content, data_path, tmp_path):
+    write(tmp_path, {"a.pth": content})
+    found = find_trained(tmp_path)
+    assert found.config.arch.hidden_size == 32 and found.config.data_path == (data_path or "data/sudoku")
+    # A file beside it is what the user can change.
+    write(tmp_path, {"all_config.yaml": {**CONFIG, "data_path": "elsewhere"}})
+    assert find_trained(tmp_path).config.data_path == "elsewhere"
+
+
+def test_the_average_in_a_file(tmp_path):
+    write(tmp_path, {"a.pth": eqr()})
+    trained = load_trained(tmp_path, device="cpu", metadata=METADATA, ema=True)
+    assert torch.equal(trained.model.lm_head.weight, 2 * WEIGHTS["lm_head.weight"])
+    write(tmp_path, {"a.pth": eqr(ema=None)})
+    with pytest.raises(CheckpointError, match="has no averaged weights"):
+        load_trained(tmp_path, device="cpu", metadata=METADATA, ema=True)
+
+
+def test_no_object_of_a_file_is_made(tmp_path):
+    bomb = Bomb(tmp_path / "ran")
+    write(tmp_path, {"a.pth": eqr(python=bomb, extra={"b": bomb})})
+    assert torch.equal(read_weights(tmp_path).weights["lm_head.weight"], WEIGHTS["lm_head.weight"])
+    for content in (eqr(model=bomb), bomb, {"model": {"w": bomb}}, eqr(python={1}), eqr(python=bytearray)):
+        write(tmp_path, {"a.pth": content})
+        with pytest.raises(CheckpointError, match=r"is not a (state dict|torch file)"):
+            read_weights(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_several_files_are_named(tmp_path):
+    write(tmp_path, {"a.pt": WEIGHTS, "b.safetensors": WEIGHTS, "ema.safetensors": WEIGHTS})
+    with pytest.raises(
+        CheckpointError, match=r"holds several checkpoints: a\.pt, b\.safetensors; give one of"
+    ):
+        read_weights(tmp_path)
+    write(tmp_path / "below", {"one/eqr.pth": WEIGHTS, "two/eqr.pth": WEIGHTS})
+    with pytest.raises(CheckpointError, match=r"several checkpoints: one/eqr\.pth, two/eqr"):
+        read_weights(tmp_path / "below")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="holds no step_<N> folder"):
+        read_weights(tmp_path / "empty")
+
+
+def test_what_the_user_says_beats_the_file(tmp_path, tiny_sudoku, capsys):
+    """Data that the configuration does not name, or names twice."""
+    cells = make_model(make_config({"puzzle_emb_ndim": 0}), METADATA)
+    assert cells.puzzle_emb is None
+    write(tmp_path, {"checkpoint": {f"_orig_mod.model.inner.{n}": t for n, t in cells.state_dict().items()}})
+    config = {**CONFIG, "arch": {**CONFIG["arch"], "puzzle_emb_ndim": 0}}
+    for paths, note in ((["data/a", "data/b"], "trained on several data sets (data/a, data/b)"), (None, "")):
+        write(tmp_path, {"all_config.yaml": {**config, "data_path": None, "data_paths": paths}})
+        assert evaluate([f"checkpoint={tmp_path}", f"data_path={tiny_sudoku}", "samples=4"]) == 0
+        assert note in capsys.readouterr().out
+    assert evaluate([f"checkpoint={tmp_path}"]) == 2
+    assert "(data set not named): no such data set; give data_path=DIR" in capsys.readouterr().err
