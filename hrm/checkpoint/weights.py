@@ -12,6 +12,8 @@ from hrm.checkpoint.read import MANIFEST, STEP_NAME, WEIGHTS, choose
 from hrm.checkpoint.safe_io import CheckpointError
 
 PUZZLE_TABLE = "puzzle_emb.weights"
+# The first states of every sequence, which a model with random ones does not use.
+STATES = ("H_init", "L_init")
 # Parts that variants add to v1, with a part of their tensors' names; a checkpoint may lack a whole part.
 ADDED = {"gate networks": ".gating_network.", "subgoal head": "subgoal_head."}
 
@@ -47,6 +49,9 @@ def load_weights(
             remedy = "use the data it was trained on, or reset_puzzle_emb=true for a fresh table"
             weights[PUZZLE_TABLE], told = follow_names(table, its_names, names, shape[0], path, remedy)
             notes += told
+    if not weights.keys() & set(STATES) and shapes.keys() >= set(STATES):
+        notes.append(f"{path}: it has no {' and no '.join(STATES)}, as EqR's; they keep their fresh values")
+        shapes = {name: shape for name, shape in shapes.items() if name not in STATES}
     for what, mark in ADDED.items():
         added = [name for name in shapes if mark in name]
         if added and not any(mark in name for name in weights):

@@ -80,7 +80,7 @@ _RANKS = "start `torchrun --nproc_per_node=N train.py` for N GPUs"
 _LOGGED = "leave it out; log_interval=STEPS sets how often metrics are logged"
 _RANK_WAIT = "leave it out; rank_timeout=SECONDS bounds how long ranks wait"
 _WANDB = "write tracker=wandb; the package reads WANDB_ENTITY and WANDB_MODE"
-_PATHS = f"leave it out; {_JUDGE} evaluates"
+_PATHS = f"leave it out; {_JUDGE} paths=K evaluates many paths of a puzzle"
 _HALTING = "leave it out; evaluation takes every step, and eval_act=true also stops early"
 _BOARD = "leave it out; the shape of a board is the data set's"
 # Keys that change no weight: a file's value is left out with a note.
@@ -99,8 +99,8 @@ _ASIDE = {
     "retain_graph": "leave it out; no graph is kept here",
     "dataset.name": "write project_name=NAME",
     "arch.short_name": "write run_name=NAME",
-    "arch.loop_deltas": f"leave it out; {_JUDGE} halt_max_steps=STEPS evaluates at another depth",
-    "loop_deltas": f"leave it out; {_JUDGE} halt_max_steps=STEPS evaluates at another depth",
+    "arch.loop_deltas": f"leave it out; {_JUDGE} depth=STEPS evaluates at another depth",
+    "loop_deltas": f"leave it out; {_JUDGE} depth=STEPS evaluates at another depth",
     "arch.profile": "write profile=torch",
     "target_q_update_every": "leave it out; the target of q_continue follows every step",
     "debug": "write mode=eager",
@@ -109,7 +109,7 @@ _ASIDE = {
     "eval_description": "write run_name=NAME",
     "eval_dir": _SAVE,
     "force_rerun": _PATHS,
-    "param_iter": f"leave it out; {_JUDGE} halt_max_steps=STEPS evaluates at another depth",
+    "param_iter": f"leave it out; {_JUDGE} depth=STEPS evaluates at another depth",
     "suffix": _PATHS,
     "wandb_run_name": "write run_name=NAME",
     "max_eval_steps": f"leave it out; {_JUDGE} samples=N evaluates a part",
@@ -138,8 +138,6 @@ _REMEDIES = {
     "arch.mlp_dropout": "models have no dropout here",
     "arch.H_init_std": "the first states have a deviation of 1 here",
     "arch.L_init_std": "the first states have a deviation of 1 here",
-    "arch.lambda_": "states have no damping here",
-    "arch.noise_scale": "states have no noise here",
     "arch.name": "choose the architecture by --arch NAME",
     "cuda": "write device=cuda",
     "cpu": "write device=cpu",
@@ -152,12 +150,14 @@ _REMEDIES = {
 
 # Their models by class, and what makes them of the defaults.
 _TRM = {"arch.share_levels": True, "arch.gradient": "last_cycle"}
+_EQR = {**_TRM, "arch.q_continue": False, "arch.puzzle_emb_ndim": 0}
 CLASSES: dict[str, dict[str, Any]] = {
     "HierarchicalReasoningModel_ACTV1": {},
     "TinyRecursiveReasoningModel_ACTV1": _TRM,
     # URM's copy of TRM, and EqR's, which has no puzzle embeddings.
     "TRM": _TRM,
-    "TRMModel": {**_TRM, "arch.q_continue": False, "arch.puzzle_emb_ndim": 0},
+    "TRMModel": _EQR,
+    "EqRModel": {**_EQR, "arch.init": "random"},
 }
 
 # Architectures of TRM's code that do not exist here; the nearest name is another model.

@@ -187,7 +187,7 @@ def test_an_official_configuration_starts_a_run(tmp_path):
         ),
         ("trm@TinyRecursiveReasoningModel_ACTV1", "urm@URM", "arch.name ends in URM, expected one of Hier"),
         ("lr: 3.0e-05", "use_muon: true", "use_muon=true does not exist here; leave it out"),
-        ("  mlp_t: false", "  lambda_: 0.5", "arch.lambda_=0.5 does not exist here; states have no damping"),
+        ("  mlp_t: false", "  H_init_std: 0.5", "arch.H_init_std=0.5 does not exist here; the first states"),
     ],
 )
 def test_what_a_run_cannot_take_from_it(old, new, message, tmp_path):
@@ -210,6 +210,10 @@ def test_hydras_defaults_and_files_of_architectures(tmp_path):
         )
         config = parse_args([str(place / "cfg.yaml"), "data_path=x"])
         assert config.arch.share_levels and (config.arch.L_layers, config.arch.L_cycles) == (3, 4)
+    arch.write_text("name: eqr@EqRModel\nshort_name: EqR\nlambda_: 0.9\nnoise_scale: 0.5\nboard_height: 9\n")
+    config = parsed(f"--arch={arch}", "data_path=x").arch
+    assert (config.damping, config.noise, config.init) == (0.9, 0.5, "random")
+    assert (config.puzzle_emb_ndim, config.q_continue, config.share_levels) == (0, False, True)
     (tmp_path / "hrm.yaml").write_text("defaults:\n  - arch: hrm_v1\ndata_path: d\n")
     assert parse_args([str(tmp_path / "hrm.yaml")]).arch == parse_args(["--arch=v1", "data_path=d"]).arch
 
