@@ -209,8 +209,7 @@ class Config:
     )
     dtype: Literal["auto", "float32", "bfloat16"] = key(
         "auto",
-        "precision of the forward pass; auto is bfloat16 on cuda and on a CPU whose products are measured "
-        "faster in it, else float32",
+        "precision of the forward pass; auto is bfloat16 on cuda and float32 elsewhere",
     )
     mode: Literal["auto", "eager", "compile", "graph"] = key(
         "auto", "how the step is run; auto is graph on cuda, and what measures faster on a CPU"

@@ -11,10 +11,8 @@ from torch.torch_version import TorchVersion
 
 from hrm.common.errors import UserError
 from hrm.config.schema import Config
-from hrm.distributed import place
 from hrm.engine.compilation import GRACE
 from kernels import linear
-from kernels.cpu import multiplies_bfloat16
 
 # Seconds that compiling a small model took on two cores, and the share of an eager step that it saved, as
 # bench/NOTES.md records; a run whose steps cannot save that time is not compiled.
@@ -22,9 +20,6 @@ COMPILE_SECONDS = 40.0
 COMPILE_SAVES = 0.3
 # Seconds after which no further step is measured: one of a large model takes minutes on a CPU.
 ENOUGH_SECONDS = 5.0
-# The time of a product in bfloat16 over that in float32 below which dtype=auto takes bfloat16: attention
-# gains nothing, and the choice must not change from one measurement to the next.
-BFLOAT16_TIME = 0.75
 
 
 class Mode(NamedTuple):
@@ -47,26 +42,20 @@ COMPILE = Mode("compile", compiled=True, captured=False)
 def resolve_dtype(config: Config, device: torch.device) -> torch.dtype:
     """The dtype of the forward for the configuration's `dtype`.
 
-    auto is bfloat16 on CUDA, and on a CPU that multiplies it where its product is measured faster; else
-    float32. A run that is to repeat itself and one of several ranks measure nothing: float32 on a CPU.
+    auto is bfloat16 on CUDA and float32 elsewhere: a resumed run must not depend on a measurement.
     """
     if config.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    if device.type == "cuda":
-        return torch.bfloat16
-    measures = device.type == "cpu" and not config.deterministic and place().size == 1
-    takes = measures and multiplies_bfloat16() and bfloat16_time() < BFLOAT16_TIME
-    return torch.bfloat16 if takes else torch.float32
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def dtype_note(config: Config, device: torch.device) -> str:
-    """One line for the user where a CPU is to compute in bfloat16; otherwise empty."""
-    if device.type != "cpu" or resolve_dtype(config, device) != torch.bfloat16:
+    """One line for the user where a CPU computes in bfloat16; otherwise empty."""
+    if device.type != "cpu" or config.dtype != "bfloat16":
         return ""
-    slower = config.dtype == "bfloat16" and bfloat16_time() > 1
     return (
-        f"dtype={config.dtype}: bfloat16, of which a product takes {bfloat16_time():.2g} times as long as in "
-        f"float32 on this processor{'; dtype=float32 is faster' if slower else ''}"
+        f"dtype=bfloat16: a product takes {bfloat16_time():.2g} times as long as in float32 on this processor"
+        f"{'; dtype=float32 is faster' if bfloat16_time() > 1 else ''}"
     )
 
 
