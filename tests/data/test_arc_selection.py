@@ -177,3 +177,22 @@ def test_other_canvases(tmp_path: Path, side: int, largest: int) -> None:
         key(pair) for pair in random_task(0, 4, 2, largest)["train"]
     ]
     assert main(["inspect", str(out), "--samples", "0"]) == 0
+
+
+def test_plain_training_tasks_have_all_names_and_the_same_test(tmp_path: Path, capsys: Any) -> None:
+    write_tasks(tmp_path / "a" / "training", {"t": random_task(0, 2, 1, 5)})
+    write_tasks(tmp_path / "a" / "evaluation", {"e": random_task(1, 2, 1, 5)})
+    words = ["--source", str(tmp_path / "a"), "--num-aug", "4"]
+    stored, plain = tmp_path / "stored", tmp_path / "plain"
+    stored.mkdir(), plain.mkdir()
+    assert build(stored, *words)[0] == build(plain, *words, "--plain")[0] == 0
+    assert "10 names; train with augment=true" in capsys.readouterr().out
+    names = [json.loads((each / "out" / "identifiers.json").read_text()) for each in (stored, plain)]
+    assert names[0] == names[1] and len(names[0]) == 11
+    held = held_pairs(plain / "out", "train")
+    assert {name: len(pairs) for name, pairs in held.items()} == {"t": 3, "e": 2}
+    assert all(place == (0, 0) for pairs in held.values() for _, place in pairs)
+    tests = [PuzzleDataset(each / "out", "test").sets["all"] for each in (stored, plain)]
+    np.testing.assert_array_equal(tests[0].inputs, tests[1].inputs)
+    np.testing.assert_array_equal(tests[0].puzzle_identifiers, tests[1].puzzle_identifiers)
+    assert main(["inspect", str(plain / "out"), "--samples", "0"]) == 0

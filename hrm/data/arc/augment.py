@@ -124,6 +124,10 @@ class Augmentations:
     turns: np.ndarray
     colours: np.ndarray
 
+    def first(self, count: int) -> "Augmentations":
+        """The first of them."""
+        return Augmentations(self.turns[:count], self.colours[:count])
+
     def names(self, task: str) -> list[str]:
         """The names of the task's N puzzles; the first is the task's."""
         digits = (self.colours + ord("0")).tobytes().decode("ascii")

@@ -56,10 +56,10 @@ class Group:
     splits: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
-def build_group(task: Task, num_aug: int, seed: int, side: int = SIDE) -> Group:
+def build_group(task: Task, num_aug: int, seed: int, side: int = SIDE, *, plain: bool = False) -> Group:
     """A task and up to num_aug augmentations, which depend on seed, name and pairs of the task alone.
 
-    side: of the canvas.
+    side: of the canvas. plain: only the task itself trains, in the corner, under the names of all.
     """
     digest = hashlib.sha256(task.name.encode()).digest()
     rng = np.random.default_rng([seed, *np.frombuffer(digest, "<u4").tolist()])
@@ -67,14 +67,22 @@ def build_group(task: Task, num_aug: int, seed: int, side: int = SIDE) -> Group:
     parts = {"train": task.train, "test": task.test} if task.evaluation else {"train": task.pairs}
     splits = {}
     for split, pairs in parts.items():
-        inputs, labels = token_arrays(pairs, made, rng if split == "train" else None, side)
+        held = made.first(1) if plain and split == "train" else made
+        inputs, labels = token_arrays(pairs, held, rng if split == "train" and not plain else None, side)
         cells = [0 if pair.output is None else pair.output.size for pair in pairs]
-        splits[split] = inputs, labels, np.tile(np.array(cells, np.int32), len(made.turns))
+        splits[split] = inputs, labels, np.tile(np.array(cells, np.int32), len(held.turns))
     return Group(made.names(task.name), splits)
 
 
 def write_arc(
-    folder: str | Path, tasks: Sequence[Task], num_aug: int, seed: int, workers: int = 1, side: int = SIDE
+    folder: str | Path,
+    tasks: Sequence[Task],
+    num_aug: int,
+    seed: int,
+    workers: int = 1,
+    side: int = SIDE,
+    *,
+    plain: bool = False,
 ) -> list[tuple[str, int]]:
     """Augments tasks and writes the data set; returns each task's name and number of puzzles.
 
@@ -86,15 +94,18 @@ def write_arc(
     with new_dataset(folder) as writer:
         shape = Shape(side * side, VOCAB_SIZE, kind="arc")
         splits = {name: writer.split(name, shape) for name in _splits(tasks)}
-        groups = _in_order(partial(build_group, num_aug=num_aug, seed=seed, side=side), tasks, workers)
+        groups = _in_order(
+            partial(build_group, num_aug=num_aug, seed=seed, side=side, plain=plain), tasks, workers
+        )
         # The bar closes before an error is printed.
         with tqdm(groups, desc="tasks", total=len(tasks), leave=False) as bar:
             for group in bar:
                 count = len(group.names)
                 ids = np.arange(len(identifiers), len(identifiers) + count, dtype=np.int32)
                 for name, (inputs, labels, difficulty) in group.splits.items():
-                    starts = np.arange(0, len(inputs) + 1, len(inputs) // count, dtype=np.int32)
-                    part = PuzzleSet(inputs, labels, ids, starts, np.array([0, count], np.int32))
+                    held = 1 if plain and name == "train" else count
+                    starts = np.arange(0, len(inputs) + 1, len(inputs) // held, dtype=np.int32)
+                    part = PuzzleSet(inputs, labels, ids[:held], starts, np.array([0, held], np.int32))
                     splits[name].add(SET, part, difficulty)
                 identifiers += group.names
                 made.append((group.names[0], count))
@@ -187,6 +198,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"rows and columns of the canvas, up to {LARGEST_SIDE} (default {SIDE})",
     )
     add("--num-aug", type=int, default=1000, help="augmentations of every task (default 1000)")
+    add(
+        "--plain",
+        action="store_true",
+        help="store training tasks once, with the names of all augmentations: for augment=true, which draws "
+        "them in training",
+    )
     add_shared(parser, "tasks", "--skip-bad")
     add(
         "--rename-duplicates",
@@ -224,12 +241,20 @@ def run(args: argparse.Namespace) -> None:
         raise DatasetError(f"{' '.join(args.source)}: no sound task; {'; '.join(faults.notes())}")
     if args.holdout is not None:
         tasks = hold_out(tasks, args.holdout, np.random.default_rng([args.seed, HOLDING_OUT]))
-    made = write_arc(args.output_dir, tasks, args.num_aug, args.seed, min(workers, len(tasks)), args.canvas)
+    made = write_arc(
+        args.output_dir,
+        tasks,
+        args.num_aug,
+        args.seed,
+        min(workers, len(tasks)),
+        args.canvas,
+        plain=args.plain,
+    )
     print(f"{args.output_dir}: ARC, {args.num_aug} augmentations, canvas {args.canvas}, seed {args.seed}")
     for source, found in sources.items():
         evaluation = sum(task.evaluation for task in found)
         print(f"  {source}: {len(found) - evaluation} training and {evaluation} evaluation tasks")
-    print("\n".join(_summary(tasks, dict(made), repeated, args.num_aug)))
+    print("\n".join(_summary(tasks, dict(made), repeated, args.num_aug, args.plain)))
     if renamed:
         print(f"  renamed: {_some([f'{name} ({where})' for where, name in renamed])}")
     for note in (*reader.notes, *faults.notes()):
@@ -247,14 +272,17 @@ def _remedy(reader: Reader, clashes: int) -> str:
 
 
 def _summary(
-    tasks: Sequence[Task], made: dict[str, int], left_out: Sequence[Task], num_aug: int
+    tasks: Sequence[Task], made: dict[str, int], left_out: Sequence[Task], num_aug: int, plain: bool
 ) -> Iterator[str]:
     for split in _splits(tasks):
         held = [task for task in tasks if split == "train" or task.evaluation]
         pairs = {task.name: task.pairs if not task.evaluation else getattr(task, split) for task in held}
-        examples = sum(made[name] * len(part) for name, part in pairs.items())
-        puzzles = sum(made[name] for name in pairs)
+        copies = {name: 1 if plain and split == "train" else made[name] for name in pairs}
+        examples = sum(copies[name] * len(part) for name, part in pairs.items())
+        puzzles = sum(copies.values())
         yield f"  {split}: {examples} examples of {puzzles} puzzles of {len(held)} tasks"
+    if plain:
+        yield f"    {sum(made.values())} names; train with augment=true, which draws puzzles among them"
     if len(_splits(tasks)) < 2:
         yield "    no test: none are evaluation tasks; --holdout 0.1 or --test-set makes some"
     unknown = sum(pair.output is None for task in tasks for pair in task.test)
