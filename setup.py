@@ -18,7 +18,7 @@ setup(
         # Before 2.10 a crafted checkpoint could corrupt memory (CVE-2026-24747).
         "torch>=2.10",
         # The CUDA builds of torch bring their own; its interpreter and compiler also serve the tests.
-        "triton>=3.5; platform_system == 'Linux'",
+        "triton>=3.6; platform_system == 'Linux'",
         "numpy>=1.26",
         "numba>=0.60",
         "omegaconf>=2.3",

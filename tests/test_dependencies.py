@@ -7,6 +7,7 @@ import re
 import pytest
 from packaging.requirements import Requirement
 
+from bench import versions
 from tests.support.paths import ROOT
 
 COLUMNS = ["package", "what for", "why it is kept", "licence", "through"]
@@ -50,6 +51,19 @@ def told() -> dict[str, dict[str, str]]:
         assert plain(row["package"]) not in rows, row["package"]
         rows[plain(row["package"])] = row
     return rows
+
+
+def test_the_range_of_torch_is_what_the_tests_of_versions_show():
+    rows, asks = versions.kept(), asked()
+    # Versions may be missing, and a row may be of a part of the tests: it names the files that did not run.
+    assert rows
+    for row in rows:
+        sound = "fault" not in row and row["passed"] > 0 and not row["failed"]
+        assert asks["torch"].specifier.contains(row["version"]) == sound, row["version"]
+        for name in ("triton", "numpy"):
+            assert not sound or asks[name].specifier.contains(row[name]), (row["version"], name)
+    # Below the versions that ran nothing is known.
+    assert not asks["torch"].specifier.contains("2.9")
 
 
 def test_every_package_has_a_line_and_no_line_is_left_over():
