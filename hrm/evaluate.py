@@ -9,9 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from pydantic.dataclasses import dataclass
 
 from hrm.common.errors import UserError, run_command
+from hrm.common.figures import require_matplotlib
 from hrm.common.files import check_file, to_json
 from hrm.common.tables import Table
 from hrm.common.threads import THREADS_HELP
@@ -82,6 +84,9 @@ class EvaluateConfig:
         pattern=r"^[1-9]\d{0,3}(,[1-9]\d{0,3}){0,31}\Z",
         form="increasing whole numbers up to 4096, with commas between them",
     )
+    report: str | None = key(
+        None, "folder for that table as paths.html and, as a heat map, paths.png; needs matplotlib", **PATH
+    )
     batch_size: int | None = key(
         None,
         "sequences at a time, on each GPU; null is the run's global_batch_size, or samples times paths if "
@@ -140,6 +145,8 @@ def parse_args(argv: Sequence[str]) -> EvaluateConfig:
         raise ConfigError(f"depth={config.depth} and depths={config.depths}: leave one out")
     if depths != sorted(set(depths)) or max(depths, default=1) > 4096:
         raise ConfigError(f"depths={config.depths} is not allowed: give {KEYS['depths'].allowed}")
+    if config.report is not None and not config.has_paths:
+        raise ConfigError("report draws the accuracy by depth and paths: add depths=8,16 or paths=8")
     if config.noise is not None and "noise" not in config.by.split(","):
         raise ConfigError(f"noise={config.noise:g} has no effect: add by=noise, or leave it out")
     return config
@@ -220,6 +227,8 @@ def judge(config: EvaluateConfig, as_json: bool, world: "World", device: "torch.
             early=config.eval_act or config.has_paths,
             sharing=sharing,
         )
+    if config.report is not None:
+        require_matplotlib()
     plan = path_plan(config, trained, dataset) if config.has_paths else None
     with ExitStack() as stack:
         listeners: list[Listener] = []
@@ -255,6 +264,9 @@ def judge(config: EvaluateConfig, as_json: bool, world: "World", device: "torch.
         if config.submission is not None:
             voting.write_submission(Path(config.submission))
     if world.is_main:
+        if config.report is not None:
+            for path in draw(Path(config.report), trained, results):
+                say(str(path))
         print(to_json(results) if as_json else "\n".join(each.text() for each in tables(results)))
 
 
@@ -272,6 +284,28 @@ def path_plan(config: EvaluateConfig, trained: "Trained", dataset: "PuzzleDatase
     views, randomness = differences(by, kind, model, seed=config.seed, noise=config.noise, names=names)
     depths = tuple(config.depth_list) or (model.arch.halt_max_steps,)
     return Plan(config.paths, config.select, depths, views, randomness, config.seed)
+
+
+def draw(folder: Path, trained: "Trained", results: Mapping[str, Mapping[str, Any]]) -> Iterator[Path]:
+    """Writes the accuracy by depth and number of paths as tables and heat maps. Raises UserError."""
+    from hrm.evaluation.path_tables import depth_tables
+    from hrm.study.html import write_heat_maps
+    from hrm.study.plots import HeatMap
+
+    heat_maps, drawn = list[HeatMap](), list[Table]()
+    for name, metrics in results.items():
+        if not metrics["count"]:
+            continue
+        paths = metrics["paths"]
+        drawn += depth_tables(name, paths)
+        counts = list(paths["pass_at"])
+        for rule in paths["rules"]:
+            shares = [[of[rule][k]["mean"] for k in counts] for of in paths["depths"].values()]
+            title = f"{name}, {rule}: % of the puzzles solved"
+            axes = ("ACT steps", list(paths["depths"]), "paths", counts)
+            heat_maps.append(HeatMap(title, *axes, np.array(shares)))
+    if heat_maps:
+        yield from write_heat_maps(folder, "paths", f"{trained.path}: depth and breadth", heat_maps, drawn)
 
 
 def describe(trained: "Trained", mode: str, dataset: "PuzzleDataset") -> str:

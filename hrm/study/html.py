@@ -92,6 +92,28 @@ def write_report(
     return folder / HTML, folder / PNG
 
 
+def write_heat_maps(
+    folder: Path, name: str, title: str, heat_maps: Sequence[plots.HeatMap], tables: Sequence[Table]
+) -> tuple[Path, Path]:
+    """Writes heat maps and tables as name.html, and the heat maps as name.png; returns their paths.
+
+    Folder and errors: see `write_report`.
+    """
+    image = plots.heat_maps_png(title, heat_maps)
+    parts = [_table(table, f"table-{i}") for i, table in enumerate(tables)]
+    for i, each in enumerate(heat_maps):
+        words = escape(f"{each.title}: the values of the table as a heat map")
+        drawing = plots.heat_map_svg(each, f"h{i}")
+        parts.append(f'<figure role="img" aria-label="{words}">{drawing}</figure>')
+    text = _filled(title, parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = folder / f"{name}.html", folder / f"{name}.png"
+    for path, content in zip(files, (text.encode("utf-8"), image), strict=True):
+        with new_file(path) as file:
+            file.write_bytes(content)
+    return files
+
+
 def page(
     title: str,
     groups: Mapping[str, Sequence[History]],
@@ -116,6 +138,11 @@ def page(
             f"<section><h2>{escape(section.title)}</h2>\n<p>{escape(section.text)}</p>\n"
             f'<div class="panels">\n{"".join(figures)}</div></section>'
         )
+    return _filled(title, parts)
+
+
+def _filled(title: str, parts: Sequence[str]) -> str:
+    """The page with this title and these parts of its body."""
     themes = (
         " ".join(f"--c{i}: {pair[ground]};" for i, pair in enumerate(plots.COLOURS)) for ground in (0, 1)
     )

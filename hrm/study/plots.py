@@ -46,6 +46,18 @@ class Style:
         return COLOURS[self.colour][0]
 
 
+@dataclass(frozen=True)
+class HeatMap:
+    """Shares by row and column, values (rows, columns) from 0 to 1; labels name the axes and their places."""
+
+    title: str
+    row_label: str
+    rows: Sequence[str]
+    column_label: str
+    columns: Sequence[str]
+    values: np.ndarray
+
+
 def styles(groups: Sequence[str]) -> dict[str, Style]:
     """The style of each group by its position."""
     pairs = zip(cycle(range(len(COLOURS))), cycle(MARKERS), strict=False)
@@ -63,8 +75,57 @@ def svg(panel: Panel, look: Mapping[str, Style], prefix: str) -> str:
         _draw(canvas.subplots(), panel, look)
         file = io.StringIO()
         canvas.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    return _embedded(file.getvalue(), prefix)
+
+
+def heat_map_svg(heat_map: HeatMap, prefix: str) -> str:
+    """A heat map as an `<svg>` element; see `svg`."""
+    with figures(svg_salt=prefix) as figure:
+        canvas = figure(figsize=_heat_map_size([heat_map]), layout="constrained")
+        _heat(canvas.subplots(), heat_map)
+        file = io.StringIO()
+        canvas.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    return _embedded(file.getvalue(), prefix)
+
+
+def heat_maps_png(title: str, heat_maps: Sequence[HeatMap]) -> bytes:
+    """Heat maps below each other as one PNG on white. Raises UserError as `svg`."""
+    with figures() as figure:
+        width, height = _heat_map_size(heat_maps)
+        canvas = figure(figsize=(width, height * len(heat_maps) + 0.4), layout="constrained", dpi=110)
+        canvas.suptitle(title, fontsize=14, fontweight="bold")
+        axes = canvas.subplots(len(heat_maps), 1, squeeze=False).flat
+        for ax, heat_map in zip(axes, heat_maps, strict=True):
+            _heat(ax, heat_map)
+        file = io.BytesIO()
+        canvas.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
+def _heat_map_size(heat_maps: Sequence[HeatMap]) -> tuple[float, float]:
+    rows, columns = (max(len(getattr(each, axis)) for each in heat_maps) for axis in ("rows", "columns"))
+    return max(PANEL_SIZE[0], 1.2 + 0.75 * columns), max(PANEL_SIZE[1], 1.0 + 0.42 * rows)
+
+
+def _heat(ax: "Axes", heat_map: HeatMap) -> None:
+    """A cell for each value, with the value in it."""
+    ax.set_title(heat_map.title, loc="left")
+    ax.pcolormesh(heat_map.values, cmap="Blues", vmin=0, vmax=1, edgecolor="white", linewidth=0.5)
+    for (row, column), value in np.ndenumerate(heat_map.values):
+        # Fixed colours: the cell's own stays the same on a dark page.
+        ink = "#ffffff" if value > 0.6 else "#08306b"
+        text = f"{100 * value:.1f}"
+        ax.text(column + 0.5, row + 0.5, text, color=ink, ha="center", va="center", fontsize=8.5)
+    ax.set_xlabel(heat_map.column_label)
+    ax.set_ylabel(heat_map.row_label)
+    ax.set_xticks(np.arange(len(heat_map.columns)) + 0.5, heat_map.columns)
+    ax.set_yticks(np.arange(len(heat_map.rows)) + 0.5, heat_map.rows)
+    ax.grid(visible=False)
+
+
+def _embedded(text: str, prefix: str) -> str:
+    """matplotlib's SVG as an element of a page, with the page's colours and unique identifiers."""
     # Remove the prologue, metadata and style of a file, which the page replaces.
-    text = file.getvalue()
     text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", text)

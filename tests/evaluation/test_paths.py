@@ -163,7 +163,20 @@ def test_options_that_do_not_fit_are_refused_in_one_line(run, capsys):
         (["depths=4,2"], "depths=4,2 is not allowed: give increasing"),
         (["depths=4", "depth=4"], "leave one out"),
         (["paths=2", "noise=0.1"], "add by=noise"),
+        (["report=x"], "add depths=8,16 or paths=8"),
     ):
         assert evaluate.main([f"checkpoint={run}", *argv]) == 2
         error = capsys.readouterr().err
         assert text in error and error.count("\n") == 1
+
+
+def test_the_table_of_depth_and_breadth_is_drawn(run, capsys, tmp_path):
+    found = numbers(capsys, run, "paths=3", "depths=1,4", f"report={tmp_path}", "select=vote")["paths"]
+    text = (tmp_path / "paths.html").read_text()
+    for rule in RULES:
+        assert f"all, {rule}: % of the puzzles solved" in text
+    for depth in ("1", "4"):
+        for k in ("1", "2", "3"):
+            mean = found["depths"][depth]["vote"][k]["mean"]
+            assert f"{100 * mean:.2f} ±" in text and f">{100 * mean:.1f}<" in text
+    assert (tmp_path / "paths.png").read_bytes().startswith(b"\x89PNG")
