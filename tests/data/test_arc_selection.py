@@ -184,7 +184,8 @@ def test_plain_training_tasks_have_all_names_and_the_same_test(tmp_path: Path, c
     write_tasks(tmp_path / "a" / "evaluation", {"e": random_task(1, 2, 1, 5)})
     words = ["--source", str(tmp_path / "a"), "--num-aug", "4"]
     stored, plain = tmp_path / "stored", tmp_path / "plain"
-    stored.mkdir(), plain.mkdir()
+    for folder in (stored, plain):
+        folder.mkdir()
     assert build(stored, *words)[0] == build(plain, *words, "--plain")[0] == 0
     assert "10 names; train with augment=true" in capsys.readouterr().out
     names = [json.loads((each / "out" / "identifiers.json").read_text()) for each in (stored, plain)]
