@@ -38,10 +38,13 @@ def trained(tiny_sudoku, out):
     return run
 
 
-# Feudal and gated, with every loss, average and limit that a variant can have.
+# Feudal and gated, with every loss, average and limit that a variant can have, and random throughout.
 VARIANT = (
     "arch=feudal",
     "arch.use_gating=true",
+    "arch.init=random",
+    "arch.noise=0.05",
+    "arch.damping=0.9",
     "loss.gate_saturation_weight=0.1",
     "loss.gate_stability_weight=0.1",
     "loss.gate_loss_warmup_steps=10",
