@@ -115,13 +115,27 @@ def linear_swiglu(s: Shape) -> dict[str, Work]:
     return {"forward": Work(elements * s.dtype.itemsize + mean_square(s), flop)}
 
 
-def linear_swiglu_packed(s: Shape) -> dict[str, Work]:
-    """The same where a gradient is wanted: gate and up are written too, and the factor is none."""
+def swiglu_mlp_launches(s: Shape) -> dict[str, tuple[Work, ...]]:
+    """A block's second half with a gradient: first this project's kernel, then the library's products."""
     one = s.tokens * s.inner * s.dtype.itemsize
-    plain, products = linear_swiglu(s)["forward"], product(s, s.D, 2 * s.inner)["backward"]
+    plain, first, second = linear_swiglu(s)["forward"], product(s, s.D, 2 * s.inner), product(s, s.inner, s.D)
+    down = second["forward"]
     return {
-        "forward": Work(plain.bytes - mean_square(s) + 2 * one, plain.flop),
-        "backward": Work(5 * one + products.bytes, products.flop, launches=3),
+        # Gate and up are written as well, and no norm is deferred.
+        "forward": (Work(plain.bytes - mean_square(s) + 2 * one, plain.flop), down),
+        # The gradient of y is no tensor: gate and up are read and their gradients written in its place.
+        "backward": (Work(down.bytes + 3 * one, down.flop), down, first["backward"]),
+    }
+
+
+def swiglu_mlp(s: Shape) -> dict[str, Work]:
+    return {
+        direction: Work(
+            sum(work.bytes for work in works),
+            sum(work.flop for work in works),
+            sum(work.launches for work in works),
+        )
+        for direction, works in swiglu_mlp_launches(s).items()
     }
 
 
@@ -221,7 +235,7 @@ OPERATIONS: dict[str, Callable[[Shape], dict[str, Work]]] = {
     "swiglu": swiglu,
     "linear_scaled": linear_scaled,
     "linear_swiglu": linear_swiglu,
-    "linear_swiglu_packed": linear_swiglu_packed,
+    "swiglu_mlp": swiglu_mlp,
     "linear_rms": linear_rms,
     "gate_mix": gate_mix,
     "gate_mix_two": gate_mix_two,

@@ -119,6 +119,14 @@ def linear_swiglu(T: int) -> Iterator[Case]:
             yield Case("linear_swiglu", f"{label} {TYPES[dtype]}", call, matrix)
 
 
+def swiglu_mlp(T: int) -> Iterator[Case]:
+    op: Any = import_module("kernels.swiglu_mlp")
+    for dtype in (torch.bfloat16, torch.float32):
+        dout, gate_up = meta(B, T, D, dtype=dtype), meta(B, T, 2 * INNER, dtype=dtype)
+        call = partial(op._backward, dout, meta(D, INNER, dtype=dtype), gate_up)
+        yield Case("swiglu_mlp", f"backward {TYPES[dtype]}", call, dtype == torch.bfloat16)
+
+
 def linear_rms(T: int) -> Iterator[Case]:
     op: Any = import_module("kernels.linear_rms")
     mean_square = meta(B, T, 2, dtype=torch.float32)
@@ -209,6 +217,7 @@ LAUNCHES = (
     cross_entropy,
     swiglu,
     linear_swiglu,
+    swiglu_mlp,
     linear_rms,
     adam_atan2,
     sign_sgd,

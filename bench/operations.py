@@ -75,8 +75,9 @@ def gated_product(s: Shape) -> tuple[Inputs, Call]:
     return inputs, lambda x, weight: kernels.linear_swiglu(x, weight, parts.to(accumulate_dtype(x.dtype)))
 
 
-def gated_product_with_gradient(s: Shape) -> tuple[Inputs, Call]:
-    return {"x": tokens(s, s.D, 0), "weight": weight(2 * s.inner, s.D, 1)}, kernels.linear_swiglu
+def feed_forward(s: Shape) -> tuple[Inputs, Call]:
+    weights = {"gate_up_weight": weight(2 * s.inner, s.D, 1), "down_weight": weight(s.D, s.inner, 2)}
+    return {"x": tokens(s, s.D, 0), **weights}, kernels.swiglu_mlp
 
 
 def normed_product(s: Shape) -> tuple[Inputs, Call]:
@@ -187,7 +188,7 @@ OPS: dict[str, Op] = {
     "swiglu": Op(activation, ("gate_up",), others=("liger",)),
     "linear_scaled": Op(scaled),
     "linear_swiglu": Op(gated_product),
-    "linear_swiglu_packed": Op(gated_product_with_gradient, ("x", "weight")),
+    "swiglu_mlp": Op(feed_forward, ("x", "gate_up_weight", "down_weight")),
     "linear_rms": Op(normed_product),
     "gate_mix": Op(gates, ("z", "o", "x", *GATES)),
     "gate_mix_two": Op(partial(gates, sources="zo"), ("z", "o", *GATES)),

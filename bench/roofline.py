@@ -39,12 +39,12 @@ from bench.counts import (
     linear_rms,
     linear_scaled,
     linear_swiglu,
-    linear_swiglu_packed,
     lm_head,
     meta,
     product,
     rope,
     sign_sgd,
+    swiglu_mlp_launches,
     traced,
 )
 from hrm.common.errors import run_command
@@ -77,7 +77,8 @@ class Row:
 
     def narrow_time(self, ceilings: Ceilings, own: float = OWN) -> float:
         """Seconds with products at published rates of narrow ones; own: the rate of products in Triton."""
-        return self.time(published(ceilings, own if self.name.startswith("linear_") else LIBRARY))
+        triton = self.name.startswith(("linear_", "swiglu_mlp"))
+        return self.time(published(ceilings, own if triton else LIBRARY))
 
     def total(self, quantity: str) -> int:
         """The sum of its works' bytes, flop or launches."""
@@ -119,19 +120,22 @@ def block(s: Shape, variant: str, *, gradient: bool = False, queries: int | None
             "linear_swiglu": (linear_swiglu(rest)["forward"],),
             "linear_rms: down": (linear_rms(rest)["forward"],),
         }
-    activated: dict[str, Works] = {"linear_swiglu": (linear_swiglu_packed(rest)["forward"],)}
-    if variant != "kernels":
-        activated = {
+    feed_forward: dict[str, Works]
+    if variant == "kernels":
+        activated, down = swiglu_mlp_launches(rest)["forward"]
+        feed_forward = {"swiglu_mlp": (activated,), "product: down": (down,)}
+    else:
+        feed_forward = {
             "product: gate, up": (product(rest, s.D, 2 * s.inner)["forward"],),
             "swiglu": _operation("swiglu", rest, "forward", variant),
+            "product: down": (product(rest, s.inner, s.D)["forward"],),
         }
     return {
         "product: q, k, v": (product(s, s.D, 3 * s.D)["forward"],),
         "attention": attend,
         "product: o": (product(rest, s.D, s.D)["forward"],),
         "rms_norm": 2 * _operation("rms_norm", rest, "forward", variant),
-        **activated,
-        "product: down": (product(rest, s.inner, s.D)["forward"],),
+        **feed_forward,
     }
 
 
@@ -141,12 +145,18 @@ def block_backward(s: Shape, variant: str) -> dict[str, Works]:
     norm = _operation("rms_norm", s, "backward", variant)
     # A residual has two gradients: the compiler and the kernels sum them where the norm reads them.
     norm = (*norm, *_pass(s, 2)) if variant == "eager" else (Work(norm[0].bytes + _pass(s, 1, 0)[0].bytes),)
-    return {
+    rows: dict[str, Works] = {
         "products": tuple(product(s, *shape)["backward"] for shape in shapes),
         "attention": _attention(s, variant)["backward"],
         "rms_norm, residual sums": 2 * norm,
         "swiglu": _operation("swiglu", s, "backward", variant),
     }
+    if variant == "kernels":
+        differentiated, *products = swiglu_mlp_launches(s)["backward"]
+        rows["products"] = (*rows["products"][:2], *products)
+        rows["swiglu_mlp"] = (differentiated,)
+        del rows["swiglu"]
+    return rows
 
 
 def combine(s: Shape, variant: str, gated: bool, sources: int) -> dict[str, Works]:

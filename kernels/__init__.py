@@ -18,6 +18,7 @@ from kernels.rope import rope
 from kernels.sign_sgd import sign_sgd
 from kernels.stablemax import softmax_cross_entropy, stablemax_cross_entropy
 from kernels.swiglu import swiglu
+from kernels.swiglu_mlp import swiglu_mlp
 
 __all__ = [
     "adam_atan2",
@@ -40,4 +41,5 @@ __all__ = [
     "softmax_cross_entropy",
     "stablemax_cross_entropy",
     "swiglu",
+    "swiglu_mlp",
 ]

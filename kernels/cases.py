@@ -151,11 +151,11 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> dict[
 
         return Case("linear_rms", inputs, call, measured_as=DEFERRED, finish=finish)
 
-    def linear_swiglu() -> Case:
-        inputs = {"x": draw(B, T, D), "weight": weight(2 * inner, D)}
-        return Case("linear_swiglu", inputs, kernels.linear_swiglu, (*inputs,))
+    def swiglu_mlp() -> Case:
+        inputs = {"x": draw(B, T, D), "gate_up_weight": weight(2 * inner, D), "down_weight": weight(D, inner)}
+        return Case("swiglu_mlp", inputs, kernels.swiglu_mlp, (*inputs,))
 
-    def linear_swiglu_forward() -> Case:
+    def linear_swiglu() -> Case:
         parts, inputs = mean_square(), {"x": draw(B, T, D), "weight": weight(2 * inner, D)}
         call = lambda x, weight: kernels.linear_swiglu(x, weight, parts.to(accumulate_dtype(x.dtype)))  # noqa: E731
         return Case("linear_swiglu", inputs, call)
@@ -219,11 +219,11 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> dict[
         "rope": rope,
         "attention forward": partial(attention, ()),
         DEFERRED: deferred_norm,
-        "linear_swiglu forward": linear_swiglu_forward,
+        "linear_swiglu": linear_swiglu,
         "attention": partial(attention, ("qkv",)),
         "rms_norm": partial(rms_norm, ("x", "residual")),
         "swiglu": swiglu,
-        "linear_swiglu": linear_swiglu,
+        "swiglu_mlp": swiglu_mlp,
         "gate_mix": partial(gate_mix, "zox"),
         "gate_mix_two": partial(gate_mix, "zo"),
         "lm_head_stablemax": partial(lm_head, "lm_head_stablemax"),

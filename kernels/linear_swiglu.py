@@ -1,13 +1,10 @@
 """The gate-up product with SwiGLU in its epilogue.
 
 Forward:    [g | u] = rstd * (x @ weight^T);  y = silu(g) * u, with silu(g) = g * sigmoid(g)
-Backward:   [dg | du] by `kernels.swiglu`;  dx = [dg | du] @ weight;  dweight = [dg | du]^T @ x
 
-Without a gradient the (M, 2I) product never leaves the registers. With one the kernel also writes it, for the
-backward; rstd is then 1, and a deferred norm composes the plain operations.
-Saved: x, weight and [g | u]. Nothing is recomputed but the sigmoid.
-Bytes, in elements: MK + 2IK read, MI written; with a gradient 2MI more. Unfused, another 2MI are read, and
-without a gradient written before.
+There is no backward: where a gradient is wanted, the plain product and `swiglu` are composed, or
+`kernels.swiglu_mlp` has the kernel write the (M, 2I) product too. Otherwise that never leaves the registers.
+Bytes, in elements: MK + 2IK read, MI written; unfused, another 2MI are written and read again.
 
 A tile's columns alternate between gate and up, so that both halves of an output lie in adjacent registers of
 one thread, and one product of full width feeds the tensor cores.
@@ -29,7 +26,7 @@ from kernels.matmul import (
     takes_kernel,
     wants_gradient,
 )
-from kernels.swiglu import swiglu, swiglu_backward, swiglu_reference
+from kernels.swiglu import swiglu, swiglu_reference
 
 
 def linear_swiglu_reference(x: Tensor, weight: Tensor, mean_square: Tensor | None) -> Tensor:
@@ -96,6 +93,13 @@ def _forward(
     return y, gate_up
 
 
+def forward_packed(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """y: (..., I), and the product (..., 2*I) that it was made of, without a deferred norm."""
+    y, gate_up = _forward(x, weight, None, packed=True)
+    assert gate_up is not None
+    return y, gate_up
+
+
 @torch.library.custom_op("hrm_kernels::linear_swiglu", mutates_args=())
 def _linear_swiglu(x: Tensor, weight: Tensor, mean_square: Tensor | None) -> Tensor:
     return _forward(x, weight, mean_square, packed=False)[0]
@@ -106,57 +110,19 @@ def _(x: Tensor, weight: Tensor, mean_square: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0] // 2)
 
 
-@torch.library.custom_op("hrm_kernels::linear_swiglu_packed", mutates_args=())
-def _linear_swiglu_packed(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    y, gate_up = _forward(x, weight, None, packed=True)
-    assert gate_up is not None
-    return y, gate_up
-
-
-@_linear_swiglu_packed.register_fake
-def _(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    rows, width = x.shape[:-1], weight.shape[0]
-    return x.new_empty(*rows, width // 2), x.new_empty(*rows, width)
-
-
-def _save(ctx, inputs, output) -> None:
-    x, weight = inputs
-    _, gate_up = output
-    ctx.mark_non_differentiable(gate_up)
-    # Without this, autograd would write zeros as the gradient of gate_up.
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, gate_up)
-
-
-def _differentiate(ctx, dy: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None]:
-    if dy is None:
-        return None, None
-    x, weight, gate_up = ctx.saved_tensors
-    wants_x, wants_weight = ctx.needs_input_grad
-    dgate_up = swiglu_backward(dy, gate_up)
-    # The library multiplies, where the compiler sees it.
-    dweight = dgate_up.flatten(0, -2).t() @ x.flatten(0, -2) if wants_weight else None
-    return dgate_up @ weight if wants_x else None, dweight
-
-
-_linear_swiglu_packed.register_autograd(_differentiate, setup_context=_save)
-
-
 def linear_swiglu(x: Tensor, weight: Tensor, mean_square: Tensor | None = None) -> Tensor:
     """SwiGLU of a packed projection: silu(g) * u with [g | u] = rstd * (x @ weight^T).
 
     x: (..., K); weight: (2*I, K), gate first, same dtype; mean_square: (..., P) float32 (float64 for
     float64), of x's deferred norm as `linear_rms` returns it, None for rstd = 1. Returns (..., I) in x's
-    dtype. Sums and activates in float32 and rounds once; what the backward reads is rounded. Where a gradient
-    and a deferred norm meet, the product is rounded, kept and given to `swiglu`. Raises ValueError or
-    TypeError naming the argument. Source: Shazeer 2020 (arXiv 2002.05202).
+    dtype. Sums and activates in float32 and rounds once. Meant for use without gradient; where one is wanted,
+    the product is rounded, kept and given to `swiglu`. Raises ValueError or TypeError naming the argument.
+    Source: Shazeer 2020 (arXiv 2002.05202).
     """
     check_product("linear_swiglu", x, weight, mean_square)
     if weight.shape[0] % 2:
         raise ValueError(f"linear_swiglu: weight must have an even number of rows, got {tuple(weight.shape)}")
-    if takes_kernel("linear_swiglu", x, weight, sizes=(weight.shape[0],)):
-        if not wants_gradient(x, weight, mean_square):
-            return _linear_swiglu(x, weight, mean_square)
-        if mean_square is None:
-            return _linear_swiglu_packed(x, weight)[0]
+    fused = takes_kernel("linear_swiglu", x, weight, sizes=(weight.shape[0],))
+    if fused and not wants_gradient(x, weight, mean_square):
+        return _linear_swiglu(x, weight, mean_square)
     return swiglu(linear_scaled_reference(x, weight, mean_square))

@@ -14,7 +14,8 @@ from kernels.backend import Tile, jit, tl, triton, tunable, use_triton
 from kernels.checks import accumulate_dtype, check_floating
 
 
-def _fitted(choice: Tile, N: int, K: int) -> Tile:
+def fitted(choice: Tile, N: int, K: int) -> Tile:
+    """A launch whose tile is no wider or deeper than the product, and whether K fills its tiles."""
     # A small N or K takes the power of two that covers it, and no less than tensor cores multiply.
     for block, size in (("BLOCK_N", N), ("BLOCK_K", K)):
         choice[block] = min(choice[block], max(16, triton.next_power_of_2(size)))
@@ -28,7 +29,7 @@ def launch_variants(dtype: torch.dtype, N: int, K: int) -> list[Tile]:
     names = "BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"
     tried = ((128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (64, 256, 64, 4, 4))
     found: list[Tile] = []
-    for each in (_fitted(dict(zip(names, sizes, strict=True)), N, K) for sizes in tried):
+    for each in (fitted(dict(zip(names, sizes, strict=True)), N, K) for sizes in tried):
         if each not in found:
             found.append(each)
     return found
@@ -47,7 +48,7 @@ def launch_choice(dtype: torch.dtype, N: int, K: int) -> Tile:
         choice: Tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3}
     else:
         choice = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
-    return _fitted(choice, N, K)
+    return fitted(choice, N, K)
 
 
 @jit

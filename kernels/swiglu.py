@@ -122,11 +122,11 @@ def _(gate_up: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("hrm_kernels::swiglu_backward", mutates_args=())
-def swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
+def _swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     return _backward(dy, gate_up)
 
 
-@swiglu_backward.register_fake
+@_swiglu_backward.register_fake
 def _(dy: Tensor, gate_up: Tensor) -> Tensor:
     return torch.empty_like(gate_up, memory_format=torch.contiguous_format)
 
@@ -136,7 +136,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, dy: Tensor) -> Tensor:
-    return swiglu_backward(dy, *ctx.saved_tensors)
+    return _swiglu_backward(dy, *ctx.saved_tensors)
 
 
 _swiglu.register_autograd(_differentiate, setup_context=_save)

@@ -101,7 +101,7 @@ def sizes(engine: Engine) -> Sizes:
 def measured_cases(engine: Engine) -> list[str]:
     """The operations of a training step, by their names in `kernels.cases`, in its order."""
     config, arch = engine.config, engine.config.arch
-    found = ["rms_norm forward", "linear_swiglu forward", "rms_norm", "swiglu", "linear_swiglu"]
+    found = ["rms_norm forward", "linear_swiglu", "rms_norm", "swiglu", "swiglu_mlp"]
     if not arch.mlp_t:
         found[1:1] = ["deferred_norm"]
         # A backend that the configuration names is taken whatever it costs.

@@ -12,7 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrm.config.schema import ArchConfig
-from kernels import attention, linear, linear_rms, linear_scaled, linear_swiglu, rms_norm, rms_norm_pair
+from kernels import (
+    attention,
+    linear,
+    linear_rms,
+    linear_scaled,
+    linear_swiglu,
+    rms_norm,
+    rms_norm_pair,
+    swiglu_mlp,
+)
 
 # The standard deviation that is left of a unit normal cut off at two standard deviations.
 TRUNCATED_STD = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
@@ -148,7 +157,8 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(width, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(linear_swiglu(x, self.gate_up_proj.weight.to(x.dtype)))
+        weights = (layer.weight.to(x.dtype) for layer in (self.gate_up_proj, self.down_proj))
+        return swiglu_mlp(x, *weights)
 
 
 class Block(nn.Module):

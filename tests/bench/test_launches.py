@@ -8,7 +8,7 @@ import torch
 
 from bench import launches, roofline
 from bench.ceilings import MACHINES, Ceilings
-from bench.counts import OPERATIONS, Shape, Work, adam_atan2
+from bench.counts import OPERATIONS, Shape, Work, adam_atan2, swiglu_mlp_launches
 from bench.launches import LENGTHS, PARTS, Launches, main, predictions, step, totals, work_of_launch
 from kernels.backend import recorded
 
@@ -49,7 +49,6 @@ def test_the_step_is_the_one_counted_by_hand(arch, length):
     ("part", "kernel", "op", "direction", "calls"),
     [
         ("forward", "_rms_norm_forward_kernel", "rms_norm", "forward", 16),
-        ("backward", "_swiglu_backward_kernel", "swiglu", "backward", 8),
         ("forward", "_attention_forward_kernel", "attention", "forward", 24),
         ("backward", "_attention_backward_kernel", "attention", "backward", 8),
         ("forward", "_linear_scaled_forward_kernel", "linear_scaled", "forward", 12),
@@ -74,14 +73,15 @@ def test_the_norms_add_the_gradient_of_the_residual():
     assert row.bytes == pytest.approx(16 * work.bytes + 14 * second, rel=5e-3)
 
 
-def test_swiglu_writes_gate_and_up_where_a_gradient_is_wanted():
-    """Eight of the forward's blocks have one."""
-    row = counted()["forward", "_linear_swiglu_forward_kernel"]
-    plain, packed = (
-        OPERATIONS[op](Shape(768))["forward"] for op in ("linear_swiglu", "linear_swiglu_packed")
-    )
-    assert (row.launches, row.flop) == (24, 16 * plain.flop + 8 * packed.flop)
-    assert row.bytes == pytest.approx(16 * plain.bytes + 8 * packed.bytes, rel=5e-3)
+def test_swiglu_lies_in_products_where_a_gradient_is_wanted():
+    """Eight of the forward's blocks have one; the others write neither gate nor up."""
+    rows, works = counted(), swiglu_mlp_launches(Shape(768))
+    plain, taught = OPERATIONS["linear_swiglu"](Shape(768))["forward"], works["forward"][0]
+    row = rows["forward", "_linear_swiglu_forward_kernel"]
+    assert (row.launches, row.flop) == (24, 16 * plain.flop + 8 * taught.flop)
+    assert row.bytes == pytest.approx(16 * plain.bytes + 8 * taught.bytes, rel=5e-3)
+    row, work = rows["backward", "_swiglu_mlp_backward_kernel"], works["backward"][0]
+    assert (row.launches, row.bytes, row.flop) == (8, 8 * work.bytes, 8 * work.flop)
 
 
 def test_the_update_and_the_gates_move_what_is_counted_by_hand():
@@ -109,8 +109,8 @@ def test_launches_of_the_model_by_hand():
         assert rows[part, "_linear_scaled_forward_kernel"].launches == plain - plain // 4
         # The library makes q, k and v of a call's first block, and with gradient q, k, v, o and down.
         assert rows[part, "mm"].launches == plain // 4 + 3 * taught
-    # Two for each of four products in eight blocks, two of the Q head, one of the token table.
-    assert rows["backward", "mm"].launches == 8 * 4 * 2 + 2 + 1
+    # Seven of each of eight blocks, for SwiGLU's kernel makes one; two of the Q head, one of the token table.
+    assert rows["backward", "mm"].launches == 8 * 7 + 2 + 1
     longer = counted(length=900)
     assert longer["target", "_rope_kernel"].launches == 24
     assert longer["forward", "_scaled_dot_product_flash_attention"].launches == 24

@@ -13,6 +13,7 @@ from kernels.checks import accumulate_dtype
 from kernels.linear_rms import linear_rms, linear_scaled
 from kernels.linear_swiglu import linear_swiglu
 from kernels.matmul import launch_choice, rstd_of
+from kernels.swiglu_mlp import swiglu_mlp
 from tests.kernels.compare import DEVICE, DTYPES, agree, agree_in_every_tile, compiles, randn
 
 # Rows, K, and half of the weight's rows: SwiGLU's width.
@@ -82,20 +83,42 @@ def test_gradients_where_they_are_wanted(call, make, dtype):
     agree(call, make((17,), 64, 80), dtype, gradients=["weight"])
 
 
+def feed_forward(rows: tuple[int, ...], K: int, width: int) -> dict[str, Tensor]:
+    x, weight = (tensors(rows, K, 2 * width)[name] for name in ("x", "weight"))
+    return {"x": x, "gate_up_weight": weight, "down_weight": tensors(rows, width, K)["weight"]}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gradients_through_the_epilogue(shape, dtype):
-    rows, K, width = shape
-    inputs = without(tensors(rows, K, 2 * width), "mean_square")
-    agree(call_swiglu, inputs, dtype)
+def test_a_feed_forward_with_its_gradients(shape, dtype):
+    inputs = feed_forward(*shape)
+    agree(swiglu_mlp, inputs, dtype)
     for name in inputs:
-        agree(call_swiglu, inputs, dtype, gradients=[name])
+        agree(swiglu_mlp, inputs, dtype, gradients=[name])
+    agree(swiglu_mlp, inputs, dtype, gradients=[])
 
 
-def test_every_tile_with_gradients():
-    """Four of the product, and two more and the usual one of the activation's backward."""
-    inputs = without(tensors((130,), 144, 288), "mean_square")
-    assert agree_in_every_tile(call_swiglu, inputs, torch.bfloat16) == 7
+def test_every_tile_of_a_feed_forward():
+    """Four of the first product, and three of the backward's."""
+    assert agree_in_every_tile(swiglu_mlp, feed_forward((130,), 144, 144), torch.bfloat16) == 7
+
+
+@settings(max_examples=25, deadline=None)
+@given(M=st.integers(1, 150), K=st.integers(1, 150), inner=st.integers(1, 150))
+def test_a_feed_forward_of_any_shape(M, K, inner):
+    agree(swiglu_mlp, feed_forward((M,), K, inner), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_feed_forward_of_views(dtype):
+    inputs = feed_forward((6, 5), 96, 80)
+    turned = {name: tensor.transpose(0, 1).contiguous().transpose(0, 1) for name, tensor in inputs.items()}
+    agree(swiglu_mlp, turned, dtype)
+    expanded = torch.zeros((), dtype=dtype, device=DEVICE, requires_grad=True)
+    leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs.values()]
+    # The gradient of a sum has strides of 0.
+    (swiglu_mlp(*leaves) + expanded).sum().backward()
+    assert all(torch.isfinite(leaf.grad).all() for leaf in leaves)
 
 
 @settings(max_examples=25, deadline=None)
@@ -195,10 +218,6 @@ def test_one_kernel_unless_a_gradient_is_wanted(monkeypatch):
         return [launch.kernel.__name__.strip("_") for launch in launches]
 
     assert kernels() == ["swiglu_forward_kernel"]
-    with backend.recorded() as launches:
-        linear_swiglu(x, weight)
-    (made,) = launches
-    assert made.kernel.__name__ == "_linear_swiglu_forward_kernel" and made.args[4].shape == (4, 32)
     with torch.no_grad():
         assert kernels() == [
             "linear_swiglu_forward_kernel", "linear_scaled_forward_kernel",
@@ -210,12 +229,11 @@ def test_one_kernel_unless_a_gradient_is_wanted(monkeypatch):
         assert not matmul.use_fused("linear_swiglu", x.float(), weight.float(), None)
 
 
-@pytest.mark.parametrize("factor", [True, False])
-@pytest.mark.parametrize("call", [call_swiglu, call_scaled, call_rms])
-def test_gradcheck(call, factor):
-    inputs = (with_residual if call is call_rms else tensors)((3,), 8, 6)
-    if not factor and call is not call_scaled:
-        inputs = without(inputs, "mean_square")
+@pytest.mark.parametrize(
+    ("call", "make"), [*CALLS, (swiglu_mlp, lambda rows, K, N: feed_forward(rows, K, N // 2))]
+)
+def test_gradcheck(call, make):
+    inputs = make((3,), 8, 6)
     leaves = [tensor.requires_grad_() for tensor in inputs.values()]
     function = lambda *args: call(**dict(zip(inputs, args, strict=True)))  # noqa: E731
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
@@ -226,17 +244,14 @@ def test_operator_contract_and_compile():
     ops = torch.ops.hrm_kernels
     torch.library.opcheck(ops.linear_swiglu.default, (x, weight, mean_square))
     torch.library.opcheck(ops.linear_swiglu.default, (x, weight, None))
-    learning = [tensor.clone().requires_grad_() for tensor in (x, weight)]
-    torch.library.opcheck(ops.linear_swiglu_packed.default, learning)
+    down = torch.randn(weight.shape[1], weight.shape[0] // 2, device=DEVICE).to(weight)
+    learning = [tensor.clone().requires_grad_() for tensor in (x, weight, down)]
+    torch.library.opcheck(ops.swiglu_mlp.default, learning)
+    compiles(swiglu_mlp, {"x": x, "gate_up_weight": weight, "down_weight": down})
     torch.library.opcheck(ops.linear_scaled.default, (x, weight, mean_square))
     torch.library.opcheck(ops.linear_rms.default, (x, weight, residual, mean_square, 1e-5))
     inputs = {"x": x, "weight": weight, "residual": residual, "mean_square": mean_square}
-    plain = {"x": x, "weight": weight}
-    for call, taken in (
-        (call_swiglu, plain),
-        (call_swiglu, without(inputs, "residual")),
-        (call_rms, inputs),
-    ):
+    for call, taken in ((call_swiglu, without(inputs, "residual")), (call_rms, inputs)):
         compiles(call, taken)
         with torch.no_grad():
             compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(**taken)
