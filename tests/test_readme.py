@@ -54,7 +54,7 @@ def test_targets_and_files_that_documents_name_exist(path):
         assert "NAME" in file or (ROOT / file).exists(), file
     for link in re.findall(r"\]\(((?!http)[^)]+)\)", text):
         file, _, heading = link.partition("#")
-        target = path.parent / file
+        target = path.parent / file if file else path
         assert target.exists(), link
         headings = re.findall(r"^#+ (.+)$", target.read_text("utf-8"), flags=re.MULTILINE) if heading else []
         assert not heading or heading in {h.lower().replace(" ", "-") for h in headings}, link

@@ -96,7 +96,7 @@ def test_stages_come_back_from_a_file(tmp_path):
     again = load_config("saved.yaml")
     assert again == config and again.stages[1].L_cycles == 3 and again.stages[2].halt_max_steps is None
     shorter = parse_args(["--config", "saved.yaml", "stages=[{epochs: 8}, {epochs: 4}]"])
-    assert (shorter.epochs, shorter.eval_interval) == (12, 4)
+    assert (shorter.epochs, shorter.eval_interval) == (12, 8)
     whole = parse_args(["--config", "saved.yaml", "stages=null"])
     assert whole.stages is None and whole.epochs == 100
 
