@@ -5,7 +5,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from hrm.common.streams import CLOSED_STATUS, OutputClosed, OutputFailed, watched
 from hrm.common.text import printable
@@ -46,13 +47,13 @@ class RankLost(UserError):
 def run_command(
     command: Callable[[], int | None], interrupted: str = "the lines printed so far are valid"
 ) -> int:
-    """Runs a command; returns its exit status: its own, 2 for a mistake told in one line, 130 interrupted.
+    """Runs a command; returns its status: its own, 2 after a mistake, 130 after Ctrl-C, 143 after SIGTERM.
 
-    interrupted: what to say after Ctrl-C. A file that the system refuses (no permission, a full or damaged
-    disk) is the user's to mend as well; any other error is ours and keeps its traceback. Output that nobody
-    reads any more ends the command quietly with CLOSED_STATUS, also within argparse's help. Under torchrun an
-    error that every rank meets is printed once for each node, and Ctrl-C by rank 0 alone; the process then
-    ends at once.
+    A mistake is printed in one line. interrupted: the line after Ctrl-C, or after SIGTERM within
+    `interrupted_by_sigterm`. A file that the system refuses (no permission, a full or damaged disk) is the
+    user's to mend as well; any other error is ours and keeps its traceback. Output that nobody reads any more
+    ends the command quietly with CLOSED_STATUS, also within argparse's help. Under torchrun an error that
+    every rank meets is printed once for each node, and Ctrl-C by rank 0 alone; the process then ends at once.
     """
     try:
         with watched():
@@ -63,15 +64,29 @@ def run_command(
         return _mistake(str(error))
 
 
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Treats SIGTERM, as a scheduler sends it, like Ctrl-C: what is unfinished is cleaned up."""
+
+    def interrupt(number: int, _: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(number))
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _answered(command: Callable[[], int | None], interrupted: str) -> int:
     try:
         return command() or 0
     except UserError as error:
         return _mistake(str(error), error.status)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if _number("RANK") == 0:
             print(f"interrupted: {interrupted}", file=sys.stderr)
-        return _end(128 + signal.SIGINT)
+        return _end(128 + (stop.args or (signal.SIGINT,))[0])
     except OutputFailed:
         raise
     except Exception as error:

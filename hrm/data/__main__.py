@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hrm.common.errors import run_command
+from hrm.common.errors import interrupted_by_sigterm, run_command
 from hrm.data.arc import build as arc
 from hrm.data.inspect import command as inspect
 from hrm.data.maze import build as maze
@@ -21,7 +21,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; see `run_command`."""
-    return run_command(lambda: command(argv), "nothing was finished, and no half of it is left")
+    with interrupted_by_sigterm():
+        return run_command(lambda: command(argv), "no unfinished data set is left")
 
 
 def command(argv: Sequence[str] | None) -> int | None:

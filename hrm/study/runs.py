@@ -11,7 +11,6 @@ Its folder:
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from hrm.common.errors import UserError
+from hrm.common.errors import UserError, interrupted_by_sigterm
 from hrm.common.files import open_own, read_json, to_json, write_whole
 from hrm.common.machine import processor
 from hrm.common.text import one_line
@@ -161,7 +160,7 @@ class Campaign:
         waited = False
         places = {slot.get("CUDA_VISIBLE_DEVICES") for slot in slots}
         made_by = json.dumps({**surroundings(), "shared_device": len(slots) > len(places)}, indent=1)
-        with _ended_by_signals():
+        with interrupted_by_sigterm():
             try:
                 while pending or active:
                     for slot in set(range(len(slots))) - active.keys():
@@ -343,20 +342,6 @@ def _left(runs: Sequence[Run], seconds: Mapping[str, Sequence[float]], at_once: 
     means = [seconds.get(run.candidate) or known for run in runs]
     total = sum(sum(mean) / len(mean) for mean in means) / min(at_once, len(runs))
     return f", about {tqdm.format_interval(total)} left"
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Treats SIGTERM, as a scheduler sends it, like Ctrl-C."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:

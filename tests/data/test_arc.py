@@ -4,6 +4,7 @@ import argparse
 import filecmp
 import json
 import os
+import signal
 from collections import Counter
 from itertools import permutations
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from hrm.common.errors import run_command
+from hrm.data.__main__ import main
 from hrm.data.arc import build as arc
 from hrm.data.arc.augment import (
     INVERSE_TURNS,
@@ -425,6 +427,21 @@ def test_a_data_set_is_replaced_and_other_folders_are_not(source: Path, tmp_path
     (tmp_path / "own" / "thesis.txt").write_text("")
     assert build("--source", str(source), "--output-dir", str(tmp_path / "own")) == 2
     assert "exists and is not a data set to replace" in capsys.readouterr().err
+
+
+def test_a_build_that_a_scheduler_ends_leaves_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def ended(*_: Any, **__: Any) -> None:
+        assert list((tmp_path / "out").iterdir())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(arc, "build_group", ended)
+    words = ["--source", str(source), "--output-dir", str(tmp_path / "out" / "data"), "--workers", "1"]
+    assert main(["arc", *words]) == 143
+    assert "interrupted: no unfinished data set is left" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_process_that_dies_is_told() -> None:

@@ -327,7 +327,7 @@ def test_a_request_to_end_ends_the_runs_and_says_how_to_go_on(pretend, tmp_path,
     monkeypatch.setattr(Campaign, "_start", spy)
     monkeypatch.setattr(time, "sleep", once)
     status, out, err = pretend("--seeds", "2", "--jobs", "2")
-    assert status == 130 and "the same command continues" in err and started(out) == ALL[:2]
+    assert status == 143 and "the same command continues" in err and started(out) == ALL[:2]
     assert [process.returncode for process in processes] == [-signal.SIGTERM] * 2
     assert signal.getsignal(signal.SIGTERM) == handler
     status, out, err = pretend("--seeds", "2", "--report-only")
