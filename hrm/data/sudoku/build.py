@@ -18,6 +18,7 @@ from hrm.common.threads import usable_cpus
 from hrm.config.schema import Config
 from hrm.data.format import PuzzleSet
 from hrm.data.hub import PREFIX, fetch
+from hrm.data.options import add_shared, refuse_idle
 from hrm.data.sudoku.files import Puzzles, hold_out, prove_proper, read_puzzles, row_keys
 from hrm.data.sudoku.solver import BOXES, SudokuError, random_grid, random_puzzle, solutions
 from hrm.data.sudoku.summary import summary
@@ -235,9 +236,7 @@ def _check_request(size: int, num_train: int, num_test: int, num_aug: int, seed:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m hrm.data sudoku`."""
     add = parser.add_argument
-    add(
-        "--output-dir", type=Path, required=True, help="folder of the data set; one already there is replaced"
-    )
+    add_shared(parser, "puzzles", "--output-dir")
     add(
         "--source",
         default="generated",
@@ -247,39 +246,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "quizzes; answer, solution; rating, difficulty), a puzzle a line, or grids (.sdk, .ss, .sdm)",
     )
     add("--size", type=int, default=9, choices=list(BOXES), help="cells a side (default 9)")
-    add("--num-train", type=int, help="training puzzles to generate (default 1000)")
-    add("--num-test", type=int, help="test puzzles to generate (default 1000)")
+    add_shared(parser, "puzzles", "--num-train", "--num-test")
     add(
         "--clues",
         type=int,
         help="clues to leave in generated puzzles (default: as few as possible, 110 for 16x16)",
     )
     add("--num-aug", type=int, default=0, help="augmentations of every training puzzle (default 0)")
-    add("--subsample-size", type=int, help="keep this many training puzzles, chosen at random")
+    add_shared(parser, "puzzles", "--subsample-size")
     add(
         "--min-difficulty",
         type=int,
         default=0,
         help="least rating, or guesses of the solver where there is none",
     )
-    add("--test-size", type=float, help="part of a single file that is held out for the test (default 0.1)")
+    add_shared(parser, "puzzles", "--test-size")
     add(
         "--skip-improper",
         action="store_true",
         help="leave out puzzles with no or several solutions, and say how many; else they are an error",
     )
-    add(
-        "--skip-bad",
-        action="store_true",
-        help="leave out every faulty puzzle of the source, and list them; else all of them are one error",
-    )
+    add_shared(parser, "puzzles", "--skip-bad")
     add(
         "--drop-leaks",
         action="store_true",
         help="leave training puzzles out whose solution grid is a test one's up to symmetry (9x9)",
     )
-    add("--workers", type=int, help="threads that solve and compare puzzles (default: one a core)")
-    add("--seed", type=int, default=0, help="same seed, same bytes (default 0)")
+    add_shared(parser, "puzzles", "--seed", "--workers")
     parser.set_defaults(run=run)
 
 
@@ -289,18 +282,12 @@ def run(args: argparse.Namespace) -> None:
     generated = args.source == "generated"
     hub = args.source.startswith(PREFIX)
     folder = not generated and (hub or Path(args.source).is_dir())
-    for option, belongs in (
-        ("num_train", generated),
-        ("num_test", generated),
-        ("clues", generated),
-        ("test_size", not generated and not folder),
-        ("skip_improper", not generated),
-        ("skip_bad", not generated),
-    ):
-        value = getattr(args, option)
-        if value is not None and value is not False and not belongs:
-            name = "--" + option.replace("_", "-")
-            raise SudokuError(f"{name} has no meaning for --source {args.source}; leave it out")
+    has_effect = {
+        **dict.fromkeys(("num_train", "num_test", "clues"), generated),
+        **dict.fromkeys(("skip_improper", "skip_bad"), not generated),
+        "test_size": not generated and not folder,
+    }
+    refuse_idle(args, has_effect, f"--source {args.source}", SudokuError)
     num_train, num_test = (1000 if n is None else n for n in (args.num_train, args.num_test))
     workers = usable_cpus() if args.workers is None else args.workers
     _check_request(args.size, num_train, num_test, args.num_aug, args.seed)
