@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -64,7 +65,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--steps", "--depth", type=_whole, metavar="N", help="ACT steps; else as many as in training"
     )
     parser.add_argument(
-        "--paths", type=_whole, default=1, metavar="K", help="solve the puzzle K times; one path answers"
+        "--paths", type=_paths, default=1, metavar="K", help="solve the puzzle K times; one path answers"
     )
     parser.add_argument(
         "--by",
@@ -80,7 +81,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="the path that answers: that of the highest q_halt, the first to halt, one with the commonest "
         "answer, that of the least change, one that keeps the puzzle's rules (q)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the paths (0)")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the paths (0)")
     parser.add_argument("--act", action="store_true", help="stop at the first step at which the model halts")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument(
@@ -187,10 +188,15 @@ def solve(args: argparse.Namespace) -> list[str]:
     return [result["title"] for result in results if result["right"] is False]
 
 
-def _whole(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= MAX_STEPS):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MAX_STEPS}")
+def _whole(text: str, least: int = 1, most: int = MAX_STEPS) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 11 and least <= int(text) <= most):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
     return int(text)
+
+
+# The bounds of `hrm.evaluate`.
+_paths = partial(_whole, most=4096)
+_seed = partial(_whole, least=0, most=2**32 - 1)
 
 
 class _Screen:

@@ -84,7 +84,9 @@ def normal_reference(words: Tensor, truncated: bool) -> Tensor:
     f = (bits - (exponent << 23)).view(torch.float32) - 1.0
     w = -(exponent.to(torch.float32) * math.log(2) + f * _polynomial(_LOG, f))
     # PyTorch's float32 roots on a CPU are MKL's, which may err in the last bit; rounded float64 ones do not.
-    root = w.clamp(min=0.0).to(torch.float64).sqrt().to(torch.float32)
+    # Apple GPUs have no float64.
+    exact = torch.float32 if w.device.type == "mps" else torch.float64
+    root = w.clamp(min=0.0).to(exact).sqrt().to(torch.float32)
     z = x * _polynomial(_INVERSE, root - 2.0)
     if truncated:
         z = z * _WIDEN

@@ -56,7 +56,7 @@ MOST_BATCHES = 16
 
 @dataclass(frozen=True)
 class Plan:
-    """What makes paths differ and how one is chosen.
+    """The differences between paths, and the rule that chooses one.
 
     paths: of each puzzle, K. select: the rule whose answer counts. depths: increasing ACT steps at which
     answers are judged, the last of them the model's halt_max_steps. views: the puzzle as each path sees it.
@@ -80,7 +80,7 @@ def differences(
     noise: float | None = None,
     names: Sequence[str] | None = None,
 ) -> tuple[Views, Randomness]:
-    """What tells the paths of puzzles of a kind apart.
+    """The differences between the paths of puzzles of a kind: views and randomness.
 
     by: some of init, noise, symmetry. noise: the deviation, None for arch.noise or else NOISE. names: of the
     puzzles by identifier. Raises UserError for puzzles without symmetries.

@@ -53,7 +53,7 @@ class Sequences(NamedTuple):
 
 
 class Randomness(NamedTuple):
-    """What is random in a program's recurrence; its numbers are a function of the carry's keys.
+    """The random parts of a program's recurrence; their numbers are a function of the carry's keys.
 
     starts: z_H and z_L start at truncated normals of deviation 1, drawn for every token and channel, in place
     of H_init and L_init. noise: the deviation of the normal noise that every update adds. Both spare path 0,

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hrm.checkpoint.identifiers import hashes_of
 from hrm.checkpoint.load_model import Trained, find_trained, load_trained
 from hrm.checkpoint.weights import PUZZLE_TABLE
 from hrm.common.errors import UserError
@@ -156,6 +157,12 @@ def paths_for(
     if "symmetry" in by and kind.name == "arc" and trained.model.puzzle_emb is not None:
         folder = Path(trained.config.data_path or ".")
         names = read_names(folder) if (folder / "identifiers.json").is_file() else []
+        known = trained.names.hashes
+        if names and known is not None and not torch.equal(hashes_of(names), known):
+            raise UserError(
+                f"--by symmetry: {folder} has been built anew since {trained.path} was trained on it, so its "
+                "names do not fit the model's puzzle embeddings; write --by init or --by noise"
+            )
         if not isinstance(embedding, int) or embedding >= len(names):
             raise UserError(
                 "--by symmetry: the model has puzzle embeddings for the augmentations of its training tasks "

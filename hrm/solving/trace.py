@@ -49,8 +49,9 @@ class Step:
 
     board: (S) tokens, the prediction after it. q_halt, q_continue: the model's estimates, as probabilities,
     that the board is correct now, and that further steps make it correct; q_continue is None for a model
-    without that output. halts: whether the model halts here. problems: the rules that the board breaks.
-    gates: by module ("L", "H"), then by source ("primary", "secondary", "input"); empty without gating.
+    without that output. halts: whether the model halts here, by choice or at halt_max_steps. problems: the
+    rules that the board breaks. gates: by module ("L", "H"), then by source ("primary", "secondary",
+    "input"); empty without gating.
     """
 
     board: list[int]
@@ -89,7 +90,7 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Paths:
-    """What makes the K paths of a puzzle differ; see `hrm.evaluation.paths.Plan`. example: its number."""
+    """The differences between a puzzle's K paths; see `hrm.evaluation.paths.Plan`. example: its number."""
 
     paths: int = 1
     views: Views = field(default_factory=lambda: PlainViews(0))
@@ -150,14 +151,15 @@ def record_paths(
     walk = _act_steps(model, view.inputs, torch.cat(rows) if rows else None, paths)
     for number, (halts, outputs) in enumerate(islice(walk, steps or model.arch.halt_max_steps), 1):
         logits = model.lm_head(outputs.answer)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         boards = view.answers(logits.argmax(-1).cpu().numpy().astype(np.int32), np.arange(K))
         if before is not None:
-            changes.append((logits - before).float().norm(dim=-1).mean(-1).cpu().numpy())
+            changes.append((logits - before).norm(dim=-1).mean(-1).cpu().numpy())
         before = logits
-        q_halt, q_continue = (
-            q.detach().double().cpu() for q in (outputs.q_halt_logits, outputs.q_continue_logits)
-        )
-        found.halts_at[0, halts & going] = np.minimum(found.halts_at[0, halts & going], number)
+        q_halt, q_continue = (q.cpu().double() for q in (outputs.q_halt_logits, outputs.q_continue_logits))
+        # Among paths, a halt that halt_max_steps forces is no choice.
+        wishes = (q_halt > (q_continue if model.arch.q_continue else 0)).numpy() & going
+        found.halts_at[0, wishes] = np.minimum(found.halts_at[0, wishes], number)
         found.q_halt[0, going] = q_halt.numpy()[going]
         if changes:
             found.residual[0, going] = np.mean(changes[-3:], axis=0)[going]

@@ -15,6 +15,7 @@ import torch
 import train
 from hrm.checkpoint.read import load_checkpoint
 from hrm.checkpoint.save import save_checkpoint
+from hrm.config.load import load_config
 from hrm.data.__main__ import main as build_data
 from hrm.data.arc.augment import canvas
 from hrm.data.format import PuzzleSet
@@ -189,6 +190,10 @@ def test_paths_vote(run_of_4, capsys):
     assert sorted(paths) == list(range(6)) and result["path"] in result["votes"][0]["paths"]
     assert result["votes"][0]["board"] == result["board"]
     assert "init, noise and symmetry" in refused(run_of_4, RIGHT[0], "--by", "colour", capsys=capsys)
+    for option in (["--seed", "-1"], ["--seed", str(2**32)], ["--paths", 0], ["--paths", 4097]):
+        with pytest.raises(SystemExit, match="2"):
+            run(run_of_4, RIGHT[0], *option, capsys=capsys)
+        assert "is not a whole number from" in capsys.readouterr().err
 
 
 def test_steps_and_act(run_of_4, capsys):
@@ -299,6 +304,17 @@ def test_identifiers(arc, task, capsys):
     )
     told = refused(arc, task, "--identifier", "7", capsys=capsys)
     assert told.startswith("puzzle identifier 7: the model has rows 0 to 2")
+
+
+def test_symmetries_need_the_names_that_the_model_knows(arc, task, capsys):
+    words = [arc, task.rename(task.with_name("known.json")), "--paths", 2, "--by", "symmetry"]
+    assert json.loads(run(*words, "--json", capsys=capsys)[1])["puzzles"][0]["path"] in (0, 1)
+    names = Path(load_config(arc / "config.yaml").data_path) / "identifiers.json"
+    before = names.read_text()
+    names.write_text(json.dumps(["<blank>", "05269061", "known"]))
+    told = run(*words, capsys=capsys)[2]
+    names.write_text(before)
+    assert "has been built anew" in told and told.count("\n") == 1
 
 
 def test_adapting_to_a_task(arc, task, capsys):

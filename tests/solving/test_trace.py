@@ -9,12 +9,14 @@ import torch
 
 from hrm.common.errors import UserError
 from hrm.config.load import ArchConfig, LossConfig
+from hrm.data.dataset import Batch
 from hrm.data.format import Metadata
 from hrm.data.puzzle_kinds import kind_of
-from hrm.engine.inference import Inference
+from hrm.engine.inference import EarlyExit, Inference
 from hrm.engine.modes import EAGER
+from hrm.evaluation.selection import NEVER
 from hrm.evaluation.views import views_for
-from hrm.model.act import Randomness, Sequences, act_step, initial_carry, replace_halted
+from hrm.model.act import Randomness, Sequences, act_step, initial_carry, keys_of, replace_halted
 from hrm.model.hrm import HRM
 from hrm.solving.trace import Paths, puzzle_row, record_paths, record_trace
 
@@ -159,3 +161,18 @@ def test_paths_of_one_puzzle(name):
     for whole, cut in zip(found.traces, early.traces, strict=True):
         halts = next((n for n, step in enumerate(whole.steps, 1) if step.halts), STEPS)
         assert [step.board for step in cut.steps] == [step.board for step in whole.steps[:halts]]
+
+
+@pytest.mark.parametrize("halts_at", [0.0, -1e4])
+def test_outcomes_are_those_of_an_evaluation(halts_at):
+    """A path that never wishes to halt comes last, although halt_max_steps ends it."""
+    model, random = make(halts_at), Randomness(starts=True)
+    found = record_paths(model, METADATA, QUESTION, paths=Paths(5, randomness=random, seed=3), steps=STEPS)
+    whole = np.tile(np.asarray(QUESTION, np.int32), (5, 1))
+    batch = Batch(whole, np.full_like(whole, -100), np.zeros(5, np.int32))
+    runner = EarlyExit(model, 5, S, mode=EAGER, randomness=random)
+    (ends,) = runner.at_depths(batch, [STEPS], keys_of(3, np.zeros(5, int), np.arange(5)))
+    assert np.minimum(found.outcomes.halts_at[0], NEVER).tolist() == ends.halts_at.tolist()
+    assert (ends.halts_at == NEVER).all() == (halts_at < 0)
+    np.testing.assert_allclose(found.outcomes.residual[0], ends.residual, rtol=1e-4)
+    np.testing.assert_allclose(found.outcomes.q_halt[0], ends.q_halt, rtol=1e-4)
