@@ -40,7 +40,7 @@ SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
 # Warp-level, warpgroup-level and fifth-generation products, as the disassembler names them.
 TENSOR_CORE = re.compile(r"\b([DH]MMA|HGMMA|UTC\w*MMA)\b")
 MEASURED = ("registers", "stack", "shared_memory", "tensor_core")
-# What the kept table says of a digest and a target: the values of MEASURED.
+# The kept table: the values of MEASURED by digest and target.
 Kept = Mapping[tuple[str, str], dict[str, int]]
 
 
@@ -208,7 +208,7 @@ def rows_of(key: tuple[str, str], kept: Kept) -> list[dict[str, Any]]:
 
 
 def faults(row: dict[str, Any]) -> list[str]:
-    """What is wrong with a row of the table."""
+    """The faults of a row of the table."""
     limit = SHARED_MEMORY[int(row["target"].removeprefix("sm_"))]
     found = []
     if row["stack"]:

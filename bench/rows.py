@@ -1,8 +1,9 @@
 """The rows of the step and inference benchmarks: models, implementations, their check and their timing.
 
-A row is a model, an implementation, the mode it runs in and its dtype. Before it is timed its results are
-held against the straight-line model's in float32 (`Plain`), by the bounds below. On CUDA a round is several
-calls and one wait for the device at its end, so that a device which waits for the host shows in the time.
+A row is a model, an implementation, the mode it runs in and its dtype. Before it is timed, its results are
+compared with those of the straight-line model in float32 (`Plain`), by the bounds below. On CUDA a round is
+several calls and one wait for the device at its end, so that a device which waits for the host shows in the
+time.
 """
 
 import gc

@@ -49,7 +49,7 @@ class EvaluateConfig:
     split: str = key("test", "split of it", pattern=r"^[\w-]{1,80}\Z", form="a split's name, such as test")
     ema: bool = key(False, "judge the averaged weights in place of the last")
     eval_act: bool = key(
-        False, "also stop each sequence when it halts, and tell the steps saved and the accuracy"
+        False, "also stop each sequence when it halts, and print the steps saved and the accuracy"
     )
     depth: int | None = key(
         None, "ACT steps for each sequence, also more than in training; null is as in training", ge=1, le=4096
@@ -358,7 +358,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
             )
     columns = ["set", "puzzles", "exact", "cells", "q_halt", "steps"]
     notes.append(
-        "exact: right in every cell; cells: right ones; q_halt: told right or wrong rightly; steps: ACT steps"
+        "exact: right in every cell; cells: right ones; q_halt: answers that it judges correctly; steps: "
+        "ACT steps"
     )
     return Table("", columns, rows, "\n".join(notes))
 

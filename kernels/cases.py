@@ -241,6 +241,6 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> dict[
     }
 
 
-# Of `cases`, those without a choice of their own or without a call of their own in a model's step, and those
-# that draw random numbers, whose last bits may differ between a kernel and a compiled reference.
+# Cases without a choice of their own or without a call of their own in a model's step, and cases that draw
+# random numbers, whose last bits may differ between a kernel and a compiled reference.
 NOT_MEASURED = ("linear", "rms_norm_pair", "linear_scaled", "linear_rms", "noisy_update", "random_start")
