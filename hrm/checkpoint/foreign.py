@@ -50,7 +50,12 @@ def weights_file(folder: Path) -> Path | None:
     Raises CheckpointError that names the files where there are several.
     """
     for depth in ("*", "*/*"):
-        files = sorted(path for path in folder.glob(depth) if path.is_file())
+        # Hidden folders hold saves that did not finish, and caches.
+        files = sorted(
+            path
+            for path in folder.glob(depth)
+            if path.is_file() and not any(part[0] == "." for part in path.relative_to(folder).parts)
+        )
         steps = [(int(match[1]), path) for path in files if (match := _STEP_FILE.fullmatch(path.name))]
         found = [max(steps)[1]] if steps and depth == "*" else [path for path in files if _may_hold(path)]
         if len(found) > 1:

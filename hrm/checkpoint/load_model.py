@@ -253,6 +253,8 @@ def _average(found: Found, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             f"{file.parent} has no averaged weights ({AVERAGE}); leave ema out, or train with ema=true"
         )
     average = read_safetensors(path) if average is None else average
+    # The table is not averaged, and its rows may be in the order of other data.
+    average = {name: tensor for name, tensor in average.items() if name != PUZZLE_TABLE}
     for name, tensor in average.items():
         if name not in weights or weights[name].shape != tensor.shape:
             raise CheckpointError(f"{path} is no average of the weights beside it: {name} differs")

@@ -50,7 +50,10 @@ def load_weights(
             weights[PUZZLE_TABLE], told = follow_names(table, its_names, names, shape[0], path, remedy)
             notes += told
     if not weights.keys() & set(STATES) and shapes.keys() >= set(STATES):
-        notes.append(f"{path}: it has no {' and no '.join(STATES)}, as EqR's; they keep their fresh values")
+        notes.append(
+            f"{path}: it has no {' and no '.join(STATES)}; they keep their fresh values, which suits a model "
+            "trained with arch.init=random alone"
+        )
         shapes = {name: shape for name, shape in shapes.items() if name not in STATES}
     for what, mark in ADDED.items():
         added = [name for name in shapes if mark in name]

@@ -209,7 +209,8 @@ def _resolve(args: Arguments) -> Config:
         if is_official(node):
             official = read_official(node, file, KEYS)
             saved, notes = _official_values(official, file, args), official.notes + notes
-            arch = arch or _official_base(official.base, file)
+            # Their models have no gates unless the file says so.
+            arch = arch or _official_base(official.base, file) or "v1"
         else:
             saved = read_file(node, file, KEYS)
     if args.flags.get("--arch") is not None and any(name.startswith("arch.") for name in saved):

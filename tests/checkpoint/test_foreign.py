@@ -134,6 +134,9 @@ def test_the_average_in_a_file(tmp_path):
     write(tmp_path, {"a.pth": eqr()})
     trained = load_trained(tmp_path, device="cpu", metadata=METADATA, ema=True)
     assert torch.equal(trained.model.lm_head.weight, 2 * WEIGHTS["lm_head.weight"])
+    # The puzzle table is not averaged: its rows follow the data.
+    assert torch.equal(trained.model.puzzle_emb.weights, WEIGHTS["puzzle_emb.weights"])
+    load_trained(tmp_path, device="cpu", metadata=METADATA, ema=True, reset_puzzle_emb=True)
     write(tmp_path, {"a.pth": eqr(ema=None)})
     with pytest.raises(CheckpointError, match="has no averaged weights"):
         load_trained(tmp_path, device="cpu", metadata=METADATA, ema=True)
@@ -159,7 +162,8 @@ def test_several_files_are_named(tmp_path):
     write(tmp_path / "below", {"one/eqr.pth": WEIGHTS, "two/eqr.pth": WEIGHTS})
     with pytest.raises(CheckpointError, match=r"several checkpoints: one/eqr\.pth, two/eqr"):
         read_weights(tmp_path / "below")
-    (tmp_path / "empty").mkdir()
+    # A first save that did not finish is none.
+    write(tmp_path / "empty", {".tmp_step_9/model.safetensors": WEIGHTS})
     with pytest.raises(CheckpointError, match="holds no step_<N> folder"):
         read_weights(tmp_path / "empty")
 

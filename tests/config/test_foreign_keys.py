@@ -155,6 +155,7 @@ def test_an_official_configuration_starts_a_run(tmp_path):
     config = parse_args([str(path)])
     arch = {"share_levels": True, "gradient": "last_cycle", "q_continue": False, "H_cycles": 3, "L_cycles": 4}
     arch |= {"L_layers": 2, "halt_max_steps": 9, "hidden_size": 64, "puzzle_emb_len": 2, "expansion": 4.0}
+    arch |= {"use_gating": False}
     assert {name: getattr(config.arch, name) for name in arch} == arch
     assert (config.dtype, config.loss.loss_type) == ("float32", "softmax_cross_entropy")
     assert (config.data_path, config.run_name, config.lr, config.ema) == ("data/a", "bold-owl", 3e-5, True)
