@@ -67,12 +67,7 @@ def identifiers_of_checkpoint(file: Path, rows: int) -> Identifiers:
     path = file.parent / IDENTIFIERS
     if not path.is_file():
         return identifiers_of_data(file.parent, rows)
-    return identifiers_in(path, read_safetensors(path), rows)
-
-
-def identifiers_in(path: Path, tensors: dict[str, Tensor], rows: int) -> Identifiers:
-    """The names in the tensors of a file IDENTIFIERS. Raises CheckpointError."""
-    hashes = tensors.get(_KEY)
+    hashes = read_safetensors(path).get(_KEY)
     if hashes is None or hashes.dtype != torch.int64 or hashes.shape != (rows,):
         raise CheckpointError(
             f"{path} does not hold a hash for each of {rows} puzzle embeddings; use another checkpoint"

@@ -80,6 +80,11 @@ class TrainingData:
             held += [Held(train_set, valid)] if valid is not None else []
             kind = kind_of(train_set.metadata, train_set.sets)
             augment = FreshSymmetries(train_set, kind, config.seed, held)
+        elif idle := _idle_names(train_set):
+            notes.append(
+                f"warning: {train_set.folder} stores every ARC task once, so {idle:,} puzzle embeddings "
+                "of augmentations do not train; augment=true trains all"
+            )
         notes += _notes_on_ranking(config, train_set, test_set, valid)
         steps = steps_in(train_set, config.epochs, config.global_batch_size, groups)
         return cls(
@@ -179,6 +184,16 @@ class TrainingData:
     def is_ranked_by_all_tests(self) -> bool:
         """Whether every evaluation takes the whole test split."""
         return self.valid is None and self.sample is None
+
+
+def _idle_names(train_set: PuzzleDataset) -> int:
+    """The names that no stored puzzle has, where ARC tasks are stored once (`--plain`); else 0."""
+    parts = train_set.sets.values()
+    once = all(len(part.group_indices) - 1 == len(part.puzzle_identifiers) for part in parts)
+    if not once or kind_of(train_set.metadata, train_set.sets).name != "arc":
+        return 0
+    named = train_set.metadata.num_puzzle_identifiers - 1
+    return max(0, named - sum(len(part.puzzle_identifiers) for part in parts))
 
 
 def _notes_on_ranking(

@@ -5,8 +5,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hrm.checkpoint.identifiers import IDENTIFIERS, Identifiers, follow_names, identifiers_in
-from hrm.checkpoint.read import AVERAGE, Checkpoint, differences, latest_checkpoint, load_checkpoint
+from hrm.checkpoint.identifiers import follow_names, identifiers_of_checkpoint
+from hrm.checkpoint.read import (
+    AVERAGE,
+    WEIGHTS,
+    Checkpoint,
+    differences,
+    latest_checkpoint,
+    load_checkpoint,
+)
 from hrm.checkpoint.safe_io import CheckpointError
 from hrm.checkpoint.weights import PUZZLE_TABLE, load_weights
 from hrm.common.errors import UserError
@@ -172,8 +179,7 @@ def _follow_names(engine: Engine, data: TrainingData, checkpoint: Checkpoint) ->
     table, own = checkpoint.weights.get(PUZZLE_TABLE), engine.model.puzzle_emb
     if table is None or own is None or table.shape[1:] != own.weights.shape[1:]:
         return []
-    path, tensors = checkpoint.path / IDENTIFIERS, checkpoint.extra.get(IDENTIFIERS)
-    there = Identifiers(path, None) if tensors is None else identifiers_in(path, tensors, len(table))
+    there = identifiers_of_checkpoint(checkpoint.path / WEIGHTS, len(table))
     remedy = "resume=none checkpoint_path=PATH reset_puzzle_emb=true starts a new run from its other weights"
     checkpoint.weights[PUZZLE_TABLE], notes = follow_names(
         table, there, data.names, len(own.weights), checkpoint.path, remedy

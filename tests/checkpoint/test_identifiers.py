@@ -17,6 +17,7 @@ from hrm.checkpoint.identifiers import (
     identifiers_of_checkpoint,
 )
 from hrm.checkpoint.read import CheckpointError, load_checkpoint
+from hrm.checkpoint.save import save_checkpoint
 from hrm.checkpoint.weights import PUZZLE_TABLE
 from hrm.data.arc.build import write_arc
 from hrm.data.arc.files import read_source
@@ -122,6 +123,23 @@ def test_rows_without_names_are_taken_by_number_with_a_warning(data, trained, tm
     assert evaluate(command) == 2 and "knows none of the 9 puzzles" in capsys.readouterr().err
     command[1] = f"data_path={data / 'three'}"
     assert evaluate(command) == 0 and "9 of 12 puzzles are known by name" in capsys.readouterr().out
+
+
+def test_a_forced_resumption_takes_names_from_beside_an_older_checkpoint(data, trained, tmp_path, capsys):
+    saved = load_checkpoint(trained)
+    path = save_checkpoint(
+        tmp_path / "old",
+        saved.step,
+        **{"weights": saved.weights, "training": saved.training, "run": saved.manifest["run"]},
+        facts={name: saved.manifest[name] for name in ("config", "data", "dataset")},
+    )
+    argv = words(data / "three", tmp_path, "project_name=p", "run_name=r", *TINY, "max_steps=9")
+    argv += [f"resume={path}", "resume_force=true"]
+    status, _, err = run_main(*argv, capsys=capsys)
+    assert status == 2 and "puzzle_emb.weights is (10, 16) there and (13, 16) here" in err
+    (path / "identifiers.json").write_bytes((data / "two" / "identifiers.json").read_bytes())
+    status, out, err = run_main(*argv, capsys=capsys)
+    assert status == 0 and "9 of 12 puzzles are known by name" in out, err
 
 
 def test_names_of_all_builders_have_one_hash():

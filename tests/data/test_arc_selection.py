@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hrm.config.schema import Config
 from hrm.data.__main__ import main
 from hrm.data.dataset import PuzzleDataset
+from hrm.training.data import TrainingData
 from tests.support.arc_tasks import held_pairs, key, random_task, write_kaggle, write_tasks
 
 
@@ -31,6 +33,8 @@ def mixed(tmp_path: Path) -> list[str]:
     """Two sources: one name with other pairs in both, and two tasks wider than 30."""
     write_tasks(tmp_path / "a" / "training", {"same": lines(3, 0), "fine": lines(9, 1)})
     second = {"same": lines(3, 2), "wide": lines(31, 3), "wider": lines(34, 4)}
+    # The widest grid is behind the first fault of its task.
+    second["wide"]["test"][0]["output"] = [[0] * 36]
     write_tasks(tmp_path / "b" / "evaluation", second)
     return ["--source", str(tmp_path / "a"), str(tmp_path / "b")]
 
@@ -42,7 +46,7 @@ def test_all_faults_of_all_sources_are_one_error(mixed: list[str], tmp_path: Pat
         f"error: {where / 'wide.json'}: train pair 0, input, row 0: 31 cells, expected 1 to 30; "
         f"{where / 'wider.json'}: train pair 0, input, row 0: 34 cells, expected 1 to 30; "
         f"{tmp_path / 'a' / 'training' / 'same.json'}: the name same is that of another task too "
-        f"({where / 'same.json'}); 3 bad in all, --skip-bad leaves them out, --canvas 34 or more makes room, "
+        f"({where / 'same.json'}); 3 bad in all, --skip-bad leaves them out, --canvas 36 or more makes room, "
         "--rename-duplicates gives every task a name of its own\n"
     )
     assert not (tmp_path / "out").exists()
@@ -54,7 +58,7 @@ def test_all_faults_of_all_sources_are_one_error(mixed: list[str], tmp_path: Pat
         # The evaluation task keeps its name, whatever comes first.
         (["--skip-bad"], ["fine", "same"], ["same"], "left out 3 bad:"),
         (
-            ["--rename-duplicates", "--canvas", "34"],
+            ["--rename-duplicates", "--canvas", "36"],
             ["fine", "same", "same-2", "wide", "wider"],
             ["same", "wide", "wider"],
             "renamed: 1: same-2 (",
@@ -197,3 +201,7 @@ def test_plain_training_tasks_have_all_names_and_the_same_test(tmp_path: Path, c
     np.testing.assert_array_equal(tests[0].inputs, tests[1].inputs)
     np.testing.assert_array_equal(tests[0].puzzle_identifiers, tests[1].puzzle_identifiers)
     assert main(["inspect", str(plain / "out"), "--samples", "0"]) == 0
+    for folder, augment, warned in ((plain, False, True), (plain, True, False), (stored, False, False)):
+        config = Config(data_path=str(folder / "out"), augment=augment)
+        warnings = [note for note in TrainingData.open(config).notes if note.startswith("warning")]
+        assert len(warnings) == warned and all("so 8 puzzle embeddings" in note for note in warnings)

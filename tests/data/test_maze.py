@@ -397,6 +397,8 @@ def test_every_fault_of_a_file_is_named(tmp_path: Path, row: list[str], message:
         (b"source,question,answer,rating\n", "no maze in it, expected rows of source,question,answer,rating"),
         (b"question\n####\n", "line 2: question of 4 characters, expected a square of at least 5 a side"),
         (b"question\n######\n", "line 2: question of 6 characters, expected a square of at least 5 a side"),
+        # Five rows of seven cells, or seven rows of five.
+        (b"question\n" + b"#" * 35, "line 2: question of 35 characters, expected a square of at least 5 a"),
         (
             b"question\n" + spaced(QUESTION.replace("G", ".")).encode(),
             "line 2: question: there is no G, expected one",
@@ -484,7 +486,7 @@ def test_files_that_do_not_make_a_data_set(tmp_path: Path, capsys: pytest.Captur
         return capsys.readouterr().err
 
     assert "train.csv: every maze is one of the test" in refused(every, turned(every, 2))
-    assert "train.csv: mazes of side 7, but 9 in" in refused(some(3, 7), every)
+    assert "train.csv: mazes of 7 x 7 cells, but 9 x 9 in" in refused(some(3, 7), every)
     one = write_csv(
         tmp_path / "one.csv", joined(every.take(np.array([0])), turned(every.take(np.array([0])), 1))
     )

@@ -131,6 +131,7 @@ def test_all_faulty_mazes_are_one_error_or_left_out(faulty: str, tmp_path: Path,
             "num_aug=4: expected 0 to 3, the other symmetries of a rectangle of 5 x 8",
         ),
         (["--size", "4x9"], "size=4: expected at least 5"),
+        (["--size", "400x200"], "size=400x200: expected at most 65,536 cells"),
         (["--columns", "9"], "--columns has no meaning for --source generated; leave it out"),
     ],
 )

@@ -70,7 +70,8 @@ class Reader:
 
     side: of the canvas, the most rows and columns of a grid. test_sets: the names or paths of the folders and
     prefixes with evaluation tasks; without any, the beginning of the name counts. faults: collects tasks that
-    are faulty. notes: lines about files that are no tasks. largest: most rows or columns of a refused grid.
+    are faulty. notes: lines about files that are no tasks. largest: most rows or columns of the grids that a
+    larger canvas would take, 0 without any.
     """
 
     def __init__(self, side: int = SIDE, test_sets: Sequence[str] = (), faults: Faults | None = None) -> None:
@@ -174,6 +175,9 @@ class Reader:
             raise DatasetError(
                 f"{there}: {len(outputs)} outputs, expected {len(tests)} as {challenges.name} has tests"
             )
+        self._note_sides(value)
+        for grid in outputs:
+            self._note_grid(grid)
         # Checked here, so that messages give the right file.
         for number, grid in enumerate(outputs):
             self._grid(grid, f"{there}: output {number}")
@@ -208,6 +212,7 @@ class Reader:
                 f"{where}: the name {name} is that of an augmented puzzle; rename the task, or take the "
                 "original"
             )
+        self._note_sides(value)
         pairs: dict[str, tuple[Pair, ...]] = {}
         for role in ("train", "test"):
             if role not in value:
@@ -232,8 +237,8 @@ class Reader:
         return Pair(asked, self._grid(item["output"], f"{where}, output") if "output" in item else None)
 
     def _grid(self, value: Any, where: str) -> np.ndarray:
-        rows = self._lines(value, where, "rows")
-        width = len(self._lines(rows[0], f"{where}, row 0", "cells"))
+        rows = _list(value, where, self.side, "rows")
+        width = len(_list(rows[0], f"{where}, row 0", self.side, "cells"))
         for number, row in enumerate(rows):
             if not isinstance(row, list) or len(row) != width:
                 length = counted(len(row), "cell") if isinstance(row, list) else literal(row)
@@ -246,10 +251,18 @@ class Reader:
                     )
         return np.array(rows, np.uint8)
 
-    def _lines(self, value: Any, where: str, of_what: str) -> list[Any]:
-        if isinstance(value, list) and self.side < len(value) <= LARGEST_SIDE:
-            self.largest = max(self.largest, len(value))
-        return _list(value, where, self.side, of_what)
+    def _note_sides(self, task: dict[str, Any]) -> None:
+        """Counts every grid for `largest`, because reading a task ends at its first fault."""
+        for pairs in (task.get("train"), task.get("test")):
+            for pair in pairs if isinstance(pairs, list) else ():
+                if isinstance(pair, dict):
+                    self._note_grid(pair.get("input"))
+                    self._note_grid(pair.get("output"))
+
+    def _note_grid(self, grid: Any) -> None:
+        for lines in (grid, *grid) if isinstance(grid, list) else ():
+            if isinstance(lines, list) and self.side < len(lines) <= LARGEST_SIDE:
+                self.largest = max(self.largest, len(lines))
 
 
 def _has_grids(value: Any) -> bool:

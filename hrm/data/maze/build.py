@@ -17,7 +17,7 @@ import numpy as np
 
 from hrm.common.threads import usable_cpus
 from hrm.data.faults import Faults
-from hrm.data.format import PuzzleSet
+from hrm.data.format import NUMBERS, PuzzleSet
 from hrm.data.hub import PREFIX, fetch
 from hrm.data.inspect.histogram import histogram
 from hrm.data.maze.files import SMALLEST_SIDE, MazeError, Mazes, keys, read_mazes
@@ -31,6 +31,8 @@ GENERATED = "generated"
 DEFAULTS = {"size": (30, 30), "kind": "perfect", "min_length": 0, "num_train": 1000, "num_test": 1000}
 # Draws for one maze before its length of path, or a new maze, counts as out of reach.
 ATTEMPTS = 10_000
+# Most cells of a maze, the longest sequence of a data set.
+MOST_CELLS = NUMBERS["seq_len"][1]
 # Cells, roughly, in a chunk of generated mazes.
 CHUNK_CELLS = 1 << 22
 # Streams of random numbers: mazes of each split, augmentations, selection.
@@ -331,6 +333,8 @@ def _complete(args: argparse.Namespace) -> None:
             setattr(args, name, default)
     if min(args.size) < SMALLEST_SIDE:
         raise MazeError(f"size={min(args.size)}: expected at least {SMALLEST_SIDE}")
+    if args.size[0] * args.size[1] > MOST_CELLS:
+        raise MazeError(f"size={args.size[0]}x{args.size[1]}: expected at most {MOST_CELLS:,} cells")
     at_least = {"columns": SMALLEST_SIDE, "num_train": 1, "num_test": 1, "workers": 1, "subsample_size": 1}
     for name in (*at_least, "min_length", "seed"):
         value, low = getattr(args, name), at_least.get(name, 0)

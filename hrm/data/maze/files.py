@@ -135,12 +135,14 @@ def _kind(path: Path, first: Row, columns: int | None) -> Kind:
     lines = question.splitlines()
     if len(lines) > 1:
         if columns is not None:
-            raise _bad(path, line, f"question of {len(lines)} lines, which --columns has no meaning for")
+            raise _bad(path, line, f"question of {len(lines)} lines; leave --columns out")
         rows, columns, expected = len(lines), len(lines[0]), "rows"
+    elif columns is None:
+        # Take no other shape: 35 cells may be 5 x 7 or 7 x 5.
+        rows = columns = isqrt(len(question))
+        expected = "a square"
     else:
-        cells = len(question)
-        rows, columns = shape_of(cells, columns) if cells else (0, columns or 1)
-        expected = f"rows of {columns}" if rows != columns else "a square"
+        rows, expected = len(question) // columns, f"rows of {columns}"
     if rows * columns != len("".join(lines)) or min(rows, columns) < SMALLEST_SIDE:
         raise _bad(
             path,
