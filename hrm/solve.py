@@ -279,7 +279,8 @@ def _vote_lines(result: dict[str, Any]) -> list[str]:
     lines = [f"path {result['path']} of {total} answers; the paths gave {len(result['votes'])} answers:"]
     for vote in result["votes"][:MOST_VOTES]:
         differ = sum(a != b for a, b in zip(vote["board"], result["board"], strict=True))
-        same = f"differs in {counted(differ, 'cell')}" if differ else "this answer"
+        is_chosen = result["path"] in vote["paths"]
+        same = "this answer" if is_chosen else f"differs in {counted(differ, 'cell')}"
         faults = counted(len(vote["problems"]), "fault")
         verdict = {True: ", right", False: f", {faults}", None: ""}[vote["right"]]
         sure = f"confidence up to {100 * vote['q_halt']:.1f} %"

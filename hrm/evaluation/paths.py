@@ -30,7 +30,7 @@ from hrm.evaluation.metrics import (
     progress_bar,
     taken_of,
 )
-from hrm.evaluation.race import RULED, Judge, Race
+from hrm.evaluation.race import RULED, Judge, Race, compared
 from hrm.evaluation.selection import (
     Outcomes,
     Rule,
@@ -312,7 +312,8 @@ class _SetOfPaths:
                 own = slice(row * paths, (row + 1) * paths)
                 answers = predictions[own] = view.answers(predictions[own], every)
                 right, lawful = self._judge.answers(answers, batch.inputs[row], batch.labels[row])
-                numbers[depth, 3:, row] = right, same_answers(answers), lawful
+                same = same_answers(compared(self._judge.kind, answers))
+                numbers[depth, 3:, row] = right, same, lawful
         answers = np.zeros((self._group * paths, inputs.shape[1]), np.int32)
         answers[: len(inputs)] = seen[-1]
         return answers, numbers

@@ -1,7 +1,10 @@
 """The paths of one puzzle while they run, until no open one can change the choice among them."""
 
+import math
+
 import numpy as np
 
+from hrm.data.arc.augment import canvas, grid_of
 from hrm.data.format import IGNORE_LABEL
 from hrm.data.inspect.rules import broken
 from hrm.data.puzzle_kinds import Kind
@@ -13,11 +16,22 @@ from hrm.evaluation.views import View
 RULED = ("sudoku", "maze")
 
 
+def compared(kind: Kind, answers: np.ndarray) -> np.ndarray:
+    """Answers (n, S) as votes compare them: of an ARC canvas the grid alone, for no label trains the rest."""
+    if kind.name != "arc":
+        return answers
+    found, side = np.zeros_like(answers), math.isqrt(answers.shape[1])
+    for tokens, answer in zip(found, answers, strict=True):
+        if (grid := grid_of(answer)) is not None:
+            tokens[:] = canvas(grid, side=side)
+    return found
+
+
 class Judge:
     """Compares the answers of paths with the labels, the rules and each other."""
 
     def __init__(self, kind: Kind) -> None:
-        self._kind = kind
+        self.kind = kind
         self.has_rules = kind.name in RULED
 
     def answers(self, answers: np.ndarray, inputs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -26,7 +40,7 @@ class Judge:
         right = (answers == labels)[:, valid].all(axis=1)
         lawful = np.zeros(len(answers), bool)
         if self.has_rules:
-            lawful = ~broken(self._kind, np.broadcast_to(inputs, answers.shape), answers)
+            lawful = ~broken(self.kind, np.broadcast_to(inputs, answers.shape), answers)
         return right, lawful
 
 
@@ -42,6 +56,7 @@ class Race:
         paths = self._paths = self.open = len(view.inputs)
         self._outcomes = unfinished(1, paths, judge.has_rules)
         self._predictions = np.zeros((paths, len(inputs)), np.int32)
+        self._compared = np.zeros_like(self._predictions)
         self._steps = np.zeros(paths, np.int64)
         self._ended = np.zeros(paths, bool)
         # The steps after which no path changes the choice.
@@ -64,7 +79,8 @@ class Race:
         if outcomes.lawful is not None:
             outcomes.lawful[0, path] = lawful[0]
         self._ended[path], self._steps[path] = True, ends.steps[index]
-        same = self._ended & (self._predictions == answer).all(axis=1)
+        self._compared[path] = compared(self._judge.kind, answer[None])[0]
+        same = self._ended & (self._compared == self._compared[path]).all(axis=1)
         outcomes.answer[0, same] = np.flatnonzero(same)[0]
         outcomes.q_halt[0, path], outcomes.halts_at[0, path] = ends.q_halt[index], ends.halts_at[index]
         outcomes.residual[0, path] = ends.residual[index]

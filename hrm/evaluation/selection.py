@@ -23,10 +23,10 @@ CONFIDENCE = 0.95
 class Outcomes:
     """How the paths ended, each array (N, K).
 
-    right: bool, every cell with a label is right. answer: int, the first path with the same answer. q_halt:
-    float, the logit at the end. halts_at: int, the first ACT step at which the path wishes to halt, or NEVER.
-    residual: float, the mean change of the logits over the last steps. lawful: bool, the answer keeps the
-    puzzle's own rules; None for puzzles without rules.
+    right: bool, every cell with a label is right. answer: int, the first path with the same answer, of ARC
+    with the same grid. q_halt: float, the logit at the end. halts_at: int, the first ACT step at which the
+    path wishes to halt, or NEVER. residual: float, the mean change of the logits over the last steps. lawful:
+    bool, the answer keeps the puzzle's own rules; None for puzzles without rules.
     """
 
     right: np.ndarray

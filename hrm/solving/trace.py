@@ -12,7 +12,7 @@ from torch import Tensor
 from hrm.common.errors import UserError
 from hrm.data.format import IGNORE_LABEL, Metadata
 from hrm.data.puzzle_kinds import kind_of
-from hrm.evaluation.race import RULED
+from hrm.evaluation.race import RULED, compared
 from hrm.evaluation.selection import Outcomes, same_answers, unfinished
 from hrm.evaluation.views import PlainViews, Views
 from hrm.model.act import (
@@ -179,7 +179,7 @@ def record_paths(
             if not going.any():
                 break
     ends = np.array([steps_of[-1].board for steps_of in taken])
-    found.answer[0] = same_answers(ends)
+    found.answer[0] = same_answers(compared(kind, ends))
     if known is not None:
         found.right[0] = (ends == known).all(axis=1)
     if found.lawful is not None:

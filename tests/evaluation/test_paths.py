@@ -15,10 +15,11 @@ from hrm.data.format import PuzzleSet
 from hrm.data.inspect.rules import broken
 from hrm.data.puzzle_kinds import Kind
 from hrm.data.writer import Shape, new_dataset
+from hrm.engine.inference import Ends
 from hrm.evaluation.paths import group_size
-from hrm.evaluation.race import RULED
+from hrm.evaluation.race import RULED, Judge, Race, compared
 from hrm.evaluation.selection import RULES
-from hrm.evaluation.views import ArcViews, Views, views_for
+from hrm.evaluation.views import ArcViews, Plain, Views, views_for
 from tests.support.trained_runs import make_config, make_run
 
 PATHS = 5
@@ -109,6 +110,23 @@ def test_arc_views(named):
         assert set(view.identifiers.tolist()) == {1} and different > 20
     empty = np.zeros(900, np.uint8)
     assert (views.of(empty, 1, 0, 4).inputs == 0).all()
+
+
+def test_of_arc_answers_the_grids_vote():
+    """Tokens outside the grid differ by chance; two of three equal grids decide a vote."""
+    kind, grid = Kind("arc", 4, 4, 12), np.array([[3, 0]], np.uint8)
+    boards = np.stack([canvas(grid, side=4)] * 3).astype(np.int32)
+    boards[0, -1], boards[1, -2] = 5, 7
+    question = canvas(grid, side=4)
+    race = Race("vote", Judge(kind), Plain(question, 0, 3), question, boards[2])
+    for path in range(2):
+        assert race.goes_on(path, 0)
+        none = np.zeros(1, np.int32)
+        race.end(path, Ends(none, none, boards[[path]], none, none + 1, none + 1, none), 0)
+    assert not race.goes_on(2, 0) and race.open == 0
+    assert (compared(kind, boards) == boards[2]).all()
+    assert not compared(kind, np.ones((1, 16), np.int32)).any()
+    assert compared(Kind("sudoku", 4, 4, 6), boards) is boards
 
 
 def test_groups_fill_their_batches():
