@@ -41,7 +41,9 @@ class EvaluateConfig:
     """The model, the examples and the options of an evaluation."""
 
     checkpoint: str | None = key(
-        None, "a run's folder or one of its checkpoints; of the official code a step_N file", **PATH
+        None,
+        "a run's folder or one of its checkpoints; of the official code a step_N file; or hub:OWNER/NAME",
+        **PATH,
     )
     data_path: str | None = key(
         None, "folder of a data set; null is the one that the run was trained on", **PATH

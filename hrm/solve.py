@@ -45,7 +45,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=THREADS_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a run's folder, one of its checkpoints, or hub:OWNER/NAME"
+    )
     parser.add_argument(
         "puzzle",
         metavar="PUZZLE",

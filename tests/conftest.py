@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # First, for it sets how threads wait, which OpenMP reads when PyTorch loads.
 import hrm  # noqa: F401, I001
 import torch
+
+from tests.support.fake_hub import FakeHub
 
 if not torch.cuda.is_available():
     # Read when a kernel is defined, so it is set before `kernels` is imported; `auto` still takes the
@@ -57,3 +60,12 @@ def tiny_sudoku(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HRM_CACHE", str(tmp_path_factory.mktemp("cache")))
         return builtin_sudoku(4, 48, 20, 0, 0)
+
+
+@pytest.fixture
+def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    """A Hugging Face hub without a network, in place of its package."""
+    hub = FakeHub(tmp_path / "hub")
+    for name, module in hub.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return hub

@@ -6,9 +6,9 @@ HRM and TRM write a state dict `step_<N>`, and HRM's on the hub is called `check
 """
 
 import re
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,11 @@ from torch import Tensor
 from hrm.checkpoint.identifiers import IDENTIFIERS
 from hrm.checkpoint.read import AVERAGE, TRAINING
 from hrm.checkpoint.safe_io import CheckpointError, read_safetensors, read_torch
+
+# The configuration that a run leaves: this trainer's, the official one's.
+OWN_CONFIG, OFFICIAL_CONFIG = CONFIG_FILES = "config.yaml", "all_config.yaml"
+
+File = TypeVar("File", bound=PurePath)
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 _STEP_FILE = re.compile(r"step_(\d{1,18})(?:_(?!all_preds)[\w-]+)?(?:\.(?:safetensors|pt|pth|ckpt|bin))?")
@@ -49,24 +54,33 @@ def weights_file(folder: Path) -> Path | None:
 
     Raises CheckpointError that names the files where there are several.
     """
-    for depth in ("*", "*/*"):
-        # Hidden folders hold saves that did not finish, and caches.
-        files = sorted(
-            path
-            for path in folder.glob(depth)
-            if path.is_file() and not any(part[0] == "." for part in path.relative_to(folder).parts)
-        )
-        steps = [(int(match[1]), path) for path in files if (match := _STEP_FILE.fullmatch(path.name))]
-        found = [max(steps)[1]] if steps and depth == "*" else [path for path in files if _may_hold(path)]
+    paths = [path for depth in ("*", "*/*") for path in folder.glob(depth) if path.is_file()]
+    found = choose_file([path.relative_to(folder) for path in paths], str(folder), 2)
+    return None if found is None else folder / found
+
+
+def choose_file(files: Iterable[File], place: str, deepest: int) -> File | None:
+    """The newest or only weights file among paths relative to a place; that of the fewest folders.
+
+    deepest: most parts of a path. Raises CheckpointError that names the files where there are several.
+    """
+    # Hidden folders hold saves that did not finish, and caches.
+    ordered = sorted(path for path in files if not any(part[0] == "." for part in path.parts))
+    for depth in range(1, deepest + 1):
+        level = [path for path in ordered if len(path.parts) == depth]
+        steps = [(int(match[1]), path) for path in level if (match := _STEP_FILE.fullmatch(path.name))]
+        found = [max(steps)[1]] if steps and depth == 1 else [path for path in level if _may_hold(path)]
         if len(found) > 1:
-            names = ", ".join(str(path.relative_to(folder)) for path in found[:8])
-            raise CheckpointError(f"{folder} holds several checkpoints: {names}; give one of them")
+            names = ", ".join(map(str, found[:8]))
+            raise CheckpointError(
+                f"{place} holds several checkpoints: {names}; give one of them, such as {place}/{found[0]}"
+            )
         if found:
             return found[0]
     return None
 
 
-def _may_hold(path: Path) -> bool:
+def _may_hold(path: PurePath) -> bool:
     known = path.suffix in _SUFFIXES and path.name not in (AVERAGE, IDENTIFIERS, TRAINING)
     return known or path.name == _HUB_FILE or _STEP_FILE.fullmatch(path.name) is not None
 

@@ -10,6 +10,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
+from hrm.checkpoint.foreign import OFFICIAL_CONFIG, OWN_CONFIG
 from hrm.checkpoint.identifiers import Identifiers, identifiers_of_checkpoint, identifiers_of_data
 from hrm.checkpoint.read import (
     AVERAGE,
@@ -22,6 +23,7 @@ from hrm.checkpoint.read import (
 )
 from hrm.checkpoint.safe_io import read_safetensors, read_training
 from hrm.checkpoint.weights import PUZZLE_TABLE, load_weights, read_weights
+from hrm.common.hub import is_remote
 from hrm.common.text import one_line
 from hrm.config.load import KEYS, config_of, load_config, validate
 from hrm.config.messages import ConfigError
@@ -33,9 +35,6 @@ from hrm.data.format import Metadata, read_metadata
 from hrm.engine.kernel_choice import take_measured
 from hrm.engine.modes import dtype_note, resolve_dtype
 from hrm.model.hrm import HRM
-
-# The configuration that a run leaves: this trainer's, the official one's.
-OWN_CONFIG, OFFICIAL_CONFIG = "config.yaml", "all_config.yaml"
 
 _CONFIG_LIMIT = 1 << 20
 _MOST_CELLS = 1 << 20
@@ -83,10 +82,11 @@ class Trained:
 def find_trained(path: str | Path) -> Found:
     """The checkpoint that a path names, with the configuration beside it.
 
-    path: a run's folder (its newest good checkpoint), a `step_<N>` folder, or a weights file of another
-    trainer or the folder that holds it. Raises CheckpointError or ConfigError naming the file and the remedy.
+    path: a run's folder (its newest good checkpoint), a `step_<N>` folder, a weights file of another trainer
+    or the folder that holds it, or `hub:OWNER/NAME`. Raises CheckpointError, ConfigError or HubError naming
+    the file and the remedy.
     """
-    file, weights, notes, average, inside = read_weights(Path(path))
+    file, weights, notes, average, inside = read_weights(path)
     folder = file.parent
     # A run keeps its configuration beside its checkpoints' folders, EqR's beside that of its files.
     places = [folder, folder.parent] if STEP_NAME.fullmatch(folder.name) else [folder]
@@ -94,10 +94,12 @@ def find_trained(path: str | Path) -> Found:
     beside += [folder.parent / OFFICIAL_CONFIG] if inside is None else []
     config_file = next((each for each in beside if each.is_file()), None)
     if config_file is None and inside is None:
-        raise CheckpointError(
-            f"{file}: its run's configuration is missing, expected {OWN_CONFIG} or {OFFICIAL_CONFIG} in "
-            f"{places[-1]}; copy it there"
-        )
+        its = f"{path if is_remote(path) else file}: its run's configuration is missing, expected"
+        if is_remote(path):
+            raise CheckpointError(
+                f"{its} {OFFICIAL_CONFIG} beside {file.name}; give a folder with both files"
+            )
+        raise CheckpointError(f"{its} {OWN_CONFIG} or {OFFICIAL_CONFIG} in {places[-1]}; copy it there")
     if config_file is not None and config_file.stat().st_size > _CONFIG_LIMIT:
         raise ConfigError(f"{config_file}: too large, expected the configuration that a run saves")
     if config_file is None:

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from hrm.checkpoint.foreign import Contents, read_file, weights_file
+from hrm.checkpoint.hub import fetch_checkpoint
 from hrm.checkpoint.identifiers import Identifiers, follow_names, identifiers_of_checkpoint
 from hrm.checkpoint.read import MANIFEST, STEP_NAME, WEIGHTS, choose
 from hrm.checkpoint.safe_io import CheckpointError
+from hrm.common.hub import is_remote
 
 PUZZLE_TABLE = "puzzle_emb.weights"
 # The first states of every sequence, which a model with random ones does not use.
@@ -27,15 +29,15 @@ def load_weights(
     """Weights that fit a model's names and shapes, and a line for each part left out.
 
     path: a `step_<N>` folder, a run's folder, a weights file of another trainer or the folder that holds it
-    (see `hrm.checkpoint.foreign`). expected: the shape of every parameter and persistent buffer. If the
-    checkpoint has no gate networks or no subgoal head, the result lacks them and the model keeps its own
-    values; with reset_puzzle_emb that also holds for a puzzle table of another length. names: of the model's
-    puzzle table, whose rows the checkpoint's then follow; None leaves each row its number. Tensors are on the
-    CPU in the file's dtype.
-    Raises CheckpointError for a damaged file or another architecture, with the first differences, and for a
-    puzzle table of other puzzles.
+    (see `hrm.checkpoint.foreign`), or `hub:OWNER/NAME`. expected: the shape of every parameter and persistent
+    buffer. If the checkpoint has no gate networks or no subgoal head, the result lacks them and the model
+    keeps its own values; with reset_puzzle_emb that also holds for a puzzle table of another length. names:
+    of the model's puzzle table, whose rows the checkpoint's then follow; None leaves each row its number.
+    Tensors are on the CPU in the file's dtype.
+    Raises HubError as `fetch_checkpoint` does; CheckpointError for a damaged file or another architecture,
+    with the first differences, and for a puzzle table of other puzzles.
     """
-    path, weights, notes, *_ = read_weights(Path(path))
+    path, weights, notes, *_ = read_weights(path)
     shapes = dict(expected)
     table, shape = weights.get(PUZZLE_TABLE), shapes.get(PUZZLE_TABLE)
     if table is not None and shape is not None and table.shape[1:] == shape[1:]:
@@ -83,12 +85,13 @@ def load_weights(
     )
 
 
-def read_weights(path: Path) -> Contents:
+def read_weights(path: str | Path) -> Contents:
     """The weights file that a path stands for, and its contents.
 
-    path: see `load_weights`. Raises CheckpointError.
+    path: see `load_weights`. Raises CheckpointError or HubError.
     """
     notes: list[str] = []
+    path = fetch_checkpoint(str(path)) if is_remote(path) else Path(path)
     if path.is_dir():
         names = [(entry, STEP_NAME.fullmatch(entry.name)) for entry in (path, *path.iterdir())]
         is_own = (path / MANIFEST).exists() or any(match and entry.is_dir() for entry, match in names)

@@ -229,7 +229,9 @@ class Config:
     project_name: str = key(None, "folder of related runs", shown="(from the data)", **_NAME)
     run_name: str = key(None, "folder of this run", shown="(the architecture)", **_NAME)
     output_dir: str = key("checkpoints", "a run's files go to output_dir/project_name/run_name", **PATH)
-    checkpoint_path: str | None = key(None, "start from the weights of this run or checkpoint", **PATH)
+    checkpoint_path: str | None = key(
+        None, "start from the weights of this run, checkpoint or hub:NAME", **PATH
+    )
     reset_puzzle_emb: bool = key(False, "with checkpoint_path: start a fresh puzzle embedding table")
     resume: str = key("auto", "continue a run: auto the one in this run's folder, a path another", **_RESUME)
     resume_force: bool = key(False, "continue it with other data or options than it was trained with")

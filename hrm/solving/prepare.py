@@ -11,6 +11,7 @@ from hrm.checkpoint.identifiers import hashes_of
 from hrm.checkpoint.load_model import Trained, find_trained, load_trained
 from hrm.checkpoint.weights import PUZZLE_TABLE
 from hrm.common.errors import UserError
+from hrm.common.hub import is_remote
 from hrm.common.text import one_line
 from hrm.config.load import resolve_device
 from hrm.data.arc.augment import Pair, canvas
@@ -34,7 +35,7 @@ def load_for(
     kind: None for numbers, which any kind may take. Without its training data the model's sizes come from the
     puzzle. Raises UserError for a checkpoint of another kind or size, and as `load_trained` does.
     """
-    if not Path(checkpoint).exists():
+    if not is_remote(checkpoint) and not Path(checkpoint).exists():
         raise UserError(f"{checkpoint}: no such folder or file; expected a run or a checkpoint of one")
     place = resolve_device(device)
     found, metadata = find_trained(checkpoint), None

@@ -1,9 +1,11 @@
 """Checkpoints as other trainers and the hub leave them: found, unwrapped, read without their code."""
 
 import argparse
+import json
 import random
 import subprocess
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,14 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from safetensors.torch import save_file
 
+import train
 from hrm.checkpoint.load_model import find_trained, load_trained
 from hrm.checkpoint.read import CheckpointError
 from hrm.checkpoint.weights import load_weights, read_weights
+from hrm.common.hub import HubError
 from hrm.evaluate import main as evaluate
-from tests.support.trained_runs import METADATA, make_config, make_model
+from hrm.solve import main as solve
+from tests.support.trained_runs import METADATA, make_config, make_model, make_run
 
 CONFIG: dict[str, Any] = {
     "arch": {
@@ -31,6 +36,7 @@ CONFIG: dict[str, Any] = {
     "global_batch_size": 8,
     "lr_warmup_steps": 3,
 }
+SIZES = ("hidden_size", "num_heads", "expansion", "H_layers", "L_layers", "H_cycles", "L_cycles")
 WEIGHTS = make_model(make_config(), seed=1).state_dict()
 SHAPES = {name: tensor.shape for name, tensor in WEIGHTS.items()}
 
@@ -180,3 +186,78 @@ def test_what_the_user_says_beats_the_file(tmp_path, tiny_sudoku, capsys):
         assert note in capsys.readouterr().out
     assert evaluate([f"checkpoint={tmp_path}"]) == 2
     assert "(data set not named): no such data set; give data_path=DIR" in capsys.readouterr().err
+
+
+# --- on the hub
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folders_on_the_hub(name, fake_hub):
+    files, file = FOLDERS[name]
+    write(fake_hub.served / "someone/model", {**files, "all_config.yaml": CONFIG})
+    for other in ("README.md", "trm.py", "losses.py", "config.json"):
+        (fake_hub.served / "someone/model" / other).write_text("raise SystemExit(1)")
+    trained = load_trained("hub:someone/model", device="cpu", metadata=METADATA)
+    assert torch.equal(trained.model.lm_head.weight, WEIGHTS["lm_head.weight"])
+    assert trained.config.arch.halt_max_steps == 3
+    assert [asked[-1] for asked in fake_hub.asked] == [file, "all_config.yaml"]
+
+
+def test_one_of_several_on_the_hub(fake_hub):
+    """A folder for each task, as EqR's and TRM's repositories have them; a configuration above."""
+    served = write(
+        fake_hub.served / "lab/all", {"maze/step_9": WEIGHTS, "runs/sudoku/step_9_a.pth": eqr(config=None)}
+    )
+    write(served, {"runs/sudoku/step_3_b.pth": eqr(model={}), "runs/all_config.yaml": CONFIG})
+    write(served, {"arc/step_9": WEIGHTS})
+    with pytest.raises(
+        CheckpointError,
+        match=r"several checkpoints: arc/step_9, maze/step_9; give .*, such as hub:lab/all/arc/step_9$",
+    ):
+        find_trained("hub:lab/all")
+    assert fake_hub.asked == []
+    for path in ("runs/sudoku", "runs/sudoku/step_9_a.pth"):
+        assert find_trained(f"hub:lab/all@main/{path}").config.data_path == "data/sudoku"
+        assert [asked[2:] for asked in fake_hub.asked[-2:]] == [
+            ("main", "runs/sudoku/step_9_a.pth"),
+            ("main", "runs/all_config.yaml"),
+        ]
+    with pytest.raises(CheckpointError, match="hub:lab/all/gone: no file of weights there"):
+        find_trained("hub:lab/all/gone")
+    with pytest.raises(CheckpointError, match=r"hub:lab/all/arc: .* expected all_config\.yaml beside step_9"):
+        find_trained("hub:lab/all/arc")
+    fake_hub.error = fake_hub.utils.OfflineModeIsEnabled()
+    assert find_trained("hub:lab/all/runs/sudoku").config.data_path == "data/sudoku"
+    with pytest.raises(HubError, match="hub:lab/all/maze: it is not in the cache"):
+        find_trained("hub:lab/all/maze")
+
+
+def test_a_run_of_this_trainer_on_the_hub(fake_hub):
+    run = fake_hub.served / "me/run"
+    for step in (7, 10):
+        make_run(run, step=step)
+    (run / "metrics.jsonl").write_text("{}")
+    assert find_trained("hub:me/run").file.parent.name == "step_10"
+    names = ["manifest.json", "model.safetensors", "training.pt"]
+    assert [asked[-1] for asked in fake_hub.asked] == [*(f"step_10/{name}" for name in names), "config.yaml"]
+    assert find_trained("hub:me/run/step_7").file.parent.name == "step_7"
+
+
+def test_commands_take_a_checkpoint_on_the_hub(fake_hub, tmp_path, tiny_sudoku, capsys):
+    arch = {**CONFIG["arch"], "puzzle_emb_ndim": 0}
+    model = make_model(make_config({"puzzle_emb_ndim": 0}), replace(METADATA, seq_len=16))
+    weights = {f"_orig_mod.model.inner.{name}": tensor for name, tensor in model.state_dict().items()}
+    write(fake_hub.served / "lab/hrm", {"checkpoint": weights, "all_config.yaml": {**CONFIG, "arch": arch}})
+    assert evaluate(["checkpoint=hub:lab/hrm", f"data_path={tiny_sudoku}", "samples=4", "--json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["all"]["count"] == 4 and "downloading 2 files" in told.err
+    page = tmp_path / "page.html"
+    assert solve(["hub:lab/hrm", "123.3.1221.3.321", "--html", str(page)]) in (0, 1)
+    assert "hrm" in page.read_text(encoding="utf-8")
+    small = ["arch.puzzle_emb_ndim=0", *(f"arch.{key}={arch[key]}" for key in SIZES), "max_steps=1"]
+    small += ["device=cpu", "mode=eager", f"output_dir={tmp_path}", f"data_path={tiny_sudoku}", "lr=0"]
+    small += ["global_batch_size=8", "weight_decay=0", "run_name=run", "eval_interval=null"]
+    assert train.main([*small, "checkpoint_path=hub:lab/hrm"]) == 0
+    assert "starting from the weights of hub:lab/hrm" in capsys.readouterr().out
+    started = read_weights(tmp_path / tiny_sudoku.name / "run").weights
+    assert torch.equal(started["lm_head.weight"], model.lm_head.weight)

@@ -455,7 +455,7 @@ def test_two_files_become_a_data_set_without_repetitions(
         fetched.append(asked)
         return tmp_path / "in"
 
-    monkeypatch.setattr(maze, "fetch", fetch)
+    monkeypatch.setattr(maze, "fetch_files", fetch)
     assert command("--output-dir", tmp_path / "hub", "--source", "hub:owner/name") == 0
     assert fetched == [("hub:owner/name", ("train.csv", "test.csv"))]
     assert digests(tmp_path / "hub") == digests(tmp_path / "out")

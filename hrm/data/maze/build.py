@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from hrm.common.hub import fetch_files, is_remote
 from hrm.common.threads import usable_cpus
 from hrm.data.faults import Faults
 from hrm.data.format import NUMBERS, PuzzleSet
-from hrm.data.hub import PREFIX, fetch
 from hrm.data.inspect.histogram import histogram
 from hrm.data.maze.files import SMALLEST_SIDE, MazeError, Mazes, keys, read_mazes
 from hrm.data.maze.search import random_mazes, symmetric, symmetries_of
@@ -351,7 +351,7 @@ def _check_num_aug(num_aug: int, shape: tuple[int, int]) -> None:
 
 
 def _is_one_file(source: str) -> bool:
-    return not source.startswith(PREFIX) and not Path(source).is_dir()
+    return not is_remote(source) and not Path(source).is_dir()
 
 
 def _generated(args: argparse.Namespace) -> tuple[dict[str, Iterable[Mazes]], list[str]]:
@@ -370,7 +370,7 @@ def _from_files(args: argparse.Namespace) -> tuple[dict[str, Iterable[Mazes]], l
         selections = hold_out(Path(args.source), args.test_size, rng, form)
     else:
         names = ("train.csv", "test.csv")
-        folder = fetch(args.source, names) if args.source.startswith(PREFIX) else Path(args.source)
+        folder = fetch_files(args.source, names) if is_remote(args.source) else Path(args.source)
         selections = select(folder / names[0], folder / names[1], form)
     train = selections["train"]
     rows = np.nonzero(train.kept)[0]

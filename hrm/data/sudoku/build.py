@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from hrm.common.hub import fetch_files, is_remote
 from hrm.common.threads import usable_cpus
 from hrm.config.schema import Config
 from hrm.data.format import PuzzleSet
-from hrm.data.hub import PREFIX, fetch
 from hrm.data.options import add_shared, refuse_idle
 from hrm.data.sudoku.files import Puzzles, hold_out, prove_proper, read_puzzles, row_keys
 from hrm.data.sudoku.solver import BOXES, SudokuError, random_grid, random_puzzle, solutions
@@ -280,7 +280,7 @@ def run(args: argparse.Namespace) -> None:
     """Builds a data set from the options and prints a summary. Raises SudokuError or DatasetError."""
     check_output(args.output_dir)
     generated = args.source == "generated"
-    hub = args.source.startswith(PREFIX)
+    hub = is_remote(args.source)
     folder = not generated and (hub or Path(args.source).is_dir())
     has_effect = {
         **dict.fromkeys(("num_train", "num_test", "clues"), generated),
@@ -331,7 +331,7 @@ def _from_files(
         )
 
     if folder:
-        source = fetch(args.source, ["train.csv", "test.csv"]) if hub else Path(args.source)
+        source = fetch_files(args.source, ["train.csv", "test.csv"]) if hub else Path(args.source)
         return read(_file_of(source, "train")), read(_file_of(source, "test"))
     return hold_out(read(Path(args.source)), 0.1 if args.test_size is None else args.test_size, rng)
 

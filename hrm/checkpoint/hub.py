@@ -1,0 +1,67 @@
+"""Checkpoints on the Hugging Face hub: which files of a repository are downloaded."""
+
+import sys
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from hrm.checkpoint.foreign import CONFIG_FILES, choose_file
+from hrm.checkpoint.identifiers import IDENTIFIERS, NAMES
+from hrm.checkpoint.read import MANIFEST, STEP_NAME, TENSORS_NAME, TRAINING
+from hrm.checkpoint.safe_io import CheckpointError
+from hrm.common.hub import fetch
+from hrm.distributed import place
+
+_Path = PurePosixPath
+
+
+def fetch_checkpoint(source: str) -> Path:
+    """The local folder or file of a checkpoint on the hub, downloaded if it is not in the cache.
+
+    source: `hub:OWNER/NAME`, with `@REVISION` or `/PATH`, a folder or file of it, where needed. Only weights,
+    configurations and puzzle names are downloaded. Raises HubError as `hrm.common.hub.fetch` does, and
+    CheckpointError for a repository that holds no checkpoint or several.
+    """
+    # The ranks of one machine share its cache.
+    say = partial(print, file=sys.stderr, flush=True) if place().local_rank == 0 else None
+    root, files = fetch(source, "model", partial(_files, source), say)
+    first = root / files[0]
+    return first.parent if first.name == MANIFEST else first
+
+
+def _files(source: str, names: Collection[str], path: str) -> list[str]:
+    """The files that a checkpoint needs; first the manifest of this trainer, or the weights of another."""
+    chosen = _checkpoint(source, names, path)
+    if str(chosen) in names:
+        files, folder, beside = [str(chosen)], chosen.parent, {*CONFIG_FILES, IDENTIFIERS, NAMES}
+    else:
+        own = sorted(p.name for p in map(_Path, names) if p.parent == chosen)
+        own = [name for name in own if name == TRAINING or TENSORS_NAME.fullmatch(name)]
+        files, folder, beside = [str(chosen / name) for name in (MANIFEST, *own)], chosen, set(CONFIG_FILES)
+    # A configuration may stand beside the folder of the weights.
+    near = {str(place / name) for place in (folder, folder.parent) for name in beside} & set(names)
+    return files + sorted(near - set(files))
+
+
+def _checkpoint(source: str, names: Collection[str], path: str) -> PurePosixPath:
+    """The weights file that a path in a repository stands for, or the folder of this trainer's checkpoint."""
+    base = _Path(path)
+    if path in names:
+        return base
+    inside = [_Path(name).relative_to(base) for name in names if _Path(name).is_relative_to(base)]
+    if _Path(MANIFEST) in inside:
+        return base
+    steps = [p.parent for p in inside if p.name == MANIFEST and len(p.parts) == 2]
+    own = {
+        int(match[1]): step for step in steps if (match := STEP_NAME.fullmatch(step.name)) and not match[2]
+    }
+    if own:
+        return base / own[max(own)]
+    deepest = max((len(p.parts) for p in inside), default=0)
+    found = choose_file(inside, source, deepest)
+    if found is None:
+        raise CheckpointError(
+            f"{source}: no file of weights there; expected a repository, or a folder of it, that holds one "
+            "(safetensors, .pt, .pth, .ckpt, step_N, checkpoint)"
+        )
+    return base / found
