@@ -272,7 +272,8 @@ def _official_config(node: yaml.Node | None, path: str) -> tuple[Config, list[st
     values, notes = official.values, official.notes
     if values.get("loss.loss_type") is None:
         raise ConfigError(
-            f"{path}: no arch.loss.loss_type, expected the configuration that an official run saves"
+            f"{path}: no arch.loss.loss_type; put the {OFFICIAL_CONFIG} that an official run saves beside "
+            "the weights"
         )
     values["data_path"] = next(iter(official.data_paths), NO_DATA)
     if len(official.data_paths) > 1:

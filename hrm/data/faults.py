@@ -44,8 +44,12 @@ class Faults:
             return
         if self.count == 1:
             raise self._error(f"{self.first[0]}; {remedy.replace('them', 'it')}")
-        more = f"; and {self.count - MOST:,} more" if self.count > MOST else ""
-        raise self._error(f"{'; '.join(self.first)}{more}; {self.count:,} bad in all, {remedy}")
+        raise self._error(f"{self.listed()}; {self.count:,} bad in all, {remedy}")
+
+    def listed(self) -> str:
+        """The first faults in one line, and how many more there are."""
+        more = [f"and {self.count - MOST:,} more"] if self.count > MOST else []
+        return "; ".join([*self.first, *more])
 
     def notes(self) -> list[str]:
         """Lines about what was left out: how much, where, and why."""

@@ -82,7 +82,7 @@ class TrainingData:
             augment = FreshSymmetries(train_set, kind, config.seed, held)
         elif idle := _idle_names(train_set):
             notes.append(
-                f"warning: {train_set.folder} stores every ARC task once, so {idle:,} puzzle embeddings "
+                f"{train_set.folder} stores every ARC task once, so {idle:,} puzzle embeddings "
                 "of augmentations do not train; augment=true trains all"
             )
         notes += _notes_on_ranking(config, train_set, test_set, valid)

@@ -32,7 +32,7 @@ def tokens(text: str) -> list[int]:
     return ["_# SGo".index(cell) for cell in text.replace("\n", "").replace(".", " ")]
 
 
-@pytest.mark.parametrize("form", ["lines", "columns", "maze-dataset", "no answer"])
+@pytest.mark.parametrize("form", ["lines", "columns", "maze-dataset", "no answer", "empty answers"])
 def test_rectangles_are_read_in_each_form(form: str, tmp_path: Path, capsys: Any) -> None:
     other = [text[::-1].replace("S", "x").replace("G", "S").replace("x", "G") for text in (LONG, SOLVED)]
     # The reversed maze is the same one turned by half, but with its ends exchanged.
@@ -44,6 +44,8 @@ def test_rectangles_are_read_in_each_form(form: str, tmp_path: Path, capsys: Any
     if form == "maze-dataset":
         letters = str.maketrans(".Go", " EX")
         rows = [(question.translate(letters), answer.translate(letters)) for question, answer in rows]
+    if form == "empty answers":
+        rows = [(question, "") for question, _ in rows]
     lines = [f'"{question}"' + (f',"{answer}"' if form != "no answer" else "") for question, answer in rows]
     head = "question" if form == "no answer" else "question,answer"
     (tmp_path / "mazes.csv").write_text("\n".join([head, *lines]) + "\n")

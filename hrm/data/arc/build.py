@@ -238,7 +238,7 @@ def run(args: argparse.Namespace) -> None:
     clashes += faults.count
     faults.check(_remedy(reader, clashes))
     if not tasks:
-        raise DatasetError(f"{' '.join(args.source)}: no sound task; {'; '.join(faults.notes())}")
+        raise DatasetError(f"{' '.join(args.source)}: no sound task in it; {faults.listed()}")
     if args.holdout is not None:
         tasks = hold_out(tasks, args.holdout, np.random.default_rng([args.seed, HOLDING_OUT]))
     made = write_arc(

@@ -200,7 +200,7 @@ def _classes(path: Path, form: Form) -> tuple[np.ndarray, tuple[int, int], tuple
         found.append(keys(mazes.questions, mazes.columns))
         shape = mazes.shape
     if not found:
-        raise MazeError(f"{path}: no sound maze in it; {'; '.join(faults.notes())}")
+        raise MazeError(f"{path}: no sound maze in it; {faults.listed()}")
     return np.concatenate(found), shape, tuple(f"  {path.name}: {note}" for note in faults.notes())
 
 

@@ -126,7 +126,7 @@ def _rows(path: Path, lines: Iterator[tuple[int, str]], faults: Faults) -> Itera
                 found = f"{counted(len(fields), 'field')}, expected {len(header)} as in the header"
                 faults.add(f"{path}: line {reader.line_num}", found)
                 continue
-            yield reader.line_num, fields[question], None if answer is None else fields[answer]
+            yield reader.line_num, fields[question], (fields[answer] or None) if answer is not None else None
 
 
 def _kind(path: Path, first: Row, columns: int | None) -> Kind:
