@@ -18,7 +18,7 @@ _RENAMED = {
     "subsample_size": "sudoku.num_train",
     "arch.loss.loss_type": "loss.loss_type",
     "data_paths": "data_path",
-    # Of hrm.evaluate, which called it so at first.
+    # The first name of this key in hrm.evaluate.
     "halt_max_steps": "depth",
     "dataset.data_path": "data_path",
     "grad_accum_steps": "gradient_accumulation",

@@ -26,7 +26,7 @@ _FOLLOWS = {"arch.puzzle_emb_ndim": "${.hidden_size}"}
 
 @dataclass
 class Official:
-    """What a file says: values by key, notes on what is read otherwise, the architecture it starts from.
+    """The contents of a file: values by key, notes on other readings, the architecture it starts from.
 
     data_paths: every data set that it names.
     """

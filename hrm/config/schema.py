@@ -170,7 +170,7 @@ class Config:
     augment: bool = key(False, "draw every training example under a fresh random symmetry: Sudoku, maze, ARC")
     max_steps: int | None = key(None, "stop after this many training steps", ge=1, le=10**9)
     max_seconds: float | None = key(
-        None, "save and end this process after so long; the same command goes on", gt=0, le=1e9
+        None, "save and end this process after so long; the same command continues", gt=0, le=1e9
     )
     lr: float = key(1e-4, "learning rate", ge=0, le=10)
     lr_warmup_steps: int = key(2000, "steps of linear warm-up", ge=0, le=10**9)

@@ -22,7 +22,7 @@ _KIND = re.compile(rb',\s*"kind":\s*"[a-z]*"')
 # Small enough to stay in the processor's cache for the second digest.
 _PIECE_BYTES = 1 << 18
 
-# Of each file by name: {"size": bytes, "sha256": hex}.
+# Entries by file name: {"size": bytes, "sha256": hex}.
 Sums = dict[str, dict[str, Any]]
 
 
@@ -124,7 +124,7 @@ class Snapshot:
             if now != before:
                 raise DatasetError(
                     f"{path}: {_change(before, now)} after it was opened; put back the file as it was, "
-                    "and the same command goes on from the last checkpoint"
+                    "and the same command continues from the last checkpoint"
                 )
 
 

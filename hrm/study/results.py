@@ -241,7 +241,7 @@ def cautions(results: Mapping[str, Any]) -> list[str]:
             "a single clear difference among many may be chance."
         )
     if not results["aims"]:
-        found.append(f"{baseline} solves no test puzzle, so no time to reach its score is told.")
+        found.append(f"{baseline} solves no test puzzle, so the time to reach its score is unknown.")
     if any(entry["ema"] for entry in entries.values()):
         found.append("EMA: the same runs, tested with the moving average of their weights.")
     return found

@@ -48,9 +48,9 @@ OWN = {
     "seed": "give --seeds N, or --seeds 0,1,2",
     "output_dir": "give --output DIR",
     "project_name": "give --output DIR, whose name it is",
-    "run_name": "leave it out, a run is named after its candidate and seed",
-    "resume": "leave it out, the same command again goes on with what is unfinished",
-    "max_seconds": "leave it out, a signal ends all runs and the same command goes on",
+    "run_name": "leave it out, the name of a run is its candidate and seed",
+    "resume": "leave it out, the same command continues unfinished runs",
+    "max_seconds": "leave it out, a signal ends all runs and the same command continues",
 }
 
 
@@ -137,7 +137,7 @@ class Campaign:
                 if difference:
                     raise UserError(
                         f"{self.folder} holds another plan, {difference}: give another --output, "
-                        "or go on with that one's words"
+                        "or the arguments of that plan"
                     )
             elif self.folder.is_dir() and any(self.folder.iterdir()):
                 raise UserError(f"{self.folder} is not empty and holds no {PLAN}: give another --output")

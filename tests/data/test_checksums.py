@@ -221,7 +221,7 @@ def test_no_batch_is_taken_from_changed_files(
         assert text.startswith(
             f"{path}: " if path.parent.exists() else f"{tmp_path}/train/set0__inputs.npy: "
         )
-        assert "put back the file as it was, and the same command goes on from the last checkpoint" in text
+        assert "put back the file as it was, and the same command continues from the last checkpoint" in text
 
 
 def test_the_rest_of_a_folder_may_change(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_shares_are_in_proportion(dataset, samples):
 
 @pytest.mark.parametrize(("samples", "shares"), [(5, [4, 1, 0]), (12, [10, 2, 0]), (36, [28, 7, 1])])
 def test_what_is_left_over_goes_to_the_largest_remainders(dataset, samples, shares):
-    # Of 5: 3.95, 0.92 and 0.13; of 12: 9.47, 2.21 and 0.32; of 36: 28.42, 6.63 and 0.95.
+    # Counts of 5: 3.95, 0.92 and 0.13; of 12: 9.47, 2.21 and 0.32; of 36: 28.42, 6.63 and 0.95.
     assert [len(examples) for examples in subset(dataset, samples, 0).values()] == shares
 
 
