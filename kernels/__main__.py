@@ -11,7 +11,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,8 @@ from kernels import backend, fastest, measured
 from kernels.attention import FLASH2, FLASH3, attention_backend
 from kernels.cases import NOT_MEASURED, Sizes, cases
 
+# Operations whose kernels run only where a gradient is wanted.
+TRAINING = ("swiglu_mlp",)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -30,7 +32,16 @@ def calls(dtype: torch.dtype, sizes: Sizes) -> dict[str, Callable[[], object]]:
     """Every public operation, called as the model does, on tensors without data."""
     made = {name: case() for name, case in cases(sizes, dtype, "meta").items()}
     own = {name: case for name, case in made.items() if name in kernels.__all__}
-    return {name: partial(case.call, **case.inputs) for name, case in own.items()}
+    found: dict[str, Callable[[], object]] = {
+        name: partial(case.call, **case.inputs) for name, case in own.items()
+    }
+    return found | {name: partial(_with_gradient, own[name].call, own[name].inputs) for name in TRAINING}
+
+
+def _with_gradient(call: Callable[..., object], inputs: Mapping[str, torch.Tensor]) -> object:
+    """Calls an operation as a training step does, also where gradients are off."""
+    with torch.enable_grad():
+        return call(**{name: tensor.detach().requires_grad_() for name, tensor in inputs.items()})
 
 
 def decision(op: str, call: Callable[[], object], device: torch.device) -> backend.Choice:

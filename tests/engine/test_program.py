@@ -289,7 +289,7 @@ def test_a_feed_holds_what_was_pushed_last(rate_dtype):
         steps = np.arange(B, dtype=np.int32) * number
         feed.push(batch, steps, 0.1 * number, 0.01 * number)
         for tensor, array in zip(
-            (*feed.fresh, feed.min_halt_steps),
+            (*feed.fresh[:3], feed.min_halt_steps),
             (batch.inputs, batch.labels, batch.puzzle_identifiers, steps),
             strict=True,
         ):
@@ -302,8 +302,8 @@ def test_a_feed_holds_what_was_pushed_last(rate_dtype):
 
 def test_a_feeds_tensors_start_on_boundaries_of_64_bytes():
     feed = Feed(3, 7, CPU, torch.float64)
-    offsets = [tensor.storage_offset() * 4 for tensor in (*feed.fresh, feed.min_halt_steps)]
-    assert offsets == [64, 192, 320, 384]
+    tensors = (*feed.fresh[:3], feed.min_halt_steps, feed.fresh.keys)
+    assert [tensor.storage_offset() * 4 for tensor in tensors] == [64, 192, 320, 384, 448]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures need a CUDA GPU")
