@@ -37,7 +37,13 @@ SMALL |= {"arch.L_layers": "1", "global_batch_size": "16", "eval_interval": "1",
 SMALL |= {"device": "cpu", "log_interval": "1"}
 EPOCHS, STEPS_PER_EPOCH, MAX_STEPS = 2, 3, 2
 # The built-in data of that size: that of the fixture `tiny_sudoku`.
-BUILT_IN = {"sudoku.size": "4", "sudoku.num_train": "48", "sudoku.num_test": "20"}
+# The presets differ in their positions, which a checkpoint of one must share with a run of the other.
+BUILT_IN = {
+    "arch.pos_encodings": "rope",
+    "sudoku.size": "4",
+    "sudoku.num_train": "48",
+    "sudoku.num_test": "20",
+}
 BUILT_IN |= {"sudoku.num_aug": "0", "sudoku.clues": "0"}
 # What a shortened run does not have as typed, or has according to its size.
 CHANGED = {*SMALL, *BUILT_IN, "epochs", "max_steps", "stages", "output_dir", "project_name"}
