@@ -274,15 +274,9 @@ def _grid(rows: int, width: int, choice: dict[str, int]) -> tuple[int, int]:
 
 
 def _update(
-    f: Tensor,
-    rstd: Tensor | None,
-    z: Tensor,
-    keys: Tensor | None,
-    steps: Tensor | None,
-    call: int,
-    damping: float,
-    noise: float,
-) -> Tensor:
+    f: Tensor, rstd: Tensor | None, z: Tensor, keys: Tensor | None, steps: Tensor | None,
+    call: int, damping: float, noise: float,
+) -> Tensor:  # fmt: skip
     f = f.contiguous()
     B, T, D = f.shape
     z = z if z.stride(2) == 1 else z.contiguous()

@@ -29,7 +29,7 @@ class HubError(UserError):
 
 
 class _Repository(NamedTuple):
-    """What a user names. path: a folder or file in the repository, or empty."""
+    """A repository that a user named. path: a folder or file in it, or empty."""
 
     source: str
     name: str

@@ -60,7 +60,7 @@ class ArchConfig:
     share_levels: bool = key(False, "one stack of L_layers blocks for both levels; H_layers is not used")
     mlp_t: bool = key(False, "mix the tokens by a SwiGLU over them in place of attention")
     pos_encodings: Literal["rope", "rope2d", "learned", "none"] = key(
-        "rope", "how positions are told apart; rope2d by row and column of the data's grid"
+        "rope", "the encoding of positions; rope2d rotates by row and column of the data's grid"
     )
     rope_theta: float = key(10000.0, "base of the rotary frequencies", gt=0, le=1e9)
     rms_norm_eps: float = key(1e-5, "added to the mean square in the norms", gt=0, le=1)

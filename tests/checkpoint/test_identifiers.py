@@ -65,7 +65,7 @@ def by_name(run: Path, folder: Path) -> dict[str, list[float]]:
 
 
 def predictions(run: Path, folder: Path, file: Path) -> dict[tuple[str, bytes], bytes]:
-    """What a run predicts for every test example, by puzzle and input."""
+    """The predictions of a run for every test example, by puzzle and input."""
     assert evaluate([f"checkpoint={run}", f"data_path={folder}", f"save_predictions={file}"]) == 0
     inputs, names, found = PuzzleDataset(folder, "test").sets["all"].inputs, names_in(folder), np.load(file)
     rows = zip(found["all__puzzle_identifiers"], inputs, found["all__predictions"], strict=True)

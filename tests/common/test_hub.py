@@ -52,7 +52,7 @@ def test_the_size_is_said_before_the_download(
     hub.fetch_files("hub:someone/puzzles", ["a.csv", "b.csv"])
     line = f"downloading 2 files of 2 KiB together to {fake_hub.cache}, where 3 GiB are free"
     assert capsys.readouterr().err == f"hub:someone/puzzles: {line}\n"
-    # What the cache holds needs no space.
+    # Cached files need no space.
     hub.fetch_files("hub:someone/puzzles", ["a.csv", "c.csv"])
     assert "downloading 1 file of 1 KiB" in capsys.readouterr().err
     hub.fetch_files("hub:someone/puzzles", ["a.csv", "c.csv"])

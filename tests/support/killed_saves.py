@@ -16,8 +16,8 @@ import torch
 from hrm.checkpoint.read import Checkpoint, CheckpointError, best_checkpoint, load_checkpoint
 from hrm.checkpoint.save import save_checkpoint
 
-# What stays beside the newest, and the saves that are killed: step and score. For `best` these are a worse
-# one, a better one, the last one again, the best one again.
+# By rule: the checkpoints to keep, and the saves that are killed, each a step and a score. The saves of
+# `best` are a worse one, a better one, the last one again, the best one again.
 RULES: dict[str, tuple[dict[str, Any], tuple[tuple[int, float], ...]]] = {
     "last": ({"keep": 2}, ((3, 0.6), (2, 0.5))),
     "best": ({"keep": 1, "keep_best": True}, ((3, 0.6), (3, 0.9), (2, 0.9), (1, 0.9))),

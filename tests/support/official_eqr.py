@@ -32,7 +32,7 @@ def missing() -> str | None:
 @contextmanager
 def official_model() -> Iterator[Any]:
     """The module `models.eqr`, importable inside the `with` only; its casts to float32 go to float64."""
-    # Of this package the model takes one function, which colours an error.
+    # The model takes one function of this package, which colours an error.
     printing: Any = ModuleType("utils.printing")
     printing.colored_exception = None
     shelved = {name: sys.modules.pop(name) for name in official_modules()}

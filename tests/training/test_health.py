@@ -12,7 +12,7 @@ from hrm.training.health import LINES, Symptoms
 
 TOTAL, LOG = 3750, 50
 GATES = ("L/primary", "L/secondary", "L/input", "H/primary", "H/secondary")
-# Of a gated run of preset=quick with rotary positions: the step, then steps, exact_accuracy, accuracy,
+# A gated run of preset=quick with rotary positions: the step, then steps, exact_accuracy, accuracy,
 # puzzle_emb_norm and its gradient's, then mean, std and low of the gates L/primary, L/input and H/secondary.
 QUICK_RUN = [
     (50, 7.865, 0.0, 0.26, 0.0345, 0.00227, 0.109, 0.052, 0.493, 0.114, 0.055, 0.472, 0.117, 0.05, 0.431),

@@ -11,7 +11,7 @@ from hrm.data.workers import compiled
 WALL, OPEN, START, GOAL, PATH = 1, 2, 3, 4, 5
 # Symmetries of the square; see `symmetric`.
 SYMMETRIES = 8
-# Those that keep the shape of a rectangle.
+# The symmetries that keep the shape of a rectangle.
 OF_RECTANGLES = (0, 2, 4, 5)
 
 
