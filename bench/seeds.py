@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,13 @@ from hrm.common.machine import processor
 ROOT = Path(__file__).parents[1]
 
 
-def run(seed: int, words: list[str]) -> dict[str, Any]:
-    """One run: its last evaluation, its seconds and the CPUs that others took, its steps, its data's size."""
+def run(
+    seed: int, words: list[str], judge: Callable[[Path], dict[str, Any]] = lambda folder: {}
+) -> dict[str, Any]:
+    """One run: its last evaluation, its seconds and the CPUs that others took, its steps, its data's size.
+
+    judge: measures the run in its folder, which is removed afterwards; its results are added.
+    """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "train.py", *words, f"seed={seed}", f"output_dir={folder}"]
         cold = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "HRM_CACHE": f"{folder}/cache"}
@@ -34,11 +40,27 @@ def run(seed: int, words: list[str]) -> dict[str, Any]:
         (log,) = Path(folder).glob("*/*/metrics.jsonl")
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         data_bytes = sum(file.stat().st_size for file in Path(folder, "cache").rglob("*.npy"))
+        judged = judge(log.parent)
     last = next(line for line in reversed(lines) if "eval/all/exact_accuracy" in line)
     results = {name: value for name, value in last.items() if name.startswith("eval/")}
     others = None if beside.others is None else round(beside.others, 2)
     facts = {"seed": seed, "seconds": round(beside.seconds, 1), "other_cpus": others, "step": last["step"]}
-    return {**facts, "data_bytes": data_bytes, **results}
+    return {**facts, "data_bytes": data_bytes, **results, **judged}
+
+
+def setting() -> dict[str, Any]:
+    """The commit, the machine and the versions of a measurement."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return {
+        "commit": commit.stdout.strip(),
+        "processor": processor(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def main(argv: list[str]) -> None:
@@ -47,17 +69,9 @@ def main(argv: list[str]) -> None:
     if split < 2 or not all(seed.isdecimal() for seed in argv[1:split]):
         raise UserError("usage: python -m bench.seeds FILE SEED ... -- [words for train.py]")
     output, seeds, words = Path(argv[0]), [int(seed) for seed in argv[1:split]], argv[split + 1 :]
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
     results = {
         "command": " ".join(["python train.py", *words]),
-        "commit": commit.stdout.strip(),
-        "processor": processor(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        **setting(),
         "runs": [run(seed, words) for seed in seeds],
     }
     output.write_text(json.dumps(results, indent=1) + "\n")
