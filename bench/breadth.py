@@ -91,7 +91,7 @@ def _rules(model: str, source: str, runs: Runs) -> Table:
 
 
 def _failures(by_model: dict[str, Runs]) -> Table:
-    """Failures with a right answer on another path, as a share of all; a seed without failures is left out."""
+    """Failures with a right answer on another path, as a share of all; a seed without any is left out."""
     rows = []
     for model, runs in by_model.items():
         for source in SOURCES:
