@@ -16,8 +16,9 @@ from hrm.common.hub import is_remote
 PUZZLE_TABLE = "puzzle_emb.weights"
 # The first states of every sequence, which a model with random ones does not use.
 STATES = ("H_init", "L_init")
+CHAINS = "L_chains"
 # Parts that variants add to v1, with a part of their tensors' names; a checkpoint may lack a whole part.
-ADDED = {"gate networks": ".gating_network.", "subgoal head": "subgoal_head."}
+ADDED = {"gate networks": ".gating_network.", "subgoal head": "subgoal_head.", "further chains": CHAINS}
 
 
 def load_weights(
@@ -57,6 +58,9 @@ def load_weights(
             "trained with arch.init=random alone"
         )
         shapes = {name: shape for name, shape in shapes.items() if name not in STATES}
+    if CHAINS in weights and CHAINS not in shapes:
+        del weights[CHAINS]
+        notes.append(f"{path}: it was trained with arch.chains; the starts of all but the first are left out")
     for what, mark in ADDED.items():
         added = [name for name in shapes if mark in name]
         if added and not any(mark in name for name in weights):

@@ -133,6 +133,13 @@ def _conflicts(arch: ArchConfig, loss: LossConfig) -> Iterator[str]:
             f"{width} over {heads} gives heads of odd width, which rope cannot rotate: change one, or set "
             "arch.pos_encodings=learned"
         )
+    if arch.chains > 1 and arch.init == "random":
+        yield (
+            f"arch.chains={arch.chains} gives each chain a start of its own, which arch.init=random would "
+            "replace: leave one out"
+        )
+    if arch.chains > 1 and arch.hidden_size <= 10:
+        yield f"{width} is too narrow for the starts of arch.chains={arch.chains}: raise it above 10"
     if arch.use_gating and int(arch.gate_hidden_ratio * arch.hidden_size) < 1:
         ratio = f"arch.gate_hidden_ratio={arch.gate_hidden_ratio}"
         yield f"{ratio} of {width} leaves the gate network no units: raise one"

@@ -57,6 +57,12 @@ class ArchConfig:
     )
     noise: float = key(0.0, "deviation of the normal noise added to a state at every update", ge=0, le=100)
     damping: float = key(1.0, "share of an update that is new; the rest stays as it was", gt=0, le=1)
+    chains: int = key(
+        1,
+        "states z_L of a sequence in training, of which the one of least loss learns; evaluation has one",
+        ge=1,
+        le=64,
+    )
     share_levels: bool = key(False, "one stack of L_layers blocks for both levels; H_layers is not used")
     mlp_t: bool = key(False, "mix the tokens by a SwiGLU over them in place of attention")
     pos_encodings: Literal["rope", "rope2d", "learned", "none"] = key(

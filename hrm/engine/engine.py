@@ -28,6 +28,7 @@ from hrm.engine.optim import learning_rate
 from hrm.engine.step_metrics import Interval, gate_metrics, means
 from hrm.engine.step_program import StepProgram, check_kernels
 from hrm.model.act import act_step, draw_min_halt_steps, replace_halted, training_keys
+from hrm.model.chains import with_states
 from hrm.model.gating import gate_loss_scale, gate_statistics
 from hrm.model.hrm import HRM
 
@@ -207,6 +208,8 @@ class Engine:
         carry, fresh, puzzle_rows, *_ = self.program.inputs(slice(min(GATES_SEEN, self.program.rows)))
         randomness = self.program.randomness
         carry = replace_halted(self.model, carry, fresh, randomness=randomness)
+        if self.config.arch.chains > 1:
+            carry = with_states(carry, carry.z_L[:, 0], carry.keys)
         _, outputs = act_step(self.model, carry, puzzle_rows, None, sees_gates=True, randomness=randomness)
         assert outputs.gated is not None
         table = torch.cat([gate_statistics(*gated) for gated in outputs.gated])

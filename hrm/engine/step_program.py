@@ -19,6 +19,7 @@ from hrm.engine.optim import AdamATan2, FlatParameters, MovingAverage
 from hrm.engine.step_inputs import Feed
 from hrm.engine.step_metrics import Tally
 from hrm.model.act import Carry, Randomness, Sequences, act_step, initial_carry, replace_halted
+from hrm.model.chains import chains_step
 from hrm.model.hrm import HRM
 from hrm.model.losses import act_loss
 from kernels import get_backend, sign_sgd
@@ -55,7 +56,13 @@ class StepProgram:
         )
         keeps_gates = config.loss.gate_stability_weight > 0
         self.carry = initial_carry(
-            model, self.rows, seq_len, self.device, keeps_gates=keeps_gates, randomness=self.randomness
+            model,
+            self.rows,
+            seq_len,
+            self.device,
+            keeps_gates=keeps_gates,
+            randomness=self.randomness,
+            chains=config.arch.chains,
         )
         self.row_grads: Tensor | None = None
         if model.puzzle_emb is not None:
@@ -129,18 +136,19 @@ class StepProgram:
         """An ACT step with its loss: the carry after it, the loss () over the batch size, metric sums."""
         config = self.config
         carry = replace_halted(self.model, carry, fresh, randomness=self.randomness)
-        previous_gates = carry.gates
-        carry, outputs = act_step(
-            self.model,
-            carry,
-            puzzle_rows,
-            min_halt_steps,
-            sees_gates=config.loss.uses_gates,
-            randomness=self.randomness,
-        )
+        previous_gates, winners = carry.gates, None
+        options: Any = {"sees_gates": config.loss.uses_gates, "randomness": self.randomness}
+        if config.arch.chains > 1:
+            carry, outputs, winners = chains_step(
+                self.model, config.loss, carry, puzzle_rows, min_halt_steps, **options
+            )
+        else:
+            carry, outputs = act_step(self.model, carry, puzzle_rows, min_halt_steps, **options)
         with region("head and loss"):
             head = self.model.lm_head.weight
             loss, sums = act_loss(config.loss, head, carry, outputs, previous_gates, gate_loss_scale)
+        if winners is not None:
+            sums["first_chain_wins"] = (winners == 0).sum()
         return carry, loss / config.global_batch_size, sums
 
     def inputs(self, part: slice) -> tuple[Carry, Sequences, Tensor | None, Tensor, Tensor]:

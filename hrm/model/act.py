@@ -21,10 +21,10 @@ from kernels.noise import KEY_WORDS
 class Carry(NamedTuple):
     """The state of a batch of sequences between two ACT steps.
 
-    z_H, z_L: (B, T, D) in the model's dtype. steps: (B,) int32, ACT steps taken. halted: (B,) bool, to be
-    replaced at the next step. inputs, labels: (B, S) int32, the data being worked on, labels -100 where
-    they do not count. puzzle_identifiers: (B,) int32. keys: (B, 3) int32, the seed, example and path that
-    random numbers are a function of; (B, 0) where nothing is random.
+    z_H, z_L: (B, T, D) in the model's dtype; with K chains z_L is (B, K, T, D). steps: (B,) int32, ACT steps
+    taken. halted: (B,) bool, to be replaced at the next step. inputs, labels: (B, S) int32, the data being
+    worked on, labels -100 where they do not count. puzzle_identifiers: (B,) int32. keys: (B, 3) int32, the
+    seed, example and path that random numbers are a function of; (B, 0) where nothing is random.
     """
 
     z_H: Tensor
@@ -114,11 +114,12 @@ def initial_carry(
     *,
     keeps_gates: bool = False,
     randomness: Randomness = PLAIN,
+    chains: int = 1,
 ) -> Carry:
     """A carry whose sequences have all halted, so that the first step replaces every one of them.
 
     keeps_gates: with room for the gates of a step, for the stability loss. randomness: that of the steps to
-    come, whose keys it then has.
+    come, whose keys it then has. chains: states z_L of each sequence, see `hrm.model.chains`.
     """
     arch = model.arch
     state = torch.zeros(batch_size, model.length, arch.hidden_size, dtype=model.dtype, device=device)
@@ -134,7 +135,7 @@ def initial_carry(
         gates = state.new_zeros(batch_size, model.length, 5, width)
     return Carry(
         z_H=state,
-        z_L=state.clone(),
+        z_L=state.clone() if chains == 1 else state[:, None].repeat(1, chains, 1, 1),
         steps=per_sequence,
         halted=halted,
         inputs=cells,
@@ -148,7 +149,10 @@ def initial_carry(
 
 
 def replace_halted(model: HRM, carry: Carry, fresh: Sequences, *, randomness: Randomness = PLAIN) -> Carry:
-    """Puts fresh sequences where the carry's have halted, with initial states, steps 0 and no subgoal."""
+    """Puts fresh sequences where the carry's have halted, with initial states, steps 0 and no subgoal.
+
+    Chains start at the model's L_init and L_chains.
+    """
     halted, keys = carry.halted, carry.keys
     per_cell, per_state = halted[:, None], halted[:, None, None]
     if randomness.key_words:
@@ -156,6 +160,10 @@ def replace_halted(model: HRM, carry: Carry, fresh: Sequences, *, randomness: Ra
     if randomness.starts:
         z_H = random_start(carry.z_H, halted, model.H_init, keys, 0)
         z_L = random_start(carry.z_L, halted, model.L_init, keys, 1)
+    elif carry.z_L.dim() == 4:
+        z_H = torch.where(per_state, model.H_init.to(carry.z_H.dtype), carry.z_H)
+        starts = model.chain_starts().to(carry.z_L.dtype)
+        z_L = torch.where(per_state[..., None], starts[:, None], carry.z_L)
     else:
         z_H = torch.where(per_state, model.H_init.to(carry.z_H.dtype), carry.z_H)
         z_L = torch.where(per_state, model.L_init.to(carry.z_L.dtype), carry.z_L)

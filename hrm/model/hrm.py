@@ -17,7 +17,15 @@ from hrm.common.regions import region
 from hrm.config.schema import ArchConfig, Config
 from hrm.data.format import Metadata
 from hrm.model.gating import Gates, GatingNetwork, make_gating, mix, sources_of
-from hrm.model.layers import ROTARY, Block, Embedding, Linear, PuzzleEmbedding, truncated_normal_
+from hrm.model.layers import (
+    ROTARY,
+    Block,
+    Embedding,
+    Linear,
+    PuzzleEmbedding,
+    chain_starts,
+    truncated_normal_,
+)
 from hrm.model.subgoal import SubgoalHead
 from kernels import noisy_update
 from kernels.matmul import DEFERRED, rstd_of, use_fused
@@ -148,6 +156,7 @@ class HRM(nn.Module):
 
     H_init: Tensor
     L_init: Tensor
+    L_chains: Tensor | None
     cos: Tensor | None
     sin: Tensor | None
 
@@ -199,6 +208,8 @@ class HRM(nn.Module):
         self.subgoal_head = SubgoalHead(arch) if arch.subgoal_head.enabled else None
         self.register_buffer("H_init", torch.empty(D))
         self.register_buffer("L_init", torch.empty(D))
+        # The starts of further chains, for training alone.
+        self.register_buffer("L_chains", torch.empty(arch.chains - 1, D) if arch.chains > 1 else None)
         cos, sin = None, None
         if arch.pos_encodings in ROTARY and not arch.mlp_t:
             wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -229,9 +240,17 @@ class HRM(nn.Module):
                 module.reset_parameters(generator)
         for module in added:
             module.reset_parameters(generator)
+        if self.L_chains is not None:
+            weight = self.L_level.layers[0].mlp.gate_up_proj.weight
+            self.L_chains.copy_(chain_starts(self.L_init, weight, len(self.L_chains), generator))
         nn.init.zeros_(self.q_head.weight)
         assert self.q_head.bias is not None
         nn.init.constant_(self.q_head.bias, -5.0)
+
+    def chain_starts(self) -> Tensor:
+        """The states in which the chains of a sequence start, (K, D)."""
+        first = self.L_init[None]
+        return first if self.L_chains is None else torch.cat([first, self.L_chains])
 
     def embed(self, inputs: Tensor, puzzle_rows: Tensor | None) -> Tensor:
         """The scaled input embedding e.

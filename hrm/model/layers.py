@@ -33,6 +33,27 @@ def truncated_normal_(tensor: Tensor, std: float, generator: torch.Generator) ->
     nn.init.trunc_normal_(tensor, std=wide, a=-2 * wide, b=2 * wide, generator=generator)
 
 
+def chain_starts(
+    first: Tensor, weight: Tensor, count: int, generator: torch.Generator, leading: int = 10
+) -> Tensor:
+    """Starts (count, D) of further chains, none at an advantage over the first start (D,).
+
+    Truncated normals of deviation 1, each rotated until its projection on the `leading` right-singular
+    vectors of weight (out, D) is as long as that of `first`, or as its own norm if that is less. The norms
+    stay. leading must be below D. Source: arXiv 2601.19085.
+    """
+    drawn = torch.empty(count, len(first))
+    truncated_normal_(drawn, 1.0, generator)
+    drawn, first, weight = drawn.double(), first.double(), weight.double()
+    vectors = torch.linalg.eigh(weight.T @ weight).eigenvectors[:, -leading:]
+    inside = drawn @ vectors @ vectors.T
+    outside, norm = drawn - inside, drawn.norm(dim=1, keepdim=True)
+    length = norm.minimum((first @ vectors).norm())
+    others = (norm.square() - length.square()).sqrt()
+    inside = inside * (length / inside.norm(dim=1, keepdim=True))
+    return inside + outside * (others / outside.norm(dim=1, keepdim=True))
+
+
 class Linear(nn.Module):
     """A linear map computed in its input's dtype. weight: (out, in); bias: (out,) or None."""
 
