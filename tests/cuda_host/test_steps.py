@@ -28,6 +28,8 @@ CASES = {
     "trm mixer": "trm arch.H_cycles=1 arch.L_cycles=2 arch.L_layers=1 arch.mlp_t=true",
     "eqr": "eqr arch.H_cycles=1 arch.L_cycles=2 arch.L_layers=1",
     "noise, grid": "v1 arch.noise=0.1 arch.init=random arch.damping=0.9 arch.pos_encodings=rope2d",
+    "chains": "trm arch.H_cycles=1 arch.L_cycles=2 arch.L_layers=1 arch.chains=3 arch.noise=0.1",
+    "chains, feudal": "feudal arch.chains=2 arch.use_gating=true",
     "balanced": "balanced",
     "accumulation, clipping, average": "v1 gradient_accumulation=2 grad_clip=1.0 ema=true",
     "float32": "v1 dtype=float32",

@@ -33,7 +33,9 @@ def test_training_learns_and_replaces_sequences():
 
 
 @pytest.mark.parametrize(
-    "arch", [{}, {"init": "random", "noise": 0.05, "damping": 0.9}], ids=["plain", "random"]
+    "arch",
+    [{}, {"init": "random", "noise": 0.05, "damping": 0.9}, {"chains": 3, "noise": 0.05}],
+    ids=["plain", "random", "chains"],
 )
 def test_a_restored_engine_goes_on_bit_for_bit(arch):
     straight = make_engine(make_config(arch))
@@ -47,6 +49,8 @@ def test_a_restored_engine_goes_on_bit_for_bit(arch):
     with torch.no_grad():
         resumed.parameters.data.normal_()
         resumed.model.H_init.normal_()
+        if resumed.model.L_chains is not None:
+            resumed.model.L_chains.normal_()
     resumed.load_weights(saved[0])
     resumed.load_training_state(saved[1])
     for _, batch in source[10:]:

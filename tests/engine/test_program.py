@@ -52,6 +52,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "trm": (TRM, {"ema": True}),
     "trm mixer": ({**TRM, "mlp_t": True}, {}),
     "random": ({"init": "random", "noise": 0.05, "damping": 0.9}, {}),
+    "chains": ({"chains": 3, "noise": 0.05}, {}),
 }
 
 
@@ -94,6 +95,7 @@ def run(engine: Engine, steps: int = STEPS) -> tuple[list[dict[str, float]], dic
         ("trm", "float32"),
         ("trm mixer", "bfloat16"),
         ("random", "float32"),
+        ("chains", "float32"),
     ],
 )
 def test_a_replayed_run_equals_the_eager_one_bit_for_bit(captures_on_cpu, variant, dtype):
