@@ -149,6 +149,9 @@ def parse_args(argv: Sequence[str]) -> EvaluateConfig:
         raise ConfigError(f"depths={config.depths} is not allowed: give {KEYS['depths'].allowed}")
     if config.report is not None and not config.has_paths:
         raise ConfigError("report draws the accuracy by depth and paths: add depths=8,16 or paths=8")
+    given = [name for name in ("by", "select") if name in args.values]
+    if given and config.paths == 1:
+        raise ConfigError(f"{given[0]}={args.values[given[0]]} has no effect on one path: add paths=16")
     if config.noise is not None and "noise" not in config.by.split(","):
         raise ConfigError(f"noise={config.noise:g} has no effect: add by=noise, or leave it out")
     return config

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -71,15 +72,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--by",
-        default="init",
         metavar="WHAT",
         help="what tells the paths apart: init (random first states), noise, symmetry, or several with "
         "commas between them; path 0 has none (init)",
     )
     parser.add_argument(
+        "--noise",
+        type=_deviation,
+        metavar="SIGMA",
+        help="deviation of the noise; else that of training, or 0.01",
+    )
+    parser.add_argument(
         "--select",
         choices=[rule for rule in RULES if rule != "oracle"],
-        default="q",
         help="the path that answers: that of the highest q_halt, the first to halt, one with the commonest "
         "answer, that of the least change, one that keeps the puzzle's rules (q)",
     )
@@ -114,11 +119,16 @@ def solve(args: argparse.Namespace) -> list[str]:
             "--adapt-steps learns an ARC task's embedding from the demonstrations in its .json, in place of "
             "--identifier: leave one out"
         )
-    by = args.by.split(",")
+    by, select = (args.by or "init").split(","), args.select or "q"
     if unknown := [word for word in by if word not in ("init", "noise", "symmetry")]:
         raise UserError(
             f"--by {one_line(args.by)}: {one_line(unknown[0])} is none of init, noise and symmetry"
         )
+    for option in ("by", "select", "noise"):
+        if args.paths == 1 and getattr(args, option) is not None:
+            raise UserError(f"--{option} has no effect on one path: add --paths 16, or leave it out")
+    if args.noise is not None and "noise" not in by:
+        raise UserError(f"--noise {args.noise:g} has no effect: add --by noise, or leave it out")
     if args.html is not None:
         check_file(args.html)
 
@@ -156,7 +166,7 @@ def solve(args: argparse.Namespace) -> list[str]:
 
     name = f"{trained.path}, {sum(p.numel() for p in trained.model.parameters()):,} parameters"
     results: list[dict[str, Any]] = []
-    paths = paths_for(args.paths, by, args.select, args.seed, given.kind, embedding, trained)
+    paths = paths_for(args.paths, by, select, args.seed, args.noise, given.kind, embedding, trained)
     for number, puzzle in enumerate(given.puzzles, 1):
         recorded = record_paths(
             trained.model,
@@ -170,7 +180,7 @@ def solve(args: argparse.Namespace) -> list[str]:
             name=name,
             title=puzzle.title,
         )
-        chosen = int(choose(args.select, recorded.outcomes)[0])
+        chosen = int(choose(select, recorded.outcomes)[0])
         found = recorded.traces[chosen]
         results.append(_result(puzzle, found, whole=args.trace))
         if args.paths > 1:
@@ -194,6 +204,16 @@ def _whole(text: str, least: int = 1, most: int = MAX_STEPS) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 11 and least <= int(text) <= most):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
     return int(text)
+
+
+def _deviation(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0, up to 100")
+    return value
 
 
 # The bounds of `hrm.evaluate`.

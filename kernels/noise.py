@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from kernels.backend import jit, launch, tl, triton, use_triton, wide
 from kernels.checks import accumulate_dtype, check_floating, check_shape
@@ -132,6 +133,15 @@ def noisy_update_reference(
 
 def random_start_reference(z: Tensor, begins: Tensor, init: Tensor, keys: Tensor, call: int) -> Tensor:
     """The start in plain PyTorch; see `random_start`."""
+    if z.device.type == "cpu" and not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode()):
+        # Draw for the sequences that begin alone, as drawing takes longest. The number of rows depends on
+        # values, which neither a compiler nor a recorder of operations can follow.
+        rows = begins.nonzero()[:, 0]
+        if len(rows) < len(z):
+            y = z.clone()
+            if len(rows):
+                y[rows] = random_start_reference(z[rows], begins[rows], init, keys[rows], call)
+            return y
     eps = draws_reference(keys, 0, call, z.shape[1], z.shape[2], truncated=True).to(z.dtype)
     start = torch.where(keys[:, 2, None, None] != 0, eps, init.to(z.dtype))
     return torch.where(begins[:, None, None], start, z)

@@ -21,6 +21,9 @@ _NAME: dict[str, Any] = {
     "form": "a folder name of at most 80 characters without / or \\, other than . and ..",
 }
 
+# In place of an ACT step, for a sequence that never wishes to halt: above every halt_max_steps.
+NEVER = 1 << 30
+
 
 @dataclass(config=RULES)
 class SubgoalConfig:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hrm.config.schema import LossConfig
+from hrm.config.schema import NEVER, LossConfig
 from hrm.data.dataset import Batch
 from hrm.data.format import IGNORE_LABEL
 from hrm.engine.compilation import Compilation
@@ -193,8 +193,6 @@ class Ends(NamedTuple):
     residual: np.ndarray
 
 
-# The step at which a sequence halts that never wishes to.
-NEVER = 1 << 30
 # The steps over which a residual is averaged.
 _CHANGES = 3
 
@@ -222,6 +220,8 @@ class StepByStep:
         self._changes = torch.zeros(batch_size, _CHANGES, dtype=wide, device=device)
         self._step = compiled(self._act_step) if mode.compiled else self._act_step
         self._mode = mode
+        # Random starts take longer to draw than to keep, so only a turn after a change of rows begins them.
+        self._begin = Program(self._replace, device, captured=mode.captured)
         self._program = Program(self._turn, device, captured=mode.captured)
 
     def _act_step(self, carry: Carry, puzzle_rows: Tensor | None, least: Tensor) -> tuple[Carry, Outputs]:
@@ -231,9 +231,15 @@ class StepByStep:
         """Compiles the step, if its mode asks for it; the first step would do so unannounced."""
         _prepare(self._take_step, "the single step", self.model, self._feed, self._mode, compilation)
 
+    def _replace(self) -> None:
+        self._keep(replace_halted(self.model, self._carry, self._feed.fresh, randomness=self.randomness))
+
+    def _keep(self, carry: Carry) -> None:
+        for old, new in zip(self._carry, carry, strict=True):
+            old.copy_(new)
+
     def _take_step(self) -> tuple[Carry, Outputs]:
-        carry = replace_halted(self.model, self._carry, self._feed.fresh, randomness=self.randomness)
-        table = self.model.puzzle_emb
+        carry, table = self._carry, self.model.puzzle_emb
         puzzle_rows = None if table is None else table(carry.puzzle_identifiers)
         taken: tuple[Carry, Outputs] = self._step(carry, puzzle_rows, self._feed.min_halt_steps)
         return taken
@@ -253,12 +259,12 @@ class StepByStep:
         changes = torch.cat([self._changes[:, 1:], change[:, None]], dim=1)
         self._changes.copy_(torch.where(begins[:, None], 0, changes))
         self._logits.copy_(wide)
-        for old, new in zip(self._carry, carry, strict=True):
-            old.copy_(new)
+        self._keep(carry)
 
     @torch.no_grad()
     def take_turn(self) -> None:
-        """One ACT step of the sequences in the feed; does not wait for the device."""
+        """One ACT step, of fresh sequences from the feed where those before have halted; does not wait."""
+        self._begin()
         self._program()
 
     def _ends(self, rows: np.ndarray, places: np.ndarray, labels: np.ndarray) -> Ends:
@@ -280,9 +286,10 @@ class StepByStep:
         self._feed.push(batch, min_halt_steps=NEVER, keys=keys)
         self._carry.halted.fill_(True)
         rows = np.arange(len(batch.inputs))
+        self._begin()
         for before, depth in pairwise([0, *depths]):
             for _ in range(before, depth):
-                self.take_turn()
+                self._program()
             yield self._ends(rows, rows, batch.labels)
 
     @torch.no_grad()
@@ -312,10 +319,12 @@ class StepByStep:
                 keys[row] = 0 if following.key is None else following.key
             if (places < 0).all():
                 return
-            # Dropped sequences have not halted by themselves.
-            self._carry.halted.copy_(torch.from_numpy(free))
-            self._feed.push(held, keys=keys)
-            self.take_turn()
+            if free.any():
+                # Dropped sequences have not halted by themselves.
+                self._carry.halted.copy_(torch.from_numpy(free))
+                self._feed.push(held, keys=keys)
+                self._begin()
+            self._program()
             free, steps = (of.cpu().numpy().copy() for of in (self._carry.halted, self._carry.steps))
             done = np.flatnonzero(free & (places >= 0))
             if len(done):

@@ -12,10 +12,10 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
+from hrm.config.schema import NEVER
+
 Rule = Literal["q", "first", "vote", "residual", "rules", "oracle"]
 RULES: tuple[Rule, ...] = get_args(Rule)
-# In place of a step, for a path that never wishes to halt.
-NEVER = 1 << 30
 CONFIDENCE = 0.95
 
 

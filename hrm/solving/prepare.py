@@ -143,6 +143,7 @@ def paths_for(
     by: Sequence[str],
     select: Rule,
     seed: int,
+    noise: float | None,
     kind: Kind,
     embedding: Tensor | int | None,
     trained: Trained,
@@ -169,5 +170,5 @@ def paths_for(
                 "--by symmetry: the model has puzzle embeddings for the augmentations of its training tasks "
                 "alone; write --by init or --by noise for this task"
             )
-    views, randomness = differences(by, kind, trained.model, seed=seed, names=names)
+    views, randomness = differences(by, kind, trained.model, seed=seed, noise=noise, names=names)
     return Paths(count, views, randomness, seed)

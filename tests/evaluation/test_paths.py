@@ -181,6 +181,8 @@ def test_options_that_do_not_fit_are_refused_in_one_line(run, capsys):
         (["depths=4,2"], "depths=4,2 is not allowed: give increasing"),
         (["depths=4", "depth=4"], "leave one out"),
         (["paths=2", "noise=0.1"], "add by=noise"),
+        (["by=noise", "depths=2"], "by=noise has no effect on one path: add paths=16"),
+        (["select=vote"], "select=vote has no effect on one path"),
         (["report=x"], "add depths=8,16 or paths=8"),
     ):
         assert evaluate.main([f"checkpoint={run}", *argv]) == 2

@@ -190,6 +190,21 @@ def test_paths_vote(run_of_4, capsys):
     assert sorted(paths) == list(range(6)) and result["path"] in result["votes"][0]["paths"]
     assert result["votes"][0]["board"] == result["board"]
     assert "init, noise and symmetry" in refused(run_of_4, RIGHT[0], "--by", "colour", capsys=capsys)
+    for option in (["--by", "init"], ["--select", "vote"], ["--noise", "0.1"]):
+        assert "has no effect on one path: add --paths 16" in refused(
+            run_of_4, RIGHT[0], *option, capsys=capsys
+        )
+    few = ["--paths", 2, "--noise", "0.5"]
+    assert "--noise 0.5 has no effect: add --by noise" in refused(run_of_4, RIGHT[0], *few, capsys=capsys)
+    q_halt = []
+    for noise in ("0.5", "0.6"):
+        words = [run_of_4, RIGHT[0], "--paths", 2, "--by", "noise", "--noise", noise, "--json"]
+        (result,) = json.loads(run(*words, capsys=capsys)[1])["puzzles"]
+        q_halt.append(sorted(vote["q_halt"] for vote in result["votes"]))
+    assert q_halt[0] != q_halt[1]
+    with pytest.raises(SystemExit, match="2"):
+        run(run_of_4, RIGHT[0], "--noise", "0", capsys=capsys)
+    assert "'0' is not a number above 0" in capsys.readouterr().err
     for option in (["--seed", "-1"], ["--seed", str(2**32)], ["--paths", 0], ["--paths", 4097]):
         with pytest.raises(SystemExit, match="2"):
             run(run_of_4, RIGHT[0], *option, capsys=capsys)
