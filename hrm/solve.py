@@ -189,7 +189,7 @@ def solve(args: argparse.Namespace) -> list[str]:
             screen.result(given.kind, found, results[-1], whole=args.trace, titled=len(given.puzzles) > 1)
         if args.html is not None:
             path = args.html if number == 1 else args.html.with_stem(f"{args.html.stem}-{number}")
-            write_whole(path, page(found))
+            write_whole(path, page(recorded, chosen))
             screen.note(f"page: {path}")
     right = [result["right"] for result in results].count(True)
     if len(results) > 1:

@@ -1,13 +1,15 @@
 "use strict";
-// Shows a step of the trace on the page. What there is to show was worked out before: see thinking.py.
+// Shows a step of a path on the page. Its contents were computed before: see player.py.
 (() => {
   const trace = JSON.parse(document.getElementById("trace").textContent);
-  const { steps, symbols, gates } = trace;
+  const { symbols } = trace;
+  const paths = new Map([trace, ...trace.others].map((one) => [one.path, one]));
   const at = (id) => document.getElementById(id);
   const board = document.querySelector("#frame .board");
   const squares = [...board.querySelectorAll("td")];
   const shape = squares.map((square) => square.className.split(" ").filter((name) => "xy".includes(name) || name === "given"));
   const tracks = [];
+  let { path, steps, gates } = trace;
   let now = steps.length - 1;
   let gate = null;
   let timer = null;
@@ -65,7 +67,7 @@
     now = Math.min(Math.max(index, 0), steps.length - 1);
     const step = steps[now];
     drawBoard(step);
-    at("now").textContent = `Step ${now + 1} of ${steps.length}`;
+    at("now").textContent = `Step ${now + 1} of ${steps.length}${paths.size > 1 ? `, path ${path}` : ""}`;
     at("said").textContent = summary(step);
     at("step").value = now + 1;
     at("step").setAttribute("aria-valuetext", `step ${now + 1} of ${steps.length}`);
@@ -169,18 +171,32 @@
     });
     make(at("gates"), "span", "plain", `L: the low level, H: the high level. 0 is shut, 1 open; the highest bar is ${fixed(top)}.`);
     at("gates").hidden = false;
-    at("gates").addEventListener("change", (event) => {
-      gate = gates[event.target.value] || null;
-      show(now);
-    });
   }
 
-  confidence();
-  count("Cells changed", "changed", steps.map((step) => step.changed && step.changed.length));
-  if (trace.answered) count("Cells wrong", "wrong", steps.map((step) => step.wrong));
-  if (trace.ruled) count("Rules broken", "broken", steps.map((step) => step.problems.length));
-  if (gates.length) gateTracks();
+  const noGate = [...at("gates").children];
+  // The tracks of the path that is played, from its last step.
+  function load(number) {
+    stop();
+    ({ path, steps, gates } = paths.get(number));
+    tracks.length = 0;
+    gate = null;
+    at("tracks").replaceChildren();
+    at("gates").replaceChildren(...noGate);
+    at("gates").querySelector("input").checked = true;
+    at("step").max = steps.length;
+    confidence();
+    count("Cells changed", "changed", steps.map((step) => step.changed && step.changed.length));
+    if (trace.answered) count("Cells wrong", "wrong", steps.map((step) => step.wrong));
+    if (trace.ruled) count("Rules broken", "broken", steps.map((step) => step.problems.length));
+    if (gates.length) gateTracks();
+    show(steps.length - 1);
+  }
 
+  at("gates").addEventListener("change", (event) => {
+    gate = gates[event.target.value] || null;
+    show(now);
+  });
+  if (at("paths")) at("paths").addEventListener("change", (event) => load(Number(event.target.value)));
   at("play").addEventListener("click", toggle);
   at("previous").addEventListener("click", () => go(now - 1));
   at("next").addEventListener("click", () => go(now + 1));
@@ -209,5 +225,5 @@
 
   document.documentElement.classList.add("playing");
   at("player").hidden = false;
-  show(now);
+  load(path);
 })();

@@ -1,4 +1,4 @@
-"""A self-contained page that plays the trace of a solved puzzle.
+"""A self-contained page that plays how a puzzle was solved, on any of its paths.
 
 This module computes the contents; the script (player.js) shows one step at a time. Without the script the
 page shows the puzzle, the last board and the verdict.
@@ -21,7 +21,7 @@ import numpy as np
 from hrm.common.text import counted
 from hrm.data.arc.augment import canvas, grid_of
 from hrm.data.sudoku.solver import BOXES
-from hrm.solving.trace import Step, Trace
+from hrm.solving.trace import Recorded, Step, Trace
 
 # The display of a token: its cell's class in player.css, its text, and its name.
 Symbol = tuple[str, str, str]
@@ -51,26 +51,26 @@ _SYMBOLS: Mapping[str, Sequence[Symbol]] = {
 }
 # Kinds whose answers fill in the question and whose rules decide whether an answer is right.
 _RULED = ("sudoku", "maze")
+# Paths that a page plays; each takes up to 100 kB.
+MOST_PLAYED = 64
 # The sources of a level's gates in words.
 _SOURCES = {"primary": "its own state", "secondary": "the other level", "input": "the puzzle"}
 
 
-def page(trace: Trace) -> str:
-    """The trace as one HTML page that needs no other file and no network, with all text escaped.
+def page(solved: Trace | Recorded, chosen: int = 0) -> str:
+    """A trace, or those of all paths, as one HTML page that needs no other file, with all text escaped.
 
-    Padding in the answer (0 or less) counts neither as right nor as wrong; an ARC canvas is cropped to its
-    grid as in the evaluation. Raises ValueError for a trace without steps, or boards of another size than
-    rows * cols.
+    The page shows path `chosen` and its verdict. Of several paths it shows how they voted too, and plays the
+    first MOST_PLAYED and the chosen one. Padding in the answer (0 or less) counts neither as right nor as
+    wrong; an ARC canvas is cropped to its grid as in the evaluation. Raises ValueError for a trace without
+    steps, or boards of another size than rows * cols.
     """
-    cells = trace.rows * trace.cols
-    boards = [
-        trace.question,
-        *(step.board for step in trace.steps),
-        *([trace.answer] if trace.answer else []),
-    ]
-    if not trace.steps or any(len(board) != cells for board in boards):
-        raise ValueError(f"expected at least one step, and boards of {trace.rows} x {trace.cols} cells")
-    view = _View(trace)
+    traces = [solved] if isinstance(solved, Trace) else solved.traces
+    for each in traces:
+        _check(each)
+    view = _View(traces[chosen])
+    trace = view.trace
+    others = {path: _View(each) for path, each in enumerate(traces[:MOST_PLAYED]) if path != chosen}
     outcome, headline, findings = _verdict(view)
     figures = [
         ("Puzzle", view.question, "puzzle"),
@@ -79,7 +79,8 @@ def page(trace: Trace) -> str:
     if view.answer is not None:
         figures.append(("Known answer", view.answer, "answer"))
     style, script = _part("player.css"), _part("player.js")
-    live = _window(view, [*view.boards, *([] if view.answer is None else [view.answer])])
+    shown_live = [*view.boards, *(board for other in others.values() for board in other.boards)]
+    live = _window(view, [*shown_live, *([] if view.answer is None else [view.answer])])
     style += _size("live", live)
     shown = []
     for title, board, name in figures:
@@ -96,12 +97,24 @@ def page(trace: Trace) -> str:
         count=len(trace.steps),
         live=_board(view, view.boards[-1], live, "live", "Board"),
         boards="\n".join(shown),
-        data=_data(view, live),
+        votes="" if isinstance(solved, Trace) or len(traces) == 1 else _votes(solved, view, chosen, others),
+        data=_data(view, live, chosen, others),
         style=style,
         script=script,
         style_hash=_hash(style),
         script_hash=_hash(script),
     )
+
+
+def _check(trace: Trace) -> None:
+    cells = trace.rows * trace.cols
+    boards = [
+        trace.question,
+        *(step.board for step in trace.steps),
+        *([trace.answer] if trace.answer else []),
+    ]
+    if not trace.steps or any(len(board) != cells for board in boards):
+        raise ValueError(f"expected at least one step, and boards of {trace.rows} x {trace.cols} cells")
 
 
 @dataclass(frozen=True)
@@ -190,6 +203,39 @@ def _verdict(view: _View) -> tuple[str, str, list[str]]:
     return outcome, headline, findings
 
 
+def _votes(recorded: Recorded, view: _View, chosen: int, others: Mapping[int, _View]) -> str:
+    """The answers of the paths, the commonest first, each with its votes and the paths to choose from."""
+    answer = recorded.outcomes.answer[0]
+    firsts, counts = np.unique(answer, return_counts=True)
+    rows = []
+    for first, count in sorted(zip(firsts, counts, strict=True), key=lambda each: (-each[1], each[0])):
+        paths = np.flatnonzero(answer == first).tolist()
+        own = _View(recorded.traces[chosen if chosen in paths else paths[0]])
+        differ = int((own.boards[-1] != view.boards[-1]).sum())
+        same = "this answer" if chosen in paths else f"differs in {counted(differ, 'cell')}"
+        outcome, headline, findings = _verdict(own)
+        sure = _percent(max(recorded.traces[path].steps[-1].q_halt for path in paths))
+        picks = "".join(
+            f'<label class="pick"><input type="radio" name="path" value="{path}"'
+            f"{' checked' if path == chosen else ''}> {path}</label>"
+            for path in paths
+            if path == chosen or path in others
+        )
+        rows.append(
+            f'<div class="answer {outcome}"><p><strong>{counted(int(count), "path")}</strong>: {same}. '
+            f"{headline}, {findings[0]}, up to {sure} sure.</p>"
+            f'<meter value="{count}" max="{len(answer)}" aria-label="votes"></meter>'
+            f"<div>{picks}</div></div>"
+        )
+    legend = (
+        f"{len(answer)} paths gave {counted(len(rows), 'answer')}, and path {chosen} answers. Choose a path "
+        "to play it; path 0 is the deterministic one"
+    )
+    unplayed = len(answer) - len(others) - 1
+    more = f"<p>{counted(unplayed, 'further path')} cannot be played here.</p>" if unplayed else ""
+    return f'<fieldset class="paths" id="paths"><legend>{legend}</legend>{"".join(rows)}{more}</fieldset>'
+
+
 def _window(view: _View, boards: Sequence[np.ndarray]) -> np.ndarray:
     """The cells (rows, cols) to show: all, or the corner of an ARC canvas that contains all grids."""
     trace = view.trace
@@ -252,11 +298,28 @@ def _told(step: Step, trace: Trace) -> set[int]:
     }
 
 
-def _data(view: _View, window: np.ndarray) -> str:
+def _data(view: _View, window: np.ndarray, chosen: int, others: Mapping[int, _View]) -> str:
     """The script's data as JSON that cannot close its element. Cells are indices in the window."""
-    trace = view.trace
-    cells = window.ravel()
-    place = {cell: index for index, cell in enumerate(cells.tolist())}
+    trace, cells = view.trace, window.ravel()
+    boards = [view.question, *(board for each in (view, *others.values()) for board in each.boards)]
+    shown = {token for board in boards for token in board.tolist()}
+    data = {
+        "symbols": {token: _symbol(trace.kind, token) for token in sorted(shown)},
+        "places": [[cell // trace.cols + 1, cell % trace.cols + 1] for cell in cells.tolist()],
+        "start": view.question[cells].tolist(),
+        "ruled": view.ruled,
+        "answered": view.answer is not None,
+        **_played(view, cells, chosen),
+        "others": [_played(other, cells, path) for path, other in others.items()],
+    }
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    # json.dumps escapes non-ASCII text; an unescaped "<" could close the element or open a comment.
+    return text.replace("<", "\\u003c")
+
+
+def _played(view: _View, cells: np.ndarray, path: int) -> dict[str, object]:
+    """The steps and gates of one path. cells: those that are shown."""
+    trace, place = view.trace, {cell: index for index, cell in enumerate(cells.tolist())}
     steps = []
     for index, step in enumerate(trace.steps):
         changed = view.changed(index)
@@ -273,19 +336,7 @@ def _data(view: _View, window: np.ndarray) -> str:
                 "wrong": view.wrong(index),
             }
         )
-    shown = {token for board in [view.question, *view.boards] for token in board.tolist()}
-    data = {
-        "symbols": {token: _symbol(trace.kind, token) for token in sorted(shown)},
-        "places": [[cell // trace.cols + 1, cell % trace.cols + 1] for cell in cells.tolist()],
-        "start": view.question[cells].tolist(),
-        "steps": steps,
-        "gates": list(_gates(trace, cells)),
-        "ruled": view.ruled,
-        "answered": view.answer is not None,
-    }
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    # json.dumps escapes non-ASCII text; an unescaped "<" could close the element or open a comment.
-    return text.replace("<", "\\u003c")
+    return {"path": path, "steps": steps, "gates": list(_gates(trace, cells))}
 
 
 def _gates(trace: Trace, cells: np.ndarray) -> Iterator[dict[str, object]]:

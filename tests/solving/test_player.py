@@ -16,8 +16,9 @@ import pytest
 from hrm.data.arc.augment import canvas
 from hrm.data.puzzle_kinds import Kind
 from hrm.data.sudoku.solver import random_grid, random_puzzle
+from hrm.evaluation.selection import same_answers, unfinished
 from hrm.solving.player import page
-from hrm.solving.trace import Gate, Step, Trace
+from hrm.solving.trace import Gate, Recorded, Step, Trace
 from tests.support.browser import chromium
 
 if TYPE_CHECKING:
@@ -89,6 +90,15 @@ def arc() -> Trace:
     boards = ((first, 0.1), (last, 0.5))
     steps = [Step(board.tolist(), q_halt, None, False, [], gates(0, 900)) for board, q_halt in boards]
     return Trace("arc", 30, 30, question.tolist(), answer.tolist(), steps, "gated", "Task")
+
+
+def recorded(count: int = 3) -> Recorded:
+    """Paths of `small`: the last one stays wrong after one step, the others solve it in three."""
+    trace = small()
+    traces = [*[trace] * (count - 1), replace(trace, steps=trace.steps[:1])]
+    outcomes = unfinished(1, count, True)
+    outcomes.answer[0] = same_answers(np.array([each.steps[-1].board for each in traces]))
+    return Recorded(traces, outcomes)
 
 
 def maze() -> Trace:
@@ -183,6 +193,30 @@ def test_the_data_of_each_step():
     assert data["places"][-1] == [3, 3] and data["gates"][0]["cells"][0][3] == round(0.05 + 0.001 * 30, 3)
 
 
+def test_the_votes_of_paths_and_what_is_played(monkeypatch):
+    text = page(recorded(), 1)
+    assert "3 paths gave 2 answers, and path 1 answers" in text
+    right, wrong = re.findall(r'<div class="answer (\w+)"><p>(.*?)</p>', text)
+    assert right == (
+        "good",
+        "<strong>2 paths</strong>: this answer. Solved, every cell right, up to over 99.9 % sure.",
+    )
+    assert wrong[0] == "bad" and wrong[1].startswith(
+        "<strong>1 path</strong>: differs in 1 cell. Not solved,"
+    )
+    (data,) = re.findall(r'id="trace">(.*?)</script>', text, re.DOTALL)
+    found = json.loads(data)
+    assert found["path"] == 1 and [len(each["steps"]) for each in found["others"]] == [3, 1]
+    assert [each["path"] for each in found["others"]] == [0, 2]
+    monkeypatch.setattr("hrm.solving.player.MOST_PLAYED", 1)
+    text = page(recorded(), 1)
+    assert re.findall(r'name="path" value="(\d)"', text) == ["0", "1"]
+    assert "1 further path cannot be played here" in text
+    assert 'id="paths"' not in page(Recorded([small()], recorded(1).outcomes)) and "paths" not in page(
+        small()
+    )
+
+
 def test_gates_over_the_steps_and_their_range_over_the_cells():
     found = data_of(small())["gates"]
     assert [gate["name"] for gate in found] == [f"{module} · {source}" for module, source in SOURCES]
@@ -260,7 +294,7 @@ def opened(browser: "Browser", tmp_path: Path) -> Iterator[Callable[..., "Page"]
     asked: list[str] = []
     contexts: list[BrowserContext] = []
 
-    def open_page(trace: Trace, *, blocks_handlers: bool = False, **options: Any) -> "Page":
+    def open_page(trace: Trace | Recorded, *, blocks_handlers: bool = False, **options: Any) -> "Page":
         def log(text: str) -> None:
             # Chromium 156 logs each inline handler that the page's policy blocks; earlier ones do not.
             if not (blocks_handlers and "inline event handler" in text and "Content Security Policy" in text):
@@ -448,6 +482,22 @@ def test_the_board_is_swiped(opened):
     shown.mouse.move(x + 120, y)
     shown.mouse.up()
     assert step_of(shown) == 5
+
+
+def test_any_path_is_played(opened):
+    shown = opened(recorded())
+    assert step_of(shown) == 3 and texts(shown, "#now") == ["Step 3 of 3, path 0"]
+    shown.check("input[name=gate][value='1']")
+    assert shown.locator(".hot").count() == 1
+    shown.check("input[name=path][value='2']")
+    assert texts(shown, "#now") == ["Step 1 of 1, path 2"] and shown.locator("#next").is_disabled()
+    assert texts(shown, "#live td")[1] == "1" and not shown.locator(".hot").count()
+    assert shown.locator("#tracks .bars").first.locator("i").count() == 1
+    assert shown.is_checked("input[name=gate][value='-1']")
+    shown.check("input[name=path][value='1']")
+    shown.click("#previous")
+    assert texts(shown, "#now") == ["Step 2 of 3, path 1"] and texts(shown, "#live td")[1] == "3"
+    assert shown.locator("#gates .bars").count() == 5
 
 
 def test_a_gate_is_laid_over_the_board(opened):
