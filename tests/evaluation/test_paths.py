@@ -20,7 +20,7 @@ from hrm.evaluation.paths import group_size
 from hrm.evaluation.race import RULED, Judge, Race, compared
 from hrm.evaluation.selection import RULES
 from hrm.evaluation.views import ArcViews, Plain, Views, views_for
-from tests.support.trained_runs import make_config, make_run
+from tests.support.trained_runs import as_official, make_config, make_run
 
 PATHS = 5
 ARCHS: dict[str, dict[str, Any]] = {
@@ -153,6 +153,27 @@ def test_path_0_is_the_evaluation_of_one_path(arch, runs, capsys, tmp_path):
     exact = one["exact_accuracy"]
     assert {rule: part["1"]["mean"] for rule, part in many.items()} == dict.fromkeys(RULES, exact)
     assert 0 < exact < many["oracle"][str(PATHS)]["mean"] < 1
+
+
+def test_an_official_checkpoint_takes_paths(run, runs, capsys, tmp_path):
+    argv = [f"paths={PATHS}", "by=init,noise,symmetry", "batch_size=16"]
+    own = numbers(capsys, run, *argv)["paths"]
+    data = run.parent / "data"
+    official = numbers(capsys, as_official(run, tmp_path, "gone"), *argv, f"data_path={data}")["paths"]
+    assert official == own and own["pass_at"]["1"]["mean"] < own["pass_at"][str(PATHS)]["mean"]
+
+
+@pytest.mark.slow
+def test_a_compiled_evaluation_gives_the_answers_of_the_eager_one(runs, capsys, tmp_path):
+    argv = [f"paths={PATHS}", "by=init,noise", "batch_size=16", "eval_act=true"]
+    found = []
+    for mode in ("eager", "compile"):
+        file = tmp_path / f"{mode}.npz"
+        result = numbers(capsys, runs["trm"], *argv, f"save_predictions={file}", mode=mode)
+        found.append((result["paths"]["rules"], result["eval_act"]["exact_accuracy"], np.load(file)))
+    (rules, early, one), (fused_rules, fused_early, other) = found
+    assert rules == fused_rules and early == fused_early
+    assert np.array_equal(one["all__predictions"], other["all__predictions"])
 
 
 @pytest.mark.parametrize("select", RULES)

@@ -37,15 +37,15 @@ KINDS = ("step", "save", "step", "start")
 STEPS_PER_EPOCH = 6
 
 
-def soak(data: Path, folder: Path, kills: int, seed: int) -> dict[str, Any]:
-    """Trains both runs under `folder`, compares them, and returns what happened at each kill.
+def soak(data: Path, folder: Path, kills: int, seed: int, *more: str) -> dict[str, Any]:
+    """Trains both runs under `folder`, compares them, and returns the result of each kill.
 
-    Raises AssertionError where the killed run lost anything.
+    more: words for the trainer. Raises AssertionError where the killed run lost anything.
     """
     rng = np.random.default_rng(seed)
     # A save may let a process get an interval further, and a busy machine some steps.
     epochs = -(-(kills + 1) * (STRETCH + 2 * INTERVAL) // STEPS_PER_EPOCH)
-    argv = words(data, folder, *WIDE, f"epochs={epochs}")
+    argv = words(data, folder, *WIDE, f"epochs={epochs}", *more)
     whole, run = folder / data.name / "whole", folder / data.name / "killed"
     status, _, err = run_to_end([*argv, "run_name=whole"])
     assert status == 0, err

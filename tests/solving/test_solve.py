@@ -27,6 +27,7 @@ from hrm.solving import player
 from hrm.solving.read_puzzles import Puzzle, read_puzzles
 from hrm.solving.trace import Step, Trace
 from tests.support.paths import ROOT
+from tests.support.trained_runs import as_official
 
 TINY = ["arch.hidden_size=16", "arch.num_heads=2", "arch.H_layers=1", "arch.L_layers=1", "arch.expansion=1"]
 TINY += [
@@ -482,20 +483,7 @@ def test_what_does_not_fit_together_is_refused(run_of_4, arc, maze, task, tmp_pa
 
 def test_an_official_checkpoint_without_its_data(run_of_4, tmp_path, capsys):
     """The size comes from the puzzle, which is said; the answer is that of the run's own checkpoint."""
-    weights = load_checkpoint(run_of_4).weights
-    torch.save(
-        {f"_orig_mod.model.inner.{name}": value for name, value in weights.items()}, tmp_path / "step_9"
-    )
-    lines = (run_of_4 / "config.yaml").read_text().splitlines()
-    arch = dict(line.strip().split(": ") for line in lines if line.startswith("  ") and ": " in line)
-    names = ("hidden_size", "num_heads", "expansion", "H_layers", "L_layers", "H_cycles", "L_cycles")
-    names += ("halt_max_steps", "halt_exploration_prob", "pos_encodings", "puzzle_emb_ndim", "use_gating")
-    config = "".join(f"  {name}: {arch[name]}\n" for name in names)
-    (tmp_path / "all_config.yaml").write_text(
-        "arch:\n  name: hrm.hrm_act_v1@HierarchicalReasoningModel_ACTV1\n"
-        f"  loss:\n    name: losses@ACTLossHead\n    loss_type: stablemax_cross_entropy\n{config}"
-        "data_path: data/gone\nglobal_batch_size: 2\nseed: 0\n"
-    )
+    as_official(run_of_4, tmp_path, "data/gone")
     status, out, _ = run(tmp_path, RIGHT[0], "--json", capsys=capsys)
     told = json.loads(out)
     assert status == 0 and told["notes"] == [
@@ -503,6 +491,9 @@ def test_an_official_checkpoint_without_its_data(run_of_4, tmp_path, capsys):
     ]
     _, out, _ = run(run_of_4, RIGHT[0], "--json", capsys=capsys)
     assert told["puzzles"] == json.loads(out)["puzzles"]
+    paths = [RIGHT[0], "--paths", 3, "--by", "init,noise,symmetry", "--json"]
+    votes = [json.loads(run(model, *paths, capsys=capsys)[1])["puzzles"] for model in (tmp_path, run_of_4)]
+    assert votes[0] == votes[1] and len(votes[0][0]["votes"]) > 0
 
 
 def test_help_comes_without_pytorch():

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from hrm.checkpoint.read import load_checkpoint
 from hrm.checkpoint.save import save_checkpoint
 from hrm.config.load import to_yaml
 from hrm.config.schema import ArchConfig, Config
@@ -59,3 +60,21 @@ def make_run(
         weights=make_model(config, metadata, step).state_dict(),
         **{"training": {"position": [1, 0]}, "run": {}, **options},
     )
+
+
+def as_official(run: Path, folder: Path, data: str) -> Path:
+    """The folder of the official trainer's checkpoint with the weights of a run; returns it."""
+    weights = load_checkpoint(run).weights
+    torch.save({f"_orig_mod.model.inner.{name}": value for name, value in weights.items()}, folder / "step_9")
+    lines = (run / "config.yaml").read_text(encoding="utf-8").splitlines()
+    arch = dict(line.strip().split(": ") for line in lines if line.startswith("  ") and ": " in line)
+    names = ("hidden_size", "num_heads", "expansion", "H_layers", "L_layers", "H_cycles", "L_cycles")
+    names += ("halt_max_steps", "halt_exploration_prob", "pos_encodings", "puzzle_emb_ndim", "use_gating")
+    config = "".join(f"  {name}: {arch[name]}\n" for name in names)
+    (folder / "all_config.yaml").write_text(
+        "arch:\n  name: hrm.hrm_act_v1@HierarchicalReasoningModel_ACTV1\n"
+        f"  loss:\n    name: losses@ACTLossHead\n    loss_type: stablemax_cross_entropy\n{config}"
+        f"data_path: {data}\nglobal_batch_size: 2\nseed: 0\n",
+        encoding="utf-8",
+    )
+    return folder
