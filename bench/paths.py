@@ -25,7 +25,7 @@ from hrm.evaluation.metrics import evaluate
 from hrm.evaluation.paths import Plan, differences, evaluate_paths
 from hrm.evaluation.selection import Rule
 
-BATCH, PATHS, PUZZLES, ROUNDS = 64, 64, 8, 5
+BATCH, PATHS, PUZZLES, ROUNDS = 64, 64, 7, 5
 # Sources of the paths and rule; the last two choose early.
 PLANS: tuple[tuple[str, Rule], ...] = (
     ("init", "q"),
@@ -37,7 +37,7 @@ PLANS: tuple[tuple[str, Rule], ...] = (
 
 
 def measure(path: str, data: str, mode_name: str) -> dict[str, Any]:
-    """Seconds of one path in a plain evaluation, and of each kind of many paths, with and without early exit."""
+    """Seconds of a path: in a plain evaluation, and of many paths of each kind, with and without early exit."""
     trained = load_trained(find_trained(path), device="cpu", data=Path(data))
     dataset, mode = PuzzleDataset(Path(data), "test"), resolve_mode(mode_name, trained.model.H_init.device)
     assert mode is not None
