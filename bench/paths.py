@@ -37,7 +37,7 @@ PLANS: tuple[tuple[str, Rule], ...] = (
 
 
 def measure(path: str, data: str, mode_name: str) -> dict[str, Any]:
-    """Seconds of a path: in a plain evaluation, and of many paths of each kind, with and without early exit."""
+    """Seconds of a path, alone and among many of each kind, with and without early exit."""
     trained = load_trained(find_trained(path), device="cpu", data=Path(data))
     dataset, mode = PuzzleDataset(Path(data), "test"), resolve_mode(mode_name, trained.model.H_init.device)
     assert mode is not None
