@@ -61,9 +61,14 @@ def with_states(carry: Carry, z_L: Tensor, keys: Tensor) -> Carry:
 def _of_every_chain(carry: Carry) -> Carry:
     """The carry of B * K sequences, one for each chain."""
     K = carry.z_L.shape[1]
-    fields = {name: x.repeat_interleave(K, 0) for name, x in zip(Carry._fields, carry, strict=True)}
+    # The gates of the step before are for the winner alone.
+    fields = {"z_L": carry.z_L.flatten(0, 1), "gates": carry.gates[:0]}
+    for name, value in zip(Carry._fields, carry, strict=True):
+        if name not in fields:
+            fields[name] = value.repeat_interleave(K, dim=0)
     chains = torch.arange(K, device=carry.keys.device).repeat(len(carry.keys))
-    return Carry(**{**fields, "z_L": carry.z_L.flatten(0, 1), "keys": _keys(fields["keys"], chains)})
+    fields["keys"] = _keys(fields["keys"], chains)
+    return Carry(**fields)
 
 
 def _keys(keys: Tensor, chains: Tensor) -> Tensor:
