@@ -22,11 +22,12 @@ from hrm.common.files import write_whole
 from hrm.common.tables import Table
 from hrm.study.statistics import Summary, paired_difference, summarise
 
-# 4x4 Sudokus with few clues and a short run, so that one path leaves room. Chosen before any model was judged
-# with more than one path; two cycles of two updates keep a run within minutes on one thread.
+# 4x4 Sudokus with few clues and a short run, so that one path leaves room. Chosen before any run was judged;
+# two cycles of two updates keep a run within minutes on one thread.
 TASK = [
     "preset=quick",
     "sudoku.clues=6",
+    "epochs=3",
     "arch.H_cycles=2",
     "arch.L_cycles=2",
     "mode=eager",
@@ -35,9 +36,9 @@ TASK = [
 ]
 MODELS = ("trm", "eqr")
 SOURCES = ("init", "noise", "symmetry")
-PATHS, SAMPLES = 16, 250
+PATHS, SAMPLES = 16, 200
 # As many times the ACT steps of training as paths are compared.
-DEPTHS = (8, 16, 32, 64, 128)
+DEPTHS = (8, 16, 32, 64)
 Runs = Sequence[dict[str, Any]]
 
 
