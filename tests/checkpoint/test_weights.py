@@ -68,6 +68,22 @@ def test_weights_from_every_kind_of_source(tmp_path: Path) -> None:
         assert equal(read, {name: tensor + 1 for name, tensor in weights.items()}) and notes == []
 
 
+def test_the_starts_of_chains_are_left_out_or_stay_fresh(tmp_path: Path) -> None:
+    one = state()
+    many = {**one, "L_chains": torch.zeros(2, 8)}
+    for saved, wanted, text in (
+        (many, one, "all but the first are left out"),
+        (one, many, "keep their fresh"),
+    ):
+        step = save_checkpoint(tmp_path / text, 1, weights=saved, training={}, run={})
+        read, notes = load_weights(step, shapes_of(wanted))
+        assert equal(read, one) and len(notes) == 1 and text in notes[0]
+    with pytest.raises(CheckpointError, match=r"L_chains is \(2, 8\) there, \(3, 8\) here"):
+        load_weights(
+            tmp_path / "all but the first are left out", shapes_of({**one, "L_chains": torch.zeros(3, 8)})
+        )
+
+
 def test_weights_of_a_run_whose_newest_is_damaged(tmp_path: Path) -> None:
     weights = state()
     save_checkpoint(tmp_path, 1, weights=weights, training={}, run={})
