@@ -51,8 +51,8 @@ _SYMBOLS: Mapping[str, Sequence[Symbol]] = {
 }
 # Kinds whose answers fill in the question and whose rules decide whether an answer is right.
 _RULED = ("sudoku", "maze")
-# Paths that a page plays; each takes up to 100 kB.
-MOST_PLAYED = 64
+# Paths that a page plays, each of up to 100 kB, and answers that it lists open.
+MOST_PLAYED, MOST_OPEN = 64, 8
 # The sources of a level's gates in words.
 _SOURCES = {"primary": "its own state", "secondary": "the other level", "input": "the puzzle"}
 
@@ -231,6 +231,9 @@ def _votes(recorded: Recorded, view: _View, chosen: int, others: Mapping[int, _V
         f"{len(answer)} paths gave {counted(len(rows), 'answer')}, and path {chosen} answers. Choose a path "
         "to play it; path 0 is the deterministic one"
     )
+    if folded := rows[MOST_OPEN:]:
+        summary = f"<summary>{counted(len(folded), 'further answer')}</summary>"
+        rows[MOST_OPEN:] = [f"<details>{summary}{''.join(folded)}</details>"]
     unplayed = len(answer) - len(others) - 1
     more = f"<p>{counted(unplayed, 'further path')} cannot be played here.</p>" if unplayed else ""
     return f'<fieldset class="paths" id="paths"><legend>{legend}</legend>{"".join(rows)}{more}</fieldset>'

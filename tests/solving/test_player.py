@@ -208,6 +208,8 @@ def test_the_votes_of_paths_and_what_is_played(monkeypatch):
     found = json.loads(data)
     assert found["path"] == 1 and [len(each["steps"]) for each in found["others"]] == [3, 1]
     assert [each["path"] for each in found["others"]] == [0, 2]
+    monkeypatch.setattr("hrm.solving.player.MOST_OPEN", 1)
+    assert '<summary>1 further answer</summary><div class="answer bad">' in page(recorded(), 1)
     monkeypatch.setattr("hrm.solving.player.MOST_PLAYED", 1)
     text = page(recorded(), 1)
     assert re.findall(r'name="path" value="(\d)"', text) == ["0", "1"]
