@@ -2,32 +2,37 @@
 
     python -m bench.breadth bench/results/breadth_cpu.json 0 1 2 3 4
 
-Trains each model with each seed and judges it by `hrm.evaluate`. The file is written after every run, and the
-same command continues with the runs that are missing. It ends with the tables of what the file holds;
-without seeds it prints them alone. `--most N` ends after N runs.
+Trains each model with each seed and evaluates it on test puzzles. The file is written after every run, and
+the same command continues with the missing runs. It ends with the tables of the file; without seeds it
+prints them alone. `--most N` ends after N runs.
 """
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.seeds import ROOT, run, setting
+from bench.seeds import run, setting
+from hrm.checkpoint.load_model import load_trained
 from hrm.common.errors import run_command
 from hrm.common.files import write_whole
 from hrm.common.tables import Table
+from hrm.data.dataset import PuzzleDataset, subset
+from hrm.data.puzzle_kinds import kind_of
+from hrm.data.sudoku.build import data_folder
+from hrm.engine.modes import EAGER
+from hrm.evaluation.paths import Plan, differences, evaluate_paths
 from hrm.study.statistics import Summary, paired_difference, summarise
 
-# 4x4 Sudokus with few clues and a short run, so that one path leaves room. Chosen before any run was judged;
-# two cycles of two updates keep a run within minutes on one thread.
+# The quick preset, cut short so that one path leaves room. Chosen before any run was judged; two cycles of
+# two updates keep a run within two minutes of one thread.
 TASK = [
     "preset=quick",
-    "sudoku.clues=6",
-    "epochs=3",
+    "epochs=2",
     "arch.H_cycles=2",
     "arch.L_cycles=2",
     "mode=eager",
@@ -36,7 +41,7 @@ TASK = [
 ]
 MODELS = ("trm", "eqr")
 SOURCES = ("init", "noise", "symmetry")
-PATHS, SAMPLES = 16, 200
+PATHS, SAMPLES = 8, 200
 # As many times the ACT steps of training as paths are compared.
 DEPTHS = (8, 16, 32, 64)
 Runs = Sequence[dict[str, Any]]
@@ -44,22 +49,25 @@ Runs = Sequence[dict[str, Any]]
 
 def judge(folder: Path) -> dict[str, Any]:
     """The shares of solved puzzles by source of the paths, rule and number, and by depth on one path."""
-    found: dict[str, Any] = {"sources": {}}
+    trained = load_trained(folder, device="cpu")
+    dataset = PuzzleDataset(data_folder(trained.config), "test")
+    examples, kind = subset(dataset, SAMPLES, 0), kind_of(dataset.metadata, dataset.sets)
+
+    def evaluated(by: Sequence[str], paths: int, depths: tuple[int, ...]) -> dict[str, Any]:
+        views, randomness = differences(by, kind, trained.model, seed=0)
+        trained.model.arch = replace(trained.model.arch, halt_max_steps=depths[-1])
+        plan = Plan(paths, "q", depths, views, randomness)
+        results = evaluate_paths(trained, dataset, plan, batch_size=64, mode=EAGER, examples=examples)
+        found: dict[str, Any] = results["all"]["paths"]
+        return found
+
+    sources = {}
     for source in SOURCES:
-        paths = _evaluated(folder, f"paths={PATHS}", f"by={source}")
+        paths = evaluated([source], PATHS, DEPTHS[:1])
         rules = {rule: _means(shares) for rule, shares in paths["rules"].items()}
-        parts = {"pass_at": _means(paths["pass_at"]), "failures": paths["failures"]}
-        found["sources"][source] = {"rules": rules, **parts}
-    depths = _evaluated(folder, f"depths={','.join(map(str, DEPTHS))}")["depths"]
-    return found | {"depths": {depth: of_rule["q"]["1"]["mean"] for depth, of_rule in depths.items()}}
-
-
-def _evaluated(folder: Path, *words: str) -> dict[str, Any]:
-    options = [f"samples={SAMPLES}", "device=cpu", "mode=eager", "--json"]
-    command = [sys.executable, "-m", "hrm.evaluate", f"checkpoint={folder}", *options, *words]
-    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    paths: dict[str, Any] = json.loads(output)["all"]["paths"]
-    return paths
+        sources[source] = {"rules": rules, "pass_at": _means(paths["pass_at"]), "failures": paths["failures"]}
+    by_depth = evaluated([], 1, DEPTHS)["depths"]
+    return {"sources": sources, "depths": {n: of_rule["q"]["1"]["mean"] for n, of_rule in by_depth.items()}}
 
 
 def _means(shares: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -101,9 +109,7 @@ def _failures(by_model: dict[str, Runs]) -> Table:
                 counts = [each["sources"][source]["failures"][rule] for each in runs]
                 cells.append(_percent([n["another_right"] / n["wrong"] for n in counts if n["wrong"]]))
             rows.append([model, source, *cells])
-    title = (
-        f"Failures of selection: % of the wrong answers among {PATHS} paths whose puzzle another path solves"
-    )
+    title = f"Failures of selection: % of the puzzles failed with {PATHS} paths that another path solves"
     return Table(title, ["model", "paths by", "q", "vote", "rules"], rows)
 
 
