@@ -79,7 +79,9 @@ def _means(shares: dict[str, dict[str, float]]) -> dict[str, float]:
 
 def tables(found: dict[str, Any]) -> Iterator[Table]:
     """The measured answers to: by which rule and K, which failures, deeper or wider, which model."""
-    by_model = {model: [each for each in found["runs"] if each["model"] == model] for model in MODELS}
+    by_model: dict[str, Runs] = {
+        model: [each for each in found["runs"] if each["model"] == model] for model in MODELS
+    }
     for model, runs in by_model.items():
         for source in SOURCES if runs else ():
             yield _rules(model, source, runs)

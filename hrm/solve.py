@@ -19,7 +19,7 @@ from hrm.common.text import counted, one_line
 from hrm.common.threads import THREADS_HELP
 from hrm.data.arc.augment import grid_of
 from hrm.data.puzzle_kinds import Kind, kind_of
-from hrm.evaluation.selection import RULES, choose
+from hrm.evaluation.selection import RULES, Rule, choose
 from hrm.solving.read_puzzles import Puzzle, arc_puzzles, read_puzzles, shortened
 from hrm.solving.read_tokens import may_be_tokens, read_tokens
 
@@ -119,7 +119,8 @@ def solve(args: argparse.Namespace) -> list[str]:
             "--adapt-steps learns an ARC task's embedding from the demonstrations in its .json, in place of "
             "--identifier: leave one out"
         )
-    by, select = (args.by or "init").split(","), args.select or "q"
+    by = (args.by or "init").split(",")
+    select: Rule = args.select or "q"
     if unknown := [word for word in by if word not in ("init", "noise", "symmetry")]:
         raise UserError(
             f"--by {one_line(args.by)}: {one_line(unknown[0])} is none of init, noise and symmetry"

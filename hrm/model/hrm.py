@@ -241,7 +241,9 @@ class HRM(nn.Module):
         for module in added:
             module.reset_parameters(generator)
         if self.L_chains is not None:
-            weight = self.L_level.layers[0].mlp.gate_up_proj.weight
+            first = self.L_level.layers[0]
+            assert isinstance(first, Block)
+            weight = first.mlp.gate_up_proj.weight
             self.L_chains.copy_(chain_starts(self.L_init, weight, len(self.L_chains), generator))
         nn.init.zeros_(self.q_head.weight)
         assert self.q_head.bias is not None

@@ -68,7 +68,15 @@ def as_official(run: Path, folder: Path, data: str) -> Path:
     torch.save({f"_orig_mod.model.inner.{name}": value for name, value in weights.items()}, folder / "step_9")
     lines = (run / "config.yaml").read_text(encoding="utf-8").splitlines()
     arch = dict(line.strip().split(": ") for line in lines if line.startswith("  ") and ": " in line)
-    names = ("hidden_size", "num_heads", "expansion", "H_layers", "L_layers", "H_cycles", "L_cycles")
+    names: tuple[str, ...] = (
+        "hidden_size",
+        "num_heads",
+        "expansion",
+        "H_layers",
+        "L_layers",
+        "H_cycles",
+        "L_cycles",
+    )
     names += ("halt_max_steps", "halt_exploration_prob", "pos_encodings", "puzzle_emb_ndim", "use_gating")
     config = "".join(f"  {name}: {arch[name]}\n" for name in names)
     (folder / "all_config.yaml").write_text(
