@@ -22,8 +22,9 @@ from hrm.data.format import PuzzleSet
 from hrm.data.puzzle_kinds import Kind
 from hrm.data.sudoku.build import builtin_sudoku
 from hrm.data.writer import Shape, new_dataset
+from hrm.evaluation.paths import differences
 from hrm.solve import _result, main
-from hrm.solving import player
+from hrm.solving import player, prepare
 from hrm.solving.read_puzzles import Puzzle, read_puzzles
 from hrm.solving.trace import Step, Trace
 from tests.support.paths import ROOT
@@ -181,7 +182,7 @@ def test_many_puzzles(run_of_4, tmp_path, capsys, monkeypatch):
     assert status == 0 and out.count("answer:") == 1
 
 
-def test_paths_vote(run_of_4, capsys):
+def test_paths_vote(run_of_4, capsys, monkeypatch):
     words = [run_of_4, RIGHT[0], "--paths", 6, "--by", "init,symmetry", "--select", "vote"]
     status, out, _ = run(*words, capsys=capsys)
     assert status == 0 and "of 6 answers; the paths gave" in out and ": this answer, right" in out
@@ -197,12 +198,16 @@ def test_paths_vote(run_of_4, capsys):
         )
     few = ["--paths", 2, "--noise", "0.5"]
     assert "--noise 0.5 has no effect: add --by noise" in refused(run_of_4, RIGHT[0], *few, capsys=capsys)
-    q_halt = []
-    for noise in ("0.5", "0.6"):
-        words = [run_of_4, RIGHT[0], "--paths", 2, "--by", "noise", "--noise", noise, "--json"]
-        (result,) = json.loads(run(*words, capsys=capsys)[1])["puzzles"]
-        q_halt.append(sorted(vote["q_halt"] for vote in result["votes"]))
-    assert q_halt[0] != q_halt[1]
+    asked = []
+
+    def ask(*args: Any, noise: float | None, **options: Any) -> Any:
+        asked.append(noise)
+        return differences(*args, noise=noise, **options)
+
+    monkeypatch.setattr(prepare, "differences", ask)
+    for noise in (["--noise", "0.5"], []):
+        assert run(run_of_4, RIGHT[0], "--paths", 2, "--by", "noise", *noise, capsys=capsys)[0] == 0
+    assert asked == [0.5, None]
     with pytest.raises(SystemExit, match="2"):
         run(run_of_4, RIGHT[0], "--noise", "0", capsys=capsys)
     assert "'0' is not a number above 0" in capsys.readouterr().err
