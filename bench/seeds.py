@@ -34,7 +34,9 @@ def run(
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "train.py", *words, f"seed={seed}", f"output_dir={folder}"]
-        cold = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "HRM_CACHE": f"{folder}/cache"}
+        # Inductor keeps its precompiled headers in the folder for temporary files.
+        cold = {**os.environ, "TMPDIR": folder, "HRM_CACHE": f"{folder}/cache"}
+        cold.pop("TORCHINDUCTOR_CACHE_DIR", None)
         with Beside() as beside:
             subprocess.run(command, cwd=ROOT, env=cold, check=True)
         (log,) = Path(folder).glob("*/*/metrics.jsonl")
