@@ -36,7 +36,7 @@ from bench.operations import CUDA, DTYPE, OPS, Call, Inputs, library_attention, 
 from hrm.common.machine import processor
 from hrm.common.versions import package_versions
 from hrm.engine.modes import compiler_fault
-from kernels.attention import FLASH2, FLASH3
+from kernels.library_attention import has_flash
 from tests.kernels.compare import DEVICE, Outputs, allowed_error, distance, randn, run
 
 BATCHES = (1, 96, 384, 768) if CUDA else (2,)
@@ -59,7 +59,7 @@ def missing(implementation: str) -> str | None:
         return f"{implementation}: Triton kernels and GPU libraries need a CUDA device; this machine has none"
     if implementation == "liger" and importlib.util.find_spec("liger_kernel") is None:
         return "liger: liger_kernel is not installed (pip install liger-kernel)"
-    if implementation == "flash-attn" and FLASH2 is None and FLASH3 is None:
+    if implementation == "flash-attn" and not has_flash():
         return "flash-attn: version 2.6 or later is not installed (pip install flash-attn)"
     return None
 

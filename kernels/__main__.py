@@ -20,8 +20,9 @@ import torch
 import kernels
 from hrm.common.errors import run_command
 from kernels import backend, fastest, measured
-from kernels.attention import FLASH2, FLASH3, attention_backend
+from kernels.attention import attention_backend
 from kernels.cases import NOT_MEASURED, Sizes, cases
+from kernels.library_attention import FLASH2, FLASH3, has_flash
 
 # Operations whose kernels run only where a gradient is wanted.
 TRAINING = ("swiglu_mlp",)
@@ -63,8 +64,7 @@ def attention_decision(
     choice = decision("attention", call, device)
     if choice.implementation != "reference":
         return choice
-    flash = FLASH2 is not None or FLASH3 is not None
-    taken = attention_backend(length, head_dim, dtype, device.type, triton=False, flash=flash)
+    taken = attention_backend(length, head_dim, dtype, device.type, triton=False, flash_attn=has_flash())
     return backend.Choice(taken, choice.reason)
 
 

@@ -26,23 +26,18 @@ form of our own is left out by choice, since those two are at their best there. 
 in 16 bits (`SDPA_BACKENDS`); on Hopper flash-attn 3, where it is installed, is the faster one.
 """
 
-import importlib
 import math
-from collections.abc import Callable
-from contextlib import suppress
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kernels import library_attention as library
 from kernels.backend import (
     BackendError,
     Choice,
     Tile,
     absence,
     choose,
-    device_of,
     dot,
     explain,
     get_backend,
@@ -53,55 +48,12 @@ from kernels.backend import (
     tunable,
     wide,
 )
-from kernels.checks import accumulate_dtype, check_floating
-from kernels.rope import check_tables, rope, rope_reference, rotate
+from kernels.checks import check_floating
+from kernels.rope import check_tables, rope, rotate
 
 ATTENTION_BACKENDS = ("auto", "triton", "flash", "sdpa")
 # Of the Triton kernel: one block of keys and values, and two halves of 64.
 MAX_LENGTH, MAX_HEAD_DIM = 128, 128
-# Of PyTorch's own attention, the first that can take the tensors. cuDNN's is left out: PyTorch prefers it on
-# sm_90 from some lengths on, and its choice of plans, workspaces and sums changes with cuDNN's version.
-SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-def _split_heads(
-    qkv: Tensor, num_heads: int, cos: Tensor | None, sin: Tensor | None, queries: int | None, rotate: Callable
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated queries, rotated keys and values, each (B, T or queries, num_heads, d)."""
-    heads = qkv.unflatten(2, (3 * num_heads, -1))
-    # Splits, not slices: the gradient of a split is one concatenation.
-    qk, v = heads.split([2 * num_heads, num_heads], dim=2)
-    if cos is not None and sin is not None:
-        qk = rotate(qk, cos, sin)
-    q, k = qk.split([num_heads, num_heads], dim=2)
-    return q[:, :queries], k, v
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    dtype = q.dtype
-    if device_of(q).type == "cpu":
-        # PyTorch's fused attention for CPUs is several times slower in 16 bits than in float32.
-        q, k, v = (x.to(accumulate_dtype(dtype)) for x in (q, k, v))
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    with sdpa_kernel(SDPA_BACKENDS):
-        o = F.scaled_dot_product_attention(q, k, v)
-    return o.transpose(1, 2).flatten(2).to(dtype)
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    function = _flash_function(q.device)
-    assert function is not None
-    # PyTorch's own attention looks at this setting by itself.
-    o = function(q, k, v, causal=False, deterministic=torch.are_deterministic_algorithms_enabled())
-    # The first releases of flash-attn 3 return the softmax's normaliser too.
-    return (o[0] if isinstance(o, tuple) else o).flatten(2)
-
-
-def attention_reference(
-    qkv: Tensor, num_heads: int, cos: Tensor | None, sin: Tensor | None, queries: int | None
-) -> Tensor:
-    """Attention through PyTorch's own scaled_dot_product_attention; see `attention`."""
-    return _sdpa(*_split_heads(qkv, num_heads, cos, sin, queries, rope_reference))
 
 
 def _launch(length: int, queries: int, head_dim: int, BLOCK_M: int, num_warps: int, fewest: int = 1) -> Tile:
@@ -345,28 +297,6 @@ def _differentiate(ctx, do: Tensor) -> tuple[Tensor, None, None, None, None]:
 _attention.register_autograd(_differentiate, setup_context=_save)
 
 
-def _find_flash() -> tuple[Callable | None, Callable | None]:
-    """The functions of flash-attn 3 and of flash-attn 2 from 2.6 on, None for what is not installed."""
-    flash3 = flash2 = None
-    with suppress(ImportError):
-        flash3 = importlib.import_module("flash_attn_interface").flash_attn_func
-    with suppress(ImportError):
-        package = importlib.import_module("flash_attn")
-        if tuple(int(part) for part in package.__version__.split(".")[:2]) >= (2, 6):
-            flash2 = package.flash_attn_func
-    return flash3, flash2
-
-
-FLASH3, FLASH2 = _find_flash()
-
-
-def _flash_function(device: torch.device) -> Callable | None:
-    """flash-attn 3 on the generation it is written for, else flash-attn 2."""
-    if FLASH3 is not None and (FLASH2 is None or torch.cuda.get_device_capability(device)[0] == 9):
-        return FLASH3
-    return FLASH2
-
-
 def triton_limit(length: int, head_dim: int) -> str | None:
     """Why the Triton kernel cannot take these sizes, None if it can."""
     if length > MAX_LENGTH:
@@ -376,26 +306,18 @@ def triton_limit(length: int, head_dim: int) -> str | None:
     return None
 
 
-def _flash_limit(head_dim: int, dtype: torch.dtype, device: str) -> str | None:
-    """Why flash-attn cannot take these tensors, None if it can."""
-    if device != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        return f"it takes float16 and bfloat16 on CUDA, got {dtype} on {device}"
-    if head_dim > 256 or head_dim % 8:
-        return f"it takes a head_dim of at most 256 in steps of 8, got {head_dim}"
-    return None
-
-
 def attention_backend(
-    length: int, head_dim: int, dtype: torch.dtype, device: str, *, triton: bool, flash: bool
+    length: int, head_dim: int, dtype: torch.dtype, device: str, *, triton: bool, flash_attn: bool
 ) -> str:
     """The choice of `auto` among triton, flash and sdpa: the kernel while a head fits on chip, then the best.
 
-    device: its type, as in cuda. triton, flash: whether they run here at all (for Triton, as `use_triton`
-    answers for the tensor: on CUDA and in the interpreter, not for float64 unless it was asked for).
+    device: its type, as in cuda. triton, flash_attn: whether they run here at all (for Triton, as
+    `use_triton` answers for the tensor: on CUDA and in the interpreter, for float64 only if it was asked
+    for).
     """
     if triton and triton_limit(length, head_dim) is None:
         return "triton"
-    if flash and _flash_limit(head_dim, dtype, device) is None:
+    if flash_attn and library.flash_limit(head_dim, dtype, device) is None:
         return "flash"
     return "sdpa"
 
@@ -406,8 +328,8 @@ def _check_named(backend: str, length: int, head_dim: int, qkv: Tensor) -> None:
     if backend == "triton":
         obstacle = absence(qkv.device) or triton_limit(length, head_dim)
     elif backend == "flash":
-        obstacle = _flash_limit(head_dim, qkv.dtype, qkv.device.type)
-        if FLASH2 is None and FLASH3 is None:
+        obstacle = library.flash_limit(head_dim, qkv.dtype, qkv.device.type)
+        if not library.has_flash():
             obstacle = "flash-attn 2.6 or later is not installed (pip install flash-attn)"
     if obstacle is not None:
         raise BackendError(f"attention: backend {backend!r} was asked for, but {obstacle}; use 'auto'")
@@ -457,17 +379,19 @@ def attention(
     if backend != "auto":
         _check_named(backend, length, head_dim, qkv)
     elif get_backend() == "reference":
-        return attention_reference(qkv, num_heads, cos, sin, queries)
+        return library.attention_reference(qkv, num_heads, cos, sin, queries)
     else:
         taken = choose("attention", qkv, sizes=(length, num_heads, queries or length))
-        backend, flash = taken, FLASH2 is not None or FLASH3 is not None
+        backend = taken
         if taken in ("triton", "reference"):
             runs, device = taken == "triton", qkv.device.type
-            backend = attention_backend(length, head_dim, qkv.dtype, device, triton=runs, flash=flash)
+            backend = attention_backend(
+                length, head_dim, qkv.dtype, device, triton=runs, flash_attn=library.has_flash()
+            )
             limit = triton_limit(length, head_dim)
             if runs and limit is not None:
                 explain("attention", Choice("reference", limit))
     if backend == "triton":
         return _attention(qkv, num_heads, cos, sin, length if queries is None else queries)
-    q, k, v = _split_heads(qkv, num_heads, cos, sin, queries, rope)
-    return _flash(q, k, v) if backend == "flash" else _sdpa(q, k, v)
+    q, k, v = library.split_heads(qkv, num_heads, cos, sin, queries, rope)
+    return library.flash(q, k, v) if backend == "flash" else library.sdpa(q, k, v)

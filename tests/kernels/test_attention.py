@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels import attention
+from kernels import library_attention as library
 from kernels.rope import rope_tables
 from tests.kernels.compare import DEVICE, DTYPES, agree, agree_in_every_tile, compiles, randn
 
@@ -140,7 +141,7 @@ def test_launches_cover_every_size():
     ],
 )
 def test_what_auto_takes(length, head_dim, dtype, device, triton, flash, expected):
-    chosen = module.attention_backend(length, head_dim, dtype, device, triton=triton, flash=flash)
+    chosen = module.attention_backend(length, head_dim, dtype, device, triton=triton, flash_attn=flash)
     assert chosen == expected
 
 
@@ -148,20 +149,26 @@ def test_what_auto_takes(length, head_dim, dtype, device, triton, flash, expecte
 def taken(monkeypatch):
     """The paths that calls take, in order."""
     calls = []
-    for name in ("_attention", "_flash", "_sdpa", "rope", "rope_reference"):
-        inner = getattr(module, name)
+    for place, name in (
+        (module, "_attention"),
+        (library, "flash"),
+        (library, "sdpa"),
+        (module, "rope"),
+        (library, "rope_reference"),
+    ):
+        inner = getattr(place, name)
 
         def recording(*args, name=name, inner=inner):
             calls.append(name)
             return inner(*args)
 
-        monkeypatch.setattr(module, name, recording)
+        monkeypatch.setattr(place, name, recording)
     return calls
 
 
 def test_the_choice_is_carried_out(taken, monkeypatch):
-    monkeypatch.setattr(module, "FLASH2", None)
-    monkeypatch.setattr(module, "FLASH3", None)
+    monkeypatch.setattr(library, "FLASH2", None)
+    monkeypatch.setattr(library, "FLASH3", None)
     short, long = packed(1, 17, 2, 8)["qkv"].float(), packed(1, 130, 2, 8)["qkv"].float()
     attention(short, 2, *tables(17, 8))
     attention(long, 2, *tables(130, 8))
@@ -169,7 +176,7 @@ def test_the_choice_is_carried_out(taken, monkeypatch):
     kernels.set_backend("reference")
     attention(short, 2, *tables(17, 8))
     attention(short, 2, *tables(17, 8), backend="triton")
-    assert taken == ["_attention", "rope", "_sdpa", "rope", "_sdpa", "rope_reference", "_sdpa", "_attention"]
+    assert taken == ["_attention", "rope", "sdpa", "rope", "sdpa", "rope_reference", "sdpa", "_attention"]
 
 
 @pytest.mark.parametrize("queries", [None, 1])
@@ -203,10 +210,10 @@ def installed(monkeypatch):
         for name in ("flash_attn", "flash_attn_interface"):
             found = next((package for package in packages if package.__name__ == name), None)
             monkeypatch.setitem(sys.modules, name, found)
-        monkeypatch.setattr(module, "FLASH3", module._find_flash()[0])
-        monkeypatch.setattr(module, "FLASH2", module._find_flash()[1])
+        monkeypatch.setattr(library, "FLASH3", library._find()[0])
+        monkeypatch.setattr(library, "FLASH2", library._find()[1])
 
-    monkeypatch.setattr(module, "_flash_limit", lambda *_: None)
+    monkeypatch.setattr(library, "flash_limit", lambda *_: None)
     return install
 
 
@@ -252,7 +259,7 @@ def test_flash_of_the_gpu_at_hand(installed, monkeypatch, capability, version):
 
 def test_old_flash_is_not_taken(installed):
     installed(stand_in("flash_attn", "2.5.9", lambda o: o))
-    assert module.FLASH2 is None and module.FLASH3 is None
+    assert not library.has_flash()
     with pytest.raises(
         RuntimeError, match=r"'flash' was asked for, but flash-attn 2\.6 or later is not inst"
     ):
@@ -269,12 +276,12 @@ def test_a_named_backend_says_what_is_missing(monkeypatch):
         attention(torch.zeros(1, 9, 3 * 136, device=DEVICE), 1, backend="triton")
     with pytest.raises(RuntimeError, match=r"an even head_dim of at most 128, got 5; use 'auto'"):
         attention(torch.zeros(1, 9, 15, device=DEVICE), 1, backend="triton")
-    monkeypatch.setattr(module, "FLASH2", lambda *_, **__: None)
+    monkeypatch.setattr(library, "FLASH2", lambda *_, **__: None)
     with pytest.raises(
         RuntimeError, match=r"'flash' was asked for, but it takes float16 and bfloat16 on CUDA"
     ):
         attention(long, 1, backend="flash")
-    assert "steps of 8, got 66" in module._flash_limit(66, torch.float16, "cuda")
+    assert "steps of 8, got 66" in library.flash_limit(66, torch.float16, "cuda")
     monkeypatch.setattr(kernels.backend, "INTERPRETED", False)
     monkeypatch.setattr(kernels.backend, "triton", None)
     with pytest.raises(RuntimeError, match=r"Triton is not installed \(pip install triton\); use 'auto'"):

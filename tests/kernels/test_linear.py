@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import backend, matmul, rms_norm, swiglu
-from kernels.attention import attention_reference
 from kernels.checks import accumulate_dtype
+from kernels.library_attention import attention_reference
 from kernels.linear_rms import linear_rms, linear_scaled
 from kernels.linear_swiglu import linear_swiglu
 from kernels.matmul import launch_choice, rstd_of
