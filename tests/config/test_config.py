@@ -66,6 +66,7 @@ DEFAULTS = {
     "arch.init": "fixed",
     "arch.noise": 0.0,
     "arch.damping": 1.0,
+    "arch.chains": 1,
     "arch.pos_encodings": "rope",
     "arch.rope_theta": 10000.0,
     "arch.rms_norm_eps": 1e-5,
