@@ -189,7 +189,7 @@ def judge(config: EvaluateConfig, as_json: bool, world: "World", device: "torch.
     from hrm.evaluation.metrics import Listener, Voting, evaluate, predictions_file, taken_of
     from hrm.evaluation.paths import evaluate_paths
 
-    found = find_trained(str(config.checkpoint))
+    found = find_trained(str(config.checkpoint), world)
     folder = Path(config.data_path) if config.data_path is not None else data_folder(found.config)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such data set; give data_path=DIR, the folder of one")

@@ -15,7 +15,7 @@ import numpy as np
 
 from hrm.common.errors import UserError, run_command
 from hrm.common.files import check_file, write_whole
-from hrm.common.text import counted, one_line
+from hrm.common.text import counted, one_line, with_sources
 from hrm.common.threads import THREADS_HELP
 from hrm.data.arc.augment import grid_of
 from hrm.data.puzzle_kinds import Kind, kind_of
@@ -234,8 +234,8 @@ class _Screen:
 
     def note(self, text: str) -> None:
         """One line of what a user should know."""
-        self.notes.append(text)
-        self.say(f"note: {text}")
+        self.notes.append(with_sources(text))
+        self.say(f"note: {self.notes[-1]}")
 
     def result(
         self, kind: Kind, trace: "Trace", result: dict[str, Any], *, whole: bool, titled: bool

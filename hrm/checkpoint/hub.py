@@ -10,21 +10,30 @@ from hrm.checkpoint.identifiers import IDENTIFIERS, NAMES
 from hrm.checkpoint.read import MANIFEST, STEP_NAME, TENSORS_NAME, TRAINING
 from hrm.checkpoint.safe_io import CheckpointError
 from hrm.common.hub import fetch
-from hrm.distributed import place
+from hrm.distributed import World, place
 
 _Path = PurePosixPath
 
 
-def fetch_checkpoint(source: str) -> Path:
+def fetch_checkpoint(source: str, world: World | None = None) -> Path:
     """The local folder or file of a checkpoint on the hub, downloaded if it is not in the cache.
 
     source: `hub:OWNER/NAME`, with `@REVISION` or `/PATH`, a folder or file of it, where needed. Only weights,
-    configurations and puzzle names are downloaded. Raises HubError as `hrm.common.hub.fetch` does, and
-    CheckpointError for a repository that holds no checkpoint or several.
+    configurations and puzzle names are downloaded. world: the ranks that call this together; one on each
+    machine downloads, the others wait. Raises HubError as `hrm.common.hub.fetch` does, and CheckpointError
+    for a repository that holds no checkpoint or several.
     """
+    world = world or World()
+    downloads = world.size == 1 or place().local_rank == 0
+    chosen = partial(_files, source)
+    if downloads:
+        root, files = fetch(source, "model", chosen, partial(print, file=sys.stderr, flush=True))
+    world.barrier()
     # The ranks of one machine share its cache.
-    say = partial(print, file=sys.stderr, flush=True) if place().local_rank == 0 else None
-    root, files = fetch(source, "model", partial(_files, source), say)
+    if not downloads:
+        root, files = fetch(source, "model", chosen, None)
+    # The folder of a version is named after its commit.
+    world.check_equal({source: root.name})
     first = root / files[0]
     return first.parent if first.name == MANIFEST else first
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from hrm.checkpoint.safe_io import CheckpointError, read_safetensors
+from hrm.common.hub import is_remote
+from hrm.common.text import with_sources
 from hrm.data.format import DatasetError, read_names
 
 IDENTIFIERS, NAMES = "identifiers.safetensors", "identifiers.json"
@@ -87,12 +89,18 @@ def follow_names(
     if len(table) == rows == 1:
         return table, []
     if there.hashes is None or here.hashes is None:
-        missing = there if there.hashes is None else here
+        if len(table) != rows:
+            return table, []
+        missing, whose = (there, "that") if there.hashes is None else (here, "this")
+        beside = with_sources(str(missing.source.parent))
+        # Nobody can write into a repository of the hub.
+        folder = (
+            "a folder with the other files of the checkpoint" if is_remote(beside) else f"{beside}/{NAMES}"
+        )
         return table, [
             f"warning: {file}: its puzzle embeddings are taken by number, which is right for the data it was "
-            f"trained on alone; to match them by name, copy the {NAMES} of "
-            f"{'that data' if missing is there else 'this data'} to {missing.source.parent / NAMES}"
-        ] * (len(table) == rows)
+            f"trained on alone; to match them by name, copy the {NAMES} of {whose} data to {folder}"
+        ]
     if torch.equal(there.hashes, here.hashes):
         return table, []
     order = torch.argsort(there.hashes, stable=True)

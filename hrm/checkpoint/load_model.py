@@ -24,7 +24,7 @@ from hrm.checkpoint.read import (
 from hrm.checkpoint.safe_io import read_safetensors, read_training
 from hrm.checkpoint.weights import PUZZLE_TABLE, load_weights, read_weights
 from hrm.common.hub import is_remote
-from hrm.common.text import one_line
+from hrm.common.text import one_line, with_sources
 from hrm.config.load import KEYS, config_of, load_config, validate
 from hrm.config.messages import ConfigError
 from hrm.config.official import read_official
@@ -32,6 +32,7 @@ from hrm.config.read import compose, read_yaml
 from hrm.config.schedule import interval_epochs, stage_arch
 from hrm.config.schema import ArchConfig, Config
 from hrm.data.format import Metadata, read_metadata
+from hrm.distributed import World
 from hrm.engine.kernel_choice import take_measured
 from hrm.engine.modes import dtype_note, resolve_dtype
 from hrm.model.hrm import HRM
@@ -68,7 +69,8 @@ class Trained:
     """A model with a checkpoint's weights, without gradient.
 
     config: of its run, metadata: of the data it is for. notes: a line for each thing that a user should know.
-    path: the checkpoint's folder, or the file of the official code. names: of the puzzle table's rows.
+    path: the checkpoint's folder, or the file of another trainer; for one on the hub, its place there. names:
+    of the puzzle table's rows.
     """
 
     model: HRM
@@ -79,14 +81,14 @@ class Trained:
     names: Identifiers
 
 
-def find_trained(path: str | Path) -> Found:
+def find_trained(path: str | Path, world: World | None = None) -> Found:
     """The checkpoint that a path names, with the configuration beside it.
 
     path: a run's folder (its newest good checkpoint), a `step_<N>` folder, a weights file of another trainer
-    or the folder that holds it, or `hub:OWNER/NAME`. Raises CheckpointError, ConfigError or HubError naming
-    the file and the remedy.
+    or the folder that holds it, or `hub:OWNER/NAME`. world: the ranks that call this together.
+    Raises CheckpointError, ConfigError or HubError naming the file and the remedy.
     """
-    file, weights, notes, average, inside = read_weights(path)
+    file, weights, notes, average, inside = read_weights(path, world)
     folder = file.parent
     # A run keeps its configuration beside its checkpoints' folders, EqR's beside that of its files.
     places = [folder, folder.parent] if STEP_NAME.fullmatch(folder.name) else [folder]
@@ -160,9 +162,9 @@ def load_trained(
             if name not in model.wide:
                 parameter.data = parameter.data.to(model.dtype)
     model = model.to(place).requires_grad_(False).eval()
-    path = found.file.parent if found.file.name == WEIGHTS else found.file
+    path = Path(with_sources(str(found.file.parent if found.file.name == WEIGHTS else found.file)))
     slow = dtype_note(config, place)
-    told = [*found.notes, *notes, *([slow] if slow else [])]
+    told = [*map(with_sources, found.notes), *notes, *([slow] if slow else [])]
     return Trained(model, config, metadata, told, path, names or _names(found, rows))
 
 

@@ -12,6 +12,8 @@ from hrm.checkpoint.identifiers import Identifiers, follow_names, identifiers_of
 from hrm.checkpoint.read import MANIFEST, STEP_NAME, WEIGHTS, choose
 from hrm.checkpoint.safe_io import CheckpointError
 from hrm.common.hub import is_remote
+from hrm.common.text import with_sources
+from hrm.distributed import World
 
 PUZZLE_TABLE = "puzzle_emb.weights"
 # The first states of every sequence, which a model with random ones does not use.
@@ -26,6 +28,7 @@ def load_weights(
     expected: Mapping[str, torch.Size],
     reset_puzzle_emb: bool = False,
     names: Identifiers | None = None,
+    world: World | None = None,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Weights that fit a model's names and shapes, and a line for each part left out.
 
@@ -34,11 +37,11 @@ def load_weights(
     buffer. If the checkpoint has no gate networks or no subgoal head, the result lacks them and the model
     keeps its own values; with reset_puzzle_emb that also holds for a puzzle table of another length. names:
     of the model's puzzle table, whose rows the checkpoint's then follow; None leaves each row its number.
-    Tensors are on the CPU in the file's dtype.
+    world: the ranks that call this together. Tensors are on the CPU in the file's dtype.
     Raises HubError as `fetch_checkpoint` does; CheckpointError for a damaged file or another architecture,
     with the first differences, and for a puzzle table of other puzzles.
     """
-    path, weights, notes, *_ = read_weights(path)
+    path, weights, notes, *_ = read_weights(path, world)
     shapes = dict(expected)
     table, shape = weights.get(PUZZLE_TABLE), shapes.get(PUZZLE_TABLE)
     if table is not None and shape is not None and table.shape[1:] == shape[1:]:
@@ -74,7 +77,7 @@ def load_weights(
     differing += [f"{name} is missing there" for name in shapes if name not in weights]
     differing += [f"{name} is unknown here" for name in weights if name not in shapes]
     if not differing:
-        return weights, notes
+        return weights, list(map(with_sources, notes))
     if len(differing) == 1 and reshaped == [PUZZLE_TABLE]:
         there, here = weights[PUZZLE_TABLE].shape, shapes[PUZZLE_TABLE]
         if there[1:] == here[1:]:
@@ -89,13 +92,13 @@ def load_weights(
     )
 
 
-def read_weights(path: str | Path) -> Contents:
+def read_weights(path: str | Path, world: World | None = None) -> Contents:
     """The weights file that a path stands for, and its contents.
 
-    path: see `load_weights`. Raises CheckpointError or HubError.
+    path, world: see `load_weights`. Raises CheckpointError or HubError.
     """
     notes: list[str] = []
-    path = fetch_checkpoint(str(path)) if is_remote(path) else Path(path)
+    path = fetch_checkpoint(str(path), world) if is_remote(path) else Path(path)
     if path.is_dir():
         names = [(entry, STEP_NAME.fullmatch(entry.name)) for entry in (path, *path.iterdir())]
         is_own = (path / MANIFEST).exists() or any(match and entry.is_dir() for entry, match in names)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from hrm.common.streams import CLOSED_STATUS, OutputClosed, OutputFailed, watched
-from hrm.common.text import printable
+from hrm.common.text import printable, with_sources
 
 # Errors of a place that cannot be written. Those of a full disk come without the file's name.
 _UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -104,7 +104,7 @@ def _answered(command: Callable[[], int | None], interrupted: str) -> int:
 def _mistake(text: str, status: int = UserError.status) -> int:
     _let_first_speak()
     mine = f"rank {rank}: " if (rank := _number("RANK")) and status == UserError.status else ""
-    print(f"error: {mine}{printable(text)}", file=sys.stderr)
+    print(f"error: {mine}{printable(with_sources(text))}", file=sys.stderr)
     return _end(status)
 
 

@@ -18,6 +18,14 @@ from hrm.common.text import size_text
 
 # Most levels of nesting in JSON; an ARC task has six.
 _DEEPEST = 32
+# What files that are no UTF-8 text begin with.
+_NO_TEXT = {
+    b"\x1f\x8b": "packed by gzip; unpack it, with gunzip",
+    b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save it as .csv",
+    b"PAR1": "a Parquet table; write it as .csv, as pandas does with to_csv",
+    b"\xff\xfe": "text in UTF-16; save it in UTF-8",
+    b"\xfe\xff": "text in UTF-16; save it in UTF-8",
+}
 
 
 def open_bounded(path: str | os.PathLike[str], error: type[UserError] = UserError) -> BinaryIO:
@@ -98,7 +106,13 @@ def numbered_lines(
 
     A line of more than `longest` characters is refused before it fills memory. Raises `error`, and OSError.
     """
-    with io.TextIOWrapper(open_bounded(path, error), "utf-8-sig", "replace", newline="") as file:
+    raw = open_bounded(path, error)
+    with io.TextIOWrapper(raw, "utf-8-sig", "replace", newline="") as file:
+        start = raw.read(4)
+        raw.seek(0)
+        for mark, remedy in _NO_TEXT.items():
+            if start.startswith(mark):
+                raise error(f"{path}: {remedy}")
         number = 0
         while line := file.readline(longest + 1):
             number += 1

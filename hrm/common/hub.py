@@ -79,21 +79,21 @@ def fetch(
 ) -> tuple[Path, Sequence[str]]:
     """The cache's folder of a repository, with the chosen files, and their names.
 
-    source: see `fetch_files`. say: takes a line with the size, before the download; None leaves it, and the
-    check of the free space, to another process of this machine. Without a network the cache's files are
-    taken. Raises HubError when huggingface_hub is missing, the hub cannot be reached, it has no such
-    repository, or the disk is too small; and what `choose` raises.
+    source: see `fetch_files`. say: takes a line with the size, before the download; None takes the files from
+    the cache alone, where another process of this machine has put them. Without a network that is done too.
+    Raises HubError when huggingface_hub is missing, the hub cannot be reached, it has no such repository, or
+    the disk is too small; and what `choose` raises.
     """
     repository = _parse(source, kind)
-    sizes, commit, cached = _listing(repository)
+    sizes, commit, cached = _cached(repository) if say is None else _listing(repository)
     if cached is not None:
         try:
             return cached, choose(sizes, repository.path)
         except UserError:
             raise HubError(_unreachable(source)) from None
     files = choose(sizes, repository.path)
-    if say is not None:
-        _check_size(repository, {file: sizes[file] for file in files}, commit, say)
+    assert say is not None
+    _check_size(repository, {file: sizes[file] for file in files}, commit, say)
     roots = [_root(repository, file) for file in files]
     if len(set(roots)) != 1:
         raise HubError(f"{source}: it changed during the download; run the command again")
@@ -126,14 +126,20 @@ def _listing(repository: _Repository) -> tuple[dict[str, int], str | None, Path 
     # Any error of httpx, requests or the system.
     except Exception as error:
         reason = None if isinstance(error, errors.OfflineModeIsEnabled) else error
-        try:
-            folder = Path(hub.snapshot_download(**repository.asked, local_files_only=True, allow_patterns=[]))
-        except Exception:
-            raise HubError(_unreachable(repository.source, reason)) from None
-        files = [path for path in folder.rglob("*") if path.is_file()]
-        return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}, None, folder
+        return _cached(repository, reason)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     return {name: size for name, size in sizes.items() if _is_inside(name)}, info.sha, None
+
+
+def _cached(repository: _Repository, reason: Exception | None = None) -> tuple[dict[str, int], None, Path]:
+    """As `_listing`, of the files in the cache. reason: why the hub cannot be reached."""
+    download = repository.hub.snapshot_download
+    try:
+        folder = Path(download(**repository.asked, local_files_only=True, allow_patterns=[]))
+    except Exception:
+        raise HubError(_unreachable(repository.source, reason)) from None
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}, None, folder
 
 
 def _is_inside(name: str) -> bool:

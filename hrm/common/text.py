@@ -1,6 +1,10 @@
 """Text from users and files, made safe and short for one line; sizes in units."""
 
+import re
 from typing import Any
+
+# The folder of a version of a repository, as huggingface_hub lays out its cache.
+_CACHED = re.compile(r"[^\s'\"]*(?:model|dataset)s--([\w.-]+?)--([\w.-]+)/snapshots/\w+")
 
 
 def printable(text: str) -> str:
@@ -43,3 +47,8 @@ def size_text(count: float) -> str:
         count /= 1024
         units.pop(0)
     return f"{count:.4g} {units[0]}"
+
+
+def with_sources(text: str) -> str:
+    """A text with `hub:OWNER/NAME` in place of the folder in which the hub's client caches a repository."""
+    return _CACHED.sub(r"hub:\1/\2", text)

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter
 
+from hrm.common.hub import is_remote
 from hrm.common.text import one_line
 from hrm.common.threads import THREADS_HELP
 from hrm.config.keys import help_keys
@@ -111,6 +112,11 @@ def validate(config: Config) -> None:
         faults.append(
             "resume=PATH continues a run, checkpoint_path=PATH starts a new one from its weights: "
             "leave one out"
+        )
+    if is_remote(config.resume):
+        faults.append(
+            f"resume={one_line(config.resume)}: a run continues from a folder of this machine "
+            "alone; checkpoint_path=hub:NAME starts a new run from the weights there"
         )
     faults.raise_any()
 

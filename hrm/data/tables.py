@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from hrm.common.text import counted, literal
@@ -21,7 +22,7 @@ QUESTIONS = (
 )
 ANSWERS = ("answer", "answers", "solution", "solutions", "solved", "output", "target", "label")
 RATINGS = ("rating", "difficulty", "score", "backtracks", "guesses")
-DELIMITERS = (",", ";", "\t", None)
+DELIMITERS = (",", ";", "\t", "|", None)
 
 
 class Row(NamedTuple):
@@ -77,7 +78,9 @@ def _place(names: Sequence[str], known: Sequence[str]) -> int | None:
 
 def unnamed(text: str) -> str:
     """The error message for a header without a column of questions."""
-    counts = [len(fields(text, delimiter)) for delimiter in DELIMITERS[:3]]
+    if text.lstrip()[:1] in ("{", "["):
+        return "JSON; write it as a .csv file with the columns question and answer"
+    counts = [len(fields(text, delimiter)) for delimiter in DELIMITERS[:-1]]
     found = fields(text, DELIMITERS[counts.index(max(counts))])
     return (
         f"no column 'question' among {', '.join(literal(name, 30) for name in found[:10])}; rename one: "
@@ -94,3 +97,9 @@ def content(lines: Iterator[tuple[int, str]], comment: str | None) -> Iterator[t
             text = text[: text.index(comment)]
         if text.strip():
             yield number, text
+
+
+def file_of(folder: Path, split: str) -> Path:
+    """The file of a split in a folder of puzzles: a .csv if there is one, else one in another form."""
+    names = [folder / f"{split}{suffix}" for suffix in (".csv", ".txt", ".tsv", ".sdm", ".sdk", ".ss")]
+    return next((path for path in names if path.is_file()), names[0])

@@ -3,6 +3,7 @@
 Nothing here imports PyTorch, which takes seconds, so that mistakes are reported at once.
 """
 
+import csv
 import math
 import os
 import sys
@@ -17,6 +18,8 @@ from hrm.common.files import read_text
 from hrm.common.text import counted
 from hrm.data.arc.augment import LARGEST_SIDE, SIDE, VOCAB_SIZE, canvas
 from hrm.data.arc.files import Task, read_task
+from hrm.data.maze.text import is_grid_row
+from hrm.data.maze.text import read_rows as read_maze_rows
 from hrm.data.puzzle_kinds import MAZE_VOCABULARY, Kind
 from hrm.data.sudoku.solver import solutions
 from hrm.data.sudoku.text import FOREIGN, SYMBOLS, cells_of, digit_table, read_rows, size_of
@@ -110,13 +113,17 @@ def _boards(text: str, where: str) -> Puzzles:
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{where}: empty; expected a puzzle")
-    # A '#' may also begin a comment beside a Sudoku, whose digits no maze has.
-    if set(text) & set("#SGEX") and not set(text) & set("123456789"):
-        return _mazes(lines, where)
+    # A '#' may also begin a comment beside a Sudoku, and a table of mazes may have ratings.
+    digits = sum(map(text.count, "123456789"))
+    if text.count("#") > digits or (not digits and set(text) & set("SGEX")):
+        return _mazes(text, lines, where)
     return _sudokus(lines, where)
 
 
-def _mazes(lines: Sequence[str], where: str) -> Puzzles:
+def _mazes(text: str, lines: Sequence[str], where: str) -> Puzzles:
+    boards = _separate_mazes(text, where)
+    if boards:
+        return _mazes_of(boards, where)
     cells = [len(line) for line in lines]
     side = math.isqrt(cells[0])
     is_side = range(2, MOST_SIDE + 1).__contains__
@@ -131,6 +138,33 @@ def _mazes(lines: Sequence[str], where: str) -> Puzzles:
     else:
         expected = f"a square, or rows over several lines, {MOST_SIDE} at most"
         raise _unreadable(where, cells, expected)
+    kind = Kind("maze", rows, columns, MAZE_VOCABULARY)
+    return Puzzles(kind, list(_questions(kind, boards, where)))
+
+
+def _separate_mazes(text: str, where: str) -> list[str]:
+    """The mazes of a table, or of grids with blank lines or titles between them; else none."""
+    numbered = list(enumerate(text.splitlines(keepends=True), 1))
+    try:
+        rows = list(read_maze_rows(iter(numbered)))
+    except (ValueError, csv.Error):
+        return []
+    boards = [row.question for row in rows if isinstance(row, Row)]
+    if is_grid_row(numbered[0][1].rstrip("\r\n")) and not (len(rows) > 1 and "\n" in boards[0]):
+        return []
+    for row in rows:
+        if not isinstance(row, Row):
+            raise UserError(f"{where}, line {row[0]}: {row[1]}")
+    return boards
+
+
+def _mazes_of(boards: Sequence[str], where: str) -> Puzzles:
+    lines = boards[0].splitlines() or [""]
+    rows, columns = len(lines), len(lines[0])
+    if rows == 1:
+        rows = columns = math.isqrt(columns)
+    if not (2 <= rows <= MOST_SIDE and 2 <= columns <= MOST_SIDE):
+        raise _unreadable(where, [len(boards[0])], f"a maze of 2 to {MOST_SIDE} cells a side")
     kind = Kind("maze", rows, columns, MAZE_VOCABULARY)
     return Puzzles(kind, list(_questions(kind, boards, where)))
 

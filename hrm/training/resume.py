@@ -70,7 +70,9 @@ def restore_or_start(
         progress.unsaved = checkpoint.path.parent.resolve() != run_dir.resolve()
     elif config.checkpoint_path is not None:
         shapes = {name: tensor.shape for name, tensor in engine.weights().items()}
-        weights, notes = load_weights(config.checkpoint_path, shapes, config.reset_puzzle_emb, data.names)
+        weights, notes = load_weights(
+            config.checkpoint_path, shapes, config.reset_puzzle_emb, data.names, engine.world
+        )
         engine.load_weights(weights)
         for note in [f"starting from the weights of {config.checkpoint_path}", *notes]:
             say(note)

@@ -253,7 +253,9 @@ def test_commands_take_a_checkpoint_on_the_hub(fake_hub, tmp_path, tiny_sudoku, 
     assert json.loads(told.out)["all"]["count"] == 4 and "downloading 2 files" in told.err
     page = tmp_path / "page.html"
     assert solve(["hub:lab/hrm", "123.3.1221.3.321", "--html", str(page)]) in (0, 1)
-    assert "hrm" in page.read_text(encoding="utf-8")
+    html = page.read_text(encoding="utf-8")
+    assert "hub:lab/hrm/checkpoint, " in html
+    assert str(fake_hub.cache) not in html + capsys.readouterr().out
     small = ["arch.puzzle_emb_ndim=0", *(f"arch.{key}={arch[key]}" for key in SIZES), "max_steps=1"]
     small += ["device=cpu", "mode=eager", f"output_dir={tmp_path}", f"data_path={tiny_sudoku}", "lr=0"]
     small += ["global_batch_size=8", "weight_decay=0", "run_name=run", "eval_interval=null"]

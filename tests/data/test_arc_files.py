@@ -219,6 +219,10 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     assert refusal(tmp_path).startswith(f"{tmp_path}: no .json file in it or its sub-folders")
     prefix = write_kaggle(tmp_path, "arc-agi_training", {"a": TASK})
     assert f"give its prefix instead of the folder: --source {prefix}" in refusal(tmp_path)
+    assert refusal(tmp_path / "arc-agi").endswith(f"; give --source {prefix}")
+    write_tasks(tmp_path / "one", {"a": TASK})
+    file = tmp_path / "one" / "a.json"
+    assert refusal(file).endswith(f"give the folder of the task, --source {file.parent}")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from hrm.data.puzzle_kinds import Kind, kind_of
 from hrm.data.symmetries import MazeSymmetries
 from hrm.evaluate import main as evaluate
 from hrm.solve import main as solve
+from hrm.solving.read_puzzles import read_puzzles as read_to_solve
 
 LONG = "#########\n#S......#\n#.###.#.#\n#...#.#G#\n#########"
 SOLVED = "#########\n#Soooooo#\n#.###.#o#\n#...#.#G#\n#########"
@@ -32,7 +33,10 @@ def tokens(text: str) -> list[int]:
     return ["_# SGo".index(cell) for cell in text.replace("\n", "").replace(".", " ")]
 
 
-@pytest.mark.parametrize("form", ["lines", "columns", "maze-dataset", "no answer", "empty answers"])
+FORMS = ["lines", "columns", "maze-dataset", "no answer", "empty answers", "semicolons"]
+
+
+@pytest.mark.parametrize("form", [*FORMS, "grids", "titles", "stacked", "solved", "crlf"])
 def test_rectangles_are_read_in_each_form(form: str, tmp_path: Path, capsys: Any) -> None:
     other = [text[::-1].replace("S", "x").replace("G", "S").replace("x", "G") for text in (LONG, SOLVED)]
     # The reversed maze is the same one turned by half, but with its ends exchanged.
@@ -48,8 +52,17 @@ def test_rectangles_are_read_in_each_form(form: str, tmp_path: Path, capsys: Any
         rows = [(question, "") for question, _ in rows]
     lines = [f'"{question}"' + (f',"{answer}"' if form != "no answer" else "") for question, answer in rows]
     head = "question" if form == "no answer" else "question,answer"
-    (tmp_path / "mazes.csv").write_text("\n".join([head, *lines]) + "\n")
-    status, out = build(tmp_path, "--source", str(tmp_path / "mazes.csv"), *words)
+    text = "\n".join([head, *lines]) + "\n"
+    if form == "semicolons":
+        text = text.replace("question,answer", "Maze; Solution; steps").replace('","', '"; "')
+        text = text.replace('"\n"', '"; 3\n"').rstrip() + "; 3\n"
+    if form not in FORMS:
+        grids = [answer if form == "solved" else question for question, answer in rows]
+        title = {"titles": "Maze 1:\n", "stacked": ""}.get(form, "\n")
+        text = "".join(f"{title}{grid}\n" for grid in grids).replace("\n", "\r\n" if form == "crlf" else "\n")
+    path = tmp_path / ("mazes.csv" if form in FORMS else "mazes.txt")
+    path.write_text(text, newline="")
+    status, out = build(tmp_path, "--source", str(path), *words)
     assert status == 0
     found = []
     for split in ("train", "test"):
@@ -60,6 +73,10 @@ def test_rectangles_are_read_in_each_form(form: str, tmp_path: Path, capsys: Any
         found.append((part.inputs[0].tolist(), part.labels[0].tolist()))
     expected = [(tokens(LONG), tokens(SOLVED)), (tokens(other[0]), tokens(other[1]))]
     assert sorted(found) == sorted(expected)
+    if form not in ("columns", "stacked"):
+        solver = read_to_solve(str(path))
+        assert (solver.kind.rows, solver.kind.cols) == (5, 9)
+        assert [puzzle.question.tolist() for puzzle in solver.puzzles] == [first for first, _ in expected]
 
 
 def test_generated_rectangles_train_and_solve(tmp_path: Path, capsys: Any) -> None:
@@ -140,3 +157,25 @@ def test_all_faulty_mazes_are_one_error_or_left_out(faulty: str, tmp_path: Path,
 def test_requests_for_no_rectangle(tmp_path: Path, capsys: Any, words: list[str], message: str) -> None:
     assert build(tmp_path, *words)[0] == 2
     assert message in capsys.readouterr().err
+
+
+def test_text_files_in_a_folder_and_their_faults(tmp_path: Path, capsys: Any) -> None:
+    square = "#####\n#S  #\n# # #\n#  G#\n#####\n"
+    turned = square.replace("S", "x").replace("G", "S").replace("x", "G")
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "train.txt").write_text(square.replace("\n", "") + "\n" + turned.replace("\n", ""))
+    (source / "test.txt").write_text(f"a title\n{square.replace('# # #', '#   #')}")
+    status, out = build(tmp_path, "--source", str(source))
+    assert status == 0
+    assert [len(PuzzleDataset(out, split).sets["all"].inputs) for split in ("train", "test")] == [1, 1]
+    # A row of the second grid is too short, and the third has a letter that no maze has.
+    grids = [square, square.replace("#S  #", "#S #"), square.replace("S", "@")]
+    (source / "test.txt").write_text("\n".join(grids))
+    assert build(tmp_path, "--source", str(source))[0] == 2
+    error = capsys.readouterr().err
+    assert "test.txt: line 7: question with rows of other lengths than 5" in error
+    assert "test.txt: line 13: question: row 2, column 2 is '@'" in error
+    (source / "test.txt").write_text("name,board\na,b\n")
+    assert build(tmp_path, "--source", str(source))[0] == 2
+    assert "test.txt: line 1: no column 'question' among 'name', 'board'; rename" in capsys.readouterr().err

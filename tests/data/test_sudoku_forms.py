@@ -1,5 +1,6 @@
 """The forms in which collections write Sudokus: builder and solver read the same puzzles from all of them."""
 
+import gzip
 import re
 from pathlib import Path
 
@@ -43,6 +44,12 @@ def digits(text: str) -> list[int]:
         ("empty.csv", f"question,answer,rating\n{P},{A},\n", None),
         ("unsolved.csv", f"question,answer,rating\n{P},,5\n", 5),
         ("bare.csv", f"{P},{A}\n", None),
+        ("pipes.csv", f"puzzle|solution\n{P}|{A}\n", None),
+        ("unnamed.csv", f"sudoku,key\n{P},{A}\n", None),
+        ("colon.txt", f"// from somewhere\n{P}:{A}\n", None),
+        ("comma.csv", f"puzzle;solution;difficulty\n{P};{A};1,5\n", 1),
+        ("nan.csv", f",puzzle,solution,difficulty\n0,{P},{A},nan\n", None),
+        ("lists.csv", f'quizzes,solutions\n"{list(map(int, ZEROS))}","{list(map(int, A))}"\n', None),
         ("bank.txt", f"0123456789ab {ZEROS}  1.2\n", 1),
         ("comment.txt", f"# two\n\n{P} # easy\n", None),
         ("stars.txt", P.replace(".", "*") + "\n", None),
@@ -173,3 +180,22 @@ def test_a_field_longer_than_the_csv_module_reads_is_refused(tmp_path: Path) -> 
     path.write_text("1" * 200_000 + ",2\n")
     with pytest.raises(UserError, match=r"long\.csv: 200001 cells in one line of 1; expected 16, 36 or 81"):
         read_to_solve(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b"puzzle\n"), "bad.csv: packed by gzip; unpack it"),
+        (f"puzzle\n{P}".encode("utf-16"), "bad.csv: text in UTF-16; save it in UTF-8"),
+        (b'{"question": "1..."}\n', "bad.csv: line 1: JSON; write it as a .csv file with the columns"),
+        (
+            f"puzzle\n{ZEROS[1:]}".encode(),
+            "expected 16 for size 4; read the column as text, for leading zeros",
+        ),
+    ],
+)
+def test_what_is_no_text_of_puzzles_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_bytes(content)
+    with pytest.raises(SudokuError, match=message):
+        read_puzzles(path, 4)

@@ -1,6 +1,8 @@
 """Evaluation shared by ranks: the same numbers, votes and predictions to the last digit as one process."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from hrm.data.arc.build import write_arc
 from hrm.data.arc.files import read_source
 from hrm.engine import memory_estimate
 from tests.support.arc_tasks import random_task, write_tasks
+from tests.support.paths import ROOT
 from tests.support.runs import words
 from tests.support.torchrun import torchrun
 
@@ -96,3 +99,45 @@ def test_the_rehearsal_counts_early_halting_and_the_processes_that_share(run, mo
         assert err.count("\n") == 1 and "batch_size=4096 needs about" in err
         needed.append(float(err.split("about ")[1].split(" ")[0]))
     assert needed[0] < needed[1]
+
+
+# A hub whose downloads take a second and are counted in a file.
+HUB = """\
+import sys, time
+from pathlib import Path
+from tests.support.fake_hub import FakeHub
+
+class Slow(FakeHub):
+    def hf_hub_download(self, **asked):
+        path = super().hf_hub_download(**asked)
+        time.sleep(1)
+        with (self.cache / "asked").open("a") as file:
+            file.write(asked["filename"] + "\\n")
+        return path
+
+sys.modules.update(Slow(Path(__file__).parent).modules())
+"""
+
+
+def test_ranks_share_one_download(run, tiny_sudoku, tmp_path, capsys):
+    (tmp_path / "huggingface_hub.py").write_text(HUB)
+    shutil.copytree(run, tmp_path / "served" / "me" / "run")
+    alone_argv = ["device=cpu", "mode=eager", "samples=6", "batch_size=3"]
+    expected = alone(capsys, f"checkpoint={run}", *alone_argv)
+    found = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    argv = ["-m", "hrm.evaluate", "checkpoint=hub:me/run", *alone_argv, "--json"]
+    (ended,) = torchrun(2, *argv, environment=found)
+    assert ended.status == 0, ended.text
+    assert without_time(json.loads(ended.lines("{")[0])) == expected
+    files = ["manifest.json", "model.safetensors", "training.pt"]
+    asked = (tmp_path / "cache" / "asked").read_text().split()
+    assert len(asked) == 4 and {Path(name).name for name in asked} == {*files, "config.yaml"}
+    assert len(ended.lines("hub:me/run: downloading")) == 1
+    # The model is named by its place on the hub, training too.
+    assert re.search(r"^hub:me/run/step_\d+: ", ended.text, re.MULTILINE) and "snapshots" not in ended.text
+    small = [*words(tiny_sudoku, tmp_path, "max_steps=1", "run_name=r"), "checkpoint_path=hub:me/run"]
+    (ended,) = torchrun(2, "train.py", *small, environment=found)
+    assert ended.status == 0 and "starting from the weights of hub:me/run" in ended.text, ended.text
+    (ended,) = torchrun(2, *argv[:2], "checkpoint=hub:me/gone", environment=found)
+    error = "error: hub:me/gone: no such model on the hub, or a private one"
+    assert ended.status != 0 and len(ended.lines("error: ")) == len(ended.lines(error)) == 1, ended.text

@@ -91,10 +91,15 @@ class Reader:
         prefix = source.removesuffix("_challenges.json")
         challenges = Path(f"{prefix}_challenges.json")
         if not challenges.is_file():
-            raise DatasetError(
-                f"{source}: no such folder, and no {challenges.name}; expected a folder of task JSON, or the "
-                "prefix of Kaggle's files, such as path/arc-agi_training"
-            )
+            remedy = "expected a folder of task JSON, or the prefix of Kaggle's files, such as "
+            remedy += "path/arc-agi_training"
+            near = sorted(folder.parent.glob("*_challenges.json"))
+            if near:
+                prefixes = (path.as_posix().removesuffix("_challenges.json") for path in near)
+                remedy = f"give --source {' '.join(prefixes)}"
+            elif folder.is_file():
+                remedy = f"give the folder of the task, --source {folder.parent}"
+            raise DatasetError(f"{source}: no such folder, and no {challenges.name}; {remedy}")
         return self._kaggle(challenges, Path(f"{prefix}_solutions.json"))
 
     def check_test_sets(self) -> None:

@@ -20,9 +20,11 @@ from hrm.common.threads import usable_cpus
 from hrm.data.faults import Faults
 from hrm.data.format import NUMBERS, PuzzleSet
 from hrm.data.inspect.histogram import histogram
-from hrm.data.maze.files import SMALLEST_SIDE, MazeError, Mazes, keys, read_mazes
+from hrm.data.maze.files import MazeError, Mazes, keys, read_mazes
 from hrm.data.maze.search import random_mazes, symmetric, symmetries_of
+from hrm.data.maze.text import SMALLEST_SIDE
 from hrm.data.options import add_shared, refuse_idle
+from hrm.data.tables import file_of
 from hrm.data.workers import over_rows
 from hrm.data.writer import Shape, check_output, new_dataset
 
@@ -272,9 +274,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--source",
         default=GENERATED,
-        help="'generated' (default); a folder with train.csv and test.csv; one .csv file, of which a part is "
-        "held out for the test; hub:NAME, a data set of the Hugging Face hub. Columns: "
-        "source,question,answer,rating; letters '# SGo' or those of maze-dataset, '# SEX'",
+        help="'generated' (default); folder with train and test files; one file, a part of which is held out "
+        "for the test; hub:NAME, a data set of the Hugging Face hub. A .csv has the columns "
+        "question,answer, a .txt a maze a line or grids; letters '# SGo' or those of maze-dataset, '# SEX'",
     )
     add(
         "--columns", type=int, help="cells in a row of a file's mazes (default: they are square, or of lines)"
@@ -369,9 +371,9 @@ def _from_files(args: argparse.Namespace) -> tuple[dict[str, Iterable[Mazes]], l
     if _is_one_file(args.source):
         selections = hold_out(Path(args.source), args.test_size, rng, form)
     else:
-        names = ("train.csv", "test.csv")
-        folder = fetch_files(args.source, names) if is_remote(args.source) else Path(args.source)
-        selections = select(folder / names[0], folder / names[1], form)
+        hub = is_remote(args.source)
+        folder = fetch_files(args.source, ("train.csv", "test.csv")) if hub else Path(args.source)
+        selections = select(file_of(folder, "train"), file_of(folder, "test"), form)
     train = selections["train"]
     rows = np.nonzero(train.kept)[0]
     if args.subsample_size is not None and args.subsample_size < len(rows):

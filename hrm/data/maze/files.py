@@ -1,7 +1,4 @@
-"""Reads mazes from CSV files with columns `source,question,answer,rating`, and checks every row.
-
-A maze is one line, row by row, of a square or of rows of a given length, or several lines in quotes.
-"""
+"""Reads mazes in any of the forms of `maze.text`, and checks every one."""
 
 import csv
 from collections.abc import Iterator
@@ -19,11 +16,12 @@ from hrm.common.files import numbered_lines
 from hrm.common.text import counted
 from hrm.data.faults import Faults
 from hrm.data.maze.search import PATH, solve, solved, symmetric, symmetries_of
+from hrm.data.maze.text import SMALLEST_SIDE, read_rows
 from hrm.data.puzzle_kinds import Kind
+from hrm.data.tables import Row
 
 # Rows in memory at a time.
 CHUNK_ROWS = 1000
-SMALLEST_SIDE = 5
 # Most characters of a line: two fields of the csv module's limit.
 LINE_LIMIT = 2 * csv.field_size_limit() + (1 << 12)
 # The token of every character; 0 for foreign ones.
@@ -80,8 +78,8 @@ def read_mazes(
 ) -> Iterator[Mazes]:
     """The sound mazes of a file in order, up to CHUNK_ROWS at a time, all of one shape.
 
-    The columns `question` and `answer` hold grids of the characters "# SGo", "# SEX", or "." for an open
-    cell; missing answers are solved. columns: cells in a row of a grid that is one line; None for a square.
+    Their characters are "# SGo" or "# SEX", with "." for an open cell too; missing answers are solved.
+    columns: cells in a row of a grid that is one line; None for a square.
     faults: collects the faulty mazes, by file, line, row and column; unless they are left out, MazeError is
     raised at the end. check=False skips the rules, for a second reading of a sound file.
     """
@@ -89,7 +87,8 @@ def read_mazes(
     kind, any_row = None, False
     try:
         with tqdm(desc=f"reading {path.name}", unit=" mazes", leave=False) as bar:
-            rows = _rows(path, numbered_lines(path, LINE_LIMIT, "a maze a line", MazeError), faults)
+            lines = numbered_lines(path, LINE_LIMIT, "a maze a line", MazeError)
+            rows = _sound(lines, path, faults)
             while chunk := list(islice(rows, CHUNK_ROWS)):
                 any_row = True
                 while kind is None and chunk:
@@ -102,36 +101,28 @@ def read_mazes(
                 bar.update(len(chunk))
     except (OSError, csv.Error) as error:
         raise MazeError(
-            f"{path}: cannot be read ({error}); expected a .csv file of source,question,answer,rating"
+            f"{path}: cannot be read ({error}); expected mazes, or a .csv file of question,answer"
         ) from None
     faults.check()
     if not any_row:
-        raise MazeError(f"{path}: no maze in it, expected rows of source,question,answer,rating")
+        raise MazeError(f"{path}: no maze in it, expected some, or rows of question,answer")
 
 
-# Line number, question, and answer or None.
-Row = tuple[int, str, str | None]
-
-
-def _rows(path: Path, lines: Iterator[tuple[int, str]], faults: Faults) -> Iterator[Row]:
-    reader = csv.reader(line for _, line in lines)
-    header = [name.strip().lower() for name in next(reader, [])]
-    if "question" not in header:
-        raise MazeError(f"{path}: line 1: no column 'question', expected source,question,answer,rating")
-    question = header.index("question")
-    answer = header.index("answer") if "answer" in header else None
-    for fields in reader:
-        if fields:
-            if len(fields) != len(header):
-                found = f"{counted(len(fields), 'field')}, expected {len(header)} as in the header"
-                faults.add(f"{path}: line {reader.line_num}", found)
-                continue
-            yield reader.line_num, fields[question], (fields[answer] or None) if answer is not None else None
+def _sound(lines: Iterator[tuple[int, str]], path: Path, faults: Faults) -> Iterator[Row]:
+    try:
+        rows = read_rows(lines)
+    except ValueError as fault:
+        raise MazeError(f"{path}: line 1: {fault}") from None
+    for row in rows:
+        if isinstance(row, Row):
+            yield row
+        else:
+            faults.add(f"{path}: line {row[0]}", row[1])
 
 
 def _kind(path: Path, first: Row, columns: int | None) -> Kind:
     """The shape of the first maze."""
-    line, question, _ = first
+    line, question = first.line, first.question
     lines = question.splitlines()
     if len(lines) > 1:
         if columns is not None:
@@ -156,18 +147,18 @@ def _kind(path: Path, first: Row, columns: int | None) -> Kind:
 def _mazes(path: Path, kind: Kind, rows: list[Row], check: bool, faults: Faults) -> Mazes:
     columns = None if kind.rows == kind.cols else kind.cols
     kept, boards = [], []
-    for line, *texts in rows:
+    for row in rows:
         with faults.item():
             given = [
-                _tokens(path, kind, line, text, what)
-                for text, what in zip(texts, ("question", "answer"), strict=True)
+                _tokens(path, kind, row.line, text, what)
+                for text, what in ((row.question, "question"), (row.answer, "answer"))
                 if text is not None
             ]
             if len(given) == 1:
                 if wrong := kind.impossible(given[0]):
-                    raise _bad(path, line, f"question: {wrong[0]}")
+                    raise _bad(path, row.line, f"question: {wrong[0]}")
                 given.append(solve(given[0], kind.cols)[0])
-            kept.append(line)
+            kept.append(row.line)
             boards.append(given)
     questions, answers = np.array(boards, np.uint8).reshape(-1, 2, kind.rows * kind.cols).swapaxes(0, 1)
     right = np.ones(len(kept), bool)

@@ -23,6 +23,7 @@ from hrm.data.sudoku.files import Puzzles, hold_out, prove_proper, read_puzzles,
 from hrm.data.sudoku.solver import BOXES, SudokuError, random_grid, random_puzzle, solutions
 from hrm.data.sudoku.summary import summary
 from hrm.data.sudoku.symmetry import leaks, random_symmetries
+from hrm.data.tables import file_of
 from hrm.data.writer import Shape, cached, check_output, new_dataset
 
 # Part of the name of cached data sets; raise it when equal parameters give other arrays. Runs resume on the
@@ -332,7 +333,7 @@ def _from_files(
 
     if folder:
         source = fetch_files(args.source, ["train.csv", "test.csv"]) if hub else Path(args.source)
-        return read(_file_of(source, "train")), read(_file_of(source, "test"))
+        return read(file_of(source, "train")), read(file_of(source, "test"))
     return hold_out(read(Path(args.source)), 0.1 if args.test_size is None else args.test_size, rng)
 
 
@@ -363,9 +364,3 @@ def _kept(args: argparse.Namespace, train: Puzzles, rows: np.ndarray) -> Puzzles
             f"{args.source}: every training puzzle has the solution of a test puzzle; nothing is left"
         )
     return train.take(rows)
-
-
-def _file_of(folder: Path, split: str) -> Path:
-    """The file of a split: a .csv if there is one, else one in another form."""
-    names = [folder / f"{split}{suffix}" for suffix in (".csv", ".txt", ".tsv", ".sdm", ".sdk", ".ss")]
-    return next((path for path in names if path.is_file()), names[0])

@@ -1,6 +1,7 @@
 """Reads Sudoku puzzles in any of the forms of `sudoku.text`, and checks every one."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -23,6 +24,8 @@ CHUNK_LINES = 20_000
 LINE_LIMIT = 1 << 12
 # Most line numbers in a message about skipped lines.
 NAMED_LINES = 5
+# Spellings of a missing rating.
+MISSING = ("nan", "na", "n/a", "null", "none", "-")
 # Ratings are written as int32.
 MOST_RATING = 2**31 - 1
 
@@ -212,7 +215,7 @@ def _check(
         fault(row, "the answer does not solve the question")
     ratings = np.full(len(rows), -1, np.int32)
     for place, each in enumerate(rows):
-        if each.rating is not None:
+        if each.rating is not None and each.rating.lower() not in MISSING:
             rating = _rating(each.rating)
             if rating is None:
                 limits = f"a whole number from 0 to {MOST_RATING}, or a decimal one"
@@ -228,7 +231,8 @@ def _check(
 def _rating(text: str) -> int | None:
     """A rating rounded down; None for what is none."""
     try:
-        number = float(text)
+        # A comma may be the decimal point; with three digits behind it, it may also divide thousands.
+        number = float(re.sub(r"^(\d+),(\d{1,2})$", r"\1.\2", text))
     except ValueError:
         return None
     return math.floor(number) if 0 <= number <= MOST_RATING else None
@@ -242,7 +246,11 @@ def _digits(
     texts = [cells_of(text, size) for text in texts]
     for row, text in enumerate(texts):
         if len(text) != cells:
-            fault(row, f"{what} of {counted(len(text), 'character')}, expected {cells} for size {size}")
+            # Spreadsheets and pandas read digits as a number.
+            dropped = len(text) < cells and text.isdigit() and "0" in text
+            hint = "; read the column as text, for leading zeros were dropped" if dropped else ""
+            found = f"{what} of {counted(len(text), 'character')}, expected {cells} for size {size}"
+            fault(row, found + hint)
             texts[row] = "." * cells
     # One byte a character; those beyond Latin-1 become '?', which is no cell.
     grids = table[np.frombuffer("".join(texts).encode("latin-1", "replace"), np.uint8)].reshape(-1, cells)

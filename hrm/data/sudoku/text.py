@@ -25,16 +25,20 @@ FOREIGN = 255
 # Lines that show the form of a file.
 LOOKED_AT = 100
 
+# Characters between cells: rulers, and the lists of numpy and Python.
+_BETWEEN = str.maketrans("|,[]", "    ")
 _NUMBERS = {str(number): f"0{SYMBOLS}"[number] for number in range(17)}
 _RULER = re.compile(r"[-+=|*:\s]*[-=][-+=|*:\s]*")
 _CELL = re.compile(r"[0-9A-Ga-g.*_]+")
+# A first line of names, or a comment in the way of another language.
+_PREAMBLE = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z_ \"',;\t|-]+|\s*(?:;|//|%|--).*")
 
 
 def cells_of(text: str, size: int) -> str:
     """The cells of a text, a character each, without rulers and spaces between them."""
-    if len(text) == size * size and " " not in text and "|" not in text:
+    if len(text) == size * size and " " not in text and "|" not in text and "[" not in text:
         return text
-    words = text.replace("|", " ").replace(",", " ").split()
+    words = text.translate(_BETWEEN).split()
     # Numbers of two digits stand apart; other groups of digits are those of boxes.
     if len(words) in (size, size * size) and any(len(word) == 2 for word in words):
         return "".join(_NUMBERS.get(word.lstrip("0") or word[:1], word) for word in words)
@@ -56,8 +60,13 @@ def read_rows(lines: Iterator[tuple[int, str]], size: int) -> Iterator[Row | tup
         return _grids(everything, size)
     if header := header_of(texts[0]):
         return _table(islice(everything, 1, None), header)
-    if not _whole_puzzles(texts, size) and re.search("[A-Za-z]{3}", texts[0]):
+    wholes = _whole_puzzles(texts, size)
+    if not wholes and re.search("[A-Za-z]{3}", texts[0]):
         raise ValueError(unnamed(texts[0]))
+    # Columns of unknown names are found by their content.
+    if wholes and _PREAMBLE.fullmatch(texts[0]):
+        texts = texts[1:]
+        next(everything)
     return _puzzle_lines(everything, texts, size)
 
 
@@ -106,7 +115,7 @@ def _fields(text: str, size: int) -> list[str]:
     cells = cells_of(text.strip(), size)
     if len(cells) == size * size and _CELL.fullmatch(cells):
         return [cells]
-    return re.split(r"\s*[,;\t]\s*|\s+", text.strip())
+    return re.split(r"\s*[,;\t|:]\s*|\s+", text.strip())
 
 
 def _puzzle_lines(
