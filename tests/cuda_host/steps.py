@@ -26,6 +26,7 @@ SMALL = {
     "global_batch_size": "32",
     "arch.hidden_size": "128",
     "arch.num_heads": "2",
+    "arch.H_cycles": "1",
     "arch.H_layers": "1",
     "arch.L_layers": "1",
     "arch.L_cycles": "1",

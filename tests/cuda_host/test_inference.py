@@ -9,6 +9,7 @@ import torch
 
 from hrm.engine.cuda_graph import WARM_UP
 from hrm.engine.inference import EarlyExit
+from hrm.engine.modes import Mode
 from hrm.solving.adapt import learn_embedding
 from tests.cuda_host.stand_in import read_log
 from tests.cuda_host.steps import configuration, engine_of, logged, waits
@@ -96,7 +97,8 @@ def test_state_is_saved_and_restored_between_replays(stand_in, tmp_path, trained
 
 
 def test_stages_give_back_the_memory_of_their_graphs(stand_in, tmp_path):
-    engine, batches = engine_of(configuration("v1"))
+    engine, batches = engine_of(configuration("v1 arch.H_cycles=2"))
+    engine._mode = Mode("graph", compiled=False, captured=True)
     first = engine.config.arch
     allocated = []
     with stand_in.log(tmp_path / "log"):

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.cuda_host
 
 FULL = (
     "global_batch_size=768 arch.hidden_size=512 arch.num_heads=8 arch.H_layers=4 arch.L_layers=4 "
-    "arch.L_cycles=2 arch.halt_max_steps=16"
+    "arch.H_cycles=2 arch.L_cycles=2 arch.halt_max_steps=16"
 )
 # Of cuBLAS and cuBLASLt, which the estimate leaves out by its definition.
 WORKSPACES = 2 * 32 << 20

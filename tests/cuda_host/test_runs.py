@@ -11,7 +11,6 @@ from tests.support.torchrun import torchrun
 
 pytestmark = pytest.mark.cuda_host
 
-# mode=graph without the compiler would be another program: the runs compile what is small.
 WORDS = (
     "device=cuda global_batch_size=16 arch.hidden_size=64 arch.num_heads=1 arch.H_layers=1 arch.L_layers=1 "
     "arch.H_cycles=1 arch.L_cycles=1 arch.halt_max_steps=2 epochs=1000 eval_interval=1000 eval_samples=16 "
@@ -19,9 +18,14 @@ WORDS = (
 )
 # Kernels compute nothing: the counts that a step leaves are arbitrary, and ranks would part over them.
 PROGRAM = """
+import os
 import sys
 import train
+from hrm.engine import modes
 from hrm.training.monitor import Monitor
+
+if os.environ["COMPILES"] == "no":
+    modes.compiler_fault = lambda device: "left out"
 
 def check(monitor, progress):
     monitor.engine.world.barrier()
@@ -44,19 +48,20 @@ def words(data: Path, folder: Path, more: str = "") -> list[str]:
     return ["--arch", "v1", *WORDS.split(), *where, *more.split()]
 
 
-def train(program: Path, data: Path, folder: Path, more: str = "") -> str:
-    """Runs the trainer to its end; returns what it wrote."""
+def train(program: Path, data: Path, folder: Path, more: str, compiles: str = "no") -> str:
+    """Runs the trainer to its end; returns what it wrote. compiles: yes or no."""
     command = [sys.executable, str(program), *words(data, folder, more)]
-    ended = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    variables = environment(COMPILES=compiles)
+    ended = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     text = ended.stdout + ended.stderr
     assert ended.returncode == 0 and "VIOLATION" not in text, text[-3000:]
     return text
 
 
 def test_a_run_is_saved_and_resumed(tmp_path, tiny_sudoku, program):
-    train(program, tiny_sudoku, tmp_path, "max_steps=6 checkpoint_interval=6")
+    train(program, tiny_sudoku, tmp_path, "max_steps=6 checkpoint_interval=6", "yes")
     assert (tmp_path / "p/r/step_6").is_dir()
-    text = train(program, tiny_sudoku, tmp_path, "max_steps=10 resume=auto")
+    text = train(program, tiny_sudoku, tmp_path, "max_steps=10 resume=auto", "yes")
     assert "step_6" in text and (tmp_path / "p/r/step_10").is_dir()
 
 
@@ -75,7 +80,7 @@ def test_two_ranks_train_and_save(tmp_path, tiny_sudoku, program):
         2,
         str(program),
         *words(tiny_sudoku, tmp_path, "max_steps=6"),
-        environment=environment(STANDIN_DEVICES="2"),
+        environment=environment(STANDIN_DEVICES="2", COMPILES="no"),
     )
     assert ended.status == 0 and "VIOLATION" not in ended.text, ended.text[-3000:]
     assert (tmp_path / "p/r/step_6").is_dir()
