@@ -115,9 +115,9 @@ class Engine:
 
     def train_step(self, batch: Batch) -> None:
         """One ACT step and one update. batch: this rank's rows; a halted sequence is replaced by its row."""
-        self.prepare()
-        config, mode = self.config, self.mode
         with region("step"):
+            self.prepare()
+            config, mode = self.config, self.mode
             self.step += 1
             with region("data"):
                 min_halt_steps = draw_min_halt_steps(

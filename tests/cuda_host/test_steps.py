@@ -17,23 +17,22 @@ from tests.cuda_host.steps import configuration, engine_of, rehearsed_launches, 
 pytestmark = pytest.mark.cuda_host
 
 GATE_LOSSES = " ".join(f"loss.gate_{name}_weight=0.1" for name in ("saturation", "entropy", "stability"))
+ONE_CYCLE = "arch.H_cycles=1 arch.L_cycles=1 arch.L_layers=1"
 CASES = {
     "v1": "v1 arch.H_cycles=2",
     "gated": "gated",
-    "attention gates": "gated arch.gating_type=attention",
-    "hierarchical gates": "gated arch.gating_type=hierarchical",
-    "gate losses": f"gated {GATE_LOSSES}",
+    "attention gates, gate losses": f"gated arch.gating_type=attention {GATE_LOSSES}",
+    "hierarchical gates, accumulation, clipping, average": (
+        "gated arch.gating_type=hierarchical gradient_accumulation=2 grad_clip=1.0 ema=true"
+    ),
     "feudal": "feudal",
     "trm": "trm arch.H_cycles=2 arch.L_cycles=1 arch.L_layers=1",
-    "trm mixer": "trm arch.H_cycles=1 arch.L_cycles=1 arch.L_layers=1 arch.mlp_t=true",
-    "eqr": "eqr arch.H_cycles=1 arch.L_cycles=1 arch.L_layers=1",
+    "trm mixer": f"trm {ONE_CYCLE} arch.mlp_t=true",
+    "eqr": f"eqr {ONE_CYCLE}",
     "noise, grid": "v1 arch.noise=0.1 arch.init=random arch.damping=0.9 arch.pos_encodings=rope2d",
-    "chains": "trm arch.H_cycles=1 arch.L_cycles=2 arch.L_layers=1 arch.chains=3 arch.noise=0.1",
+    "chains": f"trm {ONE_CYCLE} arch.chains=3 arch.noise=0.1",
     "chains, feudal": "feudal arch.chains=2 arch.use_gating=true",
-    "balanced": "balanced",
-    "accumulation, clipping, average": "v1 gradient_accumulation=2 grad_clip=1.0 ema=true",
-    "float32": "v1 dtype=float32",
-    "deterministic": "v1 deterministic=true",
+    "balanced, float32, deterministic": "balanced dtype=float32 deterministic=true",
 }
 BFLOAT16 = 14
 
