@@ -81,7 +81,6 @@ def skips_stand_in() -> None:
 
 def ceilings() -> Result:
     """Copies and products at their best."""
-    skips_stand_in()
     if cuda():
         found = measure()
         return {"copy_gb_s": found.bytes_per_s / 1e9, "bf16_tflop_s": found.flop_per_s / 1e12}
@@ -98,7 +97,6 @@ def ceilings() -> Result:
 
 def kernels_against_float64() -> Result:
     """tests/kernels: outputs and gradients in memory filled with NaN; on a CPU one kernel, interpreted."""
-    skips_stand_in()
     one = ["tests/kernels/test_rms_norm.py", "-k", "test_outputs_and_gradients and shape1"]
     return tested(["tests/kernels"] if cuda() else one)
 
@@ -126,7 +124,6 @@ def tested(words: list[str], before: tuple[str, ...] = ()) -> Result:
 
 def capture() -> Result:
     """Losses of replayed steps against eager ones, for v1 and gated."""
-    needs_values()
     found: Result = {}
     for arch in ("v1", "gated"):
         losses = {mode: losses_of(Code("ours", mode, "bfloat16"), published(arch, 96, 81)) for mode in MODES}
@@ -155,7 +152,6 @@ def losses_of(code: Code, model: rows.Model, steps: int = 8) -> list[float]:
 
 def sanitizer() -> Result:
     """compute-sanitizer over one launch of each kernel."""
-    needs_values()
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         raise Skipped("compute-sanitizer is not installed; it comes with the CUDA toolkit")
@@ -170,7 +166,6 @@ def sanitizer() -> Result:
 
 def choice() -> Result:
     """`python -m kernels --measure` at the published sizes."""
-    needs_values()
     done = subprocess.run(
         [sys.executable, "-m", "kernels", "--measure", "--json"], cwd=ROOT, capture_output=True, text=True
     )
@@ -201,7 +196,6 @@ def benchmarks(file: str, chosen: str) -> Result:
 
 def training_step() -> Result:
     """v1 at B=768 and 96 beside the official compiled step; without HRM_REPO beside ours without kernels."""
-    skips_stand_in()
     if not cuda():
         return benchmarks("test_step.py", "training_step and quick and eager and (ours or plain)")
     rival = "official-compile" if official.missing() is None else "reference-compile"
@@ -212,14 +206,12 @@ def training_step() -> Result:
 
 def solve() -> Result:
     """One puzzle, all of its steps."""
-    skips_stand_in()
     small = "v1 and quick and B1 and ours and eager"
     return benchmarks("test_inference.py", "v1 and B1-S81 and ours-graph" if cuda() else small)
 
 
 def profile() -> Result:
     """The kernels of a training step by time, the longest first."""
-    skips_stand_in()
     model, mode = (published("v1", 768, 81), "graph") if cuda() else (quick("v1", 8), "eager")
     code = Code("ours", mode, "bfloat16" if cuda() else "float32")
     config, data = setting(model, code)
@@ -238,7 +230,6 @@ def profile() -> Result:
 
 def training() -> Result:
     """A run whose loss must fall: a minute of steps after compiling and measuring."""
-    skips_stand_in()
     with tempfile.TemporaryDirectory() as folder:
         words = ["preset=quick", f"output_dir={folder}", "project_name=p", "run_name=r", "log_interval=10"]
         words += ["max_seconds=180"] if cuda() else ["max_steps=40", "mode=eager", "eval_samples=8"]
@@ -255,18 +246,19 @@ def training() -> Result:
 
 
 class Stage(NamedTuple):
-    """A function, and the seconds that its process may take."""
+    """A function, the seconds that its process may take, and what raises Skipped where it cannot run."""
 
     run: Callable[[], Result]
     budget: int
+    needs: Callable[[], None] = skips_stand_in
 
 
 STAGES = {
     "ceilings": Stage(ceilings, 90),
     "kernels": Stage(kernels_against_float64, 300),
-    "capture": Stage(capture, 240),
-    "sanitizer": Stage(sanitizer, 180),
-    "choice": Stage(choice, 240),
+    "capture": Stage(capture, 240, needs_values),
+    "sanitizer": Stage(sanitizer, 180, needs_values),
+    "choice": Stage(choice, 240, needs_values),
     "step": Stage(training_step, 420),
     "solve": Stage(solve, 180),
     "profile": Stage(profile, 180),
@@ -291,7 +283,14 @@ def key() -> dict[str, Any]:
 
 
 def in_a_process(name: str, budget: float) -> Result:
-    """A stage's outcome, from a process of its own that is ended with all it started."""
+    """A stage's outcome, from a process of its own that is ended with all it started.
+
+    None is started for a stage that cannot run here: importing PyTorch takes long on a slow machine.
+    """
+    try:
+        STAGES[name].needs()
+    except Skipped as reason:
+        return {"status": "skipped", "reason": str(reason), "seconds": 0.0}
     with tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "outcome.json", Path(folder) / "log"
         words = [sys.executable, "-m", "bench.first_light", "--stage", name, "--out", str(out)]
@@ -326,6 +325,7 @@ def in_a_process(name: str, budget: float) -> Result:
 def outcome(stage: Stage) -> Result:
     """A stage run here: its status, and its result or the reason why it has none."""
     try:
+        stage.needs()
         return {"status": "done", "result": stage.run()}
     except Skipped as reason:
         return {"status": "skipped", "reason": str(reason)}

@@ -112,7 +112,10 @@ def test_stages_that_need_a_gpu_say_so(name, monkeypatch):
 def test_a_device_without_values_is_no_measurement(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(first_light, "computes", lambda: False)
-    found = outcome(STAGES[name])
+    # Without a process, which could only find the same.
+    monkeypatch.setattr(subprocess, "Popen", None)
+    found = first_light.in_a_process(name, 1.0)
+    assert found == {**outcome(STAGES[name]), "seconds": 0}
     assert found["status"] == "skipped" and "computes none" in found["reason"]
 
 
