@@ -26,8 +26,8 @@ CASES = {
         "gated arch.gating_type=hierarchical gradient_accumulation=2 grad_clip=1.0 ema=true"
     ),
     "feudal": "feudal",
-    "trm": "trm arch.H_cycles=2 arch.L_cycles=1 arch.L_layers=1",
-    "trm mixer": f"trm {ONE_CYCLE} arch.mlp_t=true",
+    "trm, shared levels": "trm arch.H_cycles=2 arch.L_cycles=1 arch.L_layers=1",
+    "mixer, shared levels": f"trm {ONE_CYCLE} arch.mlp_t=true",
     "eqr": f"eqr {ONE_CYCLE}",
     "noise, grid": "v1 arch.noise=0.1 arch.init=random arch.damping=0.9 arch.pos_encodings=rope2d",
     "chains": f"trm {ONE_CYCLE} arch.chains=3 arch.noise=0.1",
