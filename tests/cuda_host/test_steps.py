@@ -73,19 +73,23 @@ def misaligned(nodes: list[Record], engine: Engine) -> list[tuple[str, int]]:
     return found
 
 
+# The cases without the compiler come first and take seconds.
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_is_captured_and_replayed(stand_in, tmp_path, case):
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_a_step_is_captured_and_replayed(stand_in, tmp_path, compiled, case):
     config = configuration(CASES[case])
     with deterministic(config, torch.device("cuda")):
         engine, batches = engine_of(config)
+        assert engine.mode == Mode("graph", compiled=True, captured=True)
+        engine._mode = engine.mode._replace(compiled=compiled)
         steps = train(stand_in, tmp_path, engine, batches)
-    assert engine.mode == Mode("graph", compiled=True, captured=True)
     check(steps, config, engine)
 
 
 def test_a_long_sequence_takes_flash_attention(stand_in, tmp_path):
     config = configuration("v1 global_batch_size=8")
     engine, batches = engine_of(config, 900)
+    engine._mode = engine.mode._replace(compiled=False)
     steps = train(stand_in, tmp_path, engine, batches)
     check(steps, config, engine, 900)
     kernels = [r.name for r in steps.nodes if r.kind == "kernel"]
