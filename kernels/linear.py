@@ -55,19 +55,22 @@ def machine_limit(vendor: str | None, capability: str, has_onednn: bool) -> str 
     return None
 
 
-# The compiler takes these answers as they are and does not look into how they were found.
-@torch.compiler.assume_constant_result
 def _widens() -> bool:
     return not multiplies_bfloat16()
 
 
-@torch.compiler.assume_constant_result
 def _here() -> str | None:
     """Why products on this machine's CPU stay with PyTorch's own choice, None where oneDNN takes them."""
     if not torch.backends.mkldnn.enabled:
         return "torch.backends.mkldnn.enabled is False"
     has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return machine_limit(cpuinfo("vendor_id"), torch.backends.cpu.get_cpu_capability(), has_onednn)
+
+
+# The compiler takes these answers as constants and does not trace how they are found. This is the attribute
+# that torch.compiler.assume_constant_result sets; that function imports the compiler, which takes 2 seconds.
+for _answer in (_widens, _here):
+    setattr(_answer, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def linear_choice(x: Tensor, weight: Tensor) -> Choice:

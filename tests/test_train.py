@@ -223,3 +223,11 @@ def test_a_batch_that_the_ranks_do_not_divide_is_refused(tiny_sudoku, tmp_path):
     )
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "global_batch_size=8" in result.stderr and "3 ranks" in result.stderr
+
+
+@pytest.mark.slow
+def test_an_eager_run_does_not_import_the_compiler(tiny_sudoku, tmp_path):
+    """That takes 2 seconds. A new process shows it, for other tests have imported it here."""
+    code = "import sys, train; sys.exit(train.main(sys.argv[1:]) or 'torch._dynamo' in sys.modules)"
+    command = [sys.executable, "-c", code, *words(tiny_sudoku, tmp_path, "max_steps=1")]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
