@@ -128,15 +128,46 @@ def swiglu_mlp_launches(s: Shape) -> dict[str, tuple[Work, ...]]:
     }
 
 
-def swiglu_mlp(s: Shape) -> dict[str, Work]:
+def _summed(launches: dict[str, tuple[Work, ...]]) -> dict[str, Work]:
     return {
         direction: Work(
             sum(work.bytes for work in works),
             sum(work.flop for work in works),
             sum(work.launches for work in works),
         )
-        for direction, works in swiglu_mlp_launches(s).items()
+        for direction, works in launches.items()
     }
+
+
+def swiglu_mlp(s: Shape) -> dict[str, Work]:
+    return _summed(swiglu_mlp_launches(s))
+
+
+def normed_swiglu_mlp(s: Shape) -> dict[str, Work]:
+    return _summed(normed_swiglu_mlp_launches(s))
+
+
+def normed_swiglu_mlp_launches(s: Shape) -> dict[str, tuple[Work, ...]]:
+    """That half with the norm in it: our kernels, and last of the backward the library's products."""
+    parts, sums = 4 * s.tokens * -(-2 * s.inner // 256), 4 * s.tokens
+    (activated, down), (dy, *products) = swiglu_mlp_launches(s).values()
+    return {
+        "forward": (
+            Work(activated.bytes + parts, activated.flop),
+            Work(down.bytes + parts, down.flop),
+        ),
+        # r * dout and the slope are made in a pass of their own.
+        "backward": (
+            Work(3 * s.tokens * s.D * s.dtype.itemsize + parts + sums),
+            Work(dy.bytes + sums, dy.flop),
+            *products,
+        ),
+    }
+
+
+def conv_swiglu(s: Shape) -> dict[str, Work]:
+    """SwiGLU and two taps over the tokens; a weight's gradient is summed on the chip."""
+    return swiglu(s)
 
 
 def linear_rms(s: Shape, inner: int | None = None) -> dict[str, Work]:
@@ -236,6 +267,8 @@ OPERATIONS: dict[str, Callable[[Shape], dict[str, Work]]] = {
     "linear_scaled": linear_scaled,
     "linear_swiglu": linear_swiglu,
     "swiglu_mlp": swiglu_mlp,
+    "normed_swiglu_mlp": normed_swiglu_mlp,
+    "conv_swiglu": conv_swiglu,
     "linear_rms": linear_rms,
     "gate_mix": gate_mix,
     "gate_mix_two": gate_mix_two,
@@ -323,6 +356,10 @@ def eager(op: str, s: Shape) -> dict[str, list[Work]]:
         return traced(kernels.rms_norm, x, x.detach().requires_grad_())
     if op == "swiglu":
         return traced(kernels.swiglu, meta(M, 2 * s.inner, dtype=dtype, gradient=True))
+    if op == "conv_swiglu":
+        taps = meta(s.inner, 2, dtype=dtype, gradient=True), meta(s.inner, dtype=dtype, gradient=True)
+        gate_up = meta(s.B, s.T, 2 * s.inner, dtype=dtype, gradient=True)
+        return traced(kernels.conv_swiglu, gate_up, *taps)
     if op in ("noisy_update", "random_start"):
         z, keys = meta(s.B, s.T, D, dtype=dtype), meta(s.B, 3, dtype=torch.int32)
         if op == "noisy_update":

@@ -94,6 +94,8 @@ def cross_entropy(T: int) -> Iterator[Case]:
 
 # The inner width of the published model's SwiGLU.
 INNER = 1536
+# That of a SwiGLU over the tokens, by their number.
+TOKEN_INNER = {82: 256, 901: 2560}
 
 
 def swiglu(T: int) -> Iterator[Case]:
@@ -123,8 +125,40 @@ def swiglu_mlp(T: int) -> Iterator[Case]:
     op: Any = import_module("kernels.swiglu_mlp")
     for dtype in (torch.bfloat16, torch.float32):
         dout, gate_up = meta(B, T, D, dtype=dtype), meta(B, T, 2 * INNER, dtype=dtype)
-        call = partial(op._backward, dout, meta(D, INNER, dtype=dtype), gate_up)
+        call = partial(op.activation_gradient, dout, meta(D, INNER, dtype=dtype), gate_up)
         yield Case("swiglu_mlp", f"backward {TYPES[dtype]}", call, dtype == torch.bfloat16)
+
+
+def normed_swiglu_mlp(T: int) -> Iterator[Case]:
+    op: Any = import_module("kernels.normed_swiglu_mlp")
+    for place, rows, width, inner, dtype in (
+        ("channels", (B, T), D, INNER, torch.bfloat16),
+        ("channels", (B, T), D, INNER, torch.float32),
+        # A product over the tokens, of every channel.
+        ("tokens", (B, D), T, TOKEN_INNER[T], torch.bfloat16),
+    ):
+        name, matrix = f"{place} {TYPES[dtype]}", dtype == torch.bfloat16
+        x, gate_up = (meta(*rows, size, dtype=dtype) for size in (width, 2 * inner))
+        weights = meta(2 * inner, width, dtype=dtype), meta(width, inner, dtype=dtype)
+        parts, slope = op._parts(x, inner), meta(rows[0] * rows[1], dtype=torch.float32)
+        forward = partial(op._forward, x, *weights, 1e-5)
+        taught = partial(op._activate, x, weights[0], 1e-5, packed=True)
+        backward = partial(op.activation_gradient, x, weights[1], gate_up, slope)
+        yield Case("normed_swiglu_mlp", f"forward, {name}", forward, matrix)
+        yield Case("normed_swiglu_mlp", f"with gradient, {name}", taught, matrix)
+        yield Case("normed_swiglu_mlp", f"scale, {name}", partial(op._scale, x, x, parts, inner), False)
+        yield Case("normed_swiglu_mlp", f"backward, {name}", backward, matrix)
+
+
+def conv_swiglu(T: int) -> Iterator[Case]:
+    op: Any = import_module("kernels.conv_swiglu")
+    for dtype in (torch.bfloat16, torch.float32):
+        gate_up, dy = meta(B, T, 2 * INNER, dtype=dtype), meta(B, T, INNER, dtype=dtype)
+        taps = meta(INNER, 2, dtype=dtype), meta(INNER, dtype=dtype)
+        yield Case("conv_swiglu", f"forward {TYPES[dtype]}", partial(op._forward, gate_up, *taps), False)
+        yield Case(
+            "conv_swiglu", f"backward {TYPES[dtype]}", partial(op._backward, dy, gate_up, *taps), False
+        )
 
 
 def linear_rms(T: int) -> Iterator[Case]:
@@ -136,7 +170,7 @@ def linear_rms(T: int) -> Iterator[Case]:
         kind, matrix = TYPES[dtype], dtype == torch.bfloat16
         yield Case("linear_rms", f"out {kind}", partial(op._sum, x, out, x, None, 1e-5), matrix)
         yield Case("linear_rms", f"down {kind}", partial(op._sum, y, down, x, mean_square, 1e-5), matrix)
-        yield Case("linear_rms", f"qkv {kind}", partial(op._scaled, x, qkv, mean_square), matrix)
+        yield Case("linear_rms", f"qkv {kind}", partial(op.scaled_product, x, qkv, mean_square), matrix)
 
 
 # The published model's parameters, gaps of the alignment included, to the next multiple of its 16.
@@ -186,11 +220,17 @@ def lm_head(T: int) -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float32):
         # The head sees the cells behind the puzzle token.
         z_H, weight = meta(B, T, D, dtype=dtype)[:, 1:], meta(VOCABULARY[T], D, dtype=dtype)
-        for loss, stablemax in (("stablemax", True), ("softmax", False)):
+        bias = meta(VOCABULARY[T], dtype=dtype)
+        for loss, stablemax, added in (
+            ("stablemax", True, None),
+            ("softmax", False, None),
+            ("softmax with bias", False, bias),
+        ):
             label, matrix = f"{loss} {TYPES[dtype]}", dtype == torch.bfloat16
-            call = partial(op._forward, z_H, weight, labels, -100, stablemax)
+            inputs, chosen = (z_H, weight, added, labels), (-100, stablemax)
+            call = partial(op._forward, *inputs, *chosen)
             yield Case("lm_head", f"forward {label}", call, matrix)
-            call = partial(op._backward, dloss, z_H, weight, labels, valid_count, -100, stablemax, True, True)
+            call = partial(op._backward, dloss, *inputs, valid_count, *chosen, True, True)
             yield Case("lm_head", f"backward {label}", call, matrix)
 
 
@@ -218,6 +258,8 @@ LAUNCHES = (
     swiglu,
     linear_swiglu,
     swiglu_mlp,
+    normed_swiglu_mlp,
+    conv_swiglu,
     linear_rms,
     adam_atan2,
     sign_sgd,

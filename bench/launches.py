@@ -70,6 +70,7 @@ FLOP: dict[str, Callable[[Arguments], int]] = {
     "_linear_rms_forward_kernel": _product,
     "_linear_swiglu_forward_kernel": lambda a: 2 * _product(a),
     "_swiglu_mlp_backward_kernel": _product,
+    "_normed_swiglu_forward_kernel": lambda a: 2 * _product(a),
     "_attention_forward_kernel": lambda a: 2 * _scores(a),
     "_attention_backward_kernel": lambda a: 5 * _scores(a),
     "_gate_mix_forward_kernel": _gate_mix,

@@ -80,6 +80,15 @@ def feed_forward(s: Shape) -> tuple[Inputs, Call]:
     return {"x": tokens(s, s.D, 0), **weights}, kernels.swiglu_mlp
 
 
+def normed_feed_forward(s: Shape) -> tuple[Inputs, Call]:
+    return feed_forward(s)[0], kernels.normed_swiglu_mlp
+
+
+def convolution(s: Shape) -> tuple[Inputs, Call]:
+    taps = {"weight": randn(s.inner, 2, seed=1), "bias": randn(s.inner, seed=2)}
+    return {"gate_up": tokens(s, 2 * s.inner, 0), **taps}, kernels.conv_swiglu
+
+
 def normed_product(s: Shape) -> tuple[Inputs, Call]:
     parts = mean_square(s)
     inputs = {"x": tokens(s, s.inner, 0), "weight": weight(s.D, s.inner, 1), "residual": tokens(s, s.D, 2)}
@@ -189,6 +198,8 @@ OPS: dict[str, Op] = {
     "linear_scaled": Op(scaled),
     "linear_swiglu": Op(gated_product),
     "swiglu_mlp": Op(feed_forward, ("x", "gate_up_weight", "down_weight")),
+    "normed_swiglu_mlp": Op(normed_feed_forward, ("x", "gate_up_weight", "down_weight")),
+    "conv_swiglu": Op(convolution, ("gate_up", "weight", "bias")),
     "linear_rms": Op(normed_product),
     "gate_mix": Op(gates, ("z", "o", "x", *GATES)),
     "gate_mix_two": Op(partial(gates, sources="zo"), ("z", "o", *GATES)),

@@ -7,12 +7,14 @@ reference in plain PyTorch, and last the public function that checks its argumen
 from kernels.adam_atan2 import adam_atan2
 from kernels.attention import attention
 from kernels.backend import get_backend, set_backend
+from kernels.conv_swiglu import conv_swiglu
 from kernels.gate_mix import gate_mix
 from kernels.linear import linear
 from kernels.linear_rms import linear_rms, linear_scaled
 from kernels.linear_swiglu import linear_swiglu
 from kernels.lm_head import lm_head_softmax, lm_head_stablemax
 from kernels.noise import noisy_update, random_start
+from kernels.normed_swiglu_mlp import normed_swiglu_mlp
 from kernels.rms_norm import rms_norm, rms_norm_pair
 from kernels.rope import rope
 from kernels.sign_sgd import sign_sgd
@@ -23,6 +25,7 @@ from kernels.swiglu_mlp import swiglu_mlp
 __all__ = [
     "adam_atan2",
     "attention",
+    "conv_swiglu",
     "gate_mix",
     "get_backend",
     "linear",
@@ -32,6 +35,7 @@ __all__ = [
     "lm_head_softmax",
     "lm_head_stablemax",
     "noisy_update",
+    "normed_swiglu_mlp",
     "random_start",
     "rms_norm",
     "rms_norm_pair",

@@ -155,6 +155,14 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> dict[
         inputs = {"x": draw(B, T, D), "gate_up_weight": weight(2 * inner, D), "down_weight": weight(D, inner)}
         return Case("swiglu_mlp", inputs, kernels.swiglu_mlp, (*inputs,))
 
+    def normed_swiglu_mlp(gradients: bool) -> Case:
+        inputs = swiglu_mlp().inputs
+        return Case("normed_swiglu_mlp", inputs, kernels.normed_swiglu_mlp, (*inputs,) if gradients else ())
+
+    def conv_swiglu() -> Case:
+        inputs = {"gate_up": draw(B, T, 2 * inner), "weight": draw(inner, 2), "bias": draw(inner)}
+        return Case("conv_swiglu", inputs, kernels.conv_swiglu, (*inputs,))
+
     def linear_swiglu() -> Case:
         parts, inputs = mean_square(), {"x": draw(B, T, D), "weight": weight(2 * inner, D)}
         call = lambda x, weight: kernels.linear_swiglu(x, weight, parts.to(accumulate_dtype(x.dtype)))  # noqa: E731
@@ -224,6 +232,9 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> dict[
         "rms_norm": partial(rms_norm, ("x", "residual")),
         "swiglu": swiglu,
         "swiglu_mlp": swiglu_mlp,
+        "normed_swiglu_mlp forward": partial(normed_swiglu_mlp, False),
+        "normed_swiglu_mlp": partial(normed_swiglu_mlp, True),
+        "conv_swiglu": conv_swiglu,
         "gate_mix": partial(gate_mix, "zox"),
         "gate_mix_two": partial(gate_mix, "zo"),
         "lm_head_stablemax": partial(lm_head, "lm_head_stablemax"),

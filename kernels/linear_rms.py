@@ -115,7 +115,7 @@ def _linear_rms_forward_kernel(
     tl.store(h_ptr + row * h_stride_m + col + rows[:, None] * h_stride_m + cols[None, :], h, mask=mask)
 
 
-def _scaled(x: Tensor, weight: Tensor, mean_square: Tensor) -> Tensor:
+def scaled_product(x: Tensor, weight: Tensor, mean_square: Tensor) -> Tensor:
     x_rows, weight_rows = as_rows(x), as_rows(weight)
     (M, K), N = x_rows.shape, weight.shape[0]
     y = x.new_empty(*x.shape[:-1], N)
@@ -161,7 +161,7 @@ def _sum(
 
 @torch.library.custom_op("hrm_kernels::linear_scaled", mutates_args=())
 def _linear_scaled(x: Tensor, weight: Tensor, mean_square: Tensor) -> Tensor:
-    return _scaled(x, weight, mean_square)
+    return scaled_product(x, weight, mean_square)
 
 
 @_linear_scaled.register_fake

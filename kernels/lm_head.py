@@ -1,16 +1,17 @@
 """The head of a small vocabulary and its loss in one: logits, cross-entropy, predictions and counts.
 
 Forward, per cell of a sequence (see stablemax.py for the cross-entropies):
-    logits = z_H @ weight^T;   token loss = cross_entropy(logits, label);   prediction = argmax(logits)
+    logits = z_H @ weight^T + bias;   token loss = cross_entropy(logits, label);   prediction = argmax(logits)
 and per sequence: loss = sum of token losses over valid cells / max(valid_count, 1), right_count.
 Backward:
     dlogits = dloss / max(valid_count, 1) * (p - onehot(label)) * l'(logits), 0 where ignored
-    dz_H = dlogits @ weight;   dweight = dlogits^T @ z_H
+    dz_H = dlogits @ weight;   dweight = dlogits^T @ z_H;   dbias = sum of dlogits over the cells
 
 Saved: z_H, weight, labels, which live anyway, and valid_count. Logits and dlogits are made in registers,
 in float32, and never reach memory: the backward computes them again.
 Bytes, for B * S cells of width D in elements of e bytes: z_H once forward, B * S * D * e; z_H read and dz_H
-written backward, and 8 * programs * V * D for the partial sums of dweight.
+written backward, and 8 * programs * V * D for the partial sums of dweight. A bias is V elements here,
+while added outside it would bring all logits into memory.
 
 Forward, a program takes a sequence (some of its cells where sequences are few) and steps through D in
 chunks. Backward, a program takes a span of cells and a chunk of D as wide as registers can keep the sum of
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import dot, jit, launch, tl, triton, use_triton, wide
-from kernels.checks import accumulate_dtype, check_floating
+from kernels.checks import accumulate_dtype, check_floating, check_shape
 from kernels.linear import linear
 from kernels.stablemax import (
     check_labels,
@@ -52,11 +53,16 @@ class HeadLoss(NamedTuple):
 
 
 def lm_head_reference(
-    z_H: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, stablemax: bool
+    z_H: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    stablemax: bool,
+    bias: Tensor | None = None,
 ) -> HeadLoss:
     """Head and loss in plain PyTorch; see `lm_head_stablemax`."""
     cross_entropy = stablemax_cross_entropy_reference if stablemax else softmax_cross_entropy_reference
-    logits = linear(z_H, weight)
+    logits = linear(z_H, weight, bias)
     token_losses = cross_entropy(logits, labels, ignore_index)
     valid = labels != ignore_index
     valid_count = valid.sum(-1)
@@ -98,8 +104,13 @@ def launch_choice(vocabulary: int, width: int, dtype: torch.dtype) -> dict[str, 
 
 
 @jit
+def _bias(bias_ptr, vocabulary, V, WIDE: tl.constexpr):
+    return tl.load(bias_ptr + vocabulary, mask=vocabulary < V, other=0.0).to(WIDE)[None, :]
+
+
+@jit
 def _lm_head_forward_kernel(
-    z_ptr, weight_ptr, labels_ptr, loss_ptr, valid_count_ptr, right_count_ptr, predictions_ptr,
+    z_ptr, weight_ptr, bias_ptr, labels_ptr, loss_ptr, valid_count_ptr, right_count_ptr, predictions_ptr,
     S, D, V, SPLITS, SPAN,
     z_stride_b, z_stride_s, weight_stride_v, labels_stride_b, labels_stride_s,
     ignore_index,
@@ -138,6 +149,8 @@ def _lm_head_forward_kernel(
                 other=0.0,
             ).to(DOT)
             logits = tl.dot(z, weight_T, acc=logits, input_precision="ieee", out_dtype=WIDE)
+        if bias_ptr is not None:
+            logits += _bias(bias_ptr, vocabulary, V, WIDE)
         valid = labels != ignore_index
         loss_sums += tl.where(valid, token_losses(logits, labels, V, STABLEMAX), 0.0)
         predictions = tl.argmax(tl.where((vocabulary < V)[None, :], logits, -float("inf")), axis=1)
@@ -150,7 +163,7 @@ def _lm_head_forward_kernel(
 
 @jit
 def _lm_head_backward_kernel(
-    dloss_ptr, z_ptr, weight_ptr, labels_ptr, valid_count_ptr, dz_ptr, dweight_ptr,
+    dloss_ptr, z_ptr, weight_ptr, bias_ptr, labels_ptr, valid_count_ptr, dz_ptr, dweight_ptr, dbias_ptr,
     M, S, D, V, TILES,
     dloss_stride_b, z_stride_b, z_stride_s, weight_stride_v, labels_stride_b, labels_stride_s, dz_stride_m,
     ignore_index,
@@ -165,6 +178,7 @@ def _lm_head_backward_kernel(
     weight_mask = (vocabulary < V)[:, None] & (cols < D)[None, :]
     weight = tl.load(weight_rows + cols[None, :], mask=weight_mask, other=0.0).to(DOT)
     dweight = tl.zeros([BLOCK_V, BLOCK_D], dtype=WIDE)
+    dbias = tl.zeros([BLOCK_V], dtype=WIDE)
     for tile in range(span * TILES, (span + 1) * TILES):
         # Cells of all sequences in one line: a tile may hold the end of one and the start of the next.
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -189,6 +203,8 @@ def _lm_head_backward_kernel(
             logits = tl.dot(
                 z_others, tl.trans(weight_others), acc=logits, input_precision="ieee", out_dtype=WIDE
             )
+        if bias_ptr is not None:
+            logits += _bias(bias_ptr, vocabulary, V, WIDE)
         scale = dloss / tl.maximum(valid_count, 1).to(WIDE)
         dlogits = token_gradients(logits, labels, V, STABLEMAX) * scale[:, None]
         dlogits = tl.where((labels != ignore_index)[:, None], dlogits, 0.0)
@@ -200,9 +216,19 @@ def _lm_head_backward_kernel(
             tl.store(dz_rows + cols[None, :], dz.to(dz_ptr.dtype.element_ty), mask=z_mask)
         if dweight_ptr is not None:
             dweight = tl.dot(tl.trans(dlogits), z, acc=dweight, input_precision="ieee", out_dtype=WIDE)
+        if dbias_ptr is not None:
+            dbias += tl.sum(dlogits.to(WIDE), axis=0)
     if dweight_ptr is not None:
         dweight_rows = dweight_ptr + (span.to(tl.int64) * V + vocabulary)[:, None] * D
         tl.store(dweight_rows + cols[None, :], dweight, mask=weight_mask)
+    if dbias_ptr is not None:
+        # Every chunk has the same sums.
+        first = (vocabulary < V) & (chunk == 0)
+        tl.store(dbias_ptr + span.to(tl.int64) * V + vocabulary, dbias, mask=first)
+
+
+def _contiguous(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
 
 
 def _with_unit_stride(x: Tensor) -> Tensor:
@@ -210,7 +236,7 @@ def _with_unit_stride(x: Tensor) -> Tensor:
 
 
 def _forward(
-    z_H: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, stablemax: bool
+    z_H: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, stablemax: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z_H, weight = _with_unit_stride(z_H), _with_unit_stride(weight)
     (B, S, D), V = z_H.shape, weight.shape[0]
@@ -225,7 +251,7 @@ def _forward(
     launch(
         _lm_head_forward_kernel,
         (B * splits,),
-        z_H, weight, labels, loss, valid_count, right_count, predictions,
+        z_H, weight, _contiguous(bias), labels, loss, valid_count, right_count, predictions,
         S, D, V, splits, triton.cdiv(tiles, splits) * choice["BLOCK_S"],
         z_H.stride(0), z_H.stride(1), weight.stride(0), *labels.stride(),
         ignore_index,
@@ -240,14 +266,15 @@ def _backward(
     dloss: Tensor,
     z_H: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     labels: Tensor,
     valid_count: Tensor,
     ignore_index: int,
     stablemax: bool,
     wants_z: bool,
     wants_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    """dz_H and dweight; one that is not wanted is empty."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dz_H, dweight and dbias; one that is not wanted is empty, and dbias is wanted with dweight."""
     dtype, z_H, weight = z_H.dtype, _with_unit_stride(z_H), _with_unit_stride(weight)
     (B, S, D), V = z_H.shape, weight.shape[0]
     choice = launch_choice(V, D, dtype)["backward"]
@@ -255,48 +282,39 @@ def _backward(
     tiles_each = triton.cdiv(tiles, max(1, PROGRAMS // chunks))
     spans = triton.cdiv(tiles, max(1, tiles_each))
     dz = z_H.new_empty(z_H.shape if wants_z else 0)
-    dweights = z_H.new_empty((spans, V, D) if wants_weight else 0, dtype=accumulate_dtype(dtype))
+    dweights, dbiases = (
+        z_H.new_empty(shape if wants else 0, dtype=accumulate_dtype(dtype))
+        for shape, wants in (((spans, V, D), wants_weight), ((spans, V), wants_weight and bias is not None))
+    )
     launch(
         _lm_head_backward_kernel,
         (spans * chunks,),
-        dloss, z_H, weight, labels, valid_count, dz if wants_z else None, dweights if wants_weight else None,
+        dloss, z_H, weight, _contiguous(bias), labels, valid_count,
+        dz if wants_z else None, dweights if wants_weight else None, dbiases if len(dbiases) else None,
         B * S, S, D, V, tiles_each,
         dloss.stride(0), z_H.stride(0), z_H.stride(1), weight.stride(0), *labels.stride(), D,
         ignore_index,
         STABLEMAX=stablemax, WIDE=wide(dtype), DOT=dot(dtype), CHUNKS=chunks, **choice,
     )  # fmt: skip
-    return dz, dweights.sum(0).to(dtype) if wants_weight else z_H.new_empty(0)
+    dweight, dbias = (
+        sums.sum(0).to(dtype) if len(sums) else z_H.new_empty(0) for sums in (dweights, dbiases)
+    )
+    return dz, dweight, dbias
 
 
-@torch.library.custom_op("hrm_kernels::lm_head", mutates_args=())
-def _lm_head(
-    z_H: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, stablemax: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _forward(z_H, weight, labels, ignore_index, stablemax)
+_lm_head = torch.library.custom_op("hrm_kernels::lm_head", _forward, mutates_args=())
 
 
 @_lm_head.register_fake
 def _(
-    z_H: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, stablemax: bool
+    z_H: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, stablemax: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, S = labels.shape
     counts = [labels.new_empty(shape, dtype=torch.int32) for shape in ((B,), (B,), (B, S))]
     return z_H.new_empty(B, dtype=accumulate_dtype(z_H.dtype)), counts[0], counts[1], counts[2]
 
 
-@torch.library.custom_op("hrm_kernels::lm_head_backward", mutates_args=())
-def _lm_head_backward(
-    dloss: Tensor,
-    z_H: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    valid_count: Tensor,
-    ignore_index: int,
-    stablemax: bool,
-    wants_z: bool,
-    wants_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    return _backward(dloss, z_H, weight, labels, valid_count, ignore_index, stablemax, wants_z, wants_weight)
+_lm_head_backward = torch.library.custom_op("hrm_kernels::lm_head_backward", _backward, mutates_args=())
 
 
 @_lm_head_backward.register_fake
@@ -304,42 +322,57 @@ def _(
     dloss: Tensor,
     z_H: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     labels: Tensor,
     valid_count: Tensor,
     ignore_index: int,
     stablemax: bool,
     wants_z: bool,
     wants_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    return z_H.new_empty(z_H.shape if wants_z else 0), z_H.new_empty(weight.shape if wants_weight else 0)
+) -> tuple[Tensor, Tensor, Tensor]:
+    wants_bias = wants_weight and bias is not None
+    return (
+        z_H.new_empty(z_H.shape if wants_z else 0),
+        z_H.new_empty(weight.shape if wants_weight else 0),
+        z_H.new_empty(len(weight) if wants_bias else 0),
+    )
 
 
 def _save(ctx, inputs, output) -> None:
-    z_H, weight, labels, ctx.ignore_index, ctx.stablemax = inputs
+    z_H, weight, bias, labels, ctx.ignore_index, ctx.stablemax = inputs
     _, valid_count, right_count, predictions = output
     ctx.mark_non_differentiable(valid_count, right_count, predictions)
-    ctx.save_for_backward(z_H, weight, labels, valid_count)
+    ctx.save_for_backward(z_H, weight, bias, labels, valid_count)
 
 
-def _differentiate(ctx, dloss: Tensor, *_: None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-    wants_z, wants_weight = ctx.needs_input_grad[:2]
-    dz, dweight = _lm_head_backward(
-        dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.stablemax, wants_z, wants_weight
+def _differentiate(ctx, dloss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    wants_z, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    dz, dweight, dbias = _lm_head_backward(
+        dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.stablemax, wants_z, wants_weight or wants_bias
     )
-    return dz if wants_z else None, dweight if wants_weight else None, None, None, None
+    wanted = ((dz, wants_z), (dweight, wants_weight), (dbias, wants_bias))
+    return *(grad if wants else None for grad, wants in wanted), None, None, None
 
 
 _lm_head.register_autograd(_differentiate, setup_context=_save)
 
 
 def _lm_head_loss(
-    op: str, z_H: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, stablemax: bool
+    op: str,
+    z_H: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    stablemax: bool,
 ) -> HeadLoss:
-    check_floating(op, z_H=z_H, weight=weight)
+    check_floating(op, z_H=z_H, weight=weight, **({} if bias is None else {"bias": bias}))
     if z_H.dim() != 3:
         raise ValueError(f"{op}: z_H must be (B, S, D), got {tuple(z_H.shape)}")
     if weight.dim() != 2 or weight.shape[1] != z_H.shape[2]:
         raise ValueError(f"{op}: weight must be (V, {z_H.shape[2]}), got {tuple(weight.shape)}")
+    if bias is not None:
+        check_shape(op, "bias", bias, (len(weight),))
     check_labels(op, labels, tuple(z_H.shape[:2]))
     obstacle = None
     if weight.shape[0] > MAX_VOCABULARY:
@@ -347,25 +380,30 @@ def _lm_head_loss(
     elif weight.shape[1] > MAX_WIDTH:
         obstacle = f"its kernel holds cells of width at most {MAX_WIDTH}, got {weight.shape[1]}"
     if use_triton(op, z_H, obstacle, sizes=(weight.shape[0],)):
-        return HeadLoss(*_lm_head(z_H, weight, labels, ignore_index, stablemax))
-    return lm_head_reference(z_H, weight, labels, ignore_index, stablemax)
+        return HeadLoss(*_lm_head(z_H, weight, bias, labels, ignore_index, stablemax))
+    return lm_head_reference(z_H, weight, labels, ignore_index, stablemax, bias)
 
 
-def lm_head_stablemax(z_H: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> HeadLoss:
+def lm_head_stablemax(
+    z_H: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100, bias: Tensor | None = None
+) -> HeadLoss:
     """Mean stablemax cross-entropy of each sequence under the head `weight`, with predictions and counts.
 
-    z_H: (B, S, D), any strides, such as z[:, P:]; weight: (V, D), same dtype; labels: (B, S), int32 or int64
-    in 0..V-1 or ignore_index. Returns a HeadLoss: loss (B,), 0 for a sequence without valid cells, the only
-    one with a gradient; valid_count (B,), right_count (B,) and predictions (B, S), of equal logits the first.
+    z_H: (B, S, D), any strides, such as z[:, P:]; weight: (V, D) and bias: (V,), None for 0, same dtype;
+    labels: (B, S), int32 or int64 in 0..V-1 or ignore_index. Returns a HeadLoss: loss (B,), 0 for a sequence
+    without valid cells, the only one with a gradient; valid_count (B,), right_count (B,) and predictions
+    (B, S), of equal logits the first.
     Precision: the kernel keeps logits in float32 (float64 for float64), where the reference rounds them to
     z_H's dtype, and casts dlogits to it before the products of the gradients, as the reference does. For
     float32 inputs and logits up to 1e4 in size the loss is within 4e-6 of float64's, tested.
     Raises ValueError or TypeError naming the argument; a label out of range is an error of the reference
     and a NaN of the kernel. Source: the official HRM code; Prieto et al. 2025 (arXiv 2501.04697).
     """
-    return _lm_head_loss("lm_head_stablemax", z_H, weight, labels, ignore_index, True)
+    return _lm_head_loss("lm_head_stablemax", z_H, weight, bias, labels, ignore_index, True)
 
 
-def lm_head_softmax(z_H: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> HeadLoss:
+def lm_head_softmax(
+    z_H: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100, bias: Tensor | None = None
+) -> HeadLoss:
     """`lm_head_stablemax` with the softmax cross-entropy: the same shapes, precision and errors."""
-    return _lm_head_loss("lm_head_softmax", z_H, weight, labels, ignore_index, False)
+    return _lm_head_loss("lm_head_softmax", z_H, weight, bias, labels, ignore_index, False)

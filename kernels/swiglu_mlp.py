@@ -57,7 +57,7 @@ def _halves(x, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
 @jit
 def _differentiate_piece(
     dy,
-    gate_up_ptr, dgate_up_ptr,
+    gate_up_ptr, dgate_up_ptr, slope_ptr,
     rows, cols, rows_left, cols_left, N,
     gate_up_stride_m, dgate_up_stride_m,
     WIDE: tl.constexpr,
@@ -71,13 +71,18 @@ def _differentiate_piece(
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     dgate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
     dup = dy * gate * sigmoid
+    if slope_ptr is not None:
+        slope = tl.load(slope_ptr + rows, mask=rows < rows_left, other=0.0)[:, None]
+        normed = slope * gate * up
+        dgate += normed * up
+        dup += normed * gate
     tl.store(dgate_ptrs, dgate.to(dgate_up_ptr.dtype.element_ty), mask=mask)
     tl.store(dgate_ptrs + N, dup.to(dgate_up_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
 def _swiglu_mlp_backward_kernel(
-    dout_ptr, weight_ptr, gate_up_ptr, dgate_up_ptr,
+    dout_ptr, weight_ptr, gate_up_ptr, dgate_up_ptr, slope_ptr,
     M, N, K,
     dout_stride_m, weight_stride_k, gate_up_stride_m, dgate_up_stride_m,
     WIDE: tl.constexpr, DOT: tl.constexpr, EVEN_K: tl.constexpr,
@@ -105,31 +110,38 @@ def _swiglu_mlp_backward_kernel(
     dy = dy.to(dgate_up_ptr.dtype.element_ty)
     gate_up_ptr += row * gate_up_stride_m + col
     dgate_up_ptr += row * dgate_up_stride_m + col
+    if slope_ptr is not None:
+        slope_ptr += row
     WIDTH: tl.constexpr = BLOCK_N // 4
     piece_cols = tl.arange(0, WIDTH)
     left, right = _halves(dy, BLOCK_M, BLOCK_N)
     first, second = _halves(left, BLOCK_M, BLOCK_N // 2)
     third, fourth = _halves(right, BLOCK_M, BLOCK_N // 2)
     _differentiate_piece(
-        first, gate_up_ptr, dgate_up_ptr, rows, piece_cols, rows_left, cols_left, N,
+        first, gate_up_ptr, dgate_up_ptr, slope_ptr, rows, piece_cols, rows_left, cols_left, N,
         gate_up_stride_m, dgate_up_stride_m, WIDE,
     )  # fmt: skip
     _differentiate_piece(
-        second, gate_up_ptr, dgate_up_ptr, rows, WIDTH + piece_cols, rows_left, cols_left, N,
+        second, gate_up_ptr, dgate_up_ptr, slope_ptr, rows, WIDTH + piece_cols, rows_left, cols_left, N,
         gate_up_stride_m, dgate_up_stride_m, WIDE,
     )  # fmt: skip
     _differentiate_piece(
-        third, gate_up_ptr, dgate_up_ptr, rows, 2 * WIDTH + piece_cols, rows_left, cols_left, N,
+        third, gate_up_ptr, dgate_up_ptr, slope_ptr, rows, 2 * WIDTH + piece_cols, rows_left, cols_left, N,
         gate_up_stride_m, dgate_up_stride_m, WIDE,
     )  # fmt: skip
     _differentiate_piece(
-        fourth, gate_up_ptr, dgate_up_ptr, rows, 3 * WIDTH + piece_cols, rows_left, cols_left, N,
+        fourth, gate_up_ptr, dgate_up_ptr, slope_ptr, rows, 3 * WIDTH + piece_cols, rows_left, cols_left, N,
         gate_up_stride_m, dgate_up_stride_m, WIDE,
     )  # fmt: skip
 
 
-def _backward(dout: Tensor, down_weight: Tensor, gate_up: Tensor) -> Tensor:
-    """The packed product's gradient, (..., 2*I)."""
+def activation_gradient(
+    dout: Tensor, down_weight: Tensor, gate_up: Tensor, slope: Tensor | None = None
+) -> Tensor:
+    """The packed product's gradient, (..., 2*I).
+
+    slope: (M,) in the dtype of sums, t of the norm in `kernels.normed_swiglu_mlp`; None without that norm.
+    """
     dout_rows, weight_rows, gate_up_rows = as_rows(dout), as_rows(down_weight), as_rows(gate_up)
     (M, K), N = dout_rows.shape, down_weight.shape[1]
     dgate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
@@ -137,7 +149,7 @@ def _backward(dout: Tensor, down_weight: Tensor, gate_up: Tensor) -> Tensor:
     launch(
         _swiglu_mlp_backward_kernel,
         (triton.cdiv(M, choice["BLOCK_M"]) * triton.cdiv(N, choice["BLOCK_N"]),),
-        dout_rows, weight_rows, gate_up_rows, dgate_up,
+        dout_rows, weight_rows, gate_up_rows, dgate_up, slope,
         M, N, K,
         dout_rows.stride(0), weight_rows.stride(0), gate_up_rows.stride(0), 2 * N,
         WIDE=wide(dout.dtype), DOT=dot(dout.dtype), **choice,
@@ -160,7 +172,7 @@ def _(x: Tensor, gate_up_weight: Tensor, down_weight: Tensor) -> tuple[Tensor, T
 
 @torch.library.custom_op("hrm_kernels::swiglu_mlp_backward", mutates_args=())
 def _swiglu_mlp_backward(dout: Tensor, down_weight: Tensor, gate_up: Tensor) -> Tensor:
-    return _backward(dout, down_weight, gate_up)
+    return activation_gradient(dout, down_weight, gate_up)
 
 
 @_swiglu_mlp_backward.register_fake

@@ -333,6 +333,8 @@ def test_operations_compile_without_a_graph_break_and_leave_their_inputs(name):
         "linear": (torch.randn(2, 5, 8), torch.randn(6, 8), torch.randn(6)),
         "linear_swiglu": (torch.randn(2, 5, 8), torch.randn(12, 8)),
         "swiglu_mlp": (torch.randn(2, 5, 8), torch.randn(12, 8), torch.randn(8, 6)),
+        "normed_swiglu_mlp": (torch.randn(2, 5, 8), torch.randn(12, 8), torch.randn(8, 6)),
+        "conv_swiglu": (torch.randn(2, 5, 8), torch.randn(4, 2), torch.randn(4)),
         "linear_scaled": (torch.randn(2, 5, 8), torch.randn(6, 8), torch.rand(2, 5, 3)),
         "linear_rms": (torch.randn(2, 5, 8), torch.randn(6, 8), torch.randn(2, 5, 6)),
         "lm_head_stablemax": (torch.randn(2, 5, 8), torch.randn(6, 8), torch.randint(0, 6, (2, 5))),

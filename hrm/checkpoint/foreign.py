@@ -29,6 +29,8 @@ _HUB_FILE = "checkpoint"
 _PREFIX = re.compile(r"(?:(?:module|_orig_mod|model|inner)\.)+")
 # Buffers that follow from the batch size and the sequence's length.
 _DERIVED = re.compile(r"(?:.*\.)?(?:puzzle_emb\.local_(?:weights|ids)|rotary_emb\.(?:cos|sin)_cached)")
+# URM has one stack of blocks and one first state.
+_URM = re.compile(r"\A(?:layers(?=\.\d)|init_hidden\Z)")
 _WEIGHTS = ("model_state_dict", "state_dict", "model", "module", "net")
 _AVERAGES = ("ema", "ema_state_dict", "model_ema", "ema_model", "shadow")
 _CONFIGS = ("config", "hyper_parameters", "cfg")
@@ -118,10 +120,15 @@ def _named(path: Path, state: Any) -> dict[str, Tensor]:
         if not _is_weight(name, tensor):
             raise CheckpointError(f"{path} is not a state dict; expected names with tensors of floats only")
         name = _PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name
+        name = _URM.sub(_renamed, name)
         if name in weights:
             raise CheckpointError(f"{path} holds {name} twice, under two prefixes; save it again with one")
         weights[name] = tensor
     return weights
+
+
+def _renamed(match: re.Match[str]) -> str:
+    return {"layers": "L_level.layers", "init_hidden": "H_init"}[match[0]]
 
 
 def _is_weight(name: Any, tensor: Any) -> bool:

@@ -157,6 +157,12 @@ CLASSES: dict[str, dict[str, Any]] = {
     # URM's copy of TRM, and EqR's, which has no puzzle embeddings.
     "TRM": _TRM,
     "TRMModel": _EQR,
+    "URM": {
+        "arch.single_state": True,
+        "arch.swiglu": "conv",
+        "arch.gradient": "last_cycle",
+        "arch.q_continue": False,
+    },
     "EqRModel": {**_EQR, "arch.init": "random"},
 }
 

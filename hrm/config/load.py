@@ -146,6 +146,17 @@ def _conflicts(arch: ArchConfig, loss: LossConfig) -> Iterator[str]:
         )
     if arch.chains > 1 and arch.hidden_size <= 10:
         yield f"{width} is too narrow for the starts of arch.chains={arch.chains}: raise it above 10"
+    if arch.single_state and arch.use_gating:
+        yield "arch.single_state=true has no second state to gate: set arch.use_gating=false"
+    if arch.single_state and arch.chains > 1:
+        yield f"arch.single_state=true has no z_L for arch.chains={arch.chains} to differ in: set arch.chains=1"
+    if arch.single_state and goal.enabled:
+        yield (
+            "arch.single_state=true has no worker to follow a goal: set arch.subgoal_head.enabled=false and "
+            "loss.feudal_loss_weight=0"
+        )
+    if arch.swiglu == "conv" and arch.mlp_t:
+        yield "arch.swiglu=conv mixes neighbouring tokens, and arch.mlp_t=true all of them: change one"
     if arch.use_gating and int(arch.gate_hidden_ratio * arch.hidden_size) < 1:
         ratio = f"arch.gate_hidden_ratio={arch.gate_hidden_ratio}"
         yield f"{ratio} of {width} leaves the gate network no units: raise one"

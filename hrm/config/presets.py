@@ -44,6 +44,28 @@ ARCHITECTURES["eqr"] = {
     "arch.damping": 0.95,
     "ema_rate": 0.999,
 }
+# The TRM of "Speed is Confidence": a token mixer of two layers and more cycles; preset=record trains it.
+ARCHITECTURES["sic"] = {
+    **ARCHITECTURES["trm"],
+    "arch.mlp_t": True,
+    "arch.swiglu": "normed",
+    "arch.H_cycles": 6,
+    "arch.L_cycles": 9,
+    "arch.puzzle_emb_ndim": 0,
+    "arch.puzzle_emb_len": 0,
+    "arch.register_tokens": 1,
+    "arch.head_bias": True,
+}
+# The Universal Reasoning Model, at its size for Sudoku.
+ARCHITECTURES["urm"] = {
+    "arch.single_state": True,
+    "arch.swiglu": "conv",
+    "arch.H_cycles": 2,
+    "arch.L_cycles": 6,
+    "arch.gradient": "last_cycle",
+    "arch.q_continue": False,
+    "ema": True,
+}
 ARCHITECTURE_ALIASES = {"hrm": "v1", "hrm_v1": "v1", "hrm_v1_gated": "gated", "hrm_v1_balanced": "balanced"}
 DEFAULT_ARCHITECTURE = "gated"
 
@@ -79,6 +101,8 @@ QUICK_ARCHITECTURES: dict[str, dict[str, Any]] = {
     **ARCHITECTURES,
     "balanced": {"arch.halt_max_steps": 4},
     "trm": {**ARCHITECTURES["trm"], "arch.puzzle_emb_len": 0, "ema_rate": 0.99},
+    "sic": {**ARCHITECTURES["sic"], "ema_rate": 0.99},
+    "urm": {**ARCHITECTURES["urm"], "ema_rate": 0.99},
 }
 
 # The published Sudoku-Extreme recipe for one GPU, for the built-in 9x9 data.

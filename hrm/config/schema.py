@@ -67,7 +67,18 @@ class ArchConfig:
         le=64,
     )
     share_levels: bool = key(False, "one stack of L_layers blocks for both levels; H_layers is not used")
+    single_state: bool = key(
+        False, "one state and one stack of L_layers, z = f(z + e) H_cycles * L_cycles times, without levels"
+    )
     mlp_t: bool = key(False, "mix the tokens by a SwiGLU over them in place of attention")
+    swiglu: Literal["plain", "normed", "conv"] = key(
+        "plain",
+        "normed: a norm of the product before its gate, in mlp_t too; conv: two taps over the tokens after it",
+    )
+    head_bias: bool = key(False, "add a learnt bias to the answer's logits")
+    register_tokens: int = key(
+        0, "learnt tokens, the same for every puzzle, between its embedding and its cells", ge=0, le=4096
+    )
     pos_encodings: Literal["rope", "rope2d", "learned", "none"] = key(
         "rope", "the encoding of positions; rope2d rotates by row and column of the data's grid"
     )

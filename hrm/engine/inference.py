@@ -102,7 +102,7 @@ class Inference:
 
     def _judge(self) -> None:
         carry, outputs = self._solve()
-        _, sums = act_loss(self.loss, self.model.lm_head.weight, carry, outputs)
+        _, sums = act_loss(self.loss, self.model.lm_head, carry, outputs)
         vector = torch.stack([value.to(torch.float32) for value in sums.values()])
         if not self.names:
             self.names, self.sums = list(sums), torch.zeros_like(vector)

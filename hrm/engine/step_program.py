@@ -145,7 +145,7 @@ class StepProgram:
         else:
             carry, outputs = act_step(self.model, carry, puzzle_rows, min_halt_steps, **options)
         with region("head and loss"):
-            head = self.model.lm_head.weight
+            head = self.model.lm_head
             loss, sums = act_loss(config.loss, head, carry, outputs, previous_gates, gate_loss_scale)
         if winners is not None:
             sums["first_chain_wins"] = (winners == 0).sum()
@@ -242,6 +242,6 @@ def check_kernels(config: Config, model: HRM, seq_len: int) -> None:
         rows = model.puzzle_emb(carry.puzzle_identifiers)
     try:
         after, outputs = act_step(model, carry, rows, torch.zeros_like(carry.steps))
-        act_loss(config.loss, model.lm_head.weight, after, outputs)
+        act_loss(config.loss, model.lm_head, after, outputs)
     except BackendError as error:
         raise UserError(str(error)) from None

@@ -21,10 +21,11 @@ from kernels.noise import KEY_WORDS
 class Carry(NamedTuple):
     """The state of a batch of sequences between two ACT steps.
 
-    z_H, z_L: (B, T, D) in the model's dtype; with K chains z_L is (B, K, T, D). steps: (B,) int32, ACT steps
-    taken. halted: (B,) bool, to be replaced at the next step. inputs, labels: (B, S) int32, the data being
-    worked on, labels -100 where they do not count. puzzle_identifiers: (B,) int32. keys: (B, 3) int32, the
-    seed, example and path that random numbers are a function of; (B, 0) where nothing is random.
+    z_H, z_L: (B, T, D) in the model's dtype; with K chains z_L is (B, K, T, D), with a single state (B, 0, D).
+    steps: (B,) int32, ACT steps taken. halted: (B,) bool, to be replaced at the next step. inputs, labels:
+    (B, S) int32, the data being worked on, labels -100 where they do not count. puzzle_identifiers: (B,)
+    int32. keys: (B, 3) int32, the seed, example and path that random numbers are a function of; (B, 0) where
+    nothing is random.
     """
 
     z_H: Tensor
@@ -133,9 +134,13 @@ def initial_carry(
         # Three sources of L and two of H, gated by channel or by token.
         width = 1 if arch.gating_type == "attention" else arch.hidden_size
         gates = state.new_zeros(batch_size, model.length, 5, width)
+    if arch.single_state:
+        z_L = state.new_zeros(batch_size, 0, arch.hidden_size)
+    else:
+        z_L = state.clone() if chains == 1 else state[:, None].repeat(1, chains, 1, 1)
     return Carry(
         z_H=state,
-        z_L=state.clone() if chains == 1 else state[:, None].repeat(1, chains, 1, 1),
+        z_L=z_L,
         steps=per_sequence,
         halted=halted,
         inputs=cells,
@@ -153,20 +158,20 @@ def replace_halted(model: HRM, carry: Carry, fresh: Sequences, *, randomness: Ra
 
     Chains start at the model's L_init and L_chains.
     """
-    halted, keys = carry.halted, carry.keys
+    halted, keys, L_init = carry.halted, carry.keys, model.L_init
     per_cell, per_state = halted[:, None], halted[:, None, None]
     if randomness.key_words:
         keys = torch.where(per_cell, fresh.keys, keys)
     if randomness.starts:
         z_H = random_start(carry.z_H, halted, model.H_init, keys, 0)
-        z_L = random_start(carry.z_L, halted, model.L_init, keys, 1)
+        z_L = carry.z_L if L_init is None else random_start(carry.z_L, halted, L_init, keys, 1)
     elif carry.z_L.dim() == 4:
         z_H = torch.where(per_state, model.H_init.to(carry.z_H.dtype), carry.z_H)
         starts = model.chain_starts().to(carry.z_L.dtype)
         z_L = torch.where(per_state[..., None], starts[:, None], carry.z_L)
     else:
         z_H = torch.where(per_state, model.H_init.to(carry.z_H.dtype), carry.z_H)
-        z_L = torch.where(per_state, model.L_init.to(carry.z_L.dtype), carry.z_L)
+        z_L = carry.z_L if L_init is None else torch.where(per_state, L_init.to(carry.z_L.dtype), carry.z_L)
     # Every field by keyword: Dynamo of torch 2.11 traces `_replace` to an empty tuple.
     return Carry(
         z_H=z_H,
@@ -234,7 +239,7 @@ def act_step(
     seen: list[Gated] | None = [] if sees_gates else None
     bias = None if head is None else head.bias(carry.goal, carry.goal_gate, model.dtype)
     z_H, z_L = model.recur(carry.z_H, carry.z_L, e, bias=bias, seen=seen, noise=noise)
-    answer = z_H[:, model.puzzle_emb_len :]
+    answer = z_H[:, model.prefix_len :]
     with region("Q head"):
         q_halt, q_continue = model.q_values(z_H)
     goal, goal_gate, subgoal = carry.goal, carry.goal_gate, None

@@ -1,6 +1,7 @@
 """The model of one ACT step: embeddings, the H/L recurrence with its one-step gradient, the heads.
 
-Shapes: B batch, S cells of the puzzle, P puzzle-embedding tokens, T = P + S, D hidden size, V vocabulary.
+Shapes: B batch, S cells of the puzzle, P tokens before them (puzzle embedding, registers), T = P + S,
+D hidden size, V vocabulary.
 Source: Wang et al. 2025, Hierarchical Reasoning Model (arXiv 2506.21734) and its official code.
 """
 
@@ -23,6 +24,7 @@ from hrm.model.layers import (
     Embedding,
     Linear,
     PuzzleEmbedding,
+    TokenConv,
     chain_starts,
     truncated_normal_,
 )
@@ -69,7 +71,9 @@ class ReasoningModule(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Block(arch, length, attention_backend) for _ in range(num_layers))
         self.gating_network = make_gating(arch) if arch.use_gating else None
-        self.mixes_tokens, self.damping = arch.mlp_t, arch.damping
+        self.damping = arch.damping
+        # The factor of a token commutes neither with a product over the tokens nor with a norm inside SwiGLU.
+        self.may_defer = not arch.mlp_t and arch.swiglu != "normed"
 
     def hold(self, z: Tensor, o: Tensor, x: Tensor | None) -> Tensor | None:
         """The values that hierarchical gates keep for an H-cycle; None for other gates."""
@@ -113,7 +117,7 @@ class ReasoningModule(nn.Module):
         if bias is not None:
             h = h + bias
         last = len(self.layers) - 1
-        defers = not self.mixes_tokens and use_fused("linear_rms", h, measured_as=DEFERRED)
+        defers = self.may_defer and use_fused("linear_rms", h, measured_as=DEFERRED)
         # A deferred block needs no second reference, which would keep the sources' sum in memory.
         residual = None if defers else h
         for index, layer in enumerate(self.layers):
@@ -155,7 +159,7 @@ class HRM(nn.Module):
     """
 
     H_init: Tensor
-    L_init: Tensor
+    L_init: Tensor | None
     L_chains: Tensor | None
     cos: Tensor | None
     sin: Tensor | None
@@ -194,20 +198,23 @@ class HRM(nn.Module):
         self.arch, self.dtype = arch, dtype
         self.embed_scale = math.sqrt(D)
         self.puzzle_emb_len = (arch.puzzle_emb_len or -(-ndim // D)) if ndim else 0
-        self.length = self.puzzle_emb_len + seq_len
+        # The positions before the cells; the Q head reads the first.
+        self.prefix_len = self.puzzle_emb_len + arch.register_tokens
+        self.length = self.prefix_len + seq_len
 
         self.embed_tokens = Embedding(vocab_size, D)
         self.puzzle_emb = PuzzleEmbedding(num_puzzle_identifiers, ndim) if ndim else None
+        self.register_tokens = Embedding(arch.register_tokens, D) if arch.register_tokens else None
         self.embed_pos = Embedding(self.length, D) if arch.pos_encodings == "learned" else None
-        self.lm_head = Linear(D, vocab_size)
+        self.lm_head = Linear(D, vocab_size, bias=arch.head_bias)
         self.q_head = Linear(D, 2, bias=True)
         self.H_level: ReasoningModule | None = None
-        if not arch.share_levels:
+        if not (arch.share_levels or arch.single_state):
             self.H_level = ReasoningModule(arch, arch.H_layers, self.length, attention_backend)
         self.L_level = ReasoningModule(arch, arch.L_layers, self.length, attention_backend)
         self.subgoal_head = SubgoalHead(arch) if arch.subgoal_head.enabled else None
         self.register_buffer("H_init", torch.empty(D))
-        self.register_buffer("L_init", torch.empty(D))
+        self.register_buffer("L_init", None if arch.single_state else torch.empty(D))
         # The starts of further chains, for training alone.
         self.register_buffer("L_chains", torch.empty(arch.chains - 1, D) if arch.chains > 1 else None)
         cos, sin = None, None
@@ -218,7 +225,7 @@ class HRM(nn.Module):
                 cos, sin = rope_tables(self.length, head_dim, theta, wide)
             else:
                 grid = grid_of(seq_len, columns)
-                cos, sin = rope_tables_2d(*grid, head_dim, theta, wide, before=self.puzzle_emb_len)
+                cos, sin = rope_tables_2d(*grid, head_dim, theta, wide, before=self.prefix_len)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         # The parameters that compute in float32 whatever the dtype of the states.
@@ -232,15 +239,20 @@ class HRM(nn.Module):
         """Draws every weight afresh; the Q head starts at 0 with bias -5. The puzzle table stays."""
         generator = torch.Generator().manual_seed(seed)
         truncated_normal_(self.H_init, 1.0, generator)
-        truncated_normal_(self.L_init, 1.0, generator)
-        added = [m for m in self.modules() if isinstance(m, GatingNetwork | SubgoalHead)]
+        if self.L_init is not None:
+            truncated_normal_(self.L_init, 1.0, generator)
+        added = [
+            m
+            for m in self.modules()
+            if isinstance(m, GatingNetwork | SubgoalHead | TokenConv) or m is self.register_tokens
+        ]
         theirs = {layer for module in added for layer in module.modules()}
         for module in self.modules():
             if isinstance(module, Linear | Embedding) and module not in theirs:
                 module.reset_parameters(generator)
         for module in added:
             module.reset_parameters(generator)
-        if self.L_chains is not None:
+        if self.L_chains is not None and self.L_init is not None:
             first = self.L_level.layers[0]
             assert isinstance(first, Block)
             weight = first.mlp.gate_up_proj.weight
@@ -251,6 +263,7 @@ class HRM(nn.Module):
 
     def chain_starts(self) -> Tensor:
         """The states in which the chains of a sequence start, (K, D)."""
+        assert self.L_init is not None
         first = self.L_init[None]
         return first if self.L_chains is None else torch.cat([first, self.L_chains])
 
@@ -260,12 +273,15 @@ class HRM(nn.Module):
         inputs: (B, S) integer tokens. puzzle_rows: (B, puzzle_emb_ndim), the batch's rows of the puzzle
         table, None without one. Returns (B, T, D) in the model's dtype.
         """
-        D = self.arch.hidden_size
+        D, rows = self.arch.hidden_size, len(inputs)
         if puzzle_rows is None:
-            before = self.embed_tokens.embedding_weight.new_empty(len(inputs), 0, D, dtype=self.dtype)
+            before = self.embed_tokens.embedding_weight.new_empty(rows, 0, D, dtype=self.dtype)
         else:
             padding = self.puzzle_emb_len * D - puzzle_rows.shape[-1]
             before = F.pad(puzzle_rows.to(self.dtype), (0, padding)).view(-1, self.puzzle_emb_len, D)
+        if self.register_tokens is not None:
+            registers = self.register_tokens.embedding_weight.to(self.dtype).expand(rows, -1, -1)
+            before = registers if puzzle_rows is None else torch.cat((before, registers), dim=1)
         if self.embed_pos is None:
             return self.embed_tokens(inputs, before, self.embed_scale)
         e = self.embed_tokens(inputs, before)
@@ -292,6 +308,8 @@ class HRM(nn.Module):
         noise: added to every new state, under the numbers FIRST_CALL, FIRST_CALL + 1, ... of the updates.
         """
         arch, rope = self.arch, (self.cos, self.sin)
+        if arch.single_state:
+            return self.iterate(z_H, e, queries, noise), z_L
         L_level, H_level = self.L_level, self.H_level or self.L_level
         taught, calls = torch.is_grad_enabled(), count(FIRST_CALL)
         for i in range(arch.H_cycles):
@@ -321,9 +339,25 @@ class HRM(nn.Module):
                 )
         return z_H, z_L
 
+    def iterate(self, z: Tensor, e: Tensor, queries: int | None, noise: Noise | None) -> Tensor:
+        """One ACT step of a single state: H_cycles * L_cycles updates z = f(z + e); arguments as of `recur`.
+
+        Gradient flows through the last update, or with arch.gradient=last_cycle through the last L_cycles.
+        Source: Gao et al. 2025, Universal Reasoning Model (arXiv 2512.14693).
+        """
+        arch, taught = self.arch, torch.is_grad_enabled()
+        updates = arch.H_cycles * arch.L_cycles
+        taught_updates = arch.L_cycles if arch.gradient == "last_cycle" else 1
+        for update in range(updates):
+            teaches = update >= updates - taught_updates
+            with region(f"update {update}"), torch.set_grad_enabled(taught and teaches):
+                asked = queries if update == updates - 1 else None
+                z = self.L_level(z, e, None, self.cos, self.sin, asked, noise=noise, call=FIRST_CALL + update)
+        return z
+
     def logits(self, z_H: Tensor) -> Tensor:
         """The answer's logits (B, S, V) from z_H (B, T, D), in the model's dtype."""
-        return self.lm_head(z_H)[:, self.puzzle_emb_len :]
+        return self.lm_head(z_H)[:, self.prefix_len :]
 
     def q_values(self, z_H: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (q_halt, q_continue), each (B,), of z_H's first position, computed in float32 (float64)."""

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from hrm.config.schema import ArchConfig
 from kernels import (
     attention,
+    conv_swiglu,
     linear,
     linear_rms,
     linear_scaled,
     linear_swiglu,
+    normed_swiglu_mlp,
     rms_norm,
     rms_norm_pair,
     swiglu_mlp,
@@ -169,17 +171,57 @@ def swiglu_width(hidden_size: int, expansion: float) -> int:
 
 
 class SwiGLU(nn.Module):
-    """The feed-forward half of a block: down(silu(gate) * up), gate and up in one projection."""
+    """The feed-forward half of a block: down(silu(gate) * up), gate and up in one projection.
 
-    def __init__(self, hidden_size: int, expansion: float) -> None:
+    With a norm it is down(sigmoid(gate) * rms_norm(gate * up)).
+    """
+
+    def __init__(self, hidden_size: int, expansion: float, norm_eps: float | None = None) -> None:
+        """norm_eps: added to the mean square of the norm; None for no norm."""
         super().__init__()
+        self.norm_eps = norm_eps
         width = swiglu_width(hidden_size, expansion)
         self.gate_up_proj = Linear(hidden_size, 2 * width)
         self.down_proj = Linear(width, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         weights = (layer.weight.to(x.dtype) for layer in (self.gate_up_proj, self.down_proj))
-        return swiglu_mlp(x, *weights)
+        if self.norm_eps is None:
+            return swiglu_mlp(x, *weights)
+        return normed_swiglu_mlp(x, *weights, self.norm_eps)
+
+
+class TokenConv(nn.Module):
+    """The two taps of a depthwise causal convolution over the tokens. weight: (D, 1, 2); bias: (D,)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, 1, 2))
+        self.bias = nn.Parameter(torch.empty(width))
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Uniform within 1 / sqrt(2), the default of PyTorch's convolutions of two taps."""
+        for parameter in (self.weight, self.bias):
+            nn.init.uniform_(parameter, -math.sqrt(0.5), math.sqrt(0.5), generator=generator)
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        """silu(conv(silu(gate) * up)). gate_up: (B, T, 2D). Returns (B, T, D)."""
+        dtype = gate_up.dtype
+        return conv_swiglu(gate_up, self.weight.to(dtype).flatten(1), self.bias.to(dtype))
+
+
+class ConvSwiGLU(nn.Module):
+    """The feed-forward half of URM's block: down(silu(conv(silu(gate) * up)))."""
+
+    def __init__(self, hidden_size: int, expansion: float) -> None:
+        super().__init__()
+        width = swiglu_width(hidden_size, expansion)
+        self.gate_up_proj = Linear(hidden_size, 2 * width)
+        self.dwconv = TokenConv(width)
+        self.down_proj = Linear(width, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.dwconv(self.gate_up_proj(x)))
 
 
 class Block(nn.Module):
@@ -191,11 +233,16 @@ class Block(nn.Module):
         self.eps = arch.rms_norm_eps
         self.self_attn: Attention | None = None
         self.mlp_t: SwiGLU | None = None
+        norm_eps = arch.rms_norm_eps if arch.swiglu == "normed" else None
         if arch.mlp_t:
-            self.mlp_t = SwiGLU(length, arch.expansion)
+            self.mlp_t = SwiGLU(length, arch.expansion, norm_eps)
         else:
             self.self_attn = Attention(arch.hidden_size, arch.num_heads, attention_backend)
-        self.mlp = SwiGLU(arch.hidden_size, arch.expansion)
+        self.mlp: SwiGLU | ConvSwiGLU
+        if arch.swiglu == "conv":
+            self.mlp = ConvSwiGLU(arch.hidden_size, arch.expansion)
+        else:
+            self.mlp = SwiGLU(arch.hidden_size, arch.expansion, norm_eps)
 
     def forward(
         self,
@@ -242,5 +289,9 @@ class Block(nn.Module):
         attended = attn.attend(qkv, cos, sin, queries)
         h, mean_square = h[:, :queries], None if mean_square is None else mean_square[:, :queries]
         h, mean_square = linear_rms(attended, attn.o_proj.weight.to(dtype), h, mean_square, self.eps)
-        inner = linear_swiglu(h, mlp.gate_up_proj.weight.to(dtype), mean_square)
+        gate_up_weight = mlp.gate_up_proj.weight.to(dtype)
+        if isinstance(mlp, ConvSwiGLU):
+            inner = mlp.dwconv(linear_scaled(h, gate_up_weight, mean_square))
+        else:
+            inner = linear_swiglu(h, gate_up_weight, mean_square)
         return linear_rms(inner, mlp.down_proj.weight.to(dtype), h, mean_square, self.eps)

@@ -8,6 +8,7 @@ from hrm.config.schema import LossConfig
 from hrm.data.format import IGNORE_LABEL
 from hrm.model.act import Carry, Outputs, Subgoal
 from hrm.model.gating import Gates, entropy_loss, saturation_loss, stability_loss
+from hrm.model.layers import Linear
 from hrm.model.subgoal import feudal_loss
 from kernels import lm_head_softmax, lm_head_stablemax
 
@@ -16,7 +17,7 @@ LOSSES = {"stablemax_cross_entropy": lm_head_stablemax, "softmax_cross_entropy":
 
 def act_loss(
     config: LossConfig,
-    head: Tensor,
+    head: Linear,
     carry: Carry,
     outputs: Outputs,
     previous_gates: Tensor | None = None,
@@ -24,7 +25,7 @@ def act_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """lm + 0.5 * (q_halt + q_continue) + extras, summed over the batch, and the metric sums.
 
-    head: (V, D), the weight of lm_head. carry: after the step. previous_gates: those of the carry before it,
+    head: lm_head. carry: after the step. previous_gates: those of the carry before it,
     for the stability loss. gate_loss_scale: (), of the gate losses, which without it are not computed.
     lm is a sequence's mean token loss over its valid tokens; q_halt is taught whether every valid token is
     right, q_continue its target, both by binary cross-entropy with logits. The extras are the feudal loss
@@ -36,7 +37,9 @@ def act_loss(
     code.
     """
     answer, q_halt, q_continue, target, subgoal, gated = outputs
-    lm = LOSSES[config.loss_type](answer, head.to(answer.dtype), carry.labels, IGNORE_LABEL)
+    weight = head.weight.to(answer.dtype)
+    bias = None if head.bias is None else head.bias.to(answer.dtype)
+    lm = LOSSES[config.loss_type](answer, weight, carry.labels, IGNORE_LABEL, bias)
     lm_loss = lm.loss.sum()
 
     with torch.no_grad():

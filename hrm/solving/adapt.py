@@ -52,7 +52,7 @@ def learn_embedding(
             least = torch.from_numpy(draw_min_halt_steps(arch, seed, step, N)).to(device)
             carry = replace_halted(model, carry, fresh)
             carry, outputs = act_step(model, carry, rows, least)
-            total, _ = act_loss(loss, model.lm_head.weight, carry, outputs)
+            total, _ = act_loss(loss, model.lm_head, carry, outputs)
             (grad,) = torch.autograd.grad(total / N, rows)
             sign_sgd(row, identifiers, grad, rate, weight_decay)
             if not torch.isfinite(total):

@@ -245,5 +245,5 @@ def _gates(model: HRM, outputs: Outputs, path: int) -> dict[str, dict[str, Gate]
         found[level] = {}
         for source, gate in zip(SOURCES, gated.gates, strict=False):
             tokens = gate[path].float().mean(-1)
-            found[level][source] = Gate(tokens.mean().item(), tokens[model.puzzle_emb_len :].tolist())
+            found[level][source] = Gate(tokens.mean().item(), tokens[model.prefix_len :].tolist())
     return found

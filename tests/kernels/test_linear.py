@@ -13,6 +13,7 @@ from kernels.library_attention import attention_reference
 from kernels.linear_rms import linear_rms, linear_scaled
 from kernels.linear_swiglu import linear_swiglu
 from kernels.matmul import launch_choice, rstd_of
+from kernels.normed_swiglu_mlp import normed_swiglu_mlp
 from kernels.swiglu_mlp import swiglu_mlp
 from tests.kernels.compare import DEVICE, DTYPES, agree, agree_in_every_tile, compiles, randn
 
@@ -88,37 +89,65 @@ def feed_forward(rows: tuple[int, ...], K: int, width: int) -> dict[str, Tensor]
     return {"x": x, "gate_up_weight": weight, "down_weight": tensors(rows, width, K)["weight"]}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+# float16 has no normed kernel.
+FEED_FORWARDS = [(swiglu_mlp, dtype) for dtype in DTYPES]
+FEED_FORWARDS += [(normed_swiglu_mlp, dtype) for dtype in (torch.float32, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("call", "dtype"), FEED_FORWARDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_feed_forward_with_its_gradients(shape, dtype):
+def test_a_feed_forward_with_its_gradients(shape, call, dtype):
     inputs = feed_forward(*shape)
-    agree(swiglu_mlp, inputs, dtype)
+    agree(call, inputs, dtype)
     for name in inputs:
-        agree(swiglu_mlp, inputs, dtype, gradients=[name])
-    agree(swiglu_mlp, inputs, dtype, gradients=[])
+        agree(call, inputs, dtype, gradients=[name])
+    agree(call, inputs, dtype, gradients=[])
 
 
 def test_every_tile_of_a_feed_forward():
-    """Four of the first product, and three of the backward's."""
-    assert agree_in_every_tile(swiglu_mlp, feed_forward((130,), 144, 144), torch.bfloat16) == 7
+    """Four of the first product, three of the backward's, and with the norm four of the second."""
+    inputs = feed_forward((130,), 144, 144)
+    assert agree_in_every_tile(swiglu_mlp, inputs, torch.bfloat16) == 7
+    assert agree_in_every_tile(normed_swiglu_mlp, inputs, torch.bfloat16) == 11
 
 
 @settings(max_examples=25, deadline=None)
 @given(M=st.integers(1, 150), K=st.integers(1, 150), inner=st.integers(1, 150))
 def test_a_feed_forward_of_any_shape(M, K, inner):
-    agree(swiglu_mlp, feed_forward((M,), K, inner), torch.float64)
+    for call in (swiglu_mlp, normed_swiglu_mlp):
+        agree(call, feed_forward((M,), K, inner), torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_feed_forward_of_views(dtype):
     inputs = feed_forward((6, 5), 96, 80)
     turned = {name: tensor.transpose(0, 1).contiguous().transpose(0, 1) for name, tensor in inputs.items()}
-    agree(swiglu_mlp, turned, dtype)
-    expanded = torch.zeros((), dtype=dtype, device=DEVICE, requires_grad=True)
-    leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs.values()]
-    # The gradient of a sum has strides of 0.
-    (swiglu_mlp(*leaves) + expanded).sum().backward()
-    assert all(torch.isfinite(leaf.grad).all() for leaf in leaves)
+    for call in (swiglu_mlp, normed_swiglu_mlp):
+        agree(call, turned, dtype)
+        expanded = torch.zeros((), dtype=dtype, device=DEVICE, requires_grad=True)
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs.values()]
+        # The gradient of a sum has strides of 0.
+        (call(*leaves) + expanded).sum().backward()
+        assert all(torch.isfinite(leaf.grad).all() for leaf in leaves)
+
+
+def test_a_norm_inside_swiglu_as_written_down():
+    x, gate_up_weight, down_weight = feed_forward((7,), 6, 5).values()
+    gate, up = (x @ gate_up_weight.T).chunk(2, dim=-1)
+    normed = F.rms_norm(gate * up, (5,), eps=1e-2)
+    expected = (torch.sigmoid(gate) * normed) @ down_weight.T
+    for backend_name in ("triton", "reference"):
+        backend.set_backend(backend_name)
+        actual = normed_swiglu_mlp(x, gate_up_weight, down_weight, 1e-2)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_float16_has_no_room_for_a_product_before_its_norm():
+    inputs = [tensor.half() * 100 for tensor in feed_forward((3,), 16, 16).values()]
+    with pytest.raises(backend.BackendError, match="may leave float16's range before the norm"):
+        normed_swiglu_mlp(*inputs)
+    backend.set_backend("auto")
+    assert torch.isfinite(normed_swiglu_mlp(*inputs)).all()
 
 
 @settings(max_examples=25, deadline=None)
@@ -229,8 +258,12 @@ def test_one_kernel_unless_a_gradient_is_wanted(monkeypatch):
         assert not matmul.use_fused("linear_swiglu", x.float(), weight.float(), None)
 
 
+def halved(rows: tuple[int, ...], K: int, N: int) -> dict[str, Tensor]:
+    return feed_forward(rows, K, N // 2)
+
+
 @pytest.mark.parametrize(
-    ("call", "make"), [*CALLS, (swiglu_mlp, lambda rows, K, N: feed_forward(rows, K, N // 2))]
+    ("call", "make"), [*CALLS, *((op, halved) for op in (swiglu_mlp, normed_swiglu_mlp))]
 )
 def test_gradcheck(call, make):
     inputs = make((3,), 8, 6)
@@ -247,7 +280,10 @@ def test_operator_contract_and_compile():
     down = torch.randn(weight.shape[1], weight.shape[0] // 2, device=DEVICE).to(weight)
     learning = [tensor.clone().requires_grad_() for tensor in (x, weight, down)]
     torch.library.opcheck(ops.swiglu_mlp.default, learning)
-    compiles(swiglu_mlp, {"x": x, "gate_up_weight": weight, "down_weight": down})
+    torch.library.opcheck(ops.normed_swiglu_mlp_with_gradient.default, (*learning, 1e-5))
+    torch.library.opcheck(ops.normed_swiglu_mlp.default, (x, weight, down, 1e-5))
+    for call in (swiglu_mlp, normed_swiglu_mlp):
+        compiles(call, {"x": x, "gate_up_weight": weight, "down_weight": down})
     torch.library.opcheck(ops.linear_scaled.default, (x, weight, mean_square))
     torch.library.opcheck(ops.linear_rms.default, (x, weight, residual, mean_square, 1e-5))
     inputs = {"x": x, "weight": weight, "residual": residual, "mean_square": mean_square}

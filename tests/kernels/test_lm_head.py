@@ -40,7 +40,7 @@ def some_inputs(B: int, S: int, D: int, V: int, scale: float = 1.0) -> dict[str,
 
 
 def taught(head: Callable, labels: Tensor, ignore_index: int = -100) -> Callable[..., tuple[Tensor, ...]]:
-    return lambda z_H, weight: tuple(head(z_H, weight, labels, ignore_index))
+    return lambda z_H, weight, bias=None: tuple(head(z_H, weight, labels, ignore_index, bias))
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -51,9 +51,13 @@ def taught(head: Callable, labels: Tensor, ignore_index: int = -100) -> Callable
 )
 def test_outputs_and_gradients(B, S, D, V, dtype, head):
     labels = some_labels(B, S, V)
-    results = agree(taught(head, labels), some_inputs(B, S, D, V), dtype)
+    inputs = some_inputs(B, S, D, V)
+    results = agree(taught(head, labels), inputs, dtype)
     assert all(results[name].dtype == torch.int32 for name in "123")
     assert results["dz_H"].is_contiguous()
+    with_bias = {**inputs, "bias": randn(V, seed=2)}
+    agree(taught(head, labels), with_bias, dtype)
+    agree(taught(head, labels), with_bias, dtype, gradients=["bias"])
 
 
 @given(
@@ -183,9 +187,10 @@ def test_operator_contract_and_compile(head):
     inputs = {name: value.float() for name, value in some_inputs(2, 5, 32, 11).items()}
     labels = some_labels(2, 5, 11)
     leaves = [value.clone().requires_grad_() for value in inputs.values()]
-    arguments = (*leaves, labels, -100, head is lm_head_stablemax)
-    torch.library.opcheck(torch.ops.hrm_kernels.lm_head.default, arguments)
-    compiles(taught(head, labels), inputs)
+    for bias in (None, torch.randn(11, device=DEVICE).requires_grad_()):
+        arguments = (*leaves, bias, labels, -100, head is lm_head_stablemax)
+        torch.library.opcheck(torch.ops.hrm_kernels.lm_head.default, arguments)
+        compiles(taught(head, labels), inputs if bias is None else {**inputs, "bias": bias.detach()})
 
 
 @pytest.mark.parametrize(
@@ -214,6 +219,11 @@ def test_bad_arguments_are_named():
             lambda: lm_head_stablemax(z_H, weight.T, labels),
             ValueError,
             r"weight must be \(V, 4\), got \(4, 5\)",
+        ),
+        (
+            lambda: lm_head_softmax(z_H, weight, labels, bias=weight),
+            ValueError,
+            r"bias must have shape \(5,\), got \(5, 4\)",
         ),
         (lambda: lm_head_softmax(z_H, weight.double(), labels), TypeError, "weight must match z_H"),
         (lambda: lm_head_softmax(z_H, weight, labels[0]), ValueError, r"labels must have shape \(2, 3\)"),

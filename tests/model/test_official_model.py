@@ -161,7 +161,7 @@ def test_evaluation():
         carry = replace_halted(model, initial_carry(model, B, S, torch.device("cpu")), Sequences(**batch))
         for _ in range(steps):
             carry, ours = act_step(model, carry, weights[plain.PUZZLE_TABLE][carry.puzzle_identifiers], None)
-        our_loss, our_metrics = act_loss(LossConfig(STABLEMAX), model.lm_head.weight, carry, ours)
+        our_loss, our_metrics = act_loss(LossConfig(STABLEMAX), model.lm_head, carry, ours)
         our_logits = model.logits(carry.z_H)
     expected = {
         "loss": loss,

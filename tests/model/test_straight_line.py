@@ -100,7 +100,7 @@ def test_evaluation(use_gating, loss_type):
         for step in range(arch.halt_max_steps):
             assert not carry.halted.any(), f"halted before step {step}"
             carry, outputs = act_step(model, carry, rows, None)
-        loss, metrics = act_loss(LossConfig(loss_type), model.lm_head.weight, carry, outputs)
+        loss, metrics = act_loss(LossConfig(loss_type), model.lm_head, carry, outputs)
     assert outputs.target_q_continue is None
     assert_same(model.logits(carry.z_H), expected["outputs"]["logits"])
     assert_same(v1_carry(carry), expected["carry"])

@@ -126,7 +126,7 @@ def test_evaluation(mlp_t):
         for _ in range(arch.halt_max_steps):
             assert not carry.halted.any()
             carry, outputs = act_step(model, carry, rows, None)
-        loss, metrics = act_loss(LossConfig(), model.lm_head.weight, carry, outputs)
+        loss, metrics = act_loss(LossConfig(), model.lm_head, carry, outputs)
     logits = {"logits": model.logits(carry.z_H), "q_halt": outputs.q_halt_logits}
     logits |= {"q_continue": outputs.q_continue_logits}
     actual = {"loss": loss, "metrics": metrics, "outputs": logits, "carry": carry._asdict()}
@@ -191,7 +191,7 @@ def gradients_of_a_step(model: HRM, batch: plain.Batch) -> tuple[Tensor, dict[st
     model.zero_grad()
     carry = replace_halted(model, initial_carry(model, B, S, torch.device("cpu")), Sequences(**batch))
     carry, outputs = act_step(model, carry, None, torch.zeros(B, dtype=torch.int32))
-    loss, _ = act_loss(LossConfig(), model.lm_head.weight, carry, outputs)
+    loss, _ = act_loss(LossConfig(), model.lm_head, carry, outputs)
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

@@ -93,7 +93,7 @@ def test_training_steps(changes, loss):
         rows, plain_rows = (table[ids].detach().requires_grad_() for _ in range(2))
         before = carry.gates
         carry, outputs = act_step(model, carry, rows, least, sees_gates=loss.uses_gates)
-        total, sums = act_loss(loss, model.lm_head.weight, carry, outputs, before, scale)
+        total, sums = act_loss(loss, model.lm_head, carry, outputs, before, scale)
         total.backward()
 
         leaves = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
@@ -147,7 +147,7 @@ def test_without_a_weight_the_head_changes_nothing_but_the_input():
     for each in (plain_model, model):
         carry = replace_halted(each, initial_carry(each, B, S, torch.device("cpu")), Sequences(**batch))
         carry, outputs = act_step(each, carry, None, torch.zeros(B, dtype=torch.int32))
-        loss, _ = act_loss(LossConfig(), each.lm_head.weight, carry, outputs)
+        loss, _ = act_loss(LossConfig(), each.lm_head, carry, outputs)
         loss.backward()
         results.append((loss, each.L_level.layers[0].mlp.down_proj.weight.grad))
     assert_same(results[0], results[1])

@@ -114,7 +114,7 @@ def test_a_row_moves_as_the_rows_of_the_table_do():
         carry = replace_halted(model, carry, fresh)
         # The Q head begins sure of nothing and equal for both, so none halts before the second step.
         carry, outputs = act_step(model, carry, leaf.expand(3, -1), torch.zeros(3, dtype=torch.int32))
-        total, _ = act_loss(LOSS, model.lm_head.weight, carry, outputs)
+        total, _ = act_loss(LOSS, model.lm_head, carry, outputs)
         total.backward()
         expected = expected * (1 - lr * decay) - lr * leaf.grad.sign()
         assert losses[step] == pytest.approx(total.item() / 3, rel=1e-6)

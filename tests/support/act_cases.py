@@ -159,7 +159,7 @@ def package_step(
     if model.puzzle_emb is not None:
         rows = model.puzzle_emb(carry.puzzle_identifiers).requires_grad_()
     carry, outputs = act_step(model, carry, rows, min_halt_steps)
-    loss, metrics = act_loss(LossConfig(loss_type), model.lm_head.weight, carry, outputs)
+    loss, metrics = act_loss(LossConfig(loss_type), model.lm_head, carry, outputs)
     (loss / B).backward()
     gradient = None if rows is None else rows.grad
     logits = model.lm_head(outputs.answer)

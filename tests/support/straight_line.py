@@ -211,17 +211,26 @@ def binary_cross_entropy(logit: Tensor, target: Tensor) -> Tensor:
 
 
 def initial_carry(weights: Weights, cfg: Any, batch: Batch) -> Carry:
-    """Every sequence halted, so that the first step takes the whole batch; z (B, T, D) as H_init's dtype."""
+    """Every sequence halted, so that the first step takes the whole batch; z (B, T, D) as H_init's dtype.
+
+    Without L_init there is a single state, and z_L is empty.
+    """
     B, S = batch["inputs"].shape
     z = weights["H_init"].new_zeros(B, puzzle_tokens(cfg) + S, cfg.hidden_size)
     steps = torch.zeros(B, dtype=torch.int32, device=z.device)
     empty = {name: torch.zeros_like(batch[name]) for name in ("inputs", "labels", "puzzle_identifiers")}
-    return {"z_H": z, "z_L": z, "steps": steps, "halted": torch.ones_like(steps, dtype=torch.bool), **empty}
+    z_L = z if "L_init" in weights else z[:, :0]
+    return {"z_H": z, "z_L": z_L, "steps": steps, "halted": torch.ones_like(steps, dtype=torch.bool), **empty}
 
 
 def replace_halted(w: Weights, carry: Carry, batch: Batch) -> Carry:
     """Where a sequence had halted, the batch's sequence at that place begins: its data, z_init, step 0."""
-    fresh = {"z_H": w["H_init"], "z_L": w["L_init"], "steps": torch.zeros_like(carry["steps"]), **batch}
+    fresh = {
+        "z_H": w["H_init"],
+        "z_L": w.get("L_init", carry["z_L"]),
+        "steps": torch.zeros_like(carry["steps"]),
+        **batch,
+    }
     new = {"halted": torch.zeros_like(carry["halted"])}
     for name in ("z_H", "z_L", "steps", "inputs", "labels", "puzzle_identifiers"):
         where = carry["halted"].view(-1, *[1] * (carry[name].dim() - 1))
