@@ -22,6 +22,7 @@ MACHINES = {
     "H100": Ceilings(3.35e12, 989e12, "datasheet, H100 SXM"),
     "H200": Ceilings(4.3e12, 790e12, "measured: a copy, and a large product"),
     "B200": Ceilings(8.0e12, 2250e12, "datasheet, HGX B200"),
+    "RTX 5090": Ceilings(1.792e12, 209.5e12, "datasheet, sums in float32"),
     "RTX 4090": Ceilings(1.008e12, 165.2e12, "datasheet, sums in float32"),
 }
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hrm.model.layers import swiglu_width
+
 TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -94,8 +96,6 @@ def cross_entropy(T: int) -> Iterator[Case]:
 
 # The inner width of the published model's SwiGLU.
 INNER = 1536
-# That of a SwiGLU over the tokens, by their number.
-TOKEN_INNER = {82: 256, 901: 2560}
 
 
 def swiglu(T: int) -> Iterator[Case]:
@@ -135,7 +135,7 @@ def normed_swiglu_mlp(T: int) -> Iterator[Case]:
         ("channels", (B, T), D, INNER, torch.bfloat16),
         ("channels", (B, T), D, INNER, torch.float32),
         # A product over the tokens, of every channel.
-        ("tokens", (B, D), T, TOKEN_INNER[T], torch.bfloat16),
+        ("tokens", (B, D), T, swiglu_width(T, 4.0), torch.bfloat16),
     ):
         name, matrix = f"{place} {TYPES[dtype]}", dtype == torch.bfloat16
         x, gate_up = (meta(*rows, size, dtype=dtype) for size in (width, 2 * inner))

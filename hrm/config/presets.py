@@ -49,6 +49,7 @@ ARCHITECTURES["sic"] = {
     **ARCHITECTURES["trm"],
     "arch.mlp_t": True,
     "arch.swiglu": "normed",
+    "arch.pos_encodings": "none",
     "arch.H_cycles": 6,
     "arch.L_cycles": 9,
     "arch.puzzle_emb_ndim": 0,

@@ -73,7 +73,7 @@ class ArchConfig:
     mlp_t: bool = key(False, "mix the tokens by a SwiGLU over them in place of attention")
     swiglu: Literal["plain", "normed", "conv"] = key(
         "plain",
-        "normed: a norm of the product before its gate, in mlp_t too; conv: two taps over the tokens after it",
+        "normed: a norm of the product before its gate, in mlp_t too; conv: two taps over the tokens after",
     )
     head_bias: bool = key(False, "add a learnt bias to the answer's logits")
     register_tokens: int = key(

@@ -101,9 +101,14 @@ def sizes(engine: Engine) -> Sizes:
 def measured_cases(engine: Engine) -> list[str]:
     """The operations of a training step, by their names in `kernels.cases`, in its order."""
     config, arch = engine.config, engine.config.arch
-    found = ["rms_norm forward", "linear_swiglu", "rms_norm", "swiglu", "swiglu_mlp"]
+    if arch.swiglu == "normed":
+        found = ["rms_norm forward", "normed_swiglu_mlp forward", "rms_norm", "normed_swiglu_mlp"]
+    elif arch.swiglu == "conv":
+        found = ["rms_norm forward", "rms_norm", "conv_swiglu"]
+    else:
+        found = ["rms_norm forward", "linear_swiglu", "rms_norm", "swiglu", "swiglu_mlp"]
     if not arch.mlp_t:
-        found[1:1] = ["deferred_norm"]
+        found[1:1] = ["deferred_norm"] * (arch.swiglu != "normed")
         # A backend that the configuration names is taken whatever it costs.
         if config.attention.backend == "auto" and arch.pos_encodings in ROTARY:
             found[1:1] = ["rope", "attention forward", "attention"]

@@ -37,7 +37,8 @@ def test_named_architectures():
     assert changes("gated") == {"arch.use_gating": True}
     assert changes("balanced") == changes("hrm_v1_balanced") == {"arch.halt_max_steps": 8}
     assert changes("feudal") == {"arch.subgoal_head.enabled": True, "loss.feudal_loss_weight": 0.1}
-    assert changes("trm") == {
+    trm = changes("trm")
+    assert trm == {
         "arch.share_levels": True,
         "arch.L_layers": 2,
         "arch.H_cycles": 3,
@@ -45,6 +46,25 @@ def test_named_architectures():
         "arch.gradient": "last_cycle",
         "arch.q_continue": False,
         "arch.puzzle_emb_len": 16,
+        "ema": True,
+    }
+    del trm["arch.puzzle_emb_len"]
+    assert changes("sic") == trm | {
+        "arch.mlp_t": True,
+        "arch.swiglu": "normed",
+        "arch.pos_encodings": "none",
+        "arch.H_cycles": 6,
+        "arch.L_cycles": 9,
+        "arch.puzzle_emb_ndim": 0,
+        "arch.register_tokens": 1,
+        "arch.head_bias": True,
+    }
+    assert changes("urm") == {
+        "arch.single_state": True,
+        "arch.swiglu": "conv",
+        "arch.L_cycles": 6,
+        "arch.gradient": "last_cycle",
+        "arch.q_continue": False,
         "ema": True,
     }
 

@@ -125,7 +125,7 @@ def full_size(name: str) -> tuple[ArchConfig, HRM]:
         return config.arch, HRM(config.arch, vocab_size=11, seq_len=81, num_puzzle_identifiers=1)
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("sic", 5_029_505), ("urm", 13_660_000)])
+@pytest.mark.parametrize(("name", "parameters"), [("sic", 4_857_357), ("urm", 13_662_210)])
 def test_full_size(name, parameters):
     arch, model = full_size(name)
     with straight_sic.in_place(arch):

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,8 @@ def official_model(arch: Any, vocab_size: int, side: int) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(os.environ["SIC_REPO"]) / "code"))
         try:
+            # Before Python 3.12 there is none.
+            patch.setattr(typing, "override", lambda method: method, raising=False)
             code: Any = importlib.import_module("model")
             # Its check refuses registers beside a mixer whose length counts them.
             patch.setattr(code, "_block_is_mlp_mixer", lambda block: False)

@@ -4,6 +4,7 @@ The environment variable URM_REPO names the checkout; nothing of it is part of t
 """
 
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ def missing() -> str | None:
         return "URM_REPO is not set; set it to a checkout of https://github.com/UbiquantAI/URM"
     if not (Path(repo) / MODEL_FILE).is_file():
         return f"URM_REPO={repo} holds no {MODEL_FILE}; it should be a checkout of UbiquantAI/URM"
+    for package in ("pydantic", "einops"):
+        if importlib.util.find_spec(package) is None:
+            return f"the official URM code needs {package}; pip install {package}"
     return None
 
 
