@@ -148,7 +148,7 @@ class Launches(Observer):
         return sorted(rows, key=lambda row: (PARTS.index(row.part), -row.ideal_s, row.kernel))
 
 
-def step(arch: str, batch: int, length: int, ceilings: Ceilings) -> list[Row]:
+def rehearsed(arch: str, batch: int, length: int) -> Launches:
     """The launches of a published model's training step in bfloat16 on a CUDA device."""
     config = parse_args(
         ["--arch", arch, "preset=full", "device=cpu", "dtype=bfloat16", f"global_batch_size={batch}"]
@@ -159,16 +159,21 @@ def step(arch: str, batch: int, length: int, ceilings: Ceilings) -> list[Row]:
     rehearsal.step()
     launches.works.clear()
     rehearsal.step()
-    return launches.rows(ceilings)
+    return launches
+
+
+def step(arch: str, batch: int, length: int, ceilings: Ceilings) -> list[Row]:
+    """Those launches by part and kernel, with their time at best."""
+    return rehearsed(arch, batch, length).rows(ceilings)
 
 
 def record() -> list[dict[str, Any]]:
     """The record's step on each machine: launches, bytes, FLOP and time at best."""
-    found = []
-    for machine in RECORD_MACHINES:
-        rows = step(RECORD, RECORD_BATCH, LENGTHS[0], MACHINES[machine])
-        found.append({"arch": RECORD, "B": RECORD_BATCH, "machine": machine, **totals(rows)})
-    return found
+    launches = rehearsed(RECORD, RECORD_BATCH, LENGTHS[0])
+    return [
+        {"arch": RECORD, "B": RECORD_BATCH, "machine": name, **totals(launches.rows(MACHINES[name]))}
+        for name in RECORD_MACHINES
+    ]
 
 
 def totals(rows: list[Row]) -> dict[str, float]:

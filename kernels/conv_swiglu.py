@@ -107,7 +107,7 @@ def _conv_swiglu_backward_kernel(
     dw_1 = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
     for tile in range(span * TILES, (span + 1) * TILES):
-        rows = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         mask = (rows < M)[:, None] & (cols < N)[None, :]
         follows, leads = mask & (rows % T > 0)[:, None], mask & (rows % T < T - 1)[:, None]
         gate, up = _gate_up(gate_up_ptr, gate_up_stride_m, rows, cols, mask, N, WIDE)

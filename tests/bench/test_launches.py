@@ -118,6 +118,27 @@ def test_launches_of_the_model_by_hand():
     assert not any("attention" in kernel and kernel.endswith("_kernel") for _, kernel in longer)
 
 
+def test_the_step_of_the_record_by_hand():
+    """60 calls of two blocks, ten with gradient; a block's two halves each multiply three matrices."""
+    rows = {(row.part, row.kernel): row for row in step("sic", 384, 81, H200)}
+    B, T, D, inner, token_inner = 384, 82, 512, 1536, 256
+    block = 6 * B * T * D * (inner + token_inner)
+    heads = 8 * B * 81 * D * 11 + 2 * B * T * D * 11
+    assert totals(list(rows.values()))["flop"] == pytest.approx(block * (120 + 2 * 20) + heads, rel=1e-4)
+    for kernel in ("_normed_swiglu_forward_kernel", "_linear_scaled_forward_kernel"):
+        assert rows["forward", kernel].launches == 2 * 120
+    # Channels and tokens: the parts of a mean square, one for each 256 columns of gate and up.
+    forward = rows["forward", "_normed_swiglu_forward_kernel"]
+    whole = sum(
+        2 * rows_ * (width + inner_) + 4 * width * inner_ + 4 * rows_ * (2 * inner_ // tile)
+        for rows_, width, inner_, tile in ((B * T, D, inner, 256), (B * D, T, token_inner, 64))
+    )
+    taught = sum(4 * rows_ * inner_ for rows_, inner_ in ((B * T, inner), (B * D, token_inner)))
+    assert forward.bytes == 120 * whole + 20 * taught
+    for kernel in ("_normed_swiglu_scale_kernel", "_swiglu_mlp_backward_kernel"):
+        assert rows["backward", kernel].launches == 2 * 20
+
+
 def test_what_a_call_moves():
     x, y = (torch.empty(4, 8, device="meta") for _ in range(2))
     row = torch.empty(8, device="meta")
@@ -160,6 +181,10 @@ def test_the_kept_predictions_are_those_of_the_code():
         for quantity in ("launches", "bytes", "flop", "ideal_s"):
             assert written[quantity] == pytest.approx(made[quantity], rel=0.05)
             assert made[quantity] == pytest.approx(sum(made["parts"][part][quantity] for part in PARTS))
+    written, made = kept.pop("record"), now.pop("record")
+    assert written["published_s"] == made["published_s"]
+    for before, after in zip(written["steps"], made["steps"], strict=True):
+        assert before == pytest.approx(after, rel=0.05)
     assert kept == now
 
 
