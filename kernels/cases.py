@@ -159,9 +159,9 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> dict[
         inputs = swiglu_mlp().inputs
         return Case("normed_swiglu_mlp", inputs, kernels.normed_swiglu_mlp, (*inputs,) if gradients else ())
 
-    def conv_swiglu() -> Case:
+    def conv_swiglu(gradients: bool) -> Case:
         inputs = {"gate_up": draw(B, T, 2 * inner), "weight": draw(inner, 2), "bias": draw(inner)}
-        return Case("conv_swiglu", inputs, kernels.conv_swiglu, (*inputs,))
+        return Case("conv_swiglu", inputs, kernels.conv_swiglu, (*inputs,) if gradients else ())
 
     def linear_swiglu() -> Case:
         parts, inputs = mean_square(), {"x": draw(B, T, D), "weight": weight(2 * inner, D)}
@@ -234,7 +234,8 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> dict[
         "swiglu_mlp": swiglu_mlp,
         "normed_swiglu_mlp forward": partial(normed_swiglu_mlp, False),
         "normed_swiglu_mlp": partial(normed_swiglu_mlp, True),
-        "conv_swiglu": conv_swiglu,
+        "conv_swiglu forward": partial(conv_swiglu, False),
+        "conv_swiglu": partial(conv_swiglu, True),
         "gate_mix": partial(gate_mix, "zox"),
         "gate_mix_two": partial(gate_mix, "zo"),
         "lm_head_stablemax": partial(lm_head, "lm_head_stablemax"),

@@ -104,7 +104,7 @@ def measured_cases(engine: Engine) -> list[str]:
     if arch.swiglu == "normed":
         found = ["rms_norm forward", "normed_swiglu_mlp forward", "rms_norm", "normed_swiglu_mlp"]
     elif arch.swiglu == "conv":
-        found = ["rms_norm forward", "rms_norm", "conv_swiglu"]
+        found = ["rms_norm forward", "conv_swiglu forward", "rms_norm", "conv_swiglu"]
     else:
         found = ["rms_norm forward", "linear_swiglu", "rms_norm", "swiglu", "swiglu_mlp"]
     if not arch.mlp_t:

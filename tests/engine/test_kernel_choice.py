@@ -516,7 +516,14 @@ def test_every_rank_takes_the_main_ones_choice(maker, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words", [(), ("arch.use_gating=true",), ("arch.mlp_t=true",), ("loss.loss_type=softmax_cross_entropy",)]
+    "words",
+    [
+        (),
+        ("arch.use_gating=true",),
+        ("arch.mlp_t=true",),
+        ("arch.swiglu=normed",),
+        ("arch.swiglu=conv", "loss.loss_type=softmax_cross_entropy"),
+    ],
 )
 def test_what_is_measured_is_what_a_step_asks_for(words):
     """By the classes: those of the cases, and those of the engine's own step, both without data."""
