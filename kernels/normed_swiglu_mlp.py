@@ -21,6 +21,7 @@ the largest tiles; backward 2MN read and MN written for r * dout.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,7 +187,7 @@ def _backward(
     return activation_gradient(scaled, down_weight, gate_up, slope), scaled
 
 
-_op = partial(torch.library.custom_op, mutates_args=())
+_op: Any = partial(torch.library.custom_op, mutates_args=())
 _normed_swiglu_mlp = _op("hrm_kernels::normed_swiglu_mlp", _forward)
 _normed_swiglu_mlp_with_gradient = _op("hrm_kernels::normed_swiglu_mlp_with_gradient", _forward_packed)
 _normed_swiglu_mlp_backward = _op("hrm_kernels::normed_swiglu_mlp_backward", _backward)

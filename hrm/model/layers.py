@@ -185,10 +185,10 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(width, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = (layer.weight.to(x.dtype) for layer in (self.gate_up_proj, self.down_proj))
+        gate_up, down = (layer.weight.to(x.dtype) for layer in (self.gate_up_proj, self.down_proj))
         if self.norm_eps is None:
-            return swiglu_mlp(x, *weights)
-        return normed_swiglu_mlp(x, *weights, self.norm_eps)
+            return swiglu_mlp(x, gate_up, down)
+        return normed_swiglu_mlp(x, gate_up, down, self.norm_eps)
 
 
 class TokenConv(nn.Module):

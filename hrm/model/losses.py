@@ -37,9 +37,9 @@ def act_loss(
     code.
     """
     answer, q_halt, q_continue, target, subgoal, gated = outputs
-    weight = head.weight.to(answer.dtype)
-    bias = None if head.bias is None else head.bias.to(answer.dtype)
-    lm = LOSSES[config.loss_type](answer, weight, carry.labels, IGNORE_LABEL, bias)
+    head_weight = head.weight.to(answer.dtype)
+    head_bias = None if head.bias is None else head.bias.to(answer.dtype)
+    lm = LOSSES[config.loss_type](answer, head_weight, carry.labels, IGNORE_LABEL, head_bias)
     lm_loss = lm.loss.sum()
 
     with torch.no_grad():
