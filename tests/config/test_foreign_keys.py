@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -186,7 +187,7 @@ def test_an_official_configuration_starts_a_run(tmp_path):
             "recursive_reasoning.trm_singlez@",
             "that model of TRM's code does not ex",
         ),
-        ("trm@TinyRecursiveReasoningModel_ACTV1", "urm@URM", "arch.name ends in URM, expected one of Hier"),
+        ("trm@TinyRecursiveReasoningModel_ACTV1", "urm@URM2", "arch.name ends in URM2, expected one of Hier"),
         ("lr: 3.0e-05", "use_muon: true", "use_muon=true does not exist here; leave it out"),
         ("  mlp_t: false", "  H_init_std: 0.5", "arch.H_init_std=0.5 does not exist here; the first states"),
     ],
@@ -215,6 +216,12 @@ def test_hydras_defaults_and_files_of_architectures(tmp_path):
     config = parsed(f"--arch={arch}", "data_path=x").arch
     assert (config.damping, config.noise, config.init) == (0.9, 0.5, "random")
     assert (config.puzzle_emb_ndim, config.q_continue, config.share_levels) == (0, False, True)
+    arch.write_text(
+        "name: urm.urm@URM\nloops: 8\nnum_layers: 3\nH_cycles: 4\nL_cycles: 3\nloop_deltas: [0, 8]\n"
+    )
+    config, urm = parsed(f"--arch={arch}", "data_path=x").arch, parsed("--arch=urm", "data_path=x").arch
+    sizes = {"L_layers": 3, "H_cycles": 4, "L_cycles": 3, "halt_max_steps": 8}
+    assert config == replace(urm, **sizes)
     (tmp_path / "hrm.yaml").write_text("defaults:\n  - arch: hrm_v1\ndata_path: d\n")
     assert parse_args([str(tmp_path / "hrm.yaml")]).arch == parse_args(["--arch=v1", "data_path=d"]).arch
 
