@@ -12,10 +12,9 @@ from torch import Tensor
 
 from hrm.common.regions import region
 from hrm.config.schema import LossConfig
-from hrm.data.format import IGNORE_LABEL
 from hrm.model.act import Carry, Outputs, Randomness, act_step
 from hrm.model.hrm import HRM
-from hrm.model.losses import LOSSES
+from hrm.model.losses import token_losses
 
 
 def chains_step(
@@ -38,8 +37,7 @@ def chains_step(
         rows = None if puzzle_rows is None else puzzle_rows.repeat_interleave(K, dim=0)
         every = _of_every_chain(carry)
         after, outputs = act_step(model, every, rows, None, randomness=randomness)
-        head = model.lm_head.weight.to(outputs.answer.dtype)
-        losses = LOSSES[loss.loss_type](outputs.answer, head, every.labels, IGNORE_LABEL).loss
+        losses = token_losses(loss, model.lm_head, outputs.answer, every.labels).loss
         winners = losses.view(-1, K).argmin(dim=1)
         states, place = after.z_L.unflatten(0, (-1, K)), _place(winners, carry.z_L)
         z_L, keys = carry.z_L.gather(1, place)[:, 0], _keys(carry.keys, winners)

@@ -11,8 +11,18 @@ from hrm.model.gating import Gates, entropy_loss, saturation_loss, stability_los
 from hrm.model.layers import Linear
 from hrm.model.subgoal import feudal_loss
 from kernels import lm_head_softmax, lm_head_stablemax
+from kernels.lm_head import HeadLoss
 
 LOSSES = {"stablemax_cross_entropy": lm_head_stablemax, "softmax_cross_entropy": lm_head_softmax}
+
+
+def token_losses(config: LossConfig, head: Linear, answer: Tensor, labels: Tensor) -> HeadLoss:
+    """The token loss of each sequence under lm_head, with predictions and counts; see `lm_head_stablemax`.
+
+    answer: (B, S, D), the states that the head reads. labels: (B, S).
+    """
+    bias = None if head.bias is None else head.bias.to(answer.dtype)
+    return LOSSES[config.loss_type](answer, head.weight.to(answer.dtype), labels, IGNORE_LABEL, bias)
 
 
 def act_loss(
@@ -37,9 +47,7 @@ def act_loss(
     code.
     """
     answer, q_halt, q_continue, target, subgoal, gated = outputs
-    head_weight = head.weight.to(answer.dtype)
-    head_bias = None if head.bias is None else head.bias.to(answer.dtype)
-    lm = LOSSES[config.loss_type](answer, head_weight, carry.labels, IGNORE_LABEL, head_bias)
+    lm = token_losses(config, head, answer, carry.labels)
     lm_loss = lm.loss.sum()
 
     with torch.no_grad():

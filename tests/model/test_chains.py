@@ -98,7 +98,7 @@ def test_steps_equal_the_straight_lines(case):
             carry, outputs, ours = chains_step(
                 model, LossConfig(SOFTMAX), carry, rows, least, sees_gates=False, randomness=randomness
             )
-            loss, metrics = act_loss(LossConfig(SOFTMAX), model.lm_head.weight, carry, outputs)
+            loss, metrics = act_loss(LossConfig(SOFTMAX), model.lm_head, carry, outputs)
             (loss / B).backward()
             assert torch.equal(ours, winners)
             seen |= set(winners.tolist())
