@@ -149,7 +149,7 @@ def _conflicts(arch: ArchConfig, loss: LossConfig) -> Iterator[str]:
     if arch.single_state and arch.use_gating:
         yield "arch.single_state=true has no second state to gate: set arch.use_gating=false"
     if arch.single_state and arch.chains > 1:
-        yield f"arch.single_state=true has no z_L in which arch.chains={arch.chains} differ: set arch.chains=1"
+        yield f"arch.single_state=true has no z_L for arch.chains={arch.chains}: set arch.chains=1"
     if arch.single_state and goal.enabled:
         yield (
             "arch.single_state=true has no worker to follow a goal: set arch.subgoal_head.enabled=false and "

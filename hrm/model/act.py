@@ -23,9 +23,9 @@ class Carry(NamedTuple):
 
     z_H, z_L: (B, T, D) in the model's dtype; with K chains z_L is (B, K, T, D), with a single state it is
     (B, 0, D). steps: (B,) int32, ACT steps taken. halted: (B,) bool, to be replaced at the next step. inputs,
-    labels: (B, S) int32, the data being worked on, labels -100 where they do not count. puzzle_identifiers: (B,)
-    int32. keys: (B, 3) int32, the seed, example and path that random numbers are a function of; (B, 0) where
-    nothing is random.
+    labels: (B, S) int32, the data being worked on, labels -100 where they do not count. puzzle_identifiers:
+    (B,) int32. keys: (B, 3) int32, the seed, example and path that random numbers are a function of; (B, 0)
+    where nothing is random.
     """
 
     z_H: Tensor
