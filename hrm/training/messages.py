@@ -43,6 +43,8 @@ def start_line(engine: Engine, data: TrainingData) -> str:
 def model_name(arch: ArchConfig) -> str:
     """The kind of model, in words."""
     kinds = ["gated"] * arch.use_gating + ["feudal"] * arch.subgoal_head.enabled
+    if arch.single_state:
+        return "URM"
     return " ".join([*kinds, "TRM" if arch.share_levels else "HRM" if kinds else "HRM v1"])
 
 
