@@ -1,6 +1,7 @@
 """Every test here runs the Triton kernels: on the GPU, or in the interpreter on the CPU."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -47,3 +48,24 @@ def rounding_interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builder, "cast_impl", cast)
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def language_patched_once() -> Iterator[None]:
+    """The interpreter patches Triton's language at each launch and each call of a helper; here once a file.
+
+    That takes half of the time of a small launch. Tests of other folders find the language as it was.
+    """
+    if not backend.INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):
+        yield
+        return
+    scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": backend.tl, "core": backend.tl.core}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", lambda function: interpreter._LangPatchScope())
+        yield
+    scope.restore()

@@ -69,7 +69,7 @@ def test_outputs_and_gradients(B, S, D, V, dtype, head):
     ignore_index=st.sampled_from([-100, 0, 1]),
     head=st.sampled_from(HEADS),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_any_shape(B, S, D, V, dtype, ignore_index, head):
     labels = some_labels(B, S, V, seed=S, dtype=dtype)
     labels = labels.where(labels >= 0, ignore_index)

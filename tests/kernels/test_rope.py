@@ -23,8 +23,8 @@ def test_output_and_gradient(shape, dtype):
     agree(lambda x: rope(x, cos, sin), {"x": randn(*shape, seed=0)}, dtype)
 
 
-@settings(deadline=None)
-@given(B=st.integers(1, 3), T=st.integers(1, 9), n=st.integers(1, 70), half=st.integers(1, 70))
+@settings(max_examples=25, deadline=None)
+@given(B=st.integers(1, 2), T=st.integers(1, 9), n=st.integers(1, 70), half=st.integers(1, 70))
 def test_any_shape(B, T, n, half):
     cos, sin = tables(T, 2 * half, torch.float64)
     agree(lambda x: rope(x, cos, sin), {"x": randn(B, T, n, 2 * half, seed=n)}, torch.float64)
@@ -61,7 +61,7 @@ def test_the_inverse_rotation_turns_back():
 
 def test_gradients_of_first_and_second_order():
     cos, sin = tables(2, 4, torch.float64)
-    x = randn(1, 2, 2, 4, seed=0).requires_grad_()
+    x = randn(1, 2, 1, 4, seed=0).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: rope(x, cos, sin), x)
     assert torch.autograd.gradgradcheck(lambda x: rope(x, cos, sin), x)
 

@@ -42,7 +42,7 @@ def test_losses_and_gradients(shape, dtype, loss):
     ignore_index=st.sampled_from([-100, 0, 1]),
     loss=st.sampled_from(LOSSES),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_any_shape(M, V, scale, dtype, ignore_index, loss):
     labels = some_labels(M, V=V, seed=M, dtype=dtype)
     labels = labels.where(labels >= 0, ignore_index)
