@@ -4,7 +4,7 @@ Forward, per cell of a sequence (see stablemax.py for the cross-entropies):
     logits = z_H @ weight^T + bias;   token loss = cross_entropy(logits, label);   prediction = argmax(logits)
 and per sequence: loss = sum of token losses over valid cells / max(valid_count, 1), right_count.
 Backward:
-    dlogits = dloss / max(valid_count, 1) * (p - onehot(label)) * l'(logits), 0 where ignored
+    dlogits = dloss / max(valid_count, 1) * (p - target(label)) * l'(logits), 0 where ignored
     dz_H = dlogits @ weight;   dweight = dlogits^T @ z_H;   dbias = sum of dlogits over the cells
 
 Saved: z_H, weight, labels, which live anyway, and valid_count. Logits and dlogits are made in registers,
@@ -32,6 +32,7 @@ from kernels.checks import accumulate_dtype, check_floating, check_shape
 from kernels.linear import linear
 from kernels.stablemax import (
     check_labels,
+    check_smoothing,
     softmax_cross_entropy_reference,
     stablemax_cross_entropy_reference,
     token_gradients,
@@ -59,11 +60,12 @@ def lm_head_reference(
     ignore_index: int,
     stablemax: bool,
     bias: Tensor | None = None,
+    smoothing: float = 0.0,
 ) -> HeadLoss:
     """Head and loss in plain PyTorch; see `lm_head_stablemax`."""
     cross_entropy = stablemax_cross_entropy_reference if stablemax else softmax_cross_entropy_reference
     logits = linear(z_H, weight, bias)
-    token_losses = cross_entropy(logits, labels, ignore_index)
+    token_losses = cross_entropy(logits, labels, ignore_index, smoothing)
     valid = labels != ignore_index
     valid_count = valid.sum(-1)
     predictions = logits.argmax(-1)
@@ -114,7 +116,7 @@ def _lm_head_forward_kernel(
     S, D, V, SPLITS, SPAN,
     z_stride_b, z_stride_s, weight_stride_v, labels_stride_b, labels_stride_s,
     ignore_index,
-    STABLEMAX: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr,
+    STABLEMAX: tl.constexpr, SMOOTHING: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -152,7 +154,7 @@ def _lm_head_forward_kernel(
         if bias_ptr is not None:
             logits += _bias(bias_ptr, vocabulary, V, WIDE)
         valid = labels != ignore_index
-        loss_sums += tl.where(valid, token_losses(logits, labels, V, STABLEMAX), 0.0)
+        loss_sums += tl.where(valid, token_losses(logits, labels, V, STABLEMAX, SMOOTHING), 0.0)
         predictions = tl.argmax(tl.where((vocabulary < V)[None, :], logits, -float("inf")), axis=1)
         right_counts += (valid & (predictions == labels)).to(tl.int32)
         tl.store(predictions_ptr + sequence * S + cells, predictions, mask=cells < S)
@@ -167,8 +169,8 @@ def _lm_head_backward_kernel(
     M, S, D, V, TILES,
     dloss_stride_b, z_stride_b, z_stride_s, weight_stride_v, labels_stride_b, labels_stride_s, dz_stride_m,
     ignore_index,
-    STABLEMAX: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr, CHUNKS: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    STABLEMAX: tl.constexpr, SMOOTHING: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # The chunks of a span are neighbours, so that they find its cells in the L2 cache.
     span, chunk = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
@@ -206,7 +208,7 @@ def _lm_head_backward_kernel(
         if bias_ptr is not None:
             logits += _bias(bias_ptr, vocabulary, V, WIDE)
         scale = dloss / tl.maximum(valid_count, 1).to(WIDE)
-        dlogits = token_gradients(logits, labels, V, STABLEMAX) * scale[:, None]
+        dlogits = token_gradients(logits, labels, V, STABLEMAX, SMOOTHING) * scale[:, None]
         dlogits = tl.where((labels != ignore_index)[:, None], dlogits, 0.0)
         # As in the reference, the products below take dlogits in z_H's dtype.
         dlogits = dlogits.to(z_ptr.dtype.element_ty).to(DOT)
@@ -236,7 +238,13 @@ def _with_unit_stride(x: Tensor) -> Tensor:
 
 
 def _forward(
-    z_H: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, stablemax: bool
+    z_H: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    stablemax: bool,
+    smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z_H, weight = _with_unit_stride(z_H), _with_unit_stride(weight)
     (B, S, D), V = z_H.shape, weight.shape[0]
@@ -255,7 +263,7 @@ def _forward(
         S, D, V, splits, triton.cdiv(tiles, splits) * choice["BLOCK_S"],
         z_H.stride(0), z_H.stride(1), weight.stride(0), *labels.stride(),
         ignore_index,
-        STABLEMAX=stablemax, WIDE=wide(z_H.dtype), DOT=dot(z_H.dtype), **choice,
+        STABLEMAX=stablemax, SMOOTHING=smoothing, WIDE=wide(z_H.dtype), DOT=dot(z_H.dtype), **choice,
     )  # fmt: skip
     if splits == 1:
         return loss.view(B), valid_count, right_count.view(B), predictions
@@ -271,6 +279,7 @@ def _backward(
     valid_count: Tensor,
     ignore_index: int,
     stablemax: bool,
+    smoothing: float,
     wants_z: bool,
     wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -294,7 +303,7 @@ def _backward(
         B * S, S, D, V, tiles_each,
         dloss.stride(0), z_H.stride(0), z_H.stride(1), weight.stride(0), *labels.stride(), D,
         ignore_index,
-        STABLEMAX=stablemax, WIDE=wide(dtype), DOT=dot(dtype), CHUNKS=chunks, **choice,
+        STABLEMAX=stablemax, SMOOTHING=smoothing, WIDE=wide(dtype), DOT=dot(dtype), CHUNKS=chunks, **choice,
     )  # fmt: skip
     dweight, dbias = (
         sums.sum(0).to(dtype) if len(sums) else z_H.new_empty(0) for sums in (dweights, dbiases)
@@ -307,7 +316,13 @@ _lm_head = torch.library.custom_op("hrm_kernels::lm_head", _forward, mutates_arg
 
 @_lm_head.register_fake
 def _(
-    z_H: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, stablemax: bool
+    z_H: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    stablemax: bool,
+    smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, S = labels.shape
     counts = [labels.new_empty(shape, dtype=torch.int32) for shape in ((B,), (B,), (B, S))]
@@ -327,6 +342,7 @@ def _(
     valid_count: Tensor,
     ignore_index: int,
     stablemax: bool,
+    smoothing: float,
     wants_z: bool,
     wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -339,7 +355,7 @@ def _(
 
 
 def _save(ctx, inputs, output) -> None:
-    z_H, weight, bias, labels, ctx.ignore_index, ctx.stablemax = inputs
+    z_H, weight, bias, labels, ctx.ignore_index, ctx.stablemax, ctx.smoothing = inputs
     _, valid_count, right_count, predictions = output
     ctx.mark_non_differentiable(valid_count, right_count, predictions)
     ctx.save_for_backward(z_H, weight, bias, labels, valid_count)
@@ -348,10 +364,16 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, dloss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     wants_z, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     dz, dweight, dbias = _lm_head_backward(
-        dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.stablemax, wants_z, wants_weight or wants_bias
+        dloss,
+        *ctx.saved_tensors,
+        ctx.ignore_index,
+        ctx.stablemax,
+        ctx.smoothing,
+        wants_z,
+        wants_weight or wants_bias,
     )
     wanted = ((dz, wants_z), (dweight, wants_weight), (dbias, wants_bias))
-    return *(grad if wants else None for grad, wants in wanted), None, None, None
+    return *(grad if wants else None for grad, wants in wanted), None, None, None, None
 
 
 _lm_head.register_autograd(_differentiate, setup_context=_save)
@@ -365,6 +387,7 @@ def _lm_head_loss(
     labels: Tensor,
     ignore_index: int,
     stablemax: bool,
+    smoothing: float,
 ) -> HeadLoss:
     check_floating(op, z_H=z_H, weight=weight, **({} if bias is None else {"bias": bias}))
     if z_H.dim() != 3:
@@ -374,36 +397,49 @@ def _lm_head_loss(
     if bias is not None:
         check_shape(op, "bias", bias, (len(weight),))
     check_labels(op, labels, tuple(z_H.shape[:2]))
+    check_smoothing(op, smoothing)
     obstacle = None
     if weight.shape[0] > MAX_VOCABULARY:
         obstacle = f"its kernel holds vocabularies of at most {MAX_VOCABULARY}, got {weight.shape[0]}"
     elif weight.shape[1] > MAX_WIDTH:
         obstacle = f"its kernel holds cells of width at most {MAX_WIDTH}, got {weight.shape[1]}"
     if use_triton(op, z_H, obstacle, sizes=(weight.shape[0],)):
-        return HeadLoss(*_lm_head(z_H, weight, bias, labels, ignore_index, stablemax))
-    return lm_head_reference(z_H, weight, labels, ignore_index, stablemax, bias)
+        return HeadLoss(*_lm_head(z_H, weight, bias, labels, ignore_index, stablemax, smoothing))
+    return lm_head_reference(z_H, weight, labels, ignore_index, stablemax, bias, smoothing)
 
 
 def lm_head_stablemax(
-    z_H: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100, bias: Tensor | None = None
+    z_H: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int = -100,
+    bias: Tensor | None = None,
+    *,
+    smoothing: float = 0.0,
 ) -> HeadLoss:
     """Mean stablemax cross-entropy of each sequence under the head `weight`, with predictions and counts.
 
     z_H: (B, S, D), any strides, such as z[:, P:]; weight: (V, D) and bias: (V,), None for 0, same dtype;
-    labels: (B, S), int32 or int64 in 0..V-1 or ignore_index. Returns a HeadLoss: loss (B,), 0 for a sequence
-    without valid cells, the only one with a gradient; valid_count (B,), right_count (B,) and predictions
-    (B, S), of equal logits the first.
+    labels: (B, S), int32 or int64 in 0..V-1 or ignore_index; smoothing: see `stablemax_cross_entropy`.
+    Returns a HeadLoss: loss (B,), 0 for a sequence without valid cells, the only one with a gradient;
+    valid_count (B,), right_count (B,) and predictions (B, S), of equal logits the first.
     Precision: the kernel keeps logits in float32 (float64 for float64), where the reference rounds them to
     z_H's dtype, and casts dlogits to it before the products of the gradients, as the reference does. For
     float32 inputs and logits up to 1e4 in size the loss is within 4e-6 of float64's, tested.
     Raises ValueError or TypeError naming the argument; a label out of range is an error of the reference
     and a NaN of the kernel. Source: the official HRM code; Prieto et al. 2025 (arXiv 2501.04697).
     """
-    return _lm_head_loss("lm_head_stablemax", z_H, weight, bias, labels, ignore_index, True)
+    return _lm_head_loss("lm_head_stablemax", z_H, weight, bias, labels, ignore_index, True, smoothing)
 
 
 def lm_head_softmax(
-    z_H: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100, bias: Tensor | None = None
+    z_H: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int = -100,
+    bias: Tensor | None = None,
+    *,
+    smoothing: float = 0.0,
 ) -> HeadLoss:
     """`lm_head_stablemax` with the softmax cross-entropy: the same shapes, precision and errors."""
-    return _lm_head_loss("lm_head_softmax", z_H, weight, bias, labels, ignore_index, False)
+    return _lm_head_loss("lm_head_softmax", z_H, weight, bias, labels, ignore_index, False, smoothing)

@@ -116,6 +116,8 @@ class LossConfig:
     loss_type: Literal["stablemax_cross_entropy", "softmax_cross_entropy"] = key(
         "stablemax_cross_entropy", "cross-entropy of the token predictions"
     )
+    label_smoothing: float = key(0.0, "share of a token's target spread over the vocabulary", ge=0, lt=1)
+    q_halt_weight: float = key(0.5, "weight of the loss of q_halt", ge=0, le=1000)
     feudal_loss_weight: float = key(
         0.0, "weight of following the subgoal; needs arch.subgoal_head.enabled", ge=0, le=1000
     )
@@ -215,6 +217,9 @@ class Config:
     )
     ema: bool = key(False, "keep a moving average of the weights and evaluate it beside them")
     ema_rate: float = key(0.999, "share of the average that stays at a step", ge=0, lt=1)
+    ema_start: int = key(
+        0, "updates before the average starts; until then it equals the weights", ge=0, le=10**9
+    )
     stages: list[StageConfig] | None = key(
         None,
         "train by stages, such as '[{halt_max_steps: 4, epochs: 20}, {halt_max_steps: 8, epochs: 40}]'",

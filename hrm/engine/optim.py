@@ -89,13 +89,20 @@ class MovingAverage:
     data: (N,), laid out like the parameters'. Source: Jolicoeur-Martineau 2025 (arXiv 2510.04871).
     """
 
-    def __init__(self, parameters: FlatParameters, rate: float) -> None:
-        self.parameters, self.rate = parameters, rate
+    def __init__(self, parameters: FlatParameters, rate: float, start: int = 0) -> None:
+        """start: updates before the average starts; until then it equals the parameters."""
+        self.parameters, self.rate, self.start = parameters, rate, start
         self.data = parameters.data.clone()
 
-    def update(self, skip: Tensor | None = None) -> None:
-        """Call after each update of the parameters. skip: () bool; where True, the average stays."""
+    def update(self, skip: Tensor | None = None, count: Tensor | None = None) -> None:
+        """Call after each update of the parameters.
+
+        skip: () bool; where True, the average stays. count: (), the updates so far; needed with `start`.
+        """
         weight: Any = 1 - self.rate
+        if self.start:
+            assert count is not None
+            weight = torch.where(count > self.start, weight, 1.0).to(self.data.dtype)
         self.data.lerp_(
             self.parameters.data, weight if skip is None else weight * (~skip).to(self.data.dtype)
         )

@@ -49,7 +49,9 @@ class StepProgram:
         self.optimizer = AdamATan2(
             self.parameters, beta1=config.beta1, beta2=config.beta2, weight_decay=config.weight_decay
         )
-        self.average = MovingAverage(self.parameters, config.ema_rate) if config.ema else None
+        self.average: MovingAverage | None = None
+        if config.ema:
+            self.average = MovingAverage(self.parameters, config.ema_rate, config.ema_start)
         self.randomness = Randomness.of(config.arch)
         self.feed = Feed(
             self.rows, seq_len, self.device, self.parameters.data.dtype, self.randomness.key_words
@@ -213,7 +215,7 @@ class StepProgram:
                 self.parameters.grad.mul_(torch.where(skip, 1, scale))
             self.optimizer.step(self.feed.lr, skip)
             if self.average is not None:
-                self.average.update(skip)
+                self.average.update(skip, self.optimizer.count)
             if self.model.puzzle_emb is not None and self.all_row_grads is not None:
                 sign_sgd(
                     self.model.puzzle_emb.weights,

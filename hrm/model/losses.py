@@ -21,8 +21,9 @@ def token_losses(config: LossConfig, head: Linear, answer: Tensor, labels: Tenso
 
     answer: (B, S, D), the states that the head reads. labels: (B, S).
     """
+    weight, cross_entropy = head.weight.to(answer.dtype), LOSSES[config.loss_type]
     bias = None if head.bias is None else head.bias.to(answer.dtype)
-    return LOSSES[config.loss_type](answer, head.weight.to(answer.dtype), labels, IGNORE_LABEL, bias)
+    return cross_entropy(answer, weight, labels, IGNORE_LABEL, bias, smoothing=config.label_smoothing)
 
 
 def act_loss(
@@ -33,13 +34,13 @@ def act_loss(
     previous_gates: Tensor | None = None,
     gate_loss_scale: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """lm + 0.5 * (q_halt + q_continue) + extras, summed over the batch, and the metric sums.
+    """lm + w * q_halt + 0.5 * q_continue + extras, summed over the batch, and the metric sums.
 
-    head: lm_head. carry: after the step. previous_gates: those of the carry before it,
-    for the stability loss. gate_loss_scale: (), of the gate losses, which without it are not computed.
-    lm is a sequence's mean token loss over its valid tokens; q_halt is taught whether every valid token is
-    right, q_continue its target, both by binary cross-entropy with logits. The extras are the feudal loss
-    and the gate losses, each by its weight.
+    head: lm_head. carry: after the step. previous_gates: those of the carry before it, for the stability
+    loss. gate_loss_scale: (), of the gate losses, which without it are not computed.
+    lm is a sequence's mean token loss over its valid tokens, with config.label_smoothing. w is
+    config.q_halt_weight. q_halt is taught whether every valid token is right, q_continue its target, both by
+    binary cross-entropy with logits. The extras are the feudal loss and the gate losses, each by its weight.
     Returns the loss () and sums (), over sequences that halted at this step: count, accuracy,
     exact_accuracy, q_halt_accuracy, steps; over the batch: lm_loss, q_halt_loss and, with a target,
     q_continue_loss; the losses and metrics of what a variant adds. A sequence without labels, such as
@@ -63,7 +64,7 @@ def act_loss(
         }
 
     q_halt_loss = F.binary_cross_entropy_with_logits(q_halt, is_exact.to(q_halt.dtype), reduction="sum")
-    loss = lm_loss + 0.5 * q_halt_loss
+    loss = lm_loss + config.q_halt_weight * q_halt_loss
     sums |= {"lm_loss": lm_loss.detach(), "q_halt_loss": q_halt_loss.detach()}
     if target is not None:
         q_continue_loss = F.binary_cross_entropy_with_logits(q_continue, target, reduction="sum")
