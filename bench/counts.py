@@ -251,9 +251,24 @@ def random_start(s: Shape) -> dict[str, Work]:
 
 
 def adam_atan2(s: Shape, gated: bool = False) -> dict[str, Work]:
-    """p, m and v read and written and g read, in float32, and the narrow copy of p written."""
+    """AdamATan2 or AdamW: p, m, v read and written and g read, in float32, and p's narrow copy written."""
     copy = s.dtype.itemsize if s.dtype.itemsize < 4 else 0
     return {"update": Work((28 + copy) * s.parameters(gated))}
+
+
+def muon(s: Shape, steps: int = 3) -> dict[str, Work]:
+    """The gate and up weights of all blocks: momentum, norms, the products of each step, the update.
+
+    A step multiplies x x^T, its square and the polynomial with x: x is read twice and written, and each of
+    the two square matrices written and read.
+    """
+    rows, columns, matrices, item = 2 * s.inner, s.D, 2 * s.layers, s.dtype.itemsize
+    size, short = rows * columns, min(rows, columns)
+    elementwise = 20 + 2 * item + (item if item < 4 else 0)
+    products = item * (3 * size + 4 * short**2)
+    flop = 4 * short * size + 2 * short**3
+    moved = matrices * (elementwise * size + 3 * item * size + steps * products)
+    return {"update": Work(moved, matrices * steps * flop, launches=5 + 3 * steps)}
 
 
 def sign_sgd(s: Shape) -> dict[str, Work]:
@@ -281,6 +296,8 @@ OPERATIONS: dict[str, Callable[[Shape], dict[str, Work]]] = {
     "noisy_update": noisy_update,
     "random_start": random_start,
     "adam_atan2": adam_atan2,
+    "adamw": adam_atan2,
+    "muon": muon,
     "sign_sgd": sign_sgd,
 }
 

@@ -184,6 +184,16 @@ def adam_atan2(_T: int) -> Iterator[Case]:
     scalars, skip = (lr, step, 0.9, 0.95, 0.1), meta(1, dtype=torch.bool)[0]
     for label, copy in (("update", None), ("update and bf16 copy", meta(PARAMETERS))):
         yield Case("adam_atan2", label, partial(op._update, *buffers, *scalars, copy, skip), False)
+    yield Case("adamw", label, partial(op._update, *buffers, *scalars, copy, skip, False), False)
+
+
+def muon(_T: int) -> Iterator[Case]:
+    op: Any = import_module("kernels.muon")
+    wide, narrow = meta(PARAMETERS, dtype=torch.float32), meta(PARAMETERS)
+    lr, skip = meta(1, dtype=torch.float32)[0], meta(1, dtype=torch.bool)[0]
+    yield Case("muon", "momentum", partial(op._launch_momentum, wide, wide, narrow, 0.6, skip), False)
+    update = partial(op._launch_update, wide, narrow, lr, 2.0, 5e-3, narrow, skip)
+    yield Case("muon", "update and bf16 copy", update, False)
 
 
 def sign_sgd(_T: int) -> Iterator[Case]:
@@ -262,6 +272,7 @@ LAUNCHES = (
     conv_swiglu,
     linear_rms,
     adam_atan2,
+    muon,
     sign_sgd,
     gate_mix,
     lm_head,

@@ -83,7 +83,11 @@ FLOP: dict[str, Callable[[Arguments], int]] = {
     "_lm_head_backward_kernel": lambda a: 6 * a["M"] * a["D"] * a["V"],
 }
 # Arguments that are read and written.
-UPDATED = {"_adam_atan2_kernel": ("param_ptr", "exp_avg_ptr", "exp_avg_sq_ptr")}
+UPDATED = {
+    "_adam_atan2_kernel": ("param_ptr", "exp_avg_ptr", "exp_avg_sq_ptr"),
+    "_muon_momentum_kernel": ("momentum_ptr",),
+    "_muon_update_kernel": ("param_ptr",),
+}
 
 
 def work_of_launch(launch: Launch) -> Work:

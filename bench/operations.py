@@ -16,6 +16,7 @@ from torch import Tensor
 import kernels
 from bench.counts import OPERATIONS, Shape
 from kernels.checks import accumulate_dtype
+from kernels.muon import orthogonalize
 from kernels.rope import rope_tables
 from tests.kernels.compare import DEVICE, Outputs, randn
 
@@ -142,7 +143,7 @@ def head(s: Shape, function: Callable[..., Any]) -> tuple[Inputs, Call]:
     return inputs, lambda z, weight: function(z[:, s.P :], weight, drawn)
 
 
-def adam(s: Shape) -> tuple[Inputs, Call]:
+def adam(s: Shape, function: Callable[..., None]) -> tuple[Inputs, Call]:
     # On a CPU a part stands for the whole: there are no caches to outgrow twice.
     N = s.parameters() if CUDA else 2**20
     inputs = {name: randn(N, seed=seed) for seed, name in enumerate(("param", "grad", "exp_avg"))}
@@ -153,7 +154,27 @@ def adam(s: Shape) -> tuple[Inputs, Call]:
     recipe["skip"] = torch.tensor(False, device=DEVICE)
 
     def call(**inputs: Any) -> tuple[Tensor, ...]:
-        kernels.adam_atan2(**inputs, **recipe)
+        function(**inputs, **recipe)
+        return ()
+
+    return inputs, call
+
+
+def muon(s: Shape) -> tuple[Inputs, Call]:
+    # On a CPU one matrix stands for those of all blocks.
+    shape = (2 * s.layers if CUDA else 1, 2 * s.inner, s.D)
+    inputs = {name: randn(*shape, seed=seed) for seed, name in enumerate(("param", "grad", "momentum"))}
+    inputs["lr"] = torch.tensor(0.02, device=DEVICE).double()
+    narrow = torch.empty(shape, dtype=DTYPE, device=DEVICE)
+    skip = torch.tensor(False, device=DEVICE)
+
+    def call(param: Tensor, grad: Tensor, momentum: Tensor, lr: Tensor) -> tuple[Tensor, ...]:
+        # The truth in float64 has no narrow tensor.
+        update = torch.empty_like(param) if param.dtype == torch.float64 else narrow
+        kernels.muon_momentum(grad, momentum, update, mu=0.6, skip=skip)
+        update.copy_(orthogonalize(update, 3))
+        copy = narrow if CUDA and param.dtype == torch.float32 else None
+        kernels.muon_update(param, update, lr=lr, scale=2.0, weight_decay=5e-3, copy=copy, skip=skip)
         return ()
 
     return inputs, call
@@ -213,7 +234,9 @@ OPS: dict[str, Op] = {
     "lm_head_softmax": Op(partial(head, function=kernels.lm_head_softmax), ("z", "weight")),
     "noisy_update": Op(noise),
     "random_start": Op(start),
-    "adam_atan2": Op(adam, changed=FLAT, dtype=torch.float32),
+    "adam_atan2": Op(partial(adam, function=kernels.adam_atan2), changed=FLAT, dtype=torch.float32),
+    "adamw": Op(partial(adam, function=kernels.adamw), changed=FLAT, dtype=torch.float32),
+    "muon": Op(muon, changed=("param", "momentum"), dtype=torch.float32),
     "sign_sgd": Op(rows_of_a_table, changed=("table",), dtype=torch.float32),
 }
 assert OPS.keys() == OPERATIONS.keys(), "each operation is counted and timed"

@@ -252,5 +252,5 @@ def test_operation(benchmark, op, B, direction, implementation):
         target = partial(cold_launches, timed) if CUDA else timed
         benchmark.pedantic(target, rounds=ROUNDS, warmup_rounds=3)
         benchmark.extra_info["peak_memory_mib"] = round(peak_bytes(timed) / 2**20, 1)
-    if benchmark.stats is not None and (CUDA or op != "adam_atan2"):
+    if benchmark.stats is not None and (CUDA or op not in ("adam_atan2", "adamw", "muon")):
         benchmark.extra_info |= figures(work, benchmark.stats.stats.median, entry.dtype)

@@ -4,7 +4,7 @@ Knows nothing of `hrm`: tensors in, tensors out. Each file holds its mathematics
 reference in plain PyTorch, and last the public function that checks its arguments.
 """
 
-from kernels.adam_atan2 import adam_atan2
+from kernels.adam_atan2 import adam_atan2, adamw
 from kernels.attention import attention
 from kernels.backend import get_backend, set_backend
 from kernels.conv_swiglu import conv_swiglu
@@ -13,6 +13,7 @@ from kernels.linear import linear
 from kernels.linear_rms import linear_rms, linear_scaled
 from kernels.linear_swiglu import linear_swiglu
 from kernels.lm_head import lm_head_softmax, lm_head_stablemax
+from kernels.muon import muon_momentum, muon_update
 from kernels.noise import noisy_update, random_start
 from kernels.normed_swiglu_mlp import normed_swiglu_mlp
 from kernels.rms_norm import rms_norm, rms_norm_pair
@@ -24,6 +25,7 @@ from kernels.swiglu_mlp import swiglu_mlp
 
 __all__ = [
     "adam_atan2",
+    "adamw",
     "attention",
     "conv_swiglu",
     "gate_mix",
@@ -34,6 +36,8 @@ __all__ = [
     "linear_swiglu",
     "lm_head_softmax",
     "lm_head_stablemax",
+    "muon_momentum",
+    "muon_update",
     "noisy_update",
     "normed_swiglu_mlp",
     "random_start",

@@ -1,11 +1,12 @@
-"""AdamATan2 over one flat buffer.
+"""AdamATan2 and AdamW over one flat buffer.
 
 At step t (the first is 1), elementwise:
 
-    p *= 1 - lr wd;   m = lerp(m, g, 1 - b1);   v = lerp(v, g^2, 1 - b2)
-    p -= lr / (1 - b1^t) * atan2(m, sqrt(v) / sqrt(1 - b2^t))
+    p *= 1 - lr wd;   m = lerp(m, g, 1 - b1);   v = lerp(v, g^2, 1 - b2);   d = sqrt(v) / sqrt(1 - b2^t)
+    p -= lr / (1 - b1^t) * atan2(m, d)            AdamATan2
+    p -= lr / (1 - b1^t) * m / (d + 1e-8)         AdamW
 
-atan2 is bounded and scale-free, so there is no epsilon. In the same pass, on demand, the new p in 16 bits for
+atan2 is bounded and scale-free, so it needs no epsilon. In the same pass, on demand, the new p in 16 bits for
 the forward. A flag on the device says whether the step is skipped, so that nobody waits to know it.
 
 There is no backward; nothing is saved. Bytes an element, in float32: p, m, v read and written, g read, 28 in
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from kernels.backend import device_of, jit, launch, tl, triton, use_triton
 from kernels.checks import check_flag, check_floating, check_shape
+
+# AdamW's, which keeps the quotient finite.
+EPSILON = 1e-8
 
 
 def _log(beta: float) -> float:
@@ -37,8 +41,9 @@ def adam_atan2_reference(
     weight_decay: float,
     copy: Tensor | None = None,
     skip: Tensor | None = None,
+    atan2: bool = True,
 ) -> None:
-    """The update in plain PyTorch, in place; see `adam_atan2`."""
+    """The update in plain PyTorch, in place; see `adam_atan2`, or without atan2 `adamw`."""
     if skip is not None and device_of(skip).type == "cpu" and not torch.compiler.is_compiling():
         # Reading it is free on the host. In a rehearsal it has no value, and steps are usually made.
         if not skip.is_meta and skip:
@@ -53,9 +58,12 @@ def adam_atan2_reference(
     correction1 = -torch.expm1(t * _log(beta1))
     correction2 = torch.sqrt(-torch.expm1(t * _log(beta2)))
     # One buffer for all that follows: on a CPU, fresh memory costs more than the arithmetic.
-    angle = torch.sqrt(exp_avg_sq).div_(correction2)
-    torch.atan2(exp_avg, angle, out=angle)
-    param.mul_(1 - lr * weight_decay).sub_(angle.mul_(lr / correction1))
+    step_size = torch.sqrt(exp_avg_sq).div_(correction2)
+    if atan2:
+        torch.atan2(exp_avg, step_size, out=step_size)
+    else:
+        torch.div(exp_avg, step_size.add_(EPSILON), out=step_size)
+    param.mul_(1 - lr * weight_decay).sub_(step_size.mul_(lr / correction1))
     if copy is not None:
         copy.copy_(param)
     if skip is not None:
@@ -112,8 +120,8 @@ def _atan2(m, d):
 def _adam_atan2_kernel(
     param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, copy_ptr, lr_ptr, step_ptr, skip_ptr,
     N,
-    weight1, beta2, weight2, log_beta1, log_beta2, weight_decay,
-    BLOCK: tl.constexpr,
+    weight1, beta2, weight2, log_beta1, log_beta2, weight_decay, epsilon,
+    ATAN2: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < N
@@ -135,7 +143,8 @@ def _adam_atan2_kernel(
     # Not tl.sqrt, which takes numbers below 1.2e-38 for 0: the moments of a parameter without gradient decay
     # to such numbers and stay there, and an angle of pi / 2 would move it for ever.
     scale = 1.0 / tl.sqrt_rn(_one_minus_exp(t * log_beta2))
-    p = p * (1.0 - lr * weight_decay) - rate * _atan2(m, tl.sqrt_rn(v) * scale)
+    d = tl.sqrt_rn(v) * scale
+    p = p * (1.0 - lr * weight_decay) - rate * (_atan2(m, d) if ATAN2 else m / (d + epsilon))
     tl.store(exp_avg_ptr + index, m, mask=mask)
     tl.store(exp_avg_sq_ptr + index, v, mask=mask)
     tl.store(param_ptr + index, p, mask=mask)
@@ -155,6 +164,7 @@ def _update(
     weight_decay: float,
     copy: Tensor | None,
     skip: Tensor | None,
+    atan2: bool = True,
 ) -> None:
     N = param.numel()
     choice = launch_choice()
@@ -163,13 +173,36 @@ def _update(
         (triton.cdiv(N, choice["BLOCK"]),),
         param, grad, exp_avg, exp_avg_sq, copy, lr, step, skip,
         N,
-        1 - beta1, beta2, 1 - beta2, _log(beta1), _log(beta2), weight_decay,
-        **choice,
+        1 - beta1, beta2, 1 - beta2, _log(beta1), _log(beta2), weight_decay, EPSILON,
+        ATAN2=atan2, **choice,
     )  # fmt: skip
 
 
 @torch.library.custom_op("hrm_kernels::adam_atan2", mutates_args=("param", "exp_avg", "exp_avg_sq", "copy"))
-def _adam_atan2(
+def _adam(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    lr: Tensor,
+    step: Tensor,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    copy: Tensor | None,
+    skip: Tensor | None,
+    atan2: bool,
+) -> None:
+    _update(param, grad, exp_avg, exp_avg_sq, lr, step, beta1, beta2, weight_decay, copy, skip, atan2)
+
+
+@_adam.register_fake
+def _(param, grad, exp_avg, exp_avg_sq, lr, step, beta1, beta2, weight_decay, copy, skip, atan2) -> None:
+    return None
+
+
+def _checked(
+    op: str,
     param: Tensor,
     grad: Tensor,
     exp_avg: Tensor,
@@ -182,12 +215,31 @@ def _adam_atan2(
     copy: Tensor | None,
     skip: Tensor | None,
 ) -> None:
-    _update(param, grad, exp_avg, exp_avg_sq, lr, step, beta1, beta2, weight_decay, copy, skip)
-
-
-@_adam_atan2.register_fake
-def _(param, grad, exp_avg, exp_avg_sq, lr, step, beta1, beta2, weight_decay, copy, skip) -> None:
-    return None
+    check_floating(op, param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, lr=lr)
+    for name, tensor in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        check_shape(op, name, tensor, tuple(param.shape))
+    check_shape(op, "lr", lr, ())
+    check_shape(op, "step", step, ())
+    if step.dtype not in (torch.int32, torch.int64) or step.device != param.device:
+        raise TypeError(
+            f"{op}: step must be int32 or int64 on {param.device}, got {step.dtype} on {step.device}"
+        )
+    if copy is not None:
+        check_shape(op, "copy", copy, tuple(param.shape))
+        if copy.dtype not in (torch.bfloat16, torch.float16) or copy.device != param.device:
+            raise TypeError(
+                f"{op}: copy must be bfloat16 or float16 on {param.device}, got {copy.dtype} on {copy.device}"
+            )
+    check_flag(op, "skip", skip, param.device)
+    obstacle = None
+    if param.dtype != torch.float32:
+        obstacle = f"its kernel takes float32, got {param.dtype}"
+    buffers = [param, grad, exp_avg, exp_avg_sq] + ([] if copy is None else [copy])
+    if not all(buffer.is_contiguous() for buffer in buffers):
+        obstacle = "its kernel walks over contiguous buffers"
+    update = _adam if use_triton(op, param, obstacle) else adam_atan2_reference
+    scalars = lr, step, beta1, beta2, weight_decay
+    update(param, grad, exp_avg, exp_avg_sq, *scalars, copy, skip, op == "adam_atan2")
 
 
 def adam_atan2(
@@ -213,28 +265,27 @@ def adam_atan2(
     gradient that is not finite goes into the moments, and a NaN from there into the weights. Raises
     ValueError or TypeError naming the argument. Source: Everett et al. 2024 (arXiv 2407.05872).
     """
-    check_floating("adam_atan2", param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, lr=lr)
-    for name, tensor in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        check_shape("adam_atan2", name, tensor, tuple(param.shape))
-    check_shape("adam_atan2", "lr", lr, ())
-    check_shape("adam_atan2", "step", step, ())
-    if step.dtype not in (torch.int32, torch.int64) or step.device != param.device:
-        raise TypeError(
-            f"adam_atan2: step must be int32 or int64 on {param.device}, got {step.dtype} on {step.device}"
-        )
-    if copy is not None:
-        check_shape("adam_atan2", "copy", copy, tuple(param.shape))
-        if copy.dtype not in (torch.bfloat16, torch.float16) or copy.device != param.device:
-            raise TypeError(
-                f"adam_atan2: copy must be bfloat16 or float16 on {param.device}, "
-                f"got {copy.dtype} on {copy.device}"
-            )
-    check_flag("adam_atan2", "skip", skip, param.device)
-    obstacle = None
-    if param.dtype != torch.float32:
-        obstacle = f"its kernel takes float32, got {param.dtype}"
-    buffers = [param, grad, exp_avg, exp_avg_sq] + ([] if copy is None else [copy])
-    if not all(buffer.is_contiguous() for buffer in buffers):
-        obstacle = "its kernel walks over contiguous buffers"
-    update = _adam_atan2 if use_triton("adam_atan2", param, obstacle) else adam_atan2_reference
-    update(param, grad, exp_avg, exp_avg_sq, lr, step, beta1, beta2, weight_decay, copy, skip)
+    scalars = lr, step, beta1, beta2, weight_decay
+    _checked("adam_atan2", param, grad, exp_avg, exp_avg_sq, *scalars, copy, skip)
+
+
+def adamw(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    lr: Tensor,
+    step: Tensor,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    copy: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> None:
+    """One AdamW step with epsilon 1e-8: the arguments, precision and errors of `adam_atan2`.
+
+    Source: Loshchilov and Hutter 2017 (arXiv 1711.05101).
+    """
+    scalars = lr, step, beta1, beta2, weight_decay
+    _checked("adamw", param, grad, exp_avg, exp_avg_sq, *scalars, copy, skip)

@@ -194,7 +194,7 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> dict[
         call = lambda z_H, weight: (*function(z_H[:, T - S :], weight, labels),)  # noqa: E731
         return Case(op, inputs, call, (*inputs,))
 
-    def adam_atan2() -> Case:
+    def adam(op: str) -> Case:
         wide, narrow = torch.float32, dtype if dtype.itemsize == 2 else None
         inputs = {name: draw(parameters, dtype=wide) for name in ("param", "grad", "exp_avg")}
         inputs |= {"exp_avg_sq": draw(parameters, dtype=wide).square(), "lr": draw(dtype=wide) * 0 + 1e-4}
@@ -204,10 +204,36 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> dict[
         recipe["skip"] = torch.zeros((), dtype=torch.bool, device=device)
 
         def call(**inputs: Any) -> Outputs:
-            kernels.adam_atan2(**inputs, **recipe)
+            getattr(kernels, op)(**inputs, **recipe)
             return ()
 
-        return Case("adam_atan2", inputs, call, changed=("param", "exp_avg", "exp_avg_sq"), compiles=False)
+        return Case(op, inputs, call, changed=("param", "exp_avg", "exp_avg_sq"), compiles=False)
+
+    def muon_momentum() -> Case:
+        wide = torch.float32
+        inputs = {name: draw(parameters, dtype=wide) for name in ("grad", "momentum")}
+        inputs["update"] = torch.empty(parameters, dtype=dtype, device=device)
+        skip = torch.zeros((), dtype=torch.bool, device=device)
+
+        def call(**inputs: Tensor) -> Outputs:
+            kernels.muon_momentum(**inputs, mu=0.6, skip=skip)
+            return ()
+
+        return Case("muon_momentum", inputs, call, changed=("momentum", "update"), compiles=False)
+
+    def muon_update() -> Case:
+        inputs = {"param": draw(parameters, dtype=torch.float32), "update": draw(parameters)}
+        inputs["lr"] = draw(dtype=torch.float32) * 0 + 0.02
+        copy = None
+        if dtype.itemsize == 2:
+            copy = torch.empty(parameters, dtype=dtype, device=device)
+        skip = torch.zeros((), dtype=torch.bool, device=device)
+
+        def call(**inputs: Tensor) -> Outputs:
+            kernels.muon_update(**inputs, scale=1.0, weight_decay=5e-3, copy=copy, skip=skip)
+            return ()
+
+        return Case("muon_update", inputs, call, changed=("param",), compiles=False)
 
     def sign_sgd() -> Case:
         identifiers, skip = integers(1000, B), torch.zeros((), dtype=torch.bool, device=device)
@@ -240,7 +266,10 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> dict[
         "gate_mix_two": partial(gate_mix, "zo"),
         "lm_head_stablemax": partial(lm_head, "lm_head_stablemax"),
         "lm_head_softmax": partial(lm_head, "lm_head_softmax"),
-        "adam_atan2": adam_atan2,
+        "adam_atan2": partial(adam, "adam_atan2"),
+        "adamw": partial(adam, "adamw"),
+        "muon_momentum": muon_momentum,
+        "muon_update": muon_update,
         "sign_sgd": sign_sgd,
         "linear": linear,
         "rms_norm_pair": rms_norm_pair,

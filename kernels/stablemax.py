@@ -10,8 +10,8 @@ Forward:   loss = logsumexp(l) - sum(target * l);   an ignored label gives 0.
 Backward:  dlogits = dloss * (p - target) * l'(x) for stablemax, without l' for softmax.
 
 The stablemax kernel takes one logarithm a row: loss = log(sum(s) / s[label]), which needs no largest value,
-as s grows only like x; smoothing adds the mean of log(s[label] / s) by e. Nothing is saved: the backward reads
-a row of logits whole and sums it again.
+as s grows only like x; smoothing adds e times the mean of log(s[label] / s). Nothing is saved: the backward
+reads a row of logits whole and sums it again.
 Bytes, for M rows of V logits of e bytes: M * (V * e + 4) and the labels read forward, as many backward, with
 M * V * e written. Rows of 11 or 12 logits are padded to 16 in registers only, 128 rows to a program.
 

@@ -317,7 +317,7 @@ def test_bad_arguments_are_named(call, message):
         call()
 
 
-IN_PLACE = {"adam_atan2", "sign_sgd"}
+IN_PLACE = {"adam_atan2", "adamw", "muon_momentum", "muon_update", "sign_sgd"}
 CHOICE = {"get_backend", "set_backend"}
 
 

@@ -63,6 +63,7 @@ def test_every_operation_is_asked():
 def test_what_is_told_is_what_is_called(device, dtype):
     own = {"stablemax_cross_entropy": "cross_entropy", "softmax_cross_entropy": "cross_entropy"}
     own |= {"rms_norm_pair": "rms_norm", "lm_head_stablemax": "lm_head", "lm_head_softmax": "lm_head"}
+    own |= {"adamw": "adam_atan2"}
     for op, call in calls(DTYPES[dtype], SIZES).items():
         with backend.explained(torch.device(device)) as choices, Custom() as custom, torch.no_grad():
             call()

@@ -132,7 +132,7 @@ _REMEDIES = {
     **_ASIDE,
     "dataset.evaluators": _ASIDE["evaluators"],
     "freeze_weights": "write lr=0 puzzle_emb_lr=VALUE, which trains the puzzle embeddings alone",
-    "use_muon": "leave it out; the optimiser here is AdamATan2",
+    "use_muon": "write optimizer=muon",
     "optimizer_kwargs": "leave it out; beta1, beta2 and weight_decay are keys of their own",
     "arch.attn_dropout": "models have no dropout here",
     "arch.mlp_dropout": "models have no dropout here",

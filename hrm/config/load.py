@@ -108,6 +108,12 @@ def validate(config: Config) -> None:
         faults.append(
             f"eval_interval={interval} is more than epochs={config.epochs}: lower it, or set it to null"
         )
+    for name in ("muon_lr", "muon_momentum", "muon_steps", "muon_weight_decay"):
+        if config.optimizer != "muon" and getattr(config, name) != getattr(Config, name):
+            faults.append(
+                f"{name}={getattr(config, name):g} is for optimizer=muon, not for "
+                f"optimizer={config.optimizer}: leave one out"
+            )
     if config.checkpoint_path is not None and config.resume not in ("auto", "none"):
         faults.append(
             "resume=PATH continues a run, checkpoint_path=PATH starts a new one from its weights: "

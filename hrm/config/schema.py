@@ -194,12 +194,19 @@ class Config:
     max_seconds: float | None = key(
         None, "save and end this process after so long; the same command continues", gt=0, le=1e9
     )
+    optimizer: Literal["adam_atan2", "adamw", "muon"] = key(
+        "adam_atan2", "what updates the weights; muon leaves all but the blocks' matrices to adamw"
+    )
     lr: float = key(1e-4, "learning rate", ge=0, le=10)
     lr_warmup_steps: int = key(2000, "steps of linear warm-up", ge=0, le=10**9)
     lr_min_ratio: float = key(1.0, "where the cosine ends, as a share of lr; 1 is constant", ge=0, le=1)
     weight_decay: float = key(0.1, "decoupled weight decay", ge=0, le=1000)
     beta1: float = key(0.9, "decay of the first moment", ge=0, lt=1)
     beta2: float = key(0.95, "decay of the second moment", ge=0, lt=1)
+    muon_lr: float = key(0.02, "learning rate of the matrices with optimizer=muon", ge=0, le=10)
+    muon_momentum: float = key(0.6, "share of their momentum that stays at an update", ge=0, lt=1)
+    muon_steps: int = key(3, "Newton-Schulz steps that make their update orthogonal", ge=1, le=99)
+    muon_weight_decay: float = key(5e-3, "decoupled weight decay of these matrices", ge=0, le=1000)
     grad_clip: float | None = key(
         None, "scale a longer gradient down to this norm; null leaves it", gt=0, le=1e9
     )

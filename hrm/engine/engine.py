@@ -132,6 +132,7 @@ class Engine:
                         self.step, config.loss.gate_loss_warmup_steps, config.loss.gate_loss_ramp_steps
                     ),
                     self._keys(),
+                    self.learning_rate(config.muon_lr),
                 )
             self.program.run(mode)
 
@@ -143,7 +144,7 @@ class Engine:
         return training_keys(self.config.seed, self.step, size)[self.world.rows(size)]
 
     def learning_rate(self, base_lr: float) -> float:
-        """The learning rate of the current step, for lr or puzzle_emb_lr as base_lr."""
+        """The learning rate of the current step, for lr, puzzle_emb_lr or muon_lr as base_lr."""
         config = self.config
         return learning_rate(
             self.step,
@@ -166,6 +167,8 @@ class Engine:
         if kept:
             metrics |= means(sums, kept * batch_size)
             metrics |= {"grad_norm": grad_norm / kept, "lr": self.learning_rate(self.config.lr)}
+            if self.config.optimizer == "muon":
+                metrics["muon_lr"] = self.learning_rate(self.config.muon_lr)
         if kept and not in_a_row:
             metrics |= {**self._puzzle_metrics(), **self.gate_metrics()}
         return Interval(metrics, [loss / batch_size for loss in losses], norms, in_a_row)
@@ -296,8 +299,8 @@ class Engine:
         for tensor in (self.parameters.data, *average, *self.model.buffers()):
             self.world.broadcast(tensor)
         self.parameters.refresh_copy()
-        state = {"weights": self.parameters.data, "first moments": self.optimizer.exp_avg}
-        state |= {"second moments": self.optimizer.exp_avg_sq, **dict(self.model.named_buffers())}
+        state = {"weights": self.parameters.data, **self.optimizer.buffers()}
+        state |= dict(self.model.named_buffers())
         if self.average is not None:
             state["average"] = self.average.data
         self.world.check_equal({name: digest(tensor) for name, tensor in state.items()})

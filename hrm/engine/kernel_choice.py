@@ -114,5 +114,6 @@ def measured_cases(engine: Engine) -> list[str]:
             found[1:1] = ["rope", "attention forward", "attention"]
     if arch.use_gating and arch.gating_type == "standard":
         found += ["gate_mix", "gate_mix_two"]
-    found += [f"lm_head_{config.loss.loss_type.partition('_')[0]}", "adam_atan2"]
+    found += [f"lm_head_{config.loss.loss_type.partition('_')[0]}"]
+    found += ["muon_momentum", "muon_update", "adamw"] if config.optimizer == "muon" else [config.optimizer]
     return found + ["sign_sgd"] * (engine.model.puzzle_emb is not None)

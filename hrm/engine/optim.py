@@ -6,7 +6,7 @@ rows of the batch.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,8 +31,16 @@ class FlatParameters:
     its use. Their gradients come in that dtype.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype | None = None, wide: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        dtype: torch.dtype | None = None,
+        wide: Sequence[str] = (),
+        first: Sequence[str] = (),
+    ) -> None:
+        """first: the parameters that the buffers start with, in this order."""
         named = dict(module.named_parameters())
+        named = {name: named[name] for name in dict.fromkeys((*first, *named))}
         own = next(iter(named.values()))
         self.names, self.leaves = list(named), list(named.values())
         self.shapes = [leaf.shape for leaf in self.leaves]
@@ -52,11 +60,15 @@ class FlatParameters:
         for name, leaf in named.items():
             leaf.data = masters[name] if name in wide else used[name]
 
-    def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """Each parameter's part of a buffer laid out like `data`, by name, in the parameter's shape."""
+    def views(self, flat: Tensor, start: int = 0) -> dict[str, Tensor]:
+        """Each parameter's part of a buffer laid out like `data[start:]`, by name, in the parameter's shape.
+
+        A shorter buffer has the first parameters from there on.
+        """
         return {
-            name: flat[offset : offset + shape.numel()].view(shape)
+            name: flat[offset - start : offset - start + shape.numel()].view(shape)
             for name, offset, shape in zip(self.names, self.offsets, self.shapes, strict=True)
+            if start <= offset < start + len(flat)
         }
 
     def refresh_copy(self) -> None:
@@ -136,17 +148,36 @@ class MovingAverage:
         self.parameters.refresh_copy()
 
 
-class AdamATan2:
-    """AdamATan2 over flat parameters; see `kernels.adam_atan2`. Its step count lives on the device."""
+class Adam:
+    """AdamATan2 or AdamW over flat parameters, or those from `start` on; see `kernels.adam_atan2`.
+
+    Its step count lives on the device.
+    """
+
+    # Whether ranks exchange anything between `propose` and `step`.
+    exchanges = False
 
     def __init__(
-        self, parameters: FlatParameters, *, beta1: float, beta2: float, weight_decay: float
+        self,
+        parameters: FlatParameters,
+        *,
+        beta1: float,
+        beta2: float,
+        weight_decay: float,
+        update: Callable[..., None] = adam_atan2,
+        start: int = 0,
     ) -> None:
-        self.parameters = parameters
+        self.parameters, self.start, self._update = parameters, start, update
         self.beta1, self.beta2, self.weight_decay = beta1, beta2, weight_decay
-        self.exp_avg = torch.zeros_like(parameters.data)
-        self.exp_avg_sq = torch.zeros_like(parameters.data)
+        self.exp_avg = torch.zeros_like(parameters.data[start:])
+        self.exp_avg_sq = torch.zeros_like(parameters.data[start:])
         self.count = torch.zeros((), dtype=torch.int64, device=parameters.data.device)
+
+    def propose(self, skip: Tensor | None = None) -> None:
+        """The part of an update before `exchange`: nothing."""
+
+    def exchange(self) -> None:
+        """Exchanges parts of an update between ranks: nothing."""
 
     @torch.no_grad()
     def step(self, lr: Tensor, skip: Tensor | None = None) -> None:
@@ -154,10 +185,11 @@ class AdamATan2:
 
         Where skip is True, parameters, copies and moments keep their bits, and the step is not counted.
         """
+        flat, start = self.parameters, self.start
         self.count += 1 if skip is None else ~skip
-        adam_atan2(
-            self.parameters.data,
-            self.parameters.grad,
+        self._update(
+            flat.data[start:],
+            flat.grad[start:],
             self.exp_avg,
             self.exp_avg_sq,
             lr=lr,
@@ -165,22 +197,36 @@ class AdamATan2:
             beta1=self.beta1,
             beta2=self.beta2,
             weight_decay=self.weight_decay,
-            copy=self.parameters.copy,
+            copy=None if flat.copy is None else flat.copy[start:],
             skip=skip,
         )
 
+    def buffers(self) -> dict[str, Tensor]:
+        """The moments of all parameters, by kind."""
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """The moments as views, by kind and by parameter name."""
+        return {kind: self.parameters.views(flat, self.start) for kind, flat in self.buffers().items()}
+
     def state_dict(self) -> dict[str, Any]:
-        """The step count, and the moments as views by parameter name."""
-        moments = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        views = {name: self.parameters.views(flat) for name, flat in moments.items()}
-        return {"count": self.count.item(), **views}
+        """The step count, and the moments."""
+        return {"count": self.count.item(), **self.moments()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads a `state_dict` of the same parameters."""
+        """Loads a `state_dict` of the same parameters; see `load_moments`."""
         self.count.fill_(state["count"])
-        for name, flat in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
-            for parameter, view in self.parameters.views(flat).items():
-                view.copy_(state[name][parameter])
+        load_moments(self.moments(), state)
+
+
+def load_moments(moments: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
+    """Loads the moments of a `state_dict`. Those that it lacks, as another optimiser's does, become 0."""
+    for kind, views in moments.items():
+        for parameter, view in views.items():
+            if parameter in state.get(kind, {}):
+                view.copy_(state[kind][parameter])
+            else:
+                view.zero_()
 
 
 def learning_rate(

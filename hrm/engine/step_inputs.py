@@ -10,7 +10,7 @@ from hrm.data.dataset import Batch
 from hrm.model.act import Sequences
 
 # Numbers in front of the data.
-_NUMBERS = 3
+_NUMBERS = 4
 # Each tensor starts on a 64-byte boundary, in int32 words: generated code then loads vectors. The numbers fit
 # into the first 64 bytes, as float64 too.
 _ALIGNMENT = 16
@@ -30,8 +30,9 @@ class Feed:
     """Fresh sequences, minimum ACT steps and learning rates, at the addresses that a replayed program reads.
 
     fresh: inputs, labels (B, S), puzzle_identifiers (B,) and keys (B, key_words); min_halt_steps: (B,); all
-    int32. lr, puzzle_emb_lr, gate_loss_scale: () in rate_dtype. On CUDA a batch is copied from pinned memory
-    on a stream of its own, while the step before runs; the host waits only when it is two batches ahead.
+    int32. lr, puzzle_emb_lr, gate_loss_scale, muon_lr: () in rate_dtype. On CUDA a batch is copied from
+    pinned memory on a stream of its own, while the step before runs; the host waits only when it is two
+    batches ahead.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Feed:
         words = _ALIGNMENT + sum(map(_aligned, self._sizes))
         self._buffer = torch.zeros(words, dtype=torch.int32, device=device)
         numbers = self._buffer[:_ALIGNMENT].view(rate_dtype)[:_NUMBERS]
-        self.lr, self.puzzle_emb_lr, self.gate_loss_scale = numbers
+        self.lr, self.puzzle_emb_lr, self.gate_loss_scale, self.muon_lr = numbers
         inputs, labels, identifiers, self.min_halt_steps, keys = self._split(self._buffer)
         self.fresh = Sequences(inputs, labels, identifiers, keys)
         self._rate_dtype = rate_dtype
@@ -70,13 +71,14 @@ class Feed:
         puzzle_emb_lr: float = 0.0,
         gate_loss_scale: float = 0.0,
         keys: np.ndarray | int = 0,
+        muon_lr: float = 0.0,
     ) -> None:
         """Writes the values of the next step, in order with the work of the current stream.
 
         batch: B rows of S cells. min_halt_steps: (B,), or one number for all. keys: (B, key_words) int32, see
         `Carry`; 0 puts every row on path 0, which is deterministic.
         """
-        numbers = lr, puzzle_emb_lr, gate_loss_scale
+        numbers = lr, puzzle_emb_lr, gate_loss_scale, muon_lr
         if not self._slots:
             self._write(self._host, batch, min_halt_steps, keys, numbers)
             if self._host is not self._buffer:

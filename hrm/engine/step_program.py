@@ -15,7 +15,8 @@ from hrm.distributed import World
 from hrm.engine.compilation import Compilation
 from hrm.engine.cuda_graph import Program, aside
 from hrm.engine.modes import Mode, compiled
-from hrm.engine.optim import AdamATan2, FlatParameters, MovingAverage
+from hrm.engine.muon import in_stacks, make_optimizer
+from hrm.engine.optim import FlatParameters, MovingAverage
 from hrm.engine.step_inputs import Feed
 from hrm.engine.step_metrics import Tally
 from hrm.model.act import Carry, Randomness, Sequences, act_step, initial_carry, replace_halted
@@ -45,10 +46,10 @@ class StepProgram:
                 f"gradient_accumulation={config.gradient_accumulation} does not divide the {self.rows} "
                 f"sequences of each device: change it or global_batch_size={config.global_batch_size}"
             )
-        self.parameters = FlatParameters(model, model.dtype, model.wide)
-        self.optimizer = AdamATan2(
-            self.parameters, beta1=config.beta1, beta2=config.beta2, weight_decay=config.weight_decay
-        )
+        parts = {}
+        if config.optimizer == "muon":
+            parts = in_stacks(model.matrices(), {name: p.shape for name, p in model.named_parameters()})
+        self.parameters = FlatParameters(model, model.dtype, model.wide, first=[*parts])
         self.average: MovingAverage | None = None
         if config.ema:
             self.average = MovingAverage(self.parameters, config.ema_rate, config.ema_start)
@@ -56,6 +57,12 @@ class StepProgram:
         self.feed = Feed(
             self.rows, seq_len, self.device, self.parameters.data.dtype, self.randomness.key_words
         )
+        self.optimizer = make_optimizer(config, self.parameters, parts, self.feed.muon_lr, world)
+        # The norm of the gradient and whether to skip, from one program to another.
+        self._judged: tuple[Tensor, Tensor] | None = None
+        if self.optimizer.exchanges:
+            norm = self.parameters.grad.new_zeros(())
+            self._judged = norm, torch.zeros_like(norm, dtype=torch.bool)
         keeps_gates = config.loss.gate_stability_weight > 0
         self.carry = initial_carry(
             model,
@@ -115,7 +122,7 @@ class StepProgram:
                 rehearse()
 
     def _build(self, mode: Mode) -> list[Callable[[], None]]:
-        """A step's parts in their order: one program, or two around the exchange between ranks."""
+        """A step's parts in their order: one program, or several around the exchanges between ranks."""
         forward = self.compiled if mode.compiled else self.forward
         program = partial(Program, device=self.device, captured=mode.captured)
 
@@ -125,7 +132,10 @@ class StepProgram:
 
         if self.world.size == 1:
             return [program(whole)]
-        return [program(partial(self.compute, forward)), self.exchange, program(self.update)]
+        compute = [program(partial(self.compute, forward)), self.exchange]
+        if not self.optimizer.exchanges:
+            return [*compute, program(self.update)]
+        return [*compute, program(self.propose), self.optimizer.exchange, program(self.step)]
 
     def forward(
         self,
@@ -205,30 +215,55 @@ class StepProgram:
     def update(self) -> None:
         """Updates parameters, average and puzzle table, or none of them if the gradient is not finite."""
         with region("optimiser"):
-            norm = torch.linalg.vector_norm(self.parameters.grad)
-            if self.all_row_grads is not None:
-                norm = norm + 0 * self.all_row_grads.sum()
-            skip = ~torch.isfinite(norm)
-            if self.config.grad_clip is not None:
-                scale = self.config.grad_clip / norm.clamp(min=self.config.grad_clip)
-                # Do not scale a skipped step: NaN would spread and hide its source.
-                self.parameters.grad.mul_(torch.where(skip, 1, scale))
-            self.optimizer.step(self.feed.lr, skip)
-            if self.average is not None:
-                self.average.update(skip, self.optimizer.count)
-            if self.model.puzzle_emb is not None and self.all_row_grads is not None:
-                sign_sgd(
-                    self.model.puzzle_emb.weights,
-                    self._identifiers,
-                    self.all_row_grads,
-                    self.feed.puzzle_emb_lr,
-                    self.config.puzzle_emb_weight_decay,
-                    skip,
-                )
-            # The states of a skipped step may hold NaN: replace its sequences by fresh ones.
-            self.carry.halted.logical_or_(skip)
-            self.carry.gates.copy_(torch.where(skip, 0, self.carry.gates))
-            self.tally.end(norm, skip)
+            norm, skip = self._judge()
+            self.optimizer.propose(skip)
+            self._finish(norm, skip)
+
+    def propose(self) -> None:
+        """The part of an update before the optimiser's exchange between ranks."""
+        with region("optimiser"):
+            norm, skip = self._judge()
+            assert self._judged is not None
+            self._judged[0].copy_(norm)
+            self._judged[1].copy_(skip)
+            self.optimizer.propose(skip)
+
+    def step(self) -> None:
+        """The part of an update after it."""
+        with region("optimiser"):
+            assert self._judged is not None
+            self._finish(*self._judged)
+
+    def _judge(self) -> tuple[Tensor, Tensor]:
+        """The norm of the whole gradient, which is then clipped, and whether to skip the update."""
+        norm = torch.linalg.vector_norm(self.parameters.grad)
+        if self.all_row_grads is not None:
+            norm = norm + 0 * self.all_row_grads.sum()
+        skip = ~torch.isfinite(norm)
+        if self.config.grad_clip is not None:
+            scale = self.config.grad_clip / norm.clamp(min=self.config.grad_clip)
+            # Do not scale a skipped step: NaN would spread and hide its source.
+            self.parameters.grad.mul_(torch.where(skip, 1, scale))
+        return norm, skip
+
+    def _finish(self, norm: Tensor, skip: Tensor) -> None:
+        """Updates everything, unless `skip` is True."""
+        self.optimizer.step(self.feed.lr, skip)
+        if self.average is not None:
+            self.average.update(skip, self.optimizer.count)
+        if self.model.puzzle_emb is not None and self.all_row_grads is not None:
+            sign_sgd(
+                self.model.puzzle_emb.weights,
+                self._identifiers,
+                self.all_row_grads,
+                self.feed.puzzle_emb_lr,
+                self.config.puzzle_emb_weight_decay,
+                skip,
+            )
+        # The states of a skipped step may hold NaN: replace its sequences by fresh ones.
+        self.carry.halted.logical_or_(skip)
+        self.carry.gates.copy_(torch.where(skip, 0, self.carry.gates))
+        self.tally.end(norm, skip)
 
 
 def check_kernels(config: Config, model: HRM, seq_len: int) -> None:

@@ -267,6 +267,19 @@ class HRM(nn.Module):
         first = self.L_init[None]
         return first if self.L_chains is None else torch.cat([first, self.L_chains])
 
+    def matrices(self) -> dict[str, int]:
+        """The weights of the blocks' products, each with the number of matrices along its rows.
+
+        A packed projection to queries, keys and values is a matrix for every head; gate and up are one.
+        Source: the code of arXiv 2601.19085.
+        """
+        found = {}
+        for name, module in self.named_modules():
+            if isinstance(module, Linear) and ".layers." in name:
+                is_packed = name.endswith(".qkv_proj")
+                found[f"{name}.weight"] = 3 * self.arch.num_heads if is_packed else 1
+        return found
+
     def embed(self, inputs: Tensor, puzzle_rows: Tensor | None) -> Tensor:
         """The scaled input embedding e.
 

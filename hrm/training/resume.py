@@ -29,7 +29,7 @@ from hrm.training.progress import Progress
 # The entries of an identity that the order of batches, and the score of an evaluation, depend on.
 ORDER = ("data_fingerprint", "seed", "global_batch_size", "eval_interval", "epochs", "valid_fraction")
 # Newer entries, which older checkpoints lack.
-ADDED = ("best_metric", "eval_samples", "valid_fraction", "augment")
+ADDED = ("best_metric", "eval_samples", "valid_fraction", "augment", "optimizer")
 RANKING = ("data_fingerprint", "best_metric", "eval_samples", "valid_fraction", "seed")
 
 

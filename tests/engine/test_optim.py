@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from hrm.engine.optim import ALIGNMENT, AdamATan2, FlatParameters, MovingAverage, learning_rate
-from kernels import sign_sgd
+from hrm.engine.optim import ALIGNMENT, Adam, FlatParameters, MovingAverage, learning_rate
+from kernels import adamw, sign_sgd
 
 
 def model() -> nn.Module:
@@ -51,7 +51,7 @@ def test_gradients_are_collected_in_one_buffer(narrow):
 def test_adam_atan2_updates_every_parameter_by_the_formula():
     module = model().double()
     flat = FlatParameters(module)
-    optimizer = AdamATan2(flat, beta1=0.8, beta2=0.9, weight_decay=0.5)
+    optimizer = Adam(flat, beta1=0.8, beta2=0.9, weight_decay=0.5)
     lr = torch.tensor(0.1, dtype=torch.float64)
     for t in (1, 2, 3):
         before = [p.detach().clone() for p in module.parameters()]
@@ -71,17 +71,32 @@ def test_adam_atan2_updates_every_parameter_by_the_formula():
             )
 
 
+def test_adamw_agrees_with_pytorch():
+    module, theirs = model().double(), model().double()
+    flat = FlatParameters(module)
+    optimizer = Adam(flat, beta1=0.8, beta2=0.9, weight_decay=0.5, update=adamw)
+    reference = torch.optim.AdamW(theirs.parameters(), lr=0.1, betas=(0.8, 0.9), weight_decay=0.5)
+    for t in range(3):
+        for leaf, parameter in zip(flat.views(flat.grad).values(), theirs.parameters(), strict=True):
+            parameter.grad = torch.sin(parameter.detach() * 5 + t)
+            leaf.copy_(parameter.grad)
+        optimizer.step(torch.tensor(0.1, dtype=torch.float64))
+        reference.step()
+    for parameter, expected in zip(module.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_optimizer_state_survives_a_round_trip():
     runs = []
     for interrupted in (False, True):
         module = model()
-        optimizer = AdamATan2(FlatParameters(module), beta1=0.9, beta2=0.95, weight_decay=0.1)
+        optimizer = Adam(FlatParameters(module), beta1=0.9, beta2=0.95, weight_decay=0.1)
         for t in range(6):
             if interrupted and t == 3:
                 weights = {n: p.detach().clone() for n, p in module.named_parameters()}
                 state = optimizer.state_dict()
                 module = model()
-                optimizer = AdamATan2(FlatParameters(module), beta1=0.9, beta2=0.95, weight_decay=0.1)
+                optimizer = Adam(FlatParameters(module), beta1=0.9, beta2=0.95, weight_decay=0.1)
                 module.load_state_dict(weights)
                 optimizer.load_state_dict(state)
             loss = module(torch.full((1, 3), float(t))).sum()
@@ -98,7 +113,7 @@ def test_skipped_updates_are_as_if_they_had_not_been(narrow):
     for spoilt in (False, True):
         module = model()
         flat = FlatParameters(module, narrow)
-        optimizer = AdamATan2(flat, beta1=0.9, beta2=0.95, weight_decay=0.1)
+        optimizer = Adam(flat, beta1=0.9, beta2=0.95, weight_decay=0.1)
         average = MovingAverage(flat, 0.75)
         for t in range(6):
             if spoilt and t in (0, 3, 4):
@@ -114,6 +129,17 @@ def test_skipped_updates_are_as_if_they_had_not_been(narrow):
         runs.append([flat.data, optimizer.exp_avg, optimizer.exp_avg_sq, average.data, *copies])
     assert len(runs[0]) == 4 + (narrow is not None)
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+
+
+def test_an_average_equals_the_weights_until_it_starts():
+    flat = FlatParameters(model())
+    average, count = MovingAverage(flat, 0.75, start=2), torch.tensor(0)
+    for step in range(1, 5):
+        before = average.data.clone()
+        flat.data.add_(1)
+        count += 1
+        average.update(torch.tensor(False), count)
+        assert torch.equal(average.data, flat.data if step <= 2 else before.lerp(flat.data, 0.25))
 
 
 def test_an_average_keeps_every_bit_in_either_precision():

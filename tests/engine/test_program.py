@@ -33,6 +33,7 @@ EXTRA_LOSSES = LossConfig(
     gate_loss_warmup_steps=20,
     gate_loss_ramp_steps=50,
 )
+SMOOTHED = LossConfig(label_smoothing=0.2, q_halt_weight=0.05)
 TRM = {
     "use_gating": False,
     "share_levels": True,
@@ -51,6 +52,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "trm": (TRM, {"ema": True}),
     "trm mixer": ({**TRM, "mlp_t": True}, {}),
+    "muon": (
+        {"use_gating": True},
+        {"optimizer": "muon", "ema": True, "ema_start": 20, "grad_clip": 1.0, "loss": SMOOTHED},
+    ),
     "random": ({"init": "random", "noise": 0.05, "damping": 0.9}, {}),
     "chains": ({"chains": 3, "noise": 0.05}, {}),
 }
@@ -67,8 +72,9 @@ def captures_on_cpu(monkeypatch):
 
     monkeypatch.setattr(program_module, "capture", capture)
     monkeypatch.setattr(program_module, "aside", lambda body, device: body())
-    # Or the update would look at its flag, as it may on a CPU.
-    monkeypatch.setattr(import_module("kernels.adam_atan2"), "device_of", lambda _: torch.device("cuda"))
+    # Otherwise the update would look at its flag, as it may on a CPU.
+    for module in ("kernels.adam_atan2", "kernels.muon"):
+        monkeypatch.setattr(import_module(module), "device_of", lambda _: torch.device("cuda"))
     return made
 
 
@@ -96,6 +102,7 @@ def run(engine: Engine, steps: int = STEPS) -> tuple[list[dict[str, float]], dic
         ("trm mixer", "bfloat16"),
         ("random", "float32"),
         ("chains", "float32"),
+        *product(("muon",), ("float32", "bfloat16")),
     ],
 )
 def test_a_replayed_run_equals_the_eager_one_bit_for_bit(captures_on_cpu, variant, dtype):

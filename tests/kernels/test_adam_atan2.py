@@ -1,6 +1,7 @@
 """AdamATan2's kernel against its reference, which float64 judges."""
 
 import math
+from collections.abc import Callable
 from importlib import import_module
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hrm.engine.optim import ALIGNMENT
-from kernels import adam_atan2, backend
+from kernels import adam_atan2, adamw, backend
 from kernels.adam_atan2 import launch_choice
 from kernels.fastest import ABSOLUTE
 from tests.kernels.compare import DEVICE, distance, randn
@@ -42,12 +43,13 @@ def steps(
     count: int = 1,
     betas: tuple[float, float] = (0.9, 0.95),
     weight_decay: float = 0.1,
+    update: Callable[..., None] = adam_atan2,
 ) -> dict[str, Tensor]:
     """The buffers after some updates in `dtype` under the present backend."""
     values = {name: tensor.to(dtype, copy=True) for name, tensor in buffers.items()}
     for t in range(first, first + count):
         values["grad"] = (buffers["grad"] * (1 + 0.5 * math.sin(t))).float().to(dtype)
-        adam_atan2(
+        update(
             *(values[name] for name in BUFFERS),
             lr=scalar(scalar(lr).item(), dtype),
             step=torch.tensor(t, device=DEVICE),
@@ -74,9 +76,10 @@ def agree(buffers: dict[str, Tensor], **options) -> None:
         assert error <= bound, f"{name}: error {error:.3g}, reference {allowed:.3g}, bound {bound:.3g}"
 
 
+@pytest.mark.parametrize("update", [adam_atan2, adamw])
 @pytest.mark.parametrize("N", [1, 17, 2048, 4097])
-def test_several_steps(N):
-    agree(state(N), count=5)
+def test_several_steps(N, update):
+    agree(state(N), count=5, update=update)
 
 
 def test_from_the_first_step_of_fresh_moments():

@@ -1,6 +1,7 @@
 """The fused head's kernels against its reference."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -39,8 +40,11 @@ def some_inputs(B: int, S: int, D: int, V: int, scale: float = 1.0) -> dict[str,
     return {"z_H": randn(B, S + 1, D, seed=0)[:, 1:], "weight": randn(V, D, seed=1, scale=scale * D**-0.5)}
 
 
-def taught(head: Callable, labels: Tensor, ignore_index: int = -100) -> Callable[..., tuple[Tensor, ...]]:
-    return lambda z_H, weight, bias=None: tuple(head(z_H, weight, labels, ignore_index, bias))
+def taught(
+    head: Callable, labels: Tensor, ignore_index: int = -100, smoothing: float = 0.0
+) -> Callable[..., tuple[Tensor, ...]]:
+    call = partial(head, labels=labels, ignore_index=ignore_index, smoothing=smoothing)
+    return lambda z_H, weight, bias=None: tuple(call(z_H, weight, bias=bias))
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -68,12 +72,13 @@ def test_outputs_and_gradients(B, S, D, V, dtype, head):
     dtype=st.sampled_from([torch.int32, torch.int64]),
     ignore_index=st.sampled_from([-100, 0, 1]),
     head=st.sampled_from(HEADS),
+    smoothing=st.sampled_from([0.0, 0.2]),
 )
 @settings(max_examples=15, deadline=None)
-def test_any_shape(B, S, D, V, dtype, ignore_index, head):
+def test_any_shape(B, S, D, V, dtype, ignore_index, head, smoothing):
     labels = some_labels(B, S, V, seed=S, dtype=dtype)
     labels = labels.where(labels >= 0, ignore_index)
-    agree(taught(head, labels, ignore_index), some_inputs(B, S, D, V), torch.float64)
+    agree(taught(head, labels, ignore_index, smoothing), some_inputs(B, S, D, V), torch.float64)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -188,7 +193,7 @@ def test_operator_contract_and_compile(head):
     labels = some_labels(2, 5, 11)
     leaves = [value.clone().requires_grad_() for value in inputs.values()]
     for bias in (None, torch.randn(11, device=DEVICE).requires_grad_()):
-        arguments = (*leaves, bias, labels, -100, head is lm_head_stablemax)
+        arguments = (*leaves, bias, labels, -100, head is lm_head_stablemax, 0.2)
         torch.library.opcheck(torch.ops.hrm_kernels.lm_head.default, arguments)
         compiles(taught(head, labels), inputs if bias is None else {**inputs, "bias": bias.detach()})
 

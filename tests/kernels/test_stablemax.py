@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import softmax_cross_entropy, stablemax_cross_entropy
+from kernels import backend, softmax_cross_entropy, stablemax_cross_entropy
 from kernels.stablemax import MAX_VOCABULARY, launch_choice, stablemax_cross_entropy_reference
 from tests.kernels.compare import DEVICE, DTYPES, agree, compiles, randn
 
@@ -22,8 +22,10 @@ def some_labels(*shape: int, V: int, seed: int = 0, dtype: torch.dtype = torch.i
     return labels.where(torch.rand(shape, generator=generator) > 0.25, -100).to(dtype).to(DEVICE)
 
 
-def taught(loss: Callable, labels: Tensor, ignore_index: int = -100) -> Callable[..., Tensor]:
-    return lambda logits: loss(logits, labels, ignore_index)
+def taught(
+    loss: Callable, labels: Tensor, ignore_index: int = -100, smoothing: float = 0.0
+) -> Callable[..., Tensor]:
+    return lambda logits: loss(logits, labels, ignore_index, smoothing=smoothing)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -34,6 +36,40 @@ def test_losses_and_gradients(shape, dtype, loss):
     agree(taught(loss, labels), {"logits": randn(*shape, seed=0, scale=3)}, dtype)
 
 
+def straight_line(logits: Tensor, label: int, smoothing: float, is_stablemax: bool) -> Tensor:
+    """The smoothed loss of one token."""
+    s = torch.where(logits >= 0, logits + 1, 1 / (1 - logits)) if is_stablemax else logits.exp()
+    log_p = (s / s.sum()).log()
+    target = torch.full_like(logits, smoothing / len(logits))
+    target[label] += 1 - smoothing
+    return -(target * log_p).sum()
+
+
+@pytest.mark.parametrize("backend_name", ["triton", "reference"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_smoothed_losses_are_the_formula(loss, backend_name):
+    labels = some_labels(40, V=11)
+    logits, expected = (randn(40, 11, seed=0, scale=3).requires_grad_() for _ in range(2))
+    backend.set_backend(backend_name)
+    try:
+        ours = loss(logits, labels, smoothing=0.2)
+        ours.sum().backward()
+    finally:
+        backend.set_backend("triton")
+    truth = torch.stack(
+        [
+            straight_line(row, int(label), 0.2, loss is stablemax_cross_entropy)
+            if label >= 0
+            else row.sum() * 0
+            for row, label in zip(expected, labels, strict=True)
+        ]
+    )
+    truth.sum().backward()
+    assert expected.grad is not None
+    torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(logits.grad, expected.grad, rtol=1e-9, atol=1e-9)
+
+
 @given(
     M=st.integers(1, 140),
     V=st.integers(2, 70),
@@ -41,12 +77,17 @@ def test_losses_and_gradients(shape, dtype, loss):
     dtype=st.sampled_from([torch.int32, torch.int64]),
     ignore_index=st.sampled_from([-100, 0, 1]),
     loss=st.sampled_from(LOSSES),
+    smoothing=st.sampled_from([0.0, 0.2]),
 )
 @settings(max_examples=20, deadline=None)
-def test_any_shape(M, V, scale, dtype, ignore_index, loss):
+def test_any_shape(M, V, scale, dtype, ignore_index, loss, smoothing):
     labels = some_labels(M, V=V, seed=M, dtype=dtype)
     labels = labels.where(labels >= 0, ignore_index)
-    agree(taught(loss, labels, ignore_index), {"logits": randn(M, V, seed=V, scale=scale)}, torch.float64)
+    agree(
+        taught(loss, labels, ignore_index, smoothing),
+        {"logits": randn(M, V, seed=V, scale=scale)},
+        torch.float64,
+    )
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e2, 1e4])
@@ -118,7 +159,7 @@ def test_gradcheck(loss):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_operator_contract_and_compile(loss):
     logits, labels = randn(2, 5, 12, seed=0).float(), some_labels(2, 5, V=12)
-    arguments = (labels, -100, loss is stablemax_cross_entropy)
+    arguments = (labels, -100, loss is stablemax_cross_entropy, 0.2)
     torch.library.opcheck(
         torch.ops.hrm_kernels.cross_entropy.default, (logits.clone().requires_grad_(), *arguments)
     )

@@ -93,6 +93,17 @@ def test_softmax_is_the_other_choice():
     assert sums["lm_loss"].item() == pytest.approx(3 * right + 4.5, rel=1e-9)
 
 
+def test_labels_are_smoothed_and_q_halt_weighed_as_configured():
+    carry, outputs = example()
+    config = LossConfig("stablemax_cross_entropy", label_smoothing=0.3, q_halt_weight=0.05)
+    loss, sums = act_loss(config, HEAD, carry, outputs)
+    # The label keeps 0.8 of its target: 0.7 and a third of the 0.3 that all three words share.
+    right = -(0.8 * math.log(10 / 12) + 0.2 * math.log(1 / 12))
+    wrong = -(0.8 * math.log(1 / 12) + 0.1 * math.log(10 / 12) + 0.1 * math.log(1 / 12))
+    assert sums["lm_loss"].item() == pytest.approx(right + (right + wrong) / 2 + right, rel=1e-9)
+    assert loss.item() == pytest.approx(sums["lm_loss"].item() + 0.05 * Q_HALT + 0.5 * Q_CONTINUE, rel=1e-9)
+
+
 def test_ignored_tokens_send_no_gradient():
     carry, outputs = example()
     act_loss(LossConfig("stablemax_cross_entropy"), HEAD, carry, outputs)[0].backward()

@@ -54,5 +54,7 @@ def batches(seed: int = 0) -> Iterator[Batch]:
 
 def all_state(engine: Engine) -> dict[str, torch.Tensor]:
     state = engine.training_state()
-    moments = {f"{k}.{n}": t for k in ("exp_avg", "exp_avg_sq") for n, t in state["optimizer"][k].items()}
+    moments = {
+        f"{k}.{n}": t for k, views in state["optimizer"].items() if k != "count" for n, t in views.items()
+    }
     return {**engine.weights(), **state["carry"], **moments}
