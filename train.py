@@ -99,7 +99,7 @@ def run(config: Config, ranks: "World", device: "torch.device", stop: StopSignal
         batches = data.batches(progress.position, ranks)
         say(start_line(engine, data))
         if not progress.is_over:
-            engine.prepare()
+            engine.prepare(progress.later_archs)
         with (
             run_folder(config, progress.checkpoint, ranks, say),
             Checkpointer(config, engine, data, run_dir, stop) as checkpoints,

@@ -21,10 +21,11 @@ from hrm.config.official import Official, is_official, read_official
 from hrm.config.presets import (
     ARCHITECTURES,
     DEFAULT_ARCHITECTURE,
-    FULL_SUDOKU,
-    QUICK,
+    PRESET_ARCHITECTURES,
+    PRESETS,
     QUICK_ARCHITECTURES,
     architecture,
+    cgar_stages,
     presets_help,
 )
 from hrm.config.read import Arguments, read_file, read_yaml, split_arguments
@@ -35,6 +36,7 @@ from hrm.config.schema import (
     AttentionConfig,
     Config,
     LossConfig,
+    StageConfig,
     SubgoalConfig,
     SudokuConfig,
     project_name,
@@ -56,7 +58,7 @@ Trains on built-in Sudoku, or on the data set in data_path.
 def parse_args(argv: Sequence[str]) -> Config:
     """The configuration of the command line `argv` (without the program's name), checked and resolved.
 
-    Its `preset` is quick or full; its `notes` give each choice made for the user in one line. preset=auto is
+    Its `preset` is never auto; its `notes` give each choice made for the user in one line. preset=auto is
     full with data_path, on any machine, so that one command trains one model everywhere; else full on a CUDA
     device and quick elsewhere. PyTorch is imported only to look for such a device.
     --help and --print-config print, then exit with status 0. Raises ConfigError for any mistake.
@@ -152,6 +154,11 @@ def _conflicts(arch: ArchConfig, loss: LossConfig) -> Iterator[str]:
         )
     if arch.chains > 1 and arch.hidden_size <= 10:
         yield f"{width} is too narrow for the starts of arch.chains={arch.chains}: raise it above 10"
+    if arch.gradient != "last_n" and arch.gradient_updates != ArchConfig.gradient_updates:
+        yield (
+            f"arch.gradient_updates={arch.gradient_updates} is for arch.gradient=last_n, not for "
+            f"arch.gradient={arch.gradient}: leave one out"
+        )
     if arch.single_state and arch.use_gating:
         yield "arch.single_state=true has no second state to gate: set arch.use_gating=false"
     if arch.single_state and arch.chains > 1:
@@ -257,11 +264,19 @@ def _resolve(args: Arguments) -> Config:
     if given.get("data_path") is not None and unused:
         raise ConfigError(f"{unused[0]} is for the built-in data, which data_path replaces: leave one out")
 
-    preset, note = _preset(given)
-    known = QUICK_ARCHITECTURES if preset is QUICK else ARCHITECTURES
-    arch_name, arch_fields = architecture(arch or DEFAULT_ARCHITECTURE, KEYS, known)
-    values = {"run_name": arch_name, **preset, **arch_fields, **given}
-    config = config_of({**values, "preset": "quick" if preset is QUICK else "full"})
+    name, note = _preset(given)
+    preset = PRESETS[name] if name != "full" or given.get("data_path") is None else {}
+    known = QUICK_ARCHITECTURES if name == "quick" else ARCHITECTURES
+    arch = arch or PRESET_ARCHITECTURES.get(name, DEFAULT_ARCHITECTURE)
+    arch_name, arch_fields = architecture(arch, KEYS, known)
+    if name in PRESET_ARCHITECTURES:
+        # Its recipe is of that architecture, and says more than the architecture does.
+        values = {"run_name": name, **arch_fields, **preset, **given}
+    else:
+        values = {"run_name": arch_name, **preset, **arch_fields, **given}
+    if name == "cgar" and "stages" not in given:
+        values["stages"] = [StageConfig(**stage) for stage in cgar_stages(values["epochs"])]
+    config = config_of({**values, "preset": name})
     config.notes.extend([f"configuration from {one_line(file)}" if file is not None else note, *notes])
 
     if config.stages is not None and "epochs" not in args.values:
@@ -316,8 +331,8 @@ def config_of(values: Mapping[str, Any]) -> Config:
 _CONFIG = TypeAdapter(Config)
 
 
-def _preset(given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """The preset's values, and a line that says which one and why."""
+def _preset(given: Mapping[str, Any]) -> tuple[str, str]:
+    """The preset's name, and a line that says which one and why."""
     device, data_path = given.get("device", "auto"), given.get("data_path")
     asked = given.get("preset", "auto")
     if asked == "auto" and data_path is None:
@@ -330,7 +345,9 @@ def _preset(given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     else:
         why = "as asked"
     if asked == "quick":
-        return QUICK, f"preset quick ({why}): a small model and a short run; preset=full is the full one"
+        return asked, f"preset quick ({why}): a small model and a short run; preset=full is the full one"
+    if asked in PRESET_ARCHITECTURES:
+        return asked, f"preset {asked} ({why}): a published Sudoku recipe"
     if data_path is None:
-        return FULL_SUDOKU, f"preset full ({why}): the published Sudoku recipe for one GPU"
-    return {}, f"preset full ({why}): the published defaults"
+        return asked, f"preset full ({why}): the published Sudoku recipe for one GPU"
+    return asked, f"preset full ({why}): the published defaults"

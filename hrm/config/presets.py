@@ -121,6 +121,62 @@ FULL_SUDOKU: dict[str, Any] = {
 }
 
 
+# The recipe of "Speed is Confidence" (arXiv 2601.19085) for one path: 8,000 steps of 384 on 1,000 puzzles.
+RECORD: dict[str, Any] = {
+    "sudoku.size": 9,
+    "sudoku.num_train": 1000,
+    "sudoku.num_aug": 0,
+    "augment": True,
+    "global_batch_size": 384,
+    "epochs": 3072,
+    "eval_interval": 384,
+    "optimizer": "muon",
+    "lr": 1e-4,
+    "lr_warmup_steps": 0,
+    "lr_min_ratio": 0.0,
+    "weight_decay": 1.0,
+    "grad_clip": 1.0,
+    "loss.loss_type": "softmax_cross_entropy",
+    "loss.label_smoothing": 0.2,
+    "loss.q_halt_weight": 0.05,
+    "ema_rate": 0.9,
+    "ema_start": 5000,
+}
+
+# Curriculum-guided adaptive recursion (arXiv 2511.08653) on TRM's Sudoku recipe: a supervision that decays
+# with the ACT steps, and depth by progress: up to which share of the epochs, H_cycles, L_cycles.
+CGAR_DEPTHS = ((0.3, 1, 2), (0.6, 2, 4), (1.0, 3, 6))
+CGAR: dict[str, Any] = {
+    "sudoku.size": 9,
+    "sudoku.num_train": 1000,
+    "sudoku.num_aug": 1000,
+    "arch.mlp_t": True,
+    "arch.pos_encodings": "none",
+    "global_batch_size": 768,
+    "epochs": 50_000,
+    "eval_interval": 5000,
+    "weight_decay": 1.0,
+    "puzzle_emb_lr": "${lr}",
+    "puzzle_emb_weight_decay": 1.0,
+    "loss.step_decay": 0.7,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {"quick": QUICK, "full": FULL_SUDOKU, "record": RECORD, "cgar": CGAR}
+# The architecture of a preset where --arch names none.
+PRESET_ARCHITECTURES = {"record": "sic", "cgar": "trm"}
+
+
+def cgar_stages(epochs: int) -> list[dict[str, int]]:
+    """The stages of preset=cgar over a number of epochs; one whose share is no whole epoch is left out."""
+    stages, start = [], 0
+    for share, H_cycles, L_cycles in CGAR_DEPTHS:
+        end = round(share * epochs)
+        if end > start:
+            stages.append({"epochs": end - start, "H_cycles": H_cycles, "L_cycles": L_cycles})
+        start = end
+    return stages
+
+
 def architecture(
     name: str, keys: Mapping[str, Key], known: Mapping[str, Mapping[str, Any]], where: str = ""
 ) -> tuple[str, dict[str, Any]]:
@@ -199,6 +255,9 @@ def presets_help() -> Iterator[str]:
         "auto": "full with a data_path, on any machine; else full on a CUDA GPU and quick elsewhere",
         "full": f"the defaults listed below; for the built-in Sudoku, with {_words(FULL_SUDOKU)}",
         "quick": f"a small model and a short run for a CPU, with {_words(QUICK)}",
+        "record": f"the fastest published recipe for Sudoku, of --arch sic, with {_words(RECORD)}",
+        "cgar": f"the depth curriculum on --arch trm, with {_words(CGAR)} and stages of 30, 30 and 40 % of "
+        "the epochs with 1 and 2, 2 and 4, 3 and 6 H and L cycles",
     }.items():
         yield from _entry(name, what)
 

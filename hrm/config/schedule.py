@@ -27,6 +27,16 @@ def stage_arch(config: Config, epoch: int) -> ArchConfig:
     return replace(config.arch, **given)
 
 
+def later_archs(config: Config, epoch: int) -> list[ArchConfig]:
+    """The architectures of the stages after the one that trains `epoch`, in their order, each once."""
+    found: list[ArchConfig] = [stage_arch(config, epoch)]
+    for end in stage_ends(config)[:-1]:
+        arch = stage_arch(config, max(end, epoch))
+        if arch not in found:
+            found.append(arch)
+    return found[1:]
+
+
 def fitting_interval(config: Config, longest: int) -> int:
     """The longest interval, at most `longest`, that fits into the run and that every stage ends with."""
     common = math.gcd(*stage_ends(config)[:-1])

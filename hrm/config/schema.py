@@ -52,8 +52,13 @@ class ArchConfig:
     halt_max_steps: int = key(16, "most ACT steps spent on one sequence", ge=1, le=4096)
     halt_exploration_prob: float = key(0.1, "how often a random minimum of steps is drawn", ge=0, le=1)
     q_continue: bool = key(True, "learn q_continue from a second forward pass; false saves that pass")
-    gradient: Literal["one_step", "last_cycle"] = key(
-        "one_step", "what the gradient goes through: the last update of each level, or the whole last H-cycle"
+    gradient: Literal["one_step", "last_cycle", "last_n"] = key(
+        "one_step",
+        "what the gradient goes through: the last update of each level, the whole last H-cycle, or "
+        "the last gradient_updates",
+    )
+    gradient_updates: int = key(
+        2, "updates of both levels, counted from the last, with gradient=last_n", ge=1, le=10**6
     )
     init: Literal["fixed", "random"] = key(
         "fixed", "where states start: at H_init and L_init, or at truncated normals drawn for every token"
@@ -117,6 +122,9 @@ class LossConfig:
         "stablemax_cross_entropy", "cross-entropy of the token predictions"
     )
     label_smoothing: float = key(0.0, "share of a token's target spread over the vocabulary", ge=0, lt=1)
+    step_decay: float = key(
+        1.0, "weight of an ACT step's token loss over that of the step before; the first has 1", gt=0, le=1
+    )
     q_halt_weight: float = key(0.5, "weight of the loss of q_halt", ge=0, le=1000)
     feudal_loss_weight: float = key(
         0.0, "weight of following the subgoal; needs arch.subgoal_head.enabled", ge=0, le=1000
@@ -173,7 +181,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     sudoku: SudokuConfig = field(default_factory=SudokuConfig)
-    preset: Literal["auto", "quick", "full"] = key("auto", "set of defaults, see Presets")
+    preset: Literal["auto", "quick", "full", "record", "cgar"] = key("auto", "set of defaults, see Presets")
     data_path: str | None = key(None, "folder of a puzzle data set; null makes Sudoku", **PATH)
     global_batch_size: int = key(768, "sequences in a step, over all devices", ge=1, le=2**20)
     epochs: int = key(100_000, "epochs, each drawing one puzzle of every group", ge=1, le=10**9)

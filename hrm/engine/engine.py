@@ -5,7 +5,7 @@ the tensors in `weights` and `training_state` and a step number.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -104,11 +104,21 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------ training
 
-    def prepare(self) -> None:
+    def prepare(self, later: Sequence[ArchConfig] = ()) -> None:
         """Compiles the step, if its mode asks for it and it is not; all ranks call it together.
 
-        Raises Stopped, and has changed no state, if a stop ends the compilation.
+        later: the architectures of the stages to come, whose steps are compiled as well, so that none of them
+        stops the run. A mode that captures also captures them all, without any change of the state. Raises
+        Stopped, and has changed no state, if a stop ends the compilation.
         """
+        if later and (self.mode.compiled or self.mode.captured):
+            present = self.config.arch
+            for arch in (*later, present):
+                self.enter(arch)
+                self.prepare()
+                if self.mode.captured:
+                    self.program.capture(self.mode)
+            return
         if self.mode.compiled and not self._is_prepared:
             self._together(lambda: self.program.prepare(self.mode, self._compilation))
         self._is_prepared = True

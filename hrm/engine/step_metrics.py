@@ -5,6 +5,7 @@ of it with the next line of the log.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -91,6 +92,28 @@ class Tally:
         assert self._step_sums is not None, "no part of a step was added"
         index = self._names.index("loss")
         return self._step_sums[index : index + 1]
+
+    @property
+    def place(self) -> Tensor | None:
+        """The tensor that steps add to; None before the first one."""
+        return self._sums
+
+    def keep(self) -> Callable[[], None]:
+        """Remembers all sums; the function that it returns puts them back, in place where possible."""
+        fields = self._names, self._step_sums, self._sums, self._loaded
+        tensors = [self._norm_sum, self._losses, self._norms, self._count, self._skipped, self._in_a_row]
+        tensors += [] if self._sums is None else [self._sums]
+        kept = [tensor.clone() for tensor in tensors]
+
+        def put_back() -> None:
+            for tensor, before in zip(tensors, kept, strict=True):
+                tensor.copy_(before)
+            if fields[2] is None and self._sums is not None:
+                self._sums.zero_()
+            elif self._sums is not fields[2]:
+                self._names, self._step_sums, self._sums, self._loaded = fields
+
+        return put_back
 
     def end(self, norm: Tensor, skip: Tensor) -> None:
         """Ends a step. norm: (), of the whole gradient. skip: () bool, whether the step is skipped."""

@@ -11,9 +11,10 @@ from torch import Tensor
 from hrm.common.errors import UserError
 from hrm.common.regions import region
 from hrm.config.load import Config
+from hrm.config.schema import ArchConfig
 from hrm.distributed import World
 from hrm.engine.compilation import Compilation
-from hrm.engine.cuda_graph import Program, aside
+from hrm.engine.cuda_graph import WARM_UP, Program, aside
 from hrm.engine.modes import Mode, compiled
 from hrm.engine.muon import in_stacks, make_optimizer
 from hrm.engine.optim import FlatParameters, MovingAverage
@@ -85,6 +86,8 @@ class StepProgram:
         self.tally = Tally(self.device, config.log_interval)
         self.compiled, self._is_compiled = compiled(self.forward), False
         self._programs: list[Callable[[], None]] = []
+        # With the metric sums that its graph adds to; another stage may have other metrics.
+        self._captured: list[tuple[ArchConfig, list[Callable[[], None]], Tensor | None]] = []
 
     def run(self, mode: Mode) -> None:
         """One step on what was pushed to `feed`; the mode is that of the first call."""
@@ -93,10 +96,44 @@ class StepProgram:
             program()
 
     def reset(self, config: Config) -> None:
-        """Continues with another configuration of the same shapes, which is compiled and captured anew."""
+        """Continues with another architecture of the same shapes.
+
+        Its step is compiled and captured anew, unless `capture` has captured it.
+        """
         self.config = config
         torch.compiler.reset()
         self.compiled, self._is_compiled, self._programs = compiled(self.forward), False, []
+        for arch, programs, place in self._captured:
+            if arch == config.arch and place is self.tally.place:
+                self._is_compiled, self._programs = True, programs
+
+    def capture(self, mode: Mode) -> None:
+        """Captures the step of this architecture, to be replayed whenever it is entered; keeps the state.
+
+        Warm steps come first, on the buffers as they are and with learning rates of 0. What they change is
+        put back.
+        """
+        if self._programs:
+            return
+        buffers = [
+            self.parameters.data,
+            *self.optimizer.buffers().values(),
+            self.optimizer.count,
+            *self.carry,
+        ]
+        buffers += [] if self.parameters.copy is None else [self.parameters.copy]
+        buffers += [] if self.average is None else [self.average.data]
+        kept, put_back = [buffer.clone() for buffer in buffers], self.tally.keep()
+        for rate in (self.feed.lr, self.feed.puzzle_emb_lr, self.feed.muon_lr):
+            rate.zero_()
+        # The last call captures.
+        for _ in range(WARM_UP + 1):
+            self.run(mode)
+        captured = self.config.arch, self._programs, self.tally.place
+        for buffer, before in zip(buffers, kept, strict=True):
+            buffer.copy_(before)
+        put_back()
+        self._captured.append(captured)
 
     def rehearse(self, forward: Callable[..., Any]) -> None:
         """A step's forward and backward on the buffers as they are, without an update."""

@@ -301,6 +301,14 @@ class HRM(nn.Module):
         e = math.sqrt(0.5) * (e + self.embed_pos.embedding_weight.to(self.dtype))
         return self.embed_scale * e
 
+    @property
+    def taught_updates(self) -> int:
+        """The last updates of an ACT step that gradient flows through; an H-update follows L_cycles of L."""
+        arch, of_H = self.arch, 0 if self.arch.single_state else 1
+        if arch.gradient == "last_n":
+            return arch.gradient_updates
+        return of_H + (arch.L_cycles if arch.gradient == "last_cycle" else 1)
+
     def recur(
         self,
         z_H: Tensor,
@@ -315,29 +323,33 @@ class HRM(nn.Module):
         """One ACT step of the recurrence: H_cycles of L_cycles L-updates and one H-update.
 
         z_H, z_L, e: (B, T, D). Returns the new (z_H, z_L). Gradient flows through the last L-update and the
-        last H-update alone, or with arch.gradient=last_cycle through all updates of the last H-cycle. With
-        `queries` the new z_H holds its first positions only. bias: (B, 1, D), of the subgoal, added to
-        both levels' input. seen: a list that gets the gates of the last L-update and the last H-update.
-        noise: added to every new state, under the numbers FIRST_CALL, FIRST_CALL + 1, ... of the updates.
+        last H-update alone, with arch.gradient=last_cycle through all updates of the last H-cycle, and with
+        last_n through the last arch.gradient_updates of both levels. With `queries` the new z_H holds its
+        first positions only. bias: (B, 1, D), of the subgoal, added to both levels' input. seen: a list that
+        gets the gates of the last L-update and the last H-update. noise: added to every new state, under the
+        numbers FIRST_CALL, FIRST_CALL + 1, ... of the updates.
         """
         arch, rope = self.arch, (self.cos, self.sin)
         if arch.single_state:
             return self.iterate(z_H, e, queries, noise), z_L
         L_level, H_level = self.L_level, self.H_level or self.L_level
         taught, calls = torch.is_grad_enabled(), count(FIRST_CALL)
+        # The number of the first update with gradient.
+        first = FIRST_CALL + arch.H_cycles * (arch.L_cycles + 1) - self.taught_updates
         for i in range(arch.H_cycles):
             last = i == arch.H_cycles - 1
-            with torch.set_grad_enabled(taught and last):
+            # The number of the cycle's last update.
+            end = FIRST_CALL + (i + 1) * (arch.L_cycles + 1) - 1
+            with torch.set_grad_enabled(taught and end >= first):
                 held_L, held_H = L_level.hold(z_L, z_H, e), H_level.hold(z_H, z_L, None)
             for j in range(arch.L_cycles):
-                ends = last and j == arch.L_cycles - 1
-                teaches = ends or (last and arch.gradient == "last_cycle")
-                with region(f"H cycle {i}, L cycle {j}"), torch.set_grad_enabled(taught and teaches):
+                ends, call = last and j == arch.L_cycles - 1, next(calls)
+                with region(f"H cycle {i}, L cycle {j}"), torch.set_grad_enabled(taught and call >= first):
                     kept = seen if ends else None
                     z_L = L_level(
-                        z_L, z_H, e, *rope, bias=bias, held=held_L, seen=kept, noise=noise, call=next(calls)
+                        z_L, z_H, e, *rope, bias=bias, held=held_L, seen=kept, noise=noise, call=call
                     )
-            with region(f"H cycle {i}"), torch.set_grad_enabled(taught and last):
+            with region(f"H cycle {i}"), torch.set_grad_enabled(taught and end >= first):
                 z_H = H_level(
                     z_H,
                     z_L,
@@ -355,14 +367,13 @@ class HRM(nn.Module):
     def iterate(self, z: Tensor, e: Tensor, queries: int | None, noise: Noise | None) -> Tensor:
         """One ACT step of a single state: H_cycles * L_cycles updates z = f(z + e); arguments as of `recur`.
 
-        Gradient flows through the last update, or with arch.gradient=last_cycle through the last L_cycles.
+        Gradient flows through the last `taught_updates`.
         Source: Gao et al. 2025, Universal Reasoning Model (arXiv 2512.14693).
         """
         arch, taught = self.arch, torch.is_grad_enabled()
         updates = arch.H_cycles * arch.L_cycles
-        taught_updates = arch.L_cycles if arch.gradient == "last_cycle" else 1
         for update in range(updates):
-            teaches = update >= updates - taught_updates
+            teaches = update >= updates - self.taught_updates
             with region(f"update {update}"), torch.set_grad_enabled(taught and teaches):
                 asked = queries if update == updates - 1 else None
                 z = self.L_level(z, e, None, self.cos, self.sin, asked, noise=noise, call=FIRST_CALL + update)

@@ -38,9 +38,11 @@ def act_loss(
 
     head: lm_head. carry: after the step. previous_gates: those of the carry before it, for the stability
     loss. gate_loss_scale: (), of the gate losses, which without it are not computed.
-    lm is a sequence's mean token loss over its valid tokens, with config.label_smoothing. w is
-    config.q_halt_weight. q_halt is taught whether every valid token is right, q_continue its target, both by
-    binary cross-entropy with logits. The extras are the feudal loss and the gate losses, each by its weight.
+    lm is a sequence's mean token loss over its valid tokens, with config.label_smoothing; at ACT step t it
+    weighs config.step_decay^(t - 1), which the metric lm_loss leaves out (Qasim and Zhang 2025, arXiv
+    2511.08653, who divide by the sum of the weights). w is config.q_halt_weight. q_halt is taught whether
+    every valid token is right, q_continue its target, both by binary cross-entropy with logits. The extras
+    are the feudal loss and the gate losses, each by its weight.
     Returns the loss () and sums (), over sequences that halted at this step: count, accuracy,
     exact_accuracy, q_halt_accuracy, steps; over the batch: lm_loss, q_halt_loss and, with a target,
     q_continue_loss; the losses and metrics of what a variant adds. A sequence without labels, such as
@@ -49,7 +51,9 @@ def act_loss(
     """
     answer, q_halt, q_continue, target, subgoal, gated = outputs
     lm = token_losses(config, head, answer, carry.labels)
-    lm_loss = lm.loss.sum()
+    lm_loss = taught_lm_loss = lm.loss.sum()
+    if config.step_decay != 1:
+        taught_lm_loss = (lm.loss * config.step_decay ** (carry.steps - 1).to(lm.loss.dtype)).sum()
 
     with torch.no_grad():
         is_exact = lm.right_count == lm.valid_count
@@ -64,7 +68,7 @@ def act_loss(
         }
 
     q_halt_loss = F.binary_cross_entropy_with_logits(q_halt, is_exact.to(q_halt.dtype), reduction="sum")
-    loss = lm_loss + config.q_halt_weight * q_halt_loss
+    loss = taught_lm_loss + config.q_halt_weight * q_halt_loss
     sums |= {"lm_loss": lm_loss.detach(), "q_halt_loss": q_halt_loss.detach()}
     if target is not None:
         q_continue_loss = F.binary_cross_entropy_with_logits(q_continue, target, reduction="sum")

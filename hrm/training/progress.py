@@ -8,7 +8,7 @@ from typing import Any
 
 from hrm.checkpoint.read import Checkpoint
 from hrm.config.load import Config
-from hrm.config.schedule import interval_epochs, stage_arch
+from hrm.config.schedule import interval_epochs, later_archs, stage_arch
 from hrm.config.schema import ArchConfig
 from hrm.data.dataset import TrainBatch
 from hrm.engine.step_metrics import LONGEST
@@ -95,10 +95,20 @@ class Progress:
     @property
     def arch(self) -> ArchConfig:
         """The architecture of the present stage; the evaluation at its end belongs to it."""
+        return stage_arch(self.config, self._epoch)
+
+    @property
+    def later_archs(self) -> list[ArchConfig]:
+        """The architectures of the stages to come."""
+        return later_archs(self.config, self._epoch)
+
+    @property
+    def _epoch(self) -> int:
+        """The first epoch of the present interval."""
         iteration, batch = self.position
         if self.evaluation_due and batch == 0:
             iteration -= 1
-        return stage_arch(self.config, iteration * interval_epochs(self.config))
+        return iteration * interval_epochs(self.config)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and dicts."""

@@ -124,6 +124,27 @@ def test_a_replayed_run_equals_the_eager_one_bit_for_bit(captures_on_cpu, varian
     assert len({m["steps"] for m in metrics if m["count"]}) > 2
 
 
+def test_stages_that_were_captured_before_are_replayed_bit_for_bit(captures_on_cpu):
+    options: dict[str, Any] = {"optimizer": "muon", "ema": True}
+    eager, captured = (engine_in(mode, {"halt_max_steps": 4}, **options) for mode in (EAGER, CAPTURED))
+    first = captured.config.arch
+    # The last stage has another metric, so its buffers are made anew.
+    stages = [first, replace(first, H_cycles=1), replace(first, q_continue=False)]
+    before = {name: tensor.clone() for name, tensor in all_state(captured).items()}
+    captured.prepare(stages[1:])
+    assert captured.config.arch == first and len(captures_on_cpu) == 3
+    assert [
+        name for name, tensor in all_state(captured).items() if not torch.equal(tensor, before[name])
+    ] == []
+    for made, arch in zip((3, 3, 4), stages, strict=True):
+        for engine in (eager, captured):
+            engine.enter(arch)
+        assert run(captured, 5) == run(eager, 5)
+        assert len(captures_on_cpu) == made
+        ours, theirs = all_state(captured), all_state(eager)
+        assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
 def test_a_replayed_evaluation_equals_the_eager_one(captures_on_cpu):
     eager, captured = engine_in(EAGER), engine_in(CAPTURED)
     source = [("all", batch, B) for batch, _ in zip(batches(), range(WARM_UP + 3), strict=False)]

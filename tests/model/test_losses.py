@@ -7,9 +7,11 @@ import torch
 
 from hrm.config.load import LossConfig
 from hrm.model.act import Carry, Outputs
+from hrm.model.layers import Linear
 from hrm.model.losses import act_loss
 
-HEAD = torch.eye(3, dtype=torch.float64)
+HEAD = Linear(3, 3)
+HEAD.weight = torch.nn.Parameter(torch.eye(3, dtype=torch.float64))
 
 
 def example() -> tuple[Carry, Outputs]:
@@ -102,6 +104,14 @@ def test_labels_are_smoothed_and_q_halt_weighed_as_configured():
     wrong = -(0.8 * math.log(1 / 12) + 0.1 * math.log(10 / 12) + 0.1 * math.log(1 / 12))
     assert sums["lm_loss"].item() == pytest.approx(right + (right + wrong) / 2 + right, rel=1e-9)
     assert loss.item() == pytest.approx(sums["lm_loss"].item() + 0.05 * Q_HALT + 0.5 * Q_CONTINUE, rel=1e-9)
+
+
+def test_later_steps_weigh_less():
+    carry, outputs = example()
+    loss, sums = act_loss(LossConfig("stablemax_cross_entropy", step_decay=0.7), HEAD, carry, outputs)
+    lm = 0.7**2 * RIGHT + 0.7**4 * (RIGHT + WRONG) / 2 + 0.7 * RIGHT
+    assert loss.item() == pytest.approx(lm + 0.5 * (Q_HALT + Q_CONTINUE), rel=1e-9)
+    assert sums["lm_loss"].item() == pytest.approx(LM, rel=1e-9)
 
 
 def test_ignored_tokens_send_no_gradient():
