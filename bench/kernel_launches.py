@@ -88,8 +88,8 @@ def cross_entropy(T: int) -> Iterator[Case]:
     ):
         logits = meta(B, T - 1, vocabulary, dtype=dtype)
         name = f"{'stablemax' if stablemax else 'softmax'} {vocabulary} {TYPES[dtype]}"
-        forward = partial(op._forward, logits, labels, -100, stablemax)
-        backward = partial(op._backward, tokens, logits, labels, -100, stablemax)
+        forward = partial(op._forward, logits, labels, -100, stablemax, 0.0)
+        backward = partial(op._backward, tokens, logits, labels, -100, stablemax, 0.0)
         yield Case("cross_entropy", f"forward {name}", forward, False)
         yield Case("cross_entropy", f"backward {name}", backward, False)
 
@@ -231,13 +231,13 @@ def lm_head(T: int) -> Iterator[Case]:
         # The head sees the cells behind the puzzle token.
         z_H, weight = meta(B, T, D, dtype=dtype)[:, 1:], meta(VOCABULARY[T], D, dtype=dtype)
         bias = meta(VOCABULARY[T], dtype=dtype)
-        for loss, stablemax, added in (
-            ("stablemax", True, None),
-            ("softmax", False, None),
-            ("softmax with bias", False, bias),
+        for loss, stablemax, added, smoothing in (
+            ("stablemax", True, None, 0.0),
+            ("softmax", False, None, 0.0),
+            ("softmax with bias, smoothed", False, bias, 0.2),
         ):
             label, matrix = f"{loss} {TYPES[dtype]}", dtype == torch.bfloat16
-            inputs, chosen = (z_H, weight, added, labels), (-100, stablemax)
+            inputs, chosen = (z_H, weight, added, labels), (-100, stablemax, smoothing)
             call = partial(op._forward, *inputs, *chosen)
             yield Case("lm_head", f"forward {label}", call, matrix)
             call = partial(op._backward, dloss, *inputs, valid_count, *chosen, True, True)

@@ -168,7 +168,8 @@ PRESET_ARCHITECTURES = {"record": "sic", "cgar": "trm"}
 
 def cgar_stages(epochs: int) -> list[dict[str, int]]:
     """The stages of preset=cgar over a number of epochs; one whose share is no whole epoch is left out."""
-    stages, start = [], 0
+    stages: list[dict[str, int]] = []
+    start = 0
     for share, H_cycles, L_cycles in CGAR_DEPTHS:
         end = round(share * epochs)
         if end > start:

@@ -20,25 +20,25 @@ UPDATES: dict[str, Callable[..., None]] = {"adam_atan2": adam_atan2, "adamw": ad
 class Stack(NamedTuple):
     """Matrices of one shape that lie one after the other in flat parameters.
 
-    start, end: their place. count: the weights, each of `parts` matrices of (rows, columns).
+    start, end: their place. weights: how many, each of `parts` matrices of (rows, columns).
     """
 
     start: int
     end: int
-    count: int
+    weights: int
     parts: int
     rows: int
     columns: int
 
     def of(self, flat: Tensor) -> Tensor:
-        """The matrices (count, parts, rows, columns), a view."""
+        """The matrices (weights, parts, rows, columns), a view."""
         each = self.parts * self.rows * self.columns
-        weights = flat[self.start : self.end].view(self.count, -1)[:, :each]
-        return weights.unflatten(1, (self.parts, self.rows, self.columns))
+        whole = flat[self.start : self.end].view(self.weights, -1)[:, :each]
+        return whole.unflatten(1, (self.parts, self.rows, self.columns))
 
     def share(self, rank: int, ranks: int) -> slice:
-        """The matrices, of count * parts, that a rank makes orthogonal."""
-        matrices = self.count * self.parts
+        """The matrices, of weights * parts, that a rank makes orthogonal."""
+        matrices = self.weights * self.parts
         return slice(rank * matrices // ranks, (rank + 1) * matrices // ranks)
 
 
@@ -103,7 +103,7 @@ class Muon:
                 whole = torch.zeros_like(updates).flatten(0, 1)
                 whole[mine] = proposed
                 proposed = whole
-            updates.copy_(proposed.unflatten(0, (stack.count, stack.parts)))
+            updates.copy_(proposed.unflatten(0, (stack.weights, stack.parts)))
 
     def exchange(self) -> None:
         """Gives every rank the updates of all matrices: each is zero on all ranks but one."""
@@ -156,7 +156,7 @@ def make_optimizer(
     """The optimiser of a configuration. parts: see `Muon`, which alone takes them and muon_lr."""
     adam = {"beta1": config.beta1, "beta2": config.beta2, "weight_decay": config.weight_decay}
     if config.optimizer != "muon":
-        return Adam(parameters, update=UPDATES[config.optimizer], **adam)
+        return Adam(parameters, update=UPDATES[config.optimizer], start=0, **adam)
     return Muon(
         parameters,
         parts,

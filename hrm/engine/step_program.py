@@ -47,7 +47,7 @@ class StepProgram:
                 f"gradient_accumulation={config.gradient_accumulation} does not divide the {self.rows} "
                 f"sequences of each device: change it or global_batch_size={config.global_batch_size}"
             )
-        parts = {}
+        parts: dict[str, int] = {}
         if config.optimizer == "muon":
             parts = in_stacks(model.matrices(), {name: p.shape for name, p in model.named_parameters()})
         self.parameters = FlatParameters(model, model.dtype, model.wide, first=[*parts])
@@ -169,7 +169,7 @@ class StepProgram:
 
         if self.world.size == 1:
             return [program(whole)]
-        compute = [program(partial(self.compute, forward)), self.exchange]
+        compute: list[Callable[[], None]] = [program(partial(self.compute, forward)), self.exchange]
         if not self.optimizer.exchanges:
             return [*compute, program(self.update)]
         return [*compute, program(self.propose), self.optimizer.exchange, program(self.step)]

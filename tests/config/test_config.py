@@ -25,6 +25,7 @@ from hrm.config.load import (
     validate,
 )
 from hrm.config.presets import ARCHITECTURE_ALIASES, ARCHITECTURES, FULL_SUDOKU, QUICK
+from hrm.config.schedule import later_archs
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +64,10 @@ DEFAULTS = {
     "arch.gradient": "one_step",
     "arch.gradient_updates": 2,
     "arch.share_levels": False,
+    "arch.single_state": False,
+    "arch.swiglu": "plain",
+    "arch.head_bias": False,
+    "arch.register_tokens": 0,
     "arch.mlp_t": False,
     "arch.init": "fixed",
     "arch.noise": 0.0,
@@ -195,6 +200,24 @@ def test_quick_is_chosen_on_a_cpu_and_full_on_cuda(monkeypatch):
     config = parse_args([])
     assert config.preset == "full" and config.project_name == "sudoku-9x9"
     assert config.notes[0].startswith("preset full (on cuda)")
+
+
+def test_recipes_bring_their_architecture_and_yield_to_words():
+    config = parse_args(["preset=record", "muon_lr=0.01"])
+    assert (config.preset, config.run_name, config.optimizer, config.muon_lr) == (
+        "record",
+        "record",
+        "muon",
+        0.01,
+    )
+    assert config.arch.swiglu == "normed" and config.ema and config.ema_rate == 0.9
+    # 8,000 steps of 384 with 1,000 groups, evaluated every 1,000.
+    assert config.epochs * 1000 == 8000 * config.global_batch_size and config.eval_interval == 384
+    config = parse_args(["preset=cgar", "epochs=10", "eval_interval=1"])
+    assert config.stages is not None and config.arch.share_levels and config.loss.step_decay == 0.7
+    assert [(s.epochs, s.H_cycles, s.L_cycles) for s in config.stages] == [(3, 1, 2), (3, 2, 4), (4, 3, 6)]
+    assert [arch.H_cycles for arch in later_archs(config, 0)] == [2, 3]
+    assert [arch.H_cycles for arch in later_archs(config, 5)] == [3] and not later_archs(config, 6)
 
 
 def test_full_preset_is_the_sudoku_recipe_without_a_data_path():

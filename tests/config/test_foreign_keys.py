@@ -188,7 +188,7 @@ def test_an_official_configuration_starts_a_run(tmp_path):
             "that model of TRM's code does not ex",
         ),
         ("trm@TinyRecursiveReasoningModel_ACTV1", "urm@URM2", "arch.name ends in URM2, expected one of Hier"),
-        ("lr: 3.0e-05", "use_muon: true", "use_muon=true does not exist here; leave it out"),
+        ("lr: 3.0e-05", "use_muon: true", "use_muon=true does not exist here; write optimizer=muon"),
         ("  mlp_t: false", "  H_init_std: 0.5", "arch.H_init_std=0.5 does not exist here; the first states"),
     ],
 )

@@ -155,6 +155,11 @@ def test_stages_come_back_from_a_file(tmp_path):
             ["arch.gate_init_strategy=balanced", "arch.gate_init_bias=-3"],
             "arch.gate_init_strategy=balanced sets the biases that arch.gate_init_bias=-3 would: leave one",
         ),
+        (["muon_steps=5"], "muon_steps=5 is for optimizer=muon, not for optimizer=adam_atan2: leave one out"),
+        (
+            ["arch.gradient_updates=5"],
+            "arch.gradient_updates=5 is for arch.gradient=last_n, not for arch.gradient=one_step: leave one",
+        ),
         (["arch=v1", "loss.gate_entropy_weight=1"], "are for a gated model: give --arch gated"),
         (
             ["arch.puzzle_emb_ndim=200", "arch.puzzle_emb_len=3"],

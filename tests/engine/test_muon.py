@@ -119,7 +119,7 @@ def test_the_update_agrees_with_pytorch():
 
 @pytest.mark.parametrize("ranks", [2, 5])
 def test_ranks_share_the_matrices_and_stay_equal(ranks):
-    alone, totals = Example(torch.float32), torch.zeros(())
+    alone = Example(torch.float32)
 
     def world(rank: int) -> Any:
         return SimpleNamespace(rank=rank, size=ranks)
