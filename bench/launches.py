@@ -152,11 +152,10 @@ class Launches(Observer):
         return sorted(rows, key=lambda row: (PARTS.index(row.part), -row.ideal_s, row.kernel))
 
 
-def rehearsed(arch: str, batch: int, length: int) -> Launches:
+def rehearsed(arch: str, batch: int, length: int, preset: str = "full") -> Launches:
     """The launches of a published model's training step in bfloat16 on a CUDA device."""
-    config = parse_args(
-        ["--arch", arch, "preset=full", "device=cpu", "dtype=bfloat16", f"global_batch_size={batch}"]
-    )
+    words = [f"preset={preset}", "device=cpu", "dtype=bfloat16", f"global_batch_size={batch}"]
+    config = parse_args(["--arch", arch, *words])
     launches = Launches()
     rehearsal = Rehearsal(config, metadata(length, 11), torch.device("cuda"), launches)
     # The first step also makes what later ones find.
@@ -172,8 +171,8 @@ def step(arch: str, batch: int, length: int, ceilings: Ceilings) -> list[Row]:
 
 
 def record() -> list[dict[str, Any]]:
-    """The record's step on each machine: launches, bytes, FLOP and time at best."""
-    launches = rehearsed(RECORD, RECORD_BATCH, LENGTHS[0])
+    """The step of preset=record, Muon included, on each machine: launches, bytes, FLOP and time at best."""
+    launches = rehearsed(RECORD, RECORD_BATCH, LENGTHS[0], "record")
     return [
         {"arch": RECORD, "B": RECORD_BATCH, "machine": name, **totals(launches.rows(MACHINES[name]))}
         for name in RECORD_MACHINES
