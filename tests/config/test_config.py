@@ -417,6 +417,10 @@ def test_an_architecture_where_hydra_kept_it_is_pointed_to(tmp_path):
         ),
         ("eval_interval=9 epochs=5", "eval_interval=9 is more than epochs=5: lower it, or set it to null"),
         ("resume=x checkpoint_path=y", "resume=PATH continues a run, checkpoint_path=PATH starts a new one"),
+        (
+            "resume=hub:a/b",
+            "resume=hub:a/b: a run continues from a folder of this machine alone; checkpoint_path=hub:NAME",
+        ),
         ("data_path=x sudoku.size=4", "sudoku.size is for the built-in data, which data_path replaces"),
     ],
 )
