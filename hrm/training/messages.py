@@ -75,6 +75,8 @@ def end_lines(config: Config, progress: Progress, run_dir: Path, ended_by: int) 
 def _summary(config: Config, progress: Progress, run_dir: Path) -> list[str]:
     """The result of a finished run, the paths of its files, and commands to continue with."""
     lines = ["", evaluation_line(progress.step, progress.results)]
+    has_test = config.data_path is None or (Path(config.data_path) / "test").exists()
+    options = "eval_act=true" if has_test else "split=train"
     if config.data_path is None:
         lines.append("none of their solution grids was in training, augmentations included")
     python = Path(sys.executable)
@@ -92,7 +94,7 @@ def _summary(config: Config, progress: Progress, run_dir: Path) -> list[str]:
         *([] if config.stages else [f"{again} epochs={2 * config.epochs}   train twice as long in total"]),
         f"{again} checkpoint_path={checkpoint} run_name={config.run_name}-next   start from its weights",
         f"  {python} -m hrm.solve {run_dir} PUZZLE --trace   watch it solve a puzzle of yours",
-        f"  {python} -m hrm.evaluate checkpoint={run_dir} eval_act=true   evaluate it",
+        f"  {python} -m hrm.evaluate checkpoint={run_dir} {options}   evaluate it",
         f"  {python} -m hrm.report {run_dir}   plot this run",
         f"  {python} -m hrm.compare --arch v1 gated   compare architectures, over seeds",
         f"  {python} train.py --help   every option; preset=full is the full-size model",

@@ -169,6 +169,7 @@ def test_a_run_without_a_test_split(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert train.main([*words, "early_stop_patience=1"]) == 0
     told = capsys.readouterr()
     assert "there is no test split, so the run is not evaluated" in told.out
+    assert "r split=train   evaluate it" in told.out
     assert "40 training and 0 test examples; 20 steps of 8" in told.out
     assert "step 20: not evaluated, there is no test split" in told.out and "0.0%" not in told.out
     lines = [json.loads(line) for line in (out / "p" / "r" / "metrics.jsonl").read_text().splitlines()]

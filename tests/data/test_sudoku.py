@@ -476,7 +476,7 @@ def test_holding_out_keeps_puzzles_of_one_grid_together() -> None:
         assert len(train.answers) + len(test.answers) == len(answers) and len(test.answers) % 3 == 0
     with pytest.raises(SudokuError, match="test_size=1: expected a part"):
         hold_out(puzzles, 1, rng())
-    with pytest.raises(SudokuError, match="1 solution grid, expected 2 or more"):
+    with pytest.raises(SudokuError, match="1 solution grid, expected 2 grids or more"):
         hold_out(puzzles.take(np.arange(3)), 0.5, rng())
 
 

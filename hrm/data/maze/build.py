@@ -184,7 +184,10 @@ def hold_out(
     first = _first_of_each(classes)
     rows = np.nonzero(first)[0]
     if len(rows) < 2:
-        raise MazeError(f"{path}: {len(rows)} maze, expected 2 or more to hold out a test")
+        raise MazeError(
+            f"{path}: {len(rows)} maze, expected 2 or more to hold out a test; add "
+            "mazes, or give a folder with a train and a test file"
+        )
     number = min(max(round(test_size * len(rows)), 1), len(rows) - 1)
     held = np.zeros(len(classes), bool)
     held[rng.choice(rows, number, replace=False)] = True

@@ -135,7 +135,8 @@ def hold_out(puzzles: Puzzles, test_size: float, rng: np.random.Generator) -> tu
     _, grid, counts = np.unique(texts, return_inverse=True, return_counts=True)
     if len(counts) < 2:
         raise SudokuError(
-            f"{puzzles.path}: {len(counts)} solution grid, expected 2 or more to hold out a test"
+            f"{puzzles.path}: {counted(len(texts), 'puzzle')} of {len(counts)} solution grid, expected 2 "
+            "grids or more to hold out a test; add puzzles, or give a folder with a train and a test file"
         )
     order = rng.permutation(len(counts))
     wanted = test_size * len(puzzles.questions)
