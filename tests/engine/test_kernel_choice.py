@@ -520,7 +520,8 @@ def test_every_rank_takes_the_main_ones_choice(maker, monkeypatch):
     [
         (),
         ("arch.use_gating=true",),
-        ("arch.mlp_t=true",),
+        ("arch.mlp_t=true", "optimizer=muon"),
+        ("optimizer=adamw",),
         ("arch.swiglu=normed",),
         ("arch.swiglu=conv", "loss.loss_type=softmax_cross_entropy"),
     ],
