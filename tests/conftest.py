@@ -4,6 +4,8 @@ import gc
 import os
 import signal
 import sys
+from collections import defaultdict
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import hrm  # noqa: F401, I001
 import torch
 
+from tests.support import forked
 from tests.support.fake_hub import FakeHub
 
 if not torch.cuda.is_available():
@@ -43,6 +46,47 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
         if "browser" in getattr(item, "fixturenames", ()):
             item.add_marker("browser")
+
+
+# CPU seconds of each test file, and where the next part of it starts.
+spent: defaultdict[str, float] = defaultdict(float)
+begin = [0.0]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cpu-seconds", action="store_true", help="list the CPU seconds of each test file")
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of this process and of all that it started and that have ended."""
+    return sum(os.times()[:4]) + forked.cpu_seconds[0]
+
+
+def pytest_runtest_logstart() -> None:
+    begin[0] = cpu_seconds()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Adds the CPU seconds of this part of the test to its report, which xdist sends to where it is shown."""
+    report = yield
+    now = cpu_seconds()
+    report.user_properties = [("cpu_seconds", now - begin[0])]
+    begin[0] = now
+    return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    for key, seconds in report.user_properties:
+        if key == "cpu_seconds" and isinstance(seconds, float):
+            spent[report.nodeid.partition("::")[0]] += seconds
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("--cpu-seconds"):
+        terminalreporter.section(f"CPU seconds: {sum(spent.values()):.0f}")
+        for file, seconds in sorted(spent.items(), key=lambda item: -item[1]):
+            terminalreporter.write_line(f"{seconds:8.1f} {file}")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -113,7 +113,8 @@ class Workplace:
             words = shortened(self.typed(command))
             if command.startswith("torchrun"):
                 out = self.folder / "checkpoints"
-                (ended,) = torchrun(2, str(ROOT / "train.py"), *words, f"output_dir={out}")
+                program = [str(ROOT / "train.py"), *words, f"output_dir={out}"]
+                (ended,) = torchrun(2, *program, fork=False)
                 assert ended.status == 0, ended.text
             else:
                 assert train.main(words) == 0

@@ -31,7 +31,8 @@ def trained(tiny_sudoku, out):
             if ranks == 1:
                 assert train.main(argv) == 0
             else:
-                ended = torchrun(ranks, "train.py", *argv)[0]
+                # The plain case starts new processes, each with its own hash seed.
+                ended = torchrun(ranks, "train.py", *argv, fork=bool(more) or ranks != 2)[0]
                 assert ended.status == 0, ended.text
         return folder
 

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from hrm.checkpoint.read import latest_checkpoint
+from tests.support.forked import start
 from tests.support.paths import ROOT
 
 # A bound on hangs only: nothing here takes a fraction of it, even on a busy machine.
@@ -29,21 +30,28 @@ class Trainer:
         program: Sequence[str] = ("train.py",),
         prefix: Sequence[str] = (),
         hold: int | str | None = None,
+        fork: bool = True,
         **streams: Any,
     ) -> None:
-        """program: what to run in place of the trainer. prefix: a command that runs it.
+        """program: what to run in place of the trainer. prefix: a command that runs it, in a new process.
 
         hold: where the trainer waits until `release`, as tests/faults/held_program.py has it. streams: those
-        that Popen takes; without any, `out` and `err` are read from files.
+        that Popen takes; without any, `out` and `err` are read from files. fork: whether a
+        process that has imported it may be forked.
         """
         self._folder = tempfile.TemporaryDirectory()
         self._out, self._err = Path(self._folder.name) / "out", Path(self._folder.name) / "err"
         self._gate = Path(self._folder.name) / "gate"
         if hold is not None:
             program = ("-m", "tests.faults.held_program", str(hold), str(self._gate))
-        command = [*prefix, sys.executable, *program, *argv]
+        words = [*program, *argv]
         with open(self._out, "wb") as out, open(self._err, "wb") as err:
-            self.process = subprocess.Popen(command, cwd=ROOT, **(streams or {"stdout": out, "stderr": err}))
+            streams = streams or {"stdout": out, "stderr": err}
+            if prefix:
+                command = [*prefix, sys.executable, *words]
+                self.process = subprocess.Popen(command, cwd=ROOT, **streams)
+            else:
+                self.process = start(words, fork=fork, **streams)
 
     def wait_until_held(self) -> None:
         self.wait_for(self._gate.with_suffix(".held").exists)

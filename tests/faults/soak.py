@@ -52,7 +52,7 @@ def soak(data: Path, folder: Path, kills: int, seed: int, *more: str) -> dict[st
     struck: list[dict[str, Any]] = []
     saved = lost = 0
     for kind in islice(cycle(KINDS), kills):
-        with Trainer([*argv, "run_name=killed"]) as trainer:
+        with Trainer([*argv, "run_name=killed"], fork=kind != "start") as trainer:
             in_a_save = strike(trainer, run, kind, rng)
             goes_on_from = resumed_step(trainer.out)
         # One that was killed while it started may not have come so far as to say it.

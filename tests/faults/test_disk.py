@@ -16,8 +16,8 @@ from tests.faults.harness import Trainer, last_step, newest, resumed_step, run_t
 from tests.support.paths import ROOT
 from tests.support.runs import assert_same_run, words
 
-# 96 steps, with a checkpoint every 12.
-LONG = "epochs=16"
+# 36 steps, with a checkpoint every 12.
+LONG = "epochs=6"
 
 
 @dataclass

@@ -38,7 +38,7 @@ def test_a_signal_ends_the_run_after_the_step_and_the_same_command_goes_on(
 ):
     argv = words(tiny_sudoku, tmp_path, *LONG, "run_name=r")
     run = folder(tiny_sudoku, tmp_path, "r")
-    with Trainer(argv, hold=4) as trainer:
+    with Trainer(argv, hold=4, fork=name != "SIGTERM") as trainer:
         trainer.wait_until_held()
         assert trainer.signal(getattr(signal, name)) == status
         out, err = trainer.out, trainer.err

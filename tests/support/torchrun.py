@@ -2,12 +2,13 @@
 
 import os
 import socket
-import subprocess
-import sys
+import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.support.forked import TORCHRUN, start
 from tests.support.paths import ROOT
 
 PROGRAM = Path(__file__).with_name("rank_program.py")
@@ -29,29 +30,29 @@ def torchrun(
     nodes: int = 1,
     options: tuple[str, ...] = (),
     environment: Mapping[str, str] | None = None,
+    fork: bool = True,
 ) -> list[Ended]:
-    """Runs a program by one torchrun for each node, `ranks` on each, until all have ended."""
+    """Runs a program by one torchrun for each node, `ranks` on each, until all have ended.
+
+    fork: whether torchrun and its ranks may be forked from a process that has imported the trainer.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     meeting = [f"--rdzv-endpoint=127.0.0.1:{port}"]
     if "--rdzv-backend=c10d" not in options:
         meeting = ["--master-addr=127.0.0.1", f"--master-port={port}"]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", *meeting, *options]
-    agents = [
-        subprocess.Popen(
-            [*command, f"--nnodes={nodes}", f"--node-rank={node}", *program],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for node in range(nodes)
-    ]
-    try:
-        texts = [agent.communicate()[0] for agent in agents]
-    finally:
+    command = [*TORCHRUN, f"--nproc-per-node={ranks}", *meeting, *options, f"--nnodes={nodes}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})}
+    with ExitStack() as stack:
+        outputs, agents = [], []
+        for node in range(nodes):
+            outputs.append(stack.enter_context(tempfile.TemporaryFile("w+")))
+            words = [*command, f"--node-rank={node}", *program]
+            agents.append(start(words, env, fork=fork, stdout=outputs[node], stderr=outputs[node]))
+            stack.callback(agents[node].terminate)
         for agent in agents:
-            agent.terminate()
-    return [Ended(agent.returncode, text) for agent, text in zip(agents, texts, strict=True)]
+            agent.wait()
+        for output in outputs:
+            output.seek(0)
+        return [Ended(agent.returncode, out.read()) for agent, out in zip(agents, outputs, strict=True)]
