@@ -46,6 +46,9 @@ def launch_choice(dtype: torch.dtype, N: int, K: int) -> Tile:
     if dtype.itemsize > 2 or K % 16:
         # Without tensor cores, or with rows too crooked for asynchronous copies, registers hold operands too.
         choice: Tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3}
+    elif N % 16:
+        # The addresses of crooked rows take registers of their own.
+        choice = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
     else:
         choice = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
     return fitted(choice, N, K)

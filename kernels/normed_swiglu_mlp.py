@@ -95,9 +95,9 @@ def _normed_swiglu_forward_kernel(
 
 
 def rows_choice(width: int) -> dict[str, int]:
-    """Rows of a program, so that 4096 numbers feed 128 threads, and columns of a step."""
+    """Rows of a program, so that 2048 numbers feed 128 threads, and columns of a step."""
     BLOCK_N = min(512, max(16, triton.next_power_of_2(width)))
-    return {"BLOCK_M": 4096 // BLOCK_N, "BLOCK_N": BLOCK_N, "num_warps": 4}
+    return {"BLOCK_M": 2048 // BLOCK_N, "BLOCK_N": BLOCK_N, "num_warps": 4}
 
 
 @jit
