@@ -302,7 +302,11 @@ def first_outside(values: np.ndarray, limit: int, also: tuple[int, ...] = ()) ->
 
 def out_of_range(path: Path, row: int, value: Any, limit: int, reason: str) -> DamagedFile:
     """The error of a value that `first_outside` found. reason: what sets the limit."""
-    return DamagedFile(path, f"row {row} holds {value}, expected 0 <= value < {limit} ({reason})")
+    what = f"row {row} holds {value}, expected 0 <= value < {limit} ({reason})"
+    if value < 0 and path.name.endswith("__labels.npy"):
+        remedy = f"if {value} marks what does not count, set ignore_label_id to it in dataset.json"
+        return DamagedFile(path, what, remedy)
+    return DamagedFile(path, what)
 
 
 def _in_memory(path: Path, array: np.ndarray) -> np.ndarray:

@@ -85,8 +85,11 @@ def test_other_labels_outside_the_vocabulary_are_still_damage(tmp_path: Path, va
     X, Y = masked()
     Y[7, 3] = value
     foreign(tmp_path, X=X, Y=Y, ignore_label_id=0)
-    with pytest.raises(DatasetError, match=f"row 7 holds {value}, expected 0 <= value < {VOCABULARY}"):
+    with pytest.raises(
+        DatasetError, match=f"row 7 holds {value}, expected 0 <= value < {VOCABULARY}"
+    ) as caught:
         PuzzleDataset(tmp_path, "train")
+    assert ("set ignore_label_id to it" in str(caught.value)) == (value < 0)
 
 
 def test_wrong_totals_are_taken_from_the_arrays(tmp_path: Path) -> None:
