@@ -4,6 +4,7 @@ import gzip
 import json
 import sys
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -50,7 +51,9 @@ def test_torch_writes_a_trace_and_a_table_of_the_steps_asked_for(tmp_path):
     assert len(said) == 1 and said[0].startswith("profile of steps 3 to 5: ")
 
 
-def test_a_compiled_step_shows_its_parts(tmp_path):
+def test_a_compiled_step_shows_its_parts(tmp_path, monkeypatch):
+    # A traced step loses its inner ranges; what Inductor makes of it, in a minute, adds none.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     config = make_config(profile="torch", profile_after=2, profile_steps=2, mode="compile")
     profiled(config, tmp_path, steps=4)
     names = set(ranges(tmp_path))
