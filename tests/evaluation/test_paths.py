@@ -27,7 +27,14 @@ ARCHS: dict[str, dict[str, Any]] = {
     "v1": {},
     "gated": {"use_gating": True},
     "feudal": {"subgoal_head": SubgoalConfig(enabled=True, manager_period=2, goal_dim=8)},
-    "trm": {"share_levels": True, "gradient": "last_cycle", "q_continue": False},
+    # One cycle of each level compiles in seconds.
+    "trm": {
+        "share_levels": True,
+        "gradient": "last_cycle",
+        "q_continue": False,
+        "H_cycles": 1,
+        "L_cycles": 1,
+    },
 }
 
 
