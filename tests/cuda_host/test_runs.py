@@ -81,6 +81,8 @@ def test_two_ranks_train_and_save(tmp_path, tiny_sudoku, program):
         str(program),
         *words(tiny_sudoku, tmp_path, "max_steps=6"),
         environment=environment(STANDIN_DEVICES="2", COMPILES="no"),
+        # A process that has imported PyTorch may have counted the devices already.
+        fork=False,
     )
     assert ended.status == 0 and "VIOLATION" not in ended.text, ended.text[-3000:]
     assert (tmp_path / "p/r/step_6").is_dir()
