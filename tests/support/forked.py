@@ -103,14 +103,16 @@ def _server() -> tuple[socket.socket, dict[str, str]]:
     environment = dict(os.environ)
     with theirs:
         command = [sys.executable, "-m", "tests.support.forked", str(theirs.fileno())]
-        # In a session of its own, so that Ctrl-C ends the tests first.
-        subprocess.Popen(command, cwd=ROOT, pass_fds=[theirs.fileno()], start_new_session=True)
+        # In this process group, so that what ends the tests by a signal to the group ends all.
+        subprocess.Popen(command, cwd=ROOT, pass_fds=[theirs.fileno()])
     atexit.register(ours.close)
     return ours, environment
 
 
 def serve(requests: socket.socket) -> list[str]:
     """Forks for each request; returns the words in the process that is to run them."""
+    # Ctrl-C ends the tests first, and then this process by the end of its requests.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The system reaps the processes that wait for the programs.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
