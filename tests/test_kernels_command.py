@@ -79,7 +79,7 @@ def test_attention_names_the_library_that_it_leaves_long_sequences_to(capsys, mo
     short, long = attention("--device", "cuda"), attention("--device", "cuda", "--length", "901")
     assert short == {"op": "attention", "implementation": "triton", "why": "a tensor on CUDA"}
     assert long["implementation"] == "sdpa" and "at most 128 positions, got 901" in long["why"]
-    monkeypatch.setattr(command, "FLASH2", object())
+    monkeypatch.setattr("kernels.library_attention.FLASH2", object())
     assert attention("--device", "cuda", "--length", "901")["implementation"] == "flash"
     in_float32 = attention("--device", "cuda", "--length", "901", "--dtype", "float32")
     assert in_float32["implementation"] == "sdpa"
