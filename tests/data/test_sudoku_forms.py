@@ -185,7 +185,7 @@ def test_a_field_longer_than_the_csv_module_reads_is_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(b"puzzle\n"), "bad.csv: packed by gzip; unpack it"),
+        (gzip.compress(b"puzzle\n", mtime=0), "bad.csv: packed by gzip; unpack it"),
         (f"puzzle\n{P}".encode("utf-16"), "bad.csv: text in UTF-16; save it in UTF-8"),
         (b'{"question": "1..."}\n', "bad.csv: line 1: JSON; write it as a .csv file with the columns"),
         (
