@@ -21,6 +21,7 @@ ROOMS = [
     ["hrm.training"],
     ["hrm.evaluation"],
     ["hrm.solving", "hrm.study"],
+    ["hrm.analysis"],
     # The commands.
     ["hrm", "train", "kernels.__main__"],
 ]

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from bench import report
+from hrm.analyse import KEYS as ANALYSE_KEYS
 from hrm.config import foreign
 from hrm.config.load import KEYS
 from hrm.evaluate import KEYS as EVALUATE_KEYS
@@ -41,7 +42,7 @@ def test_the_readme_can_be_read_in_minutes():
 @pytest.mark.parametrize("path", DOCUMENTS, ids=NAMES)
 def test_keys_that_documents_name_exist(path):
     for key in re.findall(r"`(?:python train\.py )?([a-z_.]+)=", path.read_text(encoding="utf-8")):
-        known = key in KEYS or key in EVALUATE_KEYS or foreign.remedy(key, KEYS)
+        known = key in KEYS or key in EVALUATE_KEYS or key in ANALYSE_KEYS or foreign.remedy(key, KEYS)
         assert known or key == "arch", key
 
 

@@ -201,16 +201,25 @@ class StepByStep:
     """The model one ACT step at a time at one batch size, without gradient: eager, compiled or captured.
 
     A sequence wishes to halt as in training without exploration: when q_halt is above q_continue (above 0
-    without one). Weights are read in place.
+    without one). Weights are read in place. carry: the state after the last step. gates: (B, 5) float32, the
+    mean gates of that step, those of L before those of H; (B, 0) unless sees_gates.
     """
 
     def __init__(
-        self, model: HRM, batch_size: int, seq_len: int, *, mode: Mode, randomness: Randomness = PLAIN
+        self,
+        model: HRM,
+        batch_size: int,
+        seq_len: int,
+        *,
+        mode: Mode,
+        randomness: Randomness = PLAIN,
+        sees_gates: bool = False,
     ) -> None:
         device = model.H_init.device
         self.model, self.randomness = model, randomness
         self._feed = Feed(batch_size, seq_len, device, key_words=randomness.key_words)
-        self._carry = initial_carry(model, batch_size, seq_len, device, randomness=randomness)
+        self.carry = initial_carry(model, batch_size, seq_len, device, randomness=randomness)
+        self.gates = torch.zeros(batch_size, 5 if sees_gates else 0, device=device)
         self._predictions = torch.zeros(batch_size, seq_len, dtype=torch.int32, device=device)
         self._q_halt = torch.zeros(batch_size, dtype=torch.float32, device=device)
         self._halts_at = torch.zeros(batch_size, dtype=torch.int32, device=device)
@@ -225,21 +234,29 @@ class StepByStep:
         self._program = Program(self._turn, device, captured=mode.captured)
 
     def _act_step(self, carry: Carry, puzzle_rows: Tensor | None, least: Tensor) -> tuple[Carry, Outputs]:
-        return act_step(self.model, carry, puzzle_rows, least, with_target=False, randomness=self.randomness)
+        return act_step(
+            self.model,
+            carry,
+            puzzle_rows,
+            least,
+            sees_gates=self.gates.shape[1] > 0,
+            with_target=False,
+            randomness=self.randomness,
+        )
 
     def prepare(self, compilation: Compilation) -> None:
         """Compiles the step, if its mode asks for it; the first step would do so unannounced."""
         _prepare(self._take_step, "the single step", self.model, self._feed, self._mode, compilation)
 
     def _replace(self) -> None:
-        self._keep(replace_halted(self.model, self._carry, self._feed.fresh, randomness=self.randomness))
+        self._keep(replace_halted(self.model, self.carry, self._feed.fresh, randomness=self.randomness))
 
     def _keep(self, carry: Carry) -> None:
-        for old, new in zip(self._carry, carry, strict=True):
+        for old, new in zip(self.carry, carry, strict=True):
             old.copy_(new)
 
     def _take_step(self) -> tuple[Carry, Outputs]:
-        carry, table = self._carry, self.model.puzzle_emb
+        carry, table = self.carry, self.model.puzzle_emb
         puzzle_rows = None if table is None else table(carry.puzzle_identifiers)
         taken: tuple[Carry, Outputs] = self._step(carry, puzzle_rows, self._feed.min_halt_steps)
         return taken
@@ -259,6 +276,9 @@ class StepByStep:
         changes = torch.cat([self._changes[:, 1:], change[:, None]], dim=1)
         self._changes.copy_(torch.where(begins[:, None], 0, changes))
         self._logits.copy_(wide)
+        if outputs.gated:
+            gates = [gate.float().mean((1, 2)) for module in outputs.gated for gate in module.gates]
+            self.gates.copy_(torch.stack(gates, dim=1))
         self._keep(carry)
 
     @torch.no_grad()
@@ -269,7 +289,7 @@ class StepByStep:
 
     def _ends(self, rows: np.ndarray, places: np.ndarray, labels: np.ndarray) -> Ends:
         """The present state of some rows. Waits for the device."""
-        held = (self._predictions, self._q_halt, self._carry.steps, self._halts_at, self._changes.sum(dim=1))
+        held = (self._predictions, self._q_halt, self.carry.steps, self._halts_at, self._changes.sum(dim=1))
         predictions, q_halt, steps, halts_at, changes = (of.cpu().numpy()[rows] for of in held)
         with np.errstate(divide="ignore", invalid="ignore"):
             counted = np.minimum(steps - 1, _CHANGES)
@@ -284,7 +304,7 @@ class StepByStep:
         `Inference.run`.
         """
         self._feed.push(batch, min_halt_steps=NEVER, keys=keys)
-        self._carry.halted.fill_(True)
+        self.carry.halted.fill_(True)
         rows = np.arange(len(batch.inputs))
         self._begin()
         for before, depth in pairwise([0, *depths]):
@@ -321,11 +341,11 @@ class StepByStep:
                 return
             if free.any():
                 # Dropped sequences have not halted by themselves.
-                self._carry.halted.copy_(torch.from_numpy(free))
+                self.carry.halted.copy_(torch.from_numpy(free))
                 self._feed.push(held, keys=keys)
                 self._begin()
             self._program()
-            free, steps = (of.cpu().numpy().copy() for of in (self._carry.halted, self._carry.steps))
+            free, steps = (of.cpu().numpy().copy() for of in (self.carry.halted, self.carry.steps))
             done = np.flatnonzero(free & (places >= 0))
             if len(done):
                 yield self._ends(done, places[done], held.labels[done])

@@ -82,14 +82,21 @@ class Votes:
         counts only if all its tests are solved, as in HRM's. Tests without a known answer are ignored; tests
         without votes are unsolved.
         """
-        solved: dict[int, list[float]] = {k: [] for k in ks}
-        for task, pairs in self.tests.items():
-            known = [number for number, pair in enumerate(pairs) if pair.output is not None]
-            places = [self._place(task, number) for number in known]
-            for k in ks if known else ():
-                hits = [place is not None and place < k for place in places]
-                solved[k].append(float(all(hits)) if whole_tasks else sum(hits) / len(hits))
-        return {k: sum(parts) / len(parts) for k, parts in solved.items() if parts}
+        places = self._places()
+        found = {k: _solved(places, k, whole_tasks) for k in ks}
+        return {k: sum(parts.values()) / len(parts) for k, parts in found.items() if parts}
+
+    def solved(self, k: int) -> dict[str, float]:
+        """The share of tests that k answers solve, by task; see `pass_at`."""
+        return _solved(self._places(), k, False)
+
+    def _places(self) -> dict[str, list[int | None]]:
+        """By task, the place of the right answer to each test that has a known one."""
+        found = {
+            task: [self._place(task, number) for number, pair in enumerate(pairs) if pair.output is not None]
+            for task, pairs in self.tests.items()
+        }
+        return {task: places for task, places in found.items() if places}
 
     def _place(self, task: str, test: int) -> int | None:
         """The number of answers before the right one; None if it is not among them."""
@@ -101,6 +108,14 @@ class Votes:
             if np.array_equal(answer.grid, output)
         )
         return next(found, None)
+
+
+def _solved(places: Mapping[str, Sequence[int | None]], k: int, whole_tasks: bool) -> dict[str, float]:
+    shares = dict[str, float]()
+    for task, own in places.items():
+        hits = [place is not None and place < k for place in own]
+        shares[task] = float(all(hits)) if whole_tasks else sum(hits) / len(hits)
+    return shares
 
 
 def submission(votes: Votes) -> dict[str, list[dict[str, list[list[int]]]]]:

@@ -16,6 +16,8 @@ from hrm.data.maze.search import SYMMETRIES, symmetric
 from hrm.data.puzzle_kinds import Kind
 from hrm.data.sudoku.symmetry import random_symmetries
 
+# The kinds that have symmetric views.
+SYMMETRIC = ("sudoku", "maze", "arc")
 # Paths whose views are drawn together; a constant, so that no view depends on the number of paths.
 BLOCK = 16
 

@@ -54,6 +54,9 @@ thead th { color: var(--soft); font-weight: 600 }
 th:first-child { text-align: left }
 tbody th { font-weight: 500 }
 :focus-visible { outline: 2px solid var(--c0); outline-offset: 2px }
+.findings { padding-left: 1.4rem; max-width: 60rem } .findings li { margin: .4rem 0 }
+.finding { color: var(--ink); font-size: 1.08rem; max-width: 60rem }
+a { color: inherit } figcaption { font-weight: 600; padding: 0 .25rem .25rem; overflow-wrap: anywhere }
 @media print { .legend { position: static } figure { break-inside: avoid } }
 </style>
 </head>
@@ -85,10 +88,7 @@ def write_report(
     found = sections(groups)
     text = page(title, groups, found, look, tables, notes)
     image = plots.png(title, found, look)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in ((HTML, text.encode("utf-8")), (PNG, image)):
-        with new_file(folder / name) as file:
-            file.write_bytes(content)
+    write_files({folder / HTML: text.encode("utf-8"), folder / PNG: image})
     return folder / HTML, folder / PNG
 
 
@@ -100,18 +100,23 @@ def write_heat_maps(
     Folder and errors: see `write_report`.
     """
     image = plots.heat_maps_png(title, heat_maps)
-    parts = [_table(table, f"table-{i}") for i, table in enumerate(tables)]
+    parts = [table_html(table, f"table-{i}") for i, table in enumerate(tables)]
     for i, each in enumerate(heat_maps):
         words = escape(f"{each.title}: the values of the table as a heat map")
         drawing = plots.heat_map_svg(each, f"h{i}")
         parts.append(f'<figure role="img" aria-label="{words}">{drawing}</figure>')
-    text = _filled(title, parts)
-    folder.mkdir(parents=True, exist_ok=True)
+    text = filled(title, parts)
     files = folder / f"{name}.html", folder / f"{name}.png"
-    for path, content in zip(files, (text.encode("utf-8"), image), strict=True):
+    write_files(dict(zip(files, (text.encode("utf-8"), image), strict=True)))
+    return files
+
+
+def write_files(contents: Mapping[Path, bytes]) -> None:
+    """Writes each file atomically, into a folder that is created if missing. Raises UserError, OSError."""
+    for path, content in contents.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(path) as file:
             file.write_bytes(content)
-    return files
 
 
 def page(
@@ -124,7 +129,7 @@ def page(
 ) -> str:
     """The page as HTML: notes, tables and plots, every text escaped. Raises UserError as `plots.svg`."""
     parts = [_list("notes", [escape(note) for note in notes])] if notes else []
-    parts += [_table(table, f"table-{i}") for i, table in enumerate(tables)]
+    parts += [table_html(table, f"table-{i}") for i, table in enumerate(tables)]
     if found:
         parts.append(_legend(groups, look))
     if any(len(runs) > 1 for runs in groups.values()):
@@ -138,10 +143,10 @@ def page(
             f"<section><h2>{escape(section.title)}</h2>\n<p>{escape(section.text)}</p>\n"
             f'<div class="panels">\n{"".join(figures)}</div></section>'
         )
-    return _filled(title, parts)
+    return filled(title, parts)
 
 
-def _filled(title: str, parts: Sequence[str]) -> str:
+def filled(title: str, parts: Sequence[str]) -> str:
     """The page with this title and these parts of its body."""
     themes = (
         " ".join(f"--c{i}: {pair[ground]};" for i, pair in enumerate(plots.COLOURS)) for ground in (0, 1)
@@ -171,7 +176,7 @@ def _list(name: str, items: Sequence[str]) -> str:
     return f'<ul class="{name}">{"".join(f"<li>{item}</li>" for item in items)}</ul>'
 
 
-def _table(table: Table, name: str) -> str:
+def table_html(table: Table, name: str) -> str:
     """A table that scrolls on a narrow screen, also by keyboard."""
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.columns)
     body = "".join(

@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,16 @@ class HeatMap:
     values: np.ndarray
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """A plot of its own: `draw` fills the axes. words: describe it. size: inches."""
+
+    title: str
+    draw: Callable[["Axes"], None]
+    words: str
+    size: tuple[float, float] = PANEL_SIZE
+
+
 def styles(groups: Sequence[str]) -> dict[str, Style]:
     """The style of each group by its position."""
     pairs = zip(cycle(range(len(COLOURS))), cycle(MARKERS), strict=False)
@@ -70,22 +80,37 @@ def svg(panel: Panel, look: Mapping[str, Style], prefix: str) -> str:
     prefix: starts its identifiers; unique within a page. Text is `currentColor`; the page defines `--grid`
     and the groups' `--c0`, `--c1`, ... Raises UserError if matplotlib is missing.
     """
-    with figures(svg_salt=prefix) as figure:
-        canvas = figure(figsize=PANEL_SIZE, layout="constrained")
-        _draw(canvas.subplots(), panel, look)
-        file = io.StringIO()
-        canvas.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return _embedded(file.getvalue(), prefix)
+    return drawing_svg(Drawing(panel.title, lambda ax: _draw(ax, panel, look), ""), prefix)
 
 
 def heat_map_svg(heat_map: HeatMap, prefix: str) -> str:
     """A heat map as an `<svg>` element; see `svg`."""
+    drawing = Drawing(heat_map.title, lambda ax: _heat(ax, heat_map), "", _heat_map_size([heat_map]))
+    return drawing_svg(drawing, prefix)
+
+
+def drawing_svg(drawing: Drawing, prefix: str) -> str:
+    """A drawing as an `<svg>` element; see `svg`."""
     with figures(svg_salt=prefix) as figure:
-        canvas = figure(figsize=_heat_map_size([heat_map]), layout="constrained")
-        _heat(canvas.subplots(), heat_map)
+        canvas = figure(figsize=drawing.size, layout="constrained")
+        drawing.draw(canvas.subplots())
         file = io.StringIO()
         canvas.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     return _embedded(file.getvalue(), prefix)
+
+
+def drawings_png(title: str, drawings: Sequence[Drawing]) -> bytes:
+    """Drawings beside each other as one PNG on white. Raises UserError as `svg`."""
+    with figures() as figure:
+        widths, heights = zip(*(drawing.size for drawing in drawings), strict=True)
+        canvas = figure(figsize=(sum(widths), max(heights) + 0.4), layout="constrained", dpi=110)
+        canvas.suptitle(title, fontsize=13, fontweight="bold")
+        axes = canvas.subplots(1, len(drawings), squeeze=False, width_ratios=widths).flat
+        for ax, drawing in zip(axes, drawings, strict=True):
+            drawing.draw(ax)
+        file = io.BytesIO()
+        canvas.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
 
 
 def heat_maps_png(title: str, heat_maps: Sequence[HeatMap]) -> bytes:

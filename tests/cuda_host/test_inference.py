@@ -50,7 +50,7 @@ def test_evaluation_replays_a_graph_and_solving_works_beside_it(stand_in, tmp_pa
 def test_early_exit_waits_for_who_has_halted_alone(stand_in, tmp_path, trained):
     engine, batches = trained
     early = EarlyExit(engine.model, ROWS, CELLS, mode=engine.mode)
-    program, halted = early._program, early._carry.halted
+    program, halted = early._program, early.carry.halted
 
     def turn() -> None:
         program()
