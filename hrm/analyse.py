@@ -219,8 +219,7 @@ def opened(
     from hrm.data.sudoku.build import data_folder
     from hrm.engine.memory_estimate import check_inference
     from hrm.engine.modes import EAGER, resolve_mode
-    from hrm.evaluate import describe
-    from hrm.evaluation.metrics import taken_of
+    from hrm.evaluation.metrics import describe, taken_of
 
     device = torch.device(resolve_device(config.device))
     found = find_trained(run)

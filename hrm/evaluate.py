@@ -186,7 +186,7 @@ def judge(config: EvaluateConfig, as_json: bool, world: "World", device: "torch.
     from hrm.engine.compilation import Compilation
     from hrm.engine.memory_estimate import check_inference
     from hrm.engine.modes import EAGER, resolve_mode
-    from hrm.evaluation.metrics import Listener, Voting, evaluate, predictions_file, taken_of
+    from hrm.evaluation.metrics import Listener, Voting, describe, evaluate, predictions_file, taken_of
     from hrm.evaluation.paths import evaluate_paths
 
     found = find_trained(str(config.checkpoint), world)
@@ -311,16 +311,6 @@ def draw(folder: Path, trained: "Trained", results: Mapping[str, Mapping[str, An
             heat_maps.append(HeatMap(title, *axes, np.array(shares)))
     if heat_maps:
         yield from write_heat_maps(folder, "paths", f"{trained.path}: depth and breadth", heat_maps, drawn)
-
-
-def describe(trained: "Trained", mode: str, dataset: "PuzzleDataset") -> str:
-    """One line on what is judged."""
-    model = trained.model
-    count = sum(parameter.numel() for parameter in model.parameters())
-    return (
-        f"{trained.path}: {count:,} parameters, {model.arch.halt_max_steps} ACT steps, "
-        f"{model.H_init.device}, {str(model.dtype).removeprefix('torch.')}, mode {mode}; {dataset.folder}"
-    )
 
 
 def tables(results: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 from bench.counts import OPERATIONS, Shape
 from bench.operations import OPS
-from kernels import __main__ as command
 from kernels import backend
 from kernels.__main__ import DTYPES, calls, main
 from kernels.cases import Sizes

@@ -302,3 +302,13 @@ def predictions_file(
 
 def _puzzles(part: PuzzleSet, examples: np.ndarray) -> np.ndarray:
     return np.searchsorted(part.puzzle_indices, examples, side="right") - 1
+
+
+def describe(trained: Trained, mode: str, dataset: PuzzleDataset) -> str:
+    """One line on what is judged."""
+    model = trained.model
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"{trained.path}: {count:,} parameters, {model.arch.halt_max_steps} ACT steps, "
+        f"{model.H_init.device}, {str(model.dtype).removeprefix('torch.')}, mode {mode}; {dataset.folder}"
+    )

@@ -267,6 +267,7 @@ def sentences_of(records: dict[str, Any], M: int) -> dict[str, str]:
         ((answers[:, s] == labels) & (inputs != labels)).sum() / (inputs != labels).sum() for s in range(M)
     ]
     early = min(s for s in range(1, M + 1) if shares[s - 1] >= 0.99 * shares[-1])
+    single = (records["easy"]["predictions"][0] == labels).all(axis=1)
     without = (records["parts"]["predictions"][-1] == labels).all(axis=1)
     sure = 1 / (1 + np.exp(-deep["q_halt"][:, M - 1].astype(np.float64)))
     place = np.minimum(np.floor(10 * sure), 9)
@@ -285,7 +286,7 @@ def sentences_of(records: dict[str, Any], M: int) -> dict[str, str]:
         "drift": f"{M} {last} 1 {median:.2g} {percent(kept[own])} {percent(kept[~own])}",
         "cells": f"1 {M} {early} 99 {100 * shares[0]:.1f} {100 * shares[-1]:.1f} {mean(since)} {lost}",
         "selection": f"{(~own).sum()} {N} {PATHS - 1}",
-        "easy": "",
+        "easy": f"{(inputs == 1).sum(axis=1).mean():.1f} {points(own, single)}",
         "contributions": "",
         "gates": f"{M} 1 {spread:.2g}",
         "goals": f"{M} 1 {points(own, without)}",
