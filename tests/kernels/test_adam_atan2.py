@@ -267,7 +267,7 @@ def test_operator_contract_and_compile():
     scalars = (scalar(0.1), torch.tensor(2, device=DEVICE), 0.9, 0.95, 0.1)
     for copy, skip in ((None, None), (torch.zeros(50).bfloat16(), torch.tensor(False))):
         others = (None if each is None else each.to(DEVICE) for each in (copy, skip))
-        arguments = (*state(50).values(), *scalars, *others)
+        arguments = (*state(50).values(), *scalars, *others, True)
         torch.library.opcheck(torch.ops.hrm_kernels.adam_atan2.default, arguments)
 
     def twice(buffers: dict[str, Tensor], skip: Tensor) -> None:
