@@ -41,7 +41,7 @@ LOOK, GRACE = 1.0, 300.0
 
 
 class Recipe(NamedTuple):
-    """What train.py is given, and the published row: exact accuracy on Sudoku-Extreme, time, GPU, source."""
+    """The words for train.py, and the published row: exact accuracy on Sudoku-Extreme, time, GPU, source."""
 
     words: tuple[str, ...]
     accuracy: float | None

@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != JSON_FLAG]
     return run_command(
         lambda: analyse(*parse_args(words), as_json),
-        "the measurements so far are kept; run it again to go on",
+        "the measurements so far are kept; the same command continues",
     )
 
 

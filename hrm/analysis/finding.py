@@ -1,4 +1,4 @@
-"""What a section of an analysis says: a sentence, a table, figures, and its numbers."""
+"""The finding of a section of an analysis: a sentence, a table, figures, and its numbers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

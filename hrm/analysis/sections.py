@@ -7,7 +7,7 @@ SECTIONS = (
     Section(
         "depth",
         "Depth",
-        "Does the model go on, hold or collapse when it thinks for longer than in training?",
+        "Does accuracy rise, hold or collapse when the model thinks for longer than in training?",
         dynamics.depth,
     ),
     Section(

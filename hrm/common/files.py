@@ -18,7 +18,7 @@ from hrm.common.text import size_text
 
 # Most levels of nesting in JSON; an ARC task has six.
 _DEEPEST = 32
-# What files that are no UTF-8 text begin with.
+# First bytes of files that are no UTF-8 text.
 _NO_TEXT = {
     b"\x1f\x8b": "packed by gzip; unpack it, with gunzip",
     b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save it as .csv",

@@ -1,6 +1,6 @@
 """sic and urm: normed and convolved SwiGLU, register tokens, a bias of the head, a single state.
 
-What compares with the authors' code needs a checkout, named by SIC_REPO and URM_REPO, and is skipped without.
+Comparisons with the authors' code need a checkout, in SIC_REPO and URM_REPO, and are skipped without one.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What sic and urm change in TRM, as plain functions over a dict of named tensors, read top to bottom.
+"""The changes of sic and urm to TRM, as plain functions over a dict of named tensors, read top to bottom.
 
 A norm or a convolution inside SwiGLU, learnt register tokens behind a puzzle's, a bias of the head, and one
 state in place of two. The rest is that of `straight_trm`; `in_place` puts these functions in its place.
