@@ -282,7 +282,7 @@ def test_pages_are_written_whole(run_of_4, tmp_path, capsys, monkeypatch):
     text = path.read_text(encoding="utf-8")
     assert text.startswith("<!DOCTYPE html>") and "puzzle 1" in text and str(run_of_4) in text
 
-    def breaks(trace: Trace) -> str:
+    def breaks(recorded: object, chosen: int) -> str:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(player, "page", breaks)
