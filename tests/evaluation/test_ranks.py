@@ -124,9 +124,10 @@ def test_ranks_share_one_download(run, tiny_sudoku, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "served" / "me" / "run")
     alone_argv = ["device=cpu", "mode=eager", "samples=6", "batch_size=3"]
     expected = alone(capsys, f"checkpoint={run}", *alone_argv)
+    # A forked process has no other path of imports.
     found = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     argv = ["-m", "hrm.evaluate", "checkpoint=hub:me/run", *alone_argv, "--json"]
-    (ended,) = torchrun(2, *argv, environment=found)
+    (ended,) = torchrun(2, *argv, environment=found, fork=False)
     assert ended.status == 0, ended.text
     assert without_time(json.loads(ended.lines("{")[0])) == expected
     files = ["manifest.json", "model.safetensors", "training.pt"]
@@ -136,8 +137,8 @@ def test_ranks_share_one_download(run, tiny_sudoku, tmp_path, capsys):
     # The model is named by its place on the hub, training too.
     assert re.search(r"^hub:me/run/step_\d+: ", ended.text, re.MULTILINE) and "snapshots" not in ended.text
     small = [*words(tiny_sudoku, tmp_path, "max_steps=1", "run_name=r"), "checkpoint_path=hub:me/run"]
-    (ended,) = torchrun(2, "train.py", *small, environment=found)
+    (ended,) = torchrun(2, "train.py", *small, environment=found, fork=False)
     assert ended.status == 0 and "starting from the weights of hub:me/run" in ended.text, ended.text
-    (ended,) = torchrun(2, *argv[:2], "checkpoint=hub:me/gone", environment=found)
+    (ended,) = torchrun(2, *argv[:2], "checkpoint=hub:me/gone", environment=found, fork=False)
     error = "error: hub:me/gone: no such model on the hub, or a private one"
     assert ended.status != 0 and len(ended.lines("error: ")) == len(ended.lines(error)) == 1, ended.text
