@@ -56,7 +56,8 @@ def selection(study: Study) -> Finding:
         }
         if wrong.any():
             told.append(
-                f"{name} solves {percent(rescued)} of them, q_halt's choice gains {points(gain)} points"
+                f"{name} solves {percent(rescued)} of them, "
+                f"q_halt's choice changes accuracy by {points(gain)} points"
             )
     sentence = f"The plain path fails on {int(wrong.sum()):,} of {len(own):,} puzzles. " + (
         f"With {K - 1} other paths: {'; '.join(told)}."
