@@ -19,7 +19,7 @@ from typing import Any
 from bench.seeds import run, setting
 from hrm.checkpoint.load_model import load_trained
 from hrm.common.errors import run_command
-from hrm.common.files import write_whole
+from hrm.common.files import check_file, read_json, write_whole
 from hrm.common.tables import Table
 from hrm.data.dataset import PuzzleDataset, subset
 from hrm.data.puzzle_kinds import kind_of
@@ -174,8 +174,9 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     found: dict[str, Any] = {"command": f"python train.py --arch MODEL {' '.join(TASK)}", **setting()}
     found |= {"samples": SAMPLES, "runs": []}
+    check_file(args.file)
     if args.file.exists():
-        found = json.loads(args.file.read_text())
+        found = read_json(args.file, 2**24, "the file that this command wrote")
     done = {(each["model"], each["seed"]) for each in found["runs"]}
     missing = [(model, seed) for seed in args.seeds for model in MODELS if (model, seed) not in done]
     for model, seed in missing[: args.most]:

@@ -148,7 +148,7 @@ def normed_swiglu_mlp(s: Shape) -> dict[str, Work]:
 
 
 def normed_swiglu_mlp_launches(s: Shape) -> dict[str, tuple[Work, ...]]:
-    """That half with the norm in it: our kernels, and last of the backward the library's products."""
+    """The feed-forward half with the norm inside; the library's products are the last of the backward."""
     parts, sums = 4 * s.tokens * -(-2 * s.inner // 256), 4 * s.tokens
     (activated, down), (dy, *products) = swiglu_mlp_launches(s).values()
     return {

@@ -166,7 +166,7 @@ def rehearsed(arch: str, batch: int, length: int, preset: str = "full") -> Launc
 
 
 def step(arch: str, batch: int, length: int, ceilings: Ceilings) -> list[Row]:
-    """Those launches by part and kernel, with their time at best."""
+    """The launches of a step by part and kernel, with their time at best."""
     return rehearsed(arch, batch, length).rows(ceilings)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from bench.seeds import setting
 from hrm.checkpoint.load_model import find_trained, load_trained
 from hrm.common.errors import run_command
-from hrm.common.files import write_whole
+from hrm.common.files import check_file, write_whole
 from hrm.data.dataset import PuzzleDataset, subset
 from hrm.data.puzzle_kinds import kind_of
 from hrm.engine.modes import resolve_mode
@@ -77,6 +77,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--write", type=Path, metavar="FILE")
     args = parser.parse_args()
+    if args.write:
+        check_file(args.write)
     found = measure(args.run, args.data, args.mode, args.rounds)
     result = {**setting(), "paths": PATHS, "batch_size": BATCH, **found}
     if args.write:

@@ -24,7 +24,7 @@ import torch
 
 from bench.launches import Launches
 from hrm.common.errors import UserError, run_command
-from hrm.common.files import write_whole
+from hrm.common.files import check_file, read_json, write_whole
 from hrm.config.load import parse_args
 from hrm.config.schedule import stage_arch, stage_ends
 from hrm.config.schema import Config
@@ -165,12 +165,15 @@ def train(config: Config, words: Sequence[str], target: float | None, seconds: f
         while trainer.poll() is None:
             time.sleep(LOOK)
             if reached(points(log_of(config)), target):
-                trainer.send_signal(signal.SIGTERM)
-                trainer.wait(GRACE)
+                break
     finally:
         if trainer.poll() is None:
             trainer.terminate()
-            trainer.wait(GRACE)
+            try:
+                trainer.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                trainer.kill()
+                raise UserError(f"train.py did not end within {GRACE:g} s of a SIGTERM") from None
     # 143 after the SIGTERM from here or from a scheduler, which saved the run.
     if trainer.returncode not in (0, 128 + signal.SIGTERM, 128 + signal.SIGINT):
         raise UserError(f"train.py ended with status {trainer.returncode}: see its lines above")
@@ -240,7 +243,12 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="the file of rows")
     options = parser.parse_intermixed_args(argv)
-    rows: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    if options.until is not None and not 0 < options.until <= 1:
+        raise UserError(f"--until {options.until:g}: give a share above 0, up to 1, such as 0.85")
+    check_file(options.out)
+    rows: dict[str, Any] = {}
+    if options.out.exists():
+        rows = read_json(options.out, 2**24, "the rows that this command wrote")
     if options.recipe is not None:
         given = [*options.words]
         if not any(word.startswith("project_name=") for word in given):

@@ -20,6 +20,7 @@ import torch
 
 from bench.beside import Beside
 from hrm.common.errors import UserError, run_command
+from hrm.common.files import check_file
 from hrm.common.machine import processor
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +72,7 @@ def main(argv: list[str]) -> None:
     if split < 2 or not all(seed.isdecimal() for seed in argv[1:split]):
         raise UserError("usage: python -m bench.seeds FILE SEED ... -- [words for train.py]")
     output, seeds, words = Path(argv[0]), [int(seed) for seed in argv[1:split]], argv[split + 1 :]
+    check_file(output)
     results = {
         "command": " ".join(["python train.py", *words]),
         **setting(),

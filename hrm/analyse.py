@@ -216,25 +216,21 @@ def opened(
     from hrm.analysis.records import read_examples
     from hrm.analysis.study import MOST_SAMPLES, Study, affordable, identity_of
     from hrm.checkpoint.load_model import find_trained, load_trained
-    from hrm.data.dataset import PuzzleDataset, subset
+    from hrm.data.dataset import subset
     from hrm.data.puzzle_kinds import kind_of
-    from hrm.data.sudoku.build import data_folder
     from hrm.engine.memory_estimate import check_inference
     from hrm.engine.modes import EAGER, resolve_mode
-    from hrm.evaluation.metrics import describe, taken_of
+    from hrm.evaluation.metrics import dataset_of, describe, taken_of
 
     device = torch.device(resolve_device(config.device))
     found = find_trained(run)
-    folder = Path(config.data_path) if config.data_path is not None else data_folder(found.config)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such data set; give data_path=DIR, the folder of one")
-    dataset = PuzzleDataset(folder, config.split)
+    dataset = dataset_of(found, config.data_path, config.split)
     trained = load_trained(
         found,
         device=device,
         dtype=config.dtype,
         metadata=dataset.metadata,
-        data=folder,
+        data=dataset.folder.parent,
         reset_puzzle_emb=config.reset_puzzle_emb,
         ema=config.ema,
     )

@@ -179,21 +179,25 @@ def command(config: EvaluateConfig, as_json: bool) -> None:
 def judge(config: EvaluateConfig, as_json: bool, world: "World", device: "torch.device") -> None:
     """This rank's part of `command`; rank 0 prints and writes."""
     from hrm.checkpoint.load_model import find_trained, load_trained
-    from hrm.data.dataset import PuzzleDataset, subset
+    from hrm.data.dataset import subset
     from hrm.data.format import DatasetError
     from hrm.data.puzzle_kinds import kind_of
-    from hrm.data.sudoku.build import data_folder
     from hrm.engine.compilation import Compilation
     from hrm.engine.memory_estimate import check_inference
     from hrm.engine.modes import EAGER, resolve_mode
-    from hrm.evaluation.metrics import Listener, Voting, describe, evaluate, predictions_file, taken_of
+    from hrm.evaluation.metrics import (
+        Listener,
+        Voting,
+        dataset_of,
+        describe,
+        evaluate,
+        predictions_file,
+        taken_of,
+    )
     from hrm.evaluation.paths import evaluate_paths
 
     found = find_trained(str(config.checkpoint), world)
-    folder = Path(config.data_path) if config.data_path is not None else data_folder(found.config)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such data set; give data_path=DIR, the folder of one")
-    dataset = PuzzleDataset(folder, config.split)
+    dataset = dataset_of(found, config.data_path, config.split)
     is_arc = kind_of(dataset.metadata, dataset.sets).name == "arc"
     if config.submission is not None:
         check_file(Path(config.submission))
@@ -204,7 +208,7 @@ def judge(config: EvaluateConfig, as_json: bool, world: "World", device: "torch.
         device=device,
         dtype=config.dtype,
         metadata=dataset.metadata,
-        data=folder,
+        data=dataset.folder.parent,
         reset_puzzle_emb=config.reset_puzzle_emb,
         ema=config.ema,
     )

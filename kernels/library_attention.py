@@ -16,8 +16,8 @@ from kernels.backend import device_of
 from kernels.checks import accumulate_dtype
 from kernels.rope import rope_reference
 
-# Of PyTorch's own attention, the first that can take the tensors. cuDNN's is left out: PyTorch prefers it on
-# sm_90 from some lengths on, and its choice of plans, workspaces and sums changes with cuDNN's version.
+# PyTorch takes the first that can handle the tensors. cuDNN is left out: PyTorch prefers it on sm_90 for some
+# lengths, and its plans, workspaces and sums change with its version.
 SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 

@@ -288,7 +288,7 @@ def _backward(
     (B, S, D), V = z_H.shape, weight.shape[0]
     choice = launch_choice(V, D, dtype)["backward"]
     if bias is not None and dtype.itemsize > 2:
-        # Beside the operands in registers, the sums of a bias leave room for half of the columns.
+        # The sums of a bias need registers, so a tile has half as many columns.
         choice["BLOCK_D"] = min(64, choice["BLOCK_D"])
     chunks, tiles = triton.cdiv(D, choice["BLOCK_D"]), triton.cdiv(B * S, choice["BLOCK_M"])
     tiles_each = triton.cdiv(tiles, max(1, PROGRAMS // chunks))

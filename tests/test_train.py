@@ -227,7 +227,7 @@ def test_a_batch_that_the_ranks_do_not_divide_is_refused(tiny_sudoku, tmp_path):
 
 @pytest.mark.slow
 def test_an_eager_run_does_not_import_the_compiler(tiny_sudoku, tmp_path):
-    """That takes 2 seconds. A new process shows it, for other tests have imported it here."""
+    """The import takes 2 seconds. Other tests have made it in this process, so a new one runs."""
     code = "import sys, train; sys.exit(train.main(sys.argv[1:]) or 'torch._dynamo' in sys.modules)"
     command = [sys.executable, "-c", code, *words(tiny_sudoku, tmp_path, "max_steps=1")]
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0

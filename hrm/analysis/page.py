@@ -22,7 +22,7 @@ _READING = (
 
 @dataclass
 class Result:
-    """What an analysis found of one model.
+    """The findings of an analysis on one model.
 
     facts: lines on what was analysed. findings, left_out: by section; left_out gives the reason.
     """

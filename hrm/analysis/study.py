@@ -263,7 +263,7 @@ class Study:
 
 
 def identity_of(weights: Path, dataset: PuzzleDataset, options: dict[str, Any]) -> str:
-    """What the records of a model depend on: its weights' file, the data and the options, in one text."""
+    """A text that identifies records: the digests of the weights and of the data, and the options."""
     with open(weights, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return json.dumps([digest, fingerprint(dataset), options], sort_keys=True)

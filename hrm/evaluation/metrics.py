@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from hrm.checkpoint.load_model import Trained
+from hrm.checkpoint.load_model import Found, Trained
+from hrm.common.errors import UserError
 from hrm.common.files import new_file, write_whole
 from hrm.data.dataset import Batch, PuzzleDataset, test_batches
 from hrm.data.format import IGNORE_LABEL, PuzzleSet, read_difficulty, read_names
 from hrm.data.puzzle_kinds import kind_of
+from hrm.data.sudoku.build import data_folder
 from hrm.data.sudoku.solver import solutions
 from hrm.distributed import World
 from hrm.engine.compilation import Compilation
@@ -302,6 +304,17 @@ def predictions_file(
 
 def _puzzles(part: PuzzleSet, examples: np.ndarray) -> np.ndarray:
     return np.searchsorted(part.puzzle_indices, examples, side="right") - 1
+
+
+def dataset_of(found: Found, data_path: str | None, split: str) -> PuzzleDataset:
+    """A split of the data set in data_path, or of the one that the run was trained on if data_path is None.
+
+    Raises UserError if there is none, and what `PuzzleDataset` raises.
+    """
+    folder = data_folder(found.config) if data_path is None else Path(data_path)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such data set; give data_path=DIR, the folder of one")
+    return PuzzleDataset(folder, split)
 
 
 def describe(trained: Trained, mode: str, dataset: PuzzleDataset) -> str:

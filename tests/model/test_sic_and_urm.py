@@ -63,7 +63,7 @@ def in_float64() -> Iterator[None]:
 
 
 def assert_same(actual: Any, expected: Any, name: str = "", tolerance: float = 1e-9) -> None:
-    """Of what was expected: integers and flags equal, real numbers to tolerance of the largest."""
+    """Integers and flags are equal; real numbers differ by at most tolerance times the largest."""
     if isinstance(expected, dict):
         for key, value in expected.items():
             assert_same(actual[key], value, f"{name}.{key}", tolerance)
