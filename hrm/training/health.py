@@ -169,7 +169,7 @@ class Symptoms:
             yield from self._tell(
                 "uniform",
                 f"gates are the same everywhere at step {step}, like a constant factor: {', '.join(uniform)}",
-                f"lr={2 * self.config.lr:g}",
+                rates(self.config, 2),
                 f"in a new run arch.gate_hidden_ratio={2 * self.config.arch.gate_hidden_ratio:g}",
             )
 
@@ -214,4 +214,10 @@ class Symptoms:
 
     def _calmer(self) -> str:
         """Remedy for steps that are too large."""
-        return f"lr={self.config.lr / 2:g} or lr_warmup_steps={max(2 * self.config.lr_warmup_steps, 1000)}"
+        return f"{rates(self.config, 0.5)} or lr_warmup_steps={max(2 * self.config.lr_warmup_steps, 1000)}"
+
+
+def rates(config: Config, factor: float) -> str:
+    """The words that multiply the learning rates of all weights but the puzzle embeddings."""
+    names = ("muon_lr", "lr") if config.optimizer == "muon" else ("lr",)
+    return " ".join(f"{name}={factor * getattr(config, name):g}" for name in names)

@@ -11,6 +11,7 @@ from hrm.engine.engine import Engine
 from hrm.engine.step_metrics import Interval
 from hrm.training.checkpointer import Checkpointer
 from hrm.training.data import TrainingData
+from hrm.training.health import rates
 from hrm.training.logging import MetricsLog
 from hrm.training.progress import Progress
 from hrm.training.resume import restore
@@ -58,7 +59,7 @@ class Monitor:
             raise UserError(
                 f"{interval.skipped_in_a_row} updates in a row were skipped up to step {progress.step}: "
                 f"{engine.diagnosis()}; {progress.checkpoint} holds the state before them; lower "
-                f"lr={config.lr:g}, or set grad_clip or dtype=float32, and run the same command again"
+                f"{rates(config, 1)}, or set grad_clip or dtype=float32, and run the same command again"
             )
         if spike is not None and progress.rewinds < config.spike_rewinds:
             self.rewind(progress, spike)

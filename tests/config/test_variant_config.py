@@ -155,7 +155,10 @@ def test_stages_come_back_from_a_file(tmp_path):
             ["arch.gate_init_strategy=balanced", "arch.gate_init_bias=-3"],
             "arch.gate_init_strategy=balanced sets the biases that arch.gate_init_bias=-3 would: leave one",
         ),
-        (["muon_steps=5"], "muon_steps=5 is for optimizer=muon, not for optimizer=adam_atan2: leave one out"),
+        (
+            ["muon_steps=5", "optimizer=adamw"],
+            "muon_steps=5 is for optimizer=muon, not for optimizer=adamw: leave one out",
+        ),
         (
             ["arch.gradient_updates=5"],
             "arch.gradient_updates=5 is for arch.gradient=last_n, not for arch.gradient=one_step: leave one",

@@ -32,7 +32,12 @@ Lines = list[tuple[int, dict[str, float]]]
 
 
 def configured(*words: str) -> Config:
-    return parse_args(["preset=quick", "device=cpu", *words])
+    """The configuration of that run with other words."""
+    given = {word.partition("=")[0] for word in words}
+    fixed = {"preset": "quick", "device": "cpu", "optimizer": "adam_atan2"} | (
+        {} if "stages" in given else {"epochs": "4"}
+    )
+    return parse_args([*(f"{name}={value}" for name, value in fixed.items() if name not in given), *words])
 
 
 def quick_run(every: int = LOG) -> Lines:
@@ -313,6 +318,8 @@ def test_no_test_puzzle_solved_after_half_of_the_evaluations():
     assert only(configured("epochs=1"), evaluations(0))[0] == 937
     assert only(configured("epochs=2"), evaluations(0, 0))[0] == 2 * 937
     assert "training sequences" not in only(config, evaluations(0, 0, train=None))[1]
+    muon = configured("optimizer=muon", "muon_lr=0.04")
+    assert "muon_lr=0.02 lr=0.0005" in only(muon, evaluations(0, 0))[1]
 
 
 def test_a_test_set_that_is_solved_by_the_average_or_in_part_is_solved():
