@@ -28,8 +28,8 @@ from hrm.engine.modes import EAGER
 from hrm.evaluation.paths import Plan, differences, evaluate_paths
 from hrm.study.statistics import Summary, paired_difference, summarise
 
-# The quick preset with two cycles of two updates, which keep a run within minutes of one thread, and half of its
-# steps, which leave one path room. Chosen by the accuracy of one path of plain TRM, before any run was judged.
+# The quick preset with two cycles of two updates, which keep a run within minutes of one thread, and half of
+# its steps, which leave one path room. Chosen by one path of plain TRM, before any run was judged.
 TASK = [
     "preset=quick",
     "epochs=1",

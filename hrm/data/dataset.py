@@ -107,6 +107,11 @@ def _missing(path: Path, split: str) -> str:
             f"{path}: a split, expected the folder of a whole data set; give {path.parent}, and the arrays "
             f"of {split} in {path.parent / split}"
         )
+    if path.is_file():
+        return (
+            f"{path}: a file, expected the folder of a data set; `python -m hrm.data sudoku --help` (maze, "
+            "arc likewise) shows how to build one from a file of puzzles"
+        )
     there = sorted(file.parent.name for file in path.glob("*/dataset.json"))
     return (
         f"{path / split}: no such folder, expected a data set's {split} split (dataset.json and its arrays); "

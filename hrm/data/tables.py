@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ QUESTIONS = (
 ANSWERS = ("answer", "answers", "solution", "solutions", "solved", "output", "target", "label")
 RATINGS = ("rating", "difficulty", "score", "backtracks", "guesses")
 DELIMITERS = (",", ";", "\t", "|", None)
+# Lines after the first that a quoted field may have: a 16x16 grid with rulers, or a maze.
+MOST_QUOTED = 64
 
 
 class Row(NamedTuple):
@@ -61,12 +64,14 @@ def header_of(text: str) -> Header | None:
 
 
 def fields(text: str, delimiter: str | None) -> list[str]:
-    """The fields of one line, without spaces around them; a line that is no CSV is one field."""
+    """The fields of a row, without spaces around them; a row that is no CSV is one field."""
     if delimiter is None:
         return text.split()
-    # Parse each line by itself: an unclosed quote must not swallow the file.
+    # Parse each row by itself: an unclosed quote must not swallow the file.
     try:
-        found = next(csv.reader([text], delimiter=delimiter, skipinitialspace=True), [])
+        found = next(
+            csv.reader(text.splitlines(keepends=True), delimiter=delimiter, skipinitialspace=True), []
+        )
     except csv.Error:
         found = [text]
     return [field.strip() for field in found]
@@ -90,7 +95,27 @@ def unnamed(text: str) -> str:
 
 
 def content(lines: Iterator[tuple[int, str]], comment: str | None) -> Iterator[tuple[int, str]]:
-    """The lines that hold something, without line ends. comment: begins what is left out of a line."""
+    """The lines that hold something, without line ends; a quoted field of several lines makes them one.
+
+    comment: begins what is left out of a line.
+    """
+    held = _without_comments(lines, comment)
+    while (line := next(held, None)) is not None:
+        number, text = line
+        if text.count('"') % 2:
+            quoted: list[tuple[int, str]] = []
+            for following in islice(held, MOST_QUOTED):
+                quoted.append(following)
+                if following[1].count('"') % 2:
+                    text = "\n".join([text, *(each for _, each in quoted)])
+                    break
+            else:
+                # Never closed: each line stands for itself.
+                held = chain(quoted, held)
+        yield number, text
+
+
+def _without_comments(lines: Iterator[tuple[int, str]], comment: str | None) -> Iterator[tuple[int, str]]:
     for number, line in lines:
         text = line.rstrip("\r\n")
         if comment is not None and comment in text:

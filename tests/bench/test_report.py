@@ -87,7 +87,7 @@ def test_without_steps_there_are_no_tables_of_them(results):
             "quick_cpu.json",
         ],
         [
-            "`make train`: from start to end on 2 cores, compiling included",
+            "`make train`: from start to end on 2 cores",
             "200 to 211 s",
             "quick_cpu.json",
         ],
@@ -98,6 +98,18 @@ def test_without_steps_there_are_no_tables_of_them(results):
         ],
     ]
     assert "svg" not in text and "GPU" not in text
+
+
+def test_a_shared_cpu_has_rows_of_its_own(results):
+    runs = [{"eval/all/exact_accuracy": a, "seconds": s} for a, s in ((0.99, 300.4), (0.98, 280.6))]
+    (results / "quick_busy_cpu.json").write_text(json.dumps({"runs": runs}))
+    rows = cells(report.table(results))
+    what, measured = (
+        "`make train` beside one busy process on 2 cores, 2 seeds",
+        "281 to 300 s; 98.0 to 99.0 % solved",
+    )
+    assert rows[4] == [what, measured, "quick_busy_cpu.json"]
+    assert what not in report.summary(results)
 
 
 def test_steps_are_grouped_by_program_and_compared_with_ours(results):

@@ -203,6 +203,7 @@ def test_unknown_answers_are_not_scored(tmp_path: Path, capsys: pytest.CaptureFi
         ("data", r"data has train"),
         ("data/train", "a split, expected the folder of a whole data set; give"),
         (".", r"no such folder.* has no split"),
+        ("data/train/dataset.json", r"a file, expected the folder of a data set; .*hrm.data sudoku --help"),
     ],
 )
 def test_no_remedy_replaces_what_is_there(tmp_path: Path, path: str, message: str) -> None:

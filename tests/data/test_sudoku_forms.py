@@ -41,6 +41,7 @@ def digits(text: str) -> list[int]:
         ("tabs.tsv", f"Puzzle\tSolution\tRating\n{P}\t{A}\t2.9\n", 2),
         ("words.txt", f"puzzle  rating\n{P}  4\n", 4),
         ("quoted.csv", f'"puzzle","solution"\n"{P}","{A}"\n', None),
+        ("lines in a field.csv", "puzzle,solution\n" + '"{}",{}\n'.format("\n".join(GRID), A), None),
         ("empty.csv", f"question,answer,rating\n{P},{A},\n", None),
         ("unsolved.csv", f"question,answer,rating\n{P},,5\n", 5),
         ("bare.csv", f"{P},{A}\n", None),
@@ -73,6 +74,14 @@ def test_every_form_gives_the_puzzle(tmp_path: Path, name: str, text: str, diffi
     assert (solved.kind.name, solved.kind.rows) == ("sudoku", 4)
     assert [(puzzle.question - 1).tolist() for puzzle in solved.puzzles] == [digits(P)]
     assert solved.puzzles[0].answer is not None and (solved.puzzles[0].answer - 1).tolist() == digits(A)
+
+
+def test_a_quote_that_never_closes_spoils_its_line_alone(tmp_path: Path) -> None:
+    path = tmp_path / "open.csv"
+    path.write_text(f'puzzle,solution\n"{P},{A}\n' + f"{Q},{B}\n" * 100)
+    with pytest.raises(SudokuError, match="line 2: 1 field, expected 2 as in the header") as caught:
+        read_puzzles(path, 4)
+    assert "line 3" not in str(caught.value)
 
 
 def test_several_grids_with_titles(tmp_path: Path) -> None:
