@@ -170,6 +170,19 @@ def test_an_official_checkpoint_takes_paths(run, runs, capsys, tmp_path):
     assert official == own and own["pass_at"]["1"]["mean"] < own["pass_at"][str(PATHS)]["mean"]
 
 
+@pytest.mark.slow
+def test_a_compiled_evaluation_gives_the_answers_of_the_eager_one(runs, capsys, tmp_path):
+    argv = [f"paths={PATHS}", "by=init,noise", "batch_size=16", "eval_act=true"]
+    found = []
+    for mode in ("eager", "compile"):
+        file = tmp_path / f"{mode}.npz"
+        result = numbers(capsys, runs["trm"], *argv, f"save_predictions={file}", mode=mode)
+        found.append((result["paths"]["rules"], result["eval_act"]["exact_accuracy"], np.load(file)))
+    (rules, early, one), (fused_rules, fused_early, other) = found
+    assert rules == fused_rules and early == fused_early
+    assert np.array_equal(one["all__predictions"], other["all__predictions"])
+
+
 @pytest.mark.parametrize("select", RULES)
 def test_other_batches_give_the_same_answers(select, run, capsys, tmp_path):
     by = "init,noise,symmetry" if select == "q" else "init" if select == "vote" else "symmetry"
