@@ -1,7 +1,6 @@
 """Modes and dtypes: what auto stands for, what is measured, and what a compiled function refuses."""
 
 import ast
-import time
 from pathlib import Path
 
 import pytest
@@ -84,44 +83,78 @@ def test_a_compiler_that_fails_is_found_out(monkeypatch):
     assert compiler_fault(CPU) == "torch.compile fails here (Python.h: No such file)"
 
 
+class Clock:
+    """Stands for the module `time`: a step takes `seconds` of the clock, and of the processor."""
+
+    def __init__(self) -> None:
+        self.clock = self.processor = 0.0
+
+    def perf_counter(self) -> float:
+        return self.clock
+
+    def process_time(self) -> float:
+        return self.processor
+
+    def pass_by(self, clock: float, processor: float) -> None:
+        self.clock += clock
+        self.processor += processor
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    stands = Clock()
+    monkeypatch.setattr(modes, "time", stands)
+    monkeypatch.setattr(modes, "compiler_fault", lambda device: None)
+    return stands
+
+
 @pytest.mark.parametrize(
-    ("compiled_seconds", "steps", "expected"),
-    [(0.002, 30_000, "compile"), (0.02, 30_000, "eager"), (0.002, 20_000, "untried")],
+    ("eager", "fused", "steps", "expected"),
+    [
+        ((0.01, 0.02), (0.002, 0.002), 50_000, "compile"),
+        ((0.01, 0.02), (0.02, 0.02), 50_000, "eager"),
+        ((0.01, 0.02), (0.002, 0.002), 40_000, "untried"),
+        # Other processes lengthen the clock's time.
+        ((0.08, 0.01), (0.002, 0.002), 40_000, "untried"),
+    ],
 )
-def test_the_faster_mode_is_measured_for_the_steps_ahead(monkeypatch, compiled_seconds, steps, expected):
-    """Eager steps of 10 ms: 30,000 should save 120 s, 20,000 less than what compiling takes."""
+def test_the_faster_mode_is_measured_for_the_steps_ahead(monkeypatch, clock, eager, fused, steps, expected):
+    """Eager steps of 10 ms: 50,000 should save 200 s, 40,000 less than compiling takes."""
     made = []
 
-    def eager() -> None:
-        time.sleep(0.01)
-
-    def fused() -> None:
+    def whole() -> None:
         made.append(1)
-        time.sleep(compiled_seconds)
+        clock.pass_by(*fused)
 
     def measured() -> Mode:
-        return faster_mode(eager, fused, lambda function: function(), steps, CPU)
+        return faster_mode(lambda: clock.pass_by(*eager), whole, lambda function: function(), steps, CPU)
 
-    monkeypatch.setattr(modes, "compiler_fault", lambda device: None)
     mode = measured()
     assert mode.compiled == (expected == "compile") and bool(made) == (expected != "untried")
-    start = {"compile": "0.00", "eager": "compiled it would be 0.02", "untried": ""}[expected]
+    start = {
+        "compile": "0.002 s a step against 0.010 eager",
+        "eager": "compiled it would be 0.020 s a step against 0.010",
+        "untried": "",
+    }[expected]
     assert mode.note.startswith(start)
     monkeypatch.setattr(modes, "compiler_fault", lambda device: "no compiler")
     assert measured().note == ("" if expected == "untried" else "slower: no compiler")
 
 
-def test_long_steps_are_measured_once(monkeypatch):
+def test_long_steps_are_measured_once(clock):
     made = []
 
     def run(function) -> None:
         made.append(1)
-        time.sleep(0.02)
+        clock.pass_by(6.0, 6.0)
 
-    monkeypatch.setattr(modes, "ENOUGH_SECONDS", 0.01)
     assert faster_mode(run, run, run, 1, CPU) == EAGER and len(made) == 1
-    monkeypatch.setattr(modes, "ENOUGH_SECONDS", 5.0)
-    assert faster_mode(run, run, run, 1, CPU) == EAGER and len(made) == 5
+
+    def short(function) -> None:
+        made.append(1)
+        clock.pass_by(0.02, 0.02)
+
+    assert faster_mode(run, run, short, 1, CPU) == EAGER and len(made) == 5
 
 
 @pytest.mark.slow
