@@ -1,6 +1,7 @@
 """Every test here runs the Triton kernels: on the GPU, or in the interpreter on the CPU."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,6 +33,7 @@ def rounding_interpreter() -> Iterator[None]:
     from triton.runtime import interpreter
 
     builder, tl = interpreter.InterpreterBuilder, backend.tl
+    options = interpreter.interpreter_builder.options
     cut = builder.cast_impl
 
     def cast(self, source, target):
@@ -47,6 +49,9 @@ def rounding_interpreter() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builder, "cast_impl", cast)
+        # It computes whether integers overflow, and without debug asserts nothing of it.
+        unchecked = replace(options, sanitize_overflow=False)
+        patch.setattr(interpreter.interpreter_builder, "options", unchecked)
         yield
 
 

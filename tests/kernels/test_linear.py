@@ -18,7 +18,7 @@ from kernels.swiglu_mlp import swiglu_mlp
 from tests.kernels.compare import DEVICE, DTYPES, agree, agree_in_every_tile, compiles, randn
 
 # Rows, K, and half of the weight's rows: SwiGLU's width.
-SHAPES = [((1,), 64, 40), ((17,), 100, 96), ((2, 41), 96, 256), ((100,), 512, 96)]
+SHAPES = [((1,), 64, 40), ((17,), 100, 96), ((2, 41), 96, 256), ((70,), 256, 96)]
 
 
 def tensors(rows: tuple[int, ...], K: int, N: int) -> dict[str, Tensor]:
@@ -97,11 +97,14 @@ FEED_FORWARDS += [(normed_swiglu_mlp, dtype) for dtype in (torch.float32, torch.
 @pytest.mark.parametrize(("call", "dtype"), FEED_FORWARDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_feed_forward_with_its_gradients(shape, call, dtype):
-    inputs = feed_forward(*shape)
-    agree(call, inputs, dtype)
-    for name in inputs:
-        agree(call, inputs, dtype, gradients=[name])
-    agree(call, inputs, dtype, gradients=[])
+    agree(call, feed_forward(*shape), dtype)
+
+
+@pytest.mark.parametrize(("call", "dtype"), FEED_FORWARDS)
+def test_a_feed_forward_with_the_gradients_that_are_wanted(call, dtype):
+    inputs = feed_forward((17,), 40, 24)
+    for names in (*([name] for name in inputs), []):
+        agree(call, inputs, dtype, gradients=names)
 
 
 def test_every_tile_of_a_feed_forward():
@@ -111,7 +114,7 @@ def test_every_tile_of_a_feed_forward():
     assert agree_in_every_tile(normed_swiglu_mlp, inputs, torch.bfloat16) == 11
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(M=st.integers(1, 150), K=st.integers(1, 150), inner=st.integers(1, 150))
 def test_a_feed_forward_of_any_shape(M, K, inner):
     for call in (swiglu_mlp, normed_swiglu_mlp):
@@ -150,7 +153,7 @@ def test_float16_has_no_room_for_a_product_before_its_norm():
     assert torch.isfinite(normed_swiglu_mlp(*inputs)).all()
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(M=st.integers(1, 150), K=st.integers(1, 150), N=st.integers(1, 150), eps=st.sampled_from([1e-6, 1e-2]))
 def test_any_shape(M, K, N, eps):
     agree(call_swiglu, tensors((M,), K, 2 * N), torch.float64, gradients=[])
