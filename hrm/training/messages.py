@@ -36,7 +36,7 @@ def start_line(engine: Engine, data: TrainingData) -> str:
         f"{engine.device}{ranks}{threads}, {str(engine.model.dtype).removeprefix('torch.')}, "
         f"mode {engine.mode.name}{note}; "
         f"{data.source['path']}: {examples} examples; "
-        f"{engine.total_steps:,} steps of {config.global_batch_size}"
+        f"{engine.total_steps:,} step{'s' * (engine.total_steps != 1)} of {config.global_batch_size}"
     )
 
 

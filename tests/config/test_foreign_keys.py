@@ -78,7 +78,7 @@ def test_words_whose_meaning_is_plain(word, key, value, note):
         ),
         ("data_paths_test=[a]", "data_paths_test is not a key here: leave it out; python -m hrm.evaluate"),
         ("min_eval_interval=3", "min_eval_interval is not a key here: leave it out; the first evaluation"),
-        ("freeze_weights=True", "freeze_weights is not a key here: write lr=0 puzzle_emb_lr=VALUE, which"),
+        ("freeze_weights=True", "freeze_weights is not a key here: write optimizer=adam_atan2 lr=0 puzzle"),
         (
             "arch.no_ACT_continue=maybe",
             "write arch.q_continue=false for true, arch.q_continue=true for false",
