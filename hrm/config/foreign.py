@@ -131,7 +131,7 @@ HARMLESS = frozenset(_ASIDE)
 _REMEDIES = {
     **_ASIDE,
     "dataset.evaluators": _ASIDE["evaluators"],
-    "freeze_weights": "write optimizer=adam_atan2 lr=0 puzzle_emb_lr=VALUE, which trains the puzzle embeddings "
+    "freeze_weights": "write optimizer=adam_atan2 lr=0 puzzle_emb_lr=VALUE, which trains the puzzle table "
     "alone",
     "use_muon": "write optimizer=muon",
     "optimizer_kwargs": "leave it out; beta1, beta2 and weight_decay are keys of their own",
