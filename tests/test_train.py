@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import train
 from hrm.checkpoint.read import load_checkpoint
 from hrm.training.run_folder import run_lock
+from tests.support.forked import start
 from tests.support.paths import ROOT
 from tests.support.runs import assert_same_run, metrics_of, run_main, words
 
@@ -213,16 +214,11 @@ def test_starting_anew_keeps_the_earlier_run(tiny_sudoku, tmp_path, capsys):
 def test_a_batch_that_the_ranks_do_not_divide_is_refused(tiny_sudoku, tmp_path):
     environment = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    result = subprocess.run(
-        [sys.executable, "train.py", *words(tiny_sudoku, tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "global_batch_size=8" in result.stderr and "3 ranks" in result.stderr
+    with open(tmp_path / "err", "w") as err:
+        argv = ["train.py", *words(tiny_sudoku, tmp_path)]
+        assert start(argv, {**os.environ, **environment}, stderr=err).wait() == 2
+    told = (tmp_path / "err").read_text()
+    assert "Traceback" not in told and "global_batch_size=8" in told and "3 ranks" in told
 
 
 @pytest.mark.slow

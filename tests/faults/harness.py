@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -13,10 +11,11 @@ from typing import Any, TypeVar
 
 from hrm.checkpoint.read import latest_checkpoint
 from tests.support.forked import start
-from tests.support.paths import ROOT
 
 # A bound on hangs only: nothing here takes a fraction of it, even on a busy machine.
 PATIENCE = 1800.0
+# Behind the code that runs before a program.
+AFTERWARDS = "\nimport sys; from tests.support import forked; forked.run(sys.argv[1:])"
 Found = TypeVar("Found")
 
 
@@ -28,12 +27,12 @@ class Trainer:
         argv: Sequence[str],
         *,
         program: Sequence[str] = ("train.py",),
-        prefix: Sequence[str] = (),
+        before: str = "",
         hold: int | str | None = None,
         fork: bool = True,
         **streams: Any,
     ) -> None:
-        """program: what to run in place of the trainer. prefix: a command that runs it, in a new process.
+        """program: what to run in place of the trainer. before: code that its process runs first.
 
         hold: where the trainer waits until `release`, as tests/faults/held_program.py has it. streams: those
         that Popen takes; without any, `out` and `err` are read from files. fork: whether a
@@ -45,13 +44,11 @@ class Trainer:
         if hold is not None:
             program = ("-m", "tests.faults.held_program", str(hold), str(self._gate))
         words = [*program, *argv]
+        if before:
+            words = ["-c", before + AFTERWARDS, *words]
         with open(self._out, "wb") as out, open(self._err, "wb") as err:
             streams = streams or {"stdout": out, "stderr": err}
-            if prefix:
-                command = [*prefix, sys.executable, *words]
-                self.process = subprocess.Popen(command, cwd=ROOT, **streams)
-            else:
-                self.process = start(words, fork=fork, **streams)
+            self.process = start(words, fork=fork, **streams)
 
     def wait_until_held(self) -> None:
         self.wait_for(self._gate.with_suffix(".held").exists)

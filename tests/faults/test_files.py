@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import train
+from hrm.checkpoint.read import latest_checkpoint
 from tests.faults.harness import resumed_step
 from tests.support.runs import assert_same_run, run_main, words
 
@@ -69,12 +70,15 @@ def test_a_damaged_file_of_the_newest_checkpoint_costs_that_one_alone(
     copy, whole, capsys, name: str, damage: Callable[[Path], None]
 ):
     damage(copy / "step_24" / name)
-    status, out, err = run_main(*resumption(copy), capsys=capsys)
-    assert status == 0, err
-    assert resumed_step(out) == 12
-    (told,) = [line for line in out.splitlines() if str(copy / "step_24" / name) in line]
+    found, notes = latest_checkpoint(copy)
+    assert found == copy / "step_12"
+    (told,) = [line for line in notes if str(copy / "step_24" / name) in line]
     assert "use a" in told and ("missing" if damage is Path.unlink else "damaged") in told, told
-    assert_same_run(whole, copy)
+    # Every file and every damage once.
+    if FILES.index(name) == DAMAGES.index(damage):
+        status, out, err = run_main(*resumption(copy), capsys=capsys)
+        assert status == 0 and resumed_step(out) == 12 and told in out, err
+        assert_same_run(whole, copy)
 
 
 def test_without_a_good_checkpoint_a_run_is_refused_and_left_as_it_is(copy, capsys):

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -113,11 +112,7 @@ def test_a_signal_after_which_nothing_is_left_to_do_ends_as_if_none_had_come(tin
 
 
 # The terminal on its standard input becomes its own, as a login's is.
-LOGIN = """
-import fcntl, os, sys, termios
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-os.execv(sys.argv[1], sys.argv[1:])
-"""
+LOGIN = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
 
 
 def test_a_terminal_that_closes_ends_the_run_with_a_checkpoint(tiny_sudoku, tmp_path, whole):
@@ -125,7 +120,7 @@ def test_a_terminal_that_closes_ends_the_run_with_a_checkpoint(tiny_sudoku, tmp_
     argv = words(tiny_sudoku, tmp_path, *LONG, "run_name=r")
     ours, its = os.openpty()
     streams = {"stdin": its, "stdout": its, "stderr": its, "start_new_session": True}
-    with Trainer(argv, prefix=[sys.executable, "-c", LOGIN], hold=4, **streams) as trainer:
+    with Trainer(argv, before=LOGIN, hold=4, **streams) as trainer:
         os.close(its)
         trainer.wait_until_held()
         os.close(ours)

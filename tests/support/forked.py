@@ -92,6 +92,12 @@ def start(
     return subprocess.Popen([sys.executable, *words], cwd=ROOT, env=env, **options)
 
 
+def popen(command: Sequence[str], *, env: Mapping[str, str], stdout: Stream, **_: Any) -> Any:
+    """`start` in place of `subprocess.Popen` for a Python program with no input and one output."""
+    with open(os.devnull) as nothing:
+        return start(command[1:], env, stdin=nothing, stdout=stdout, stderr=stdout)
+
+
 def _read_at_load(env: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in env.items() if name.startswith(READ_AT_LOAD)}
 
@@ -148,6 +154,8 @@ def become(env: Mapping[str, str]) -> None:
     """Takes an environment, and otherwise the state of a process that has just started."""
     os.environ.clear()
     os.environ.update(env)
+    paths = env.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:0] = [path for path in paths if path and path not in sys.path]
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
     for number in signal.valid_signals():
