@@ -1,8 +1,9 @@
 """The tests of model, engine, programs, modes and kernels under each version of PyTorch.
 
 `make versions` runs them for one version after the other and writes bench/results/versions.json after
-each file; the same command continues after a cut. Each version has an environment of its own, which is kept,
-with the Triton that it requires. The row of a version that cannot be installed gives the cause.
+each file; the same command continues after a cut. A result is kept with its commit until a newer one
+replaces it. Each version has an environment of its own, which is kept, with the Triton that it requires. The
+row of a version that cannot be installed gives the cause.
 """
 
 import argparse
@@ -32,6 +33,9 @@ TESTS = (
     "tests/engine/test_modes.py",
     "tests/kernels",
 )
+# What these tests run: another commit that leaves it as it is makes no result old.
+SOURCES = ("hrm", "kernels", "train.py", "bench/implementations.py", "pyproject.toml")
+SOURCES += ("tests/conftest.py", "tests/support", *TESTS)
 # Triton 3.6's interpreter fails with numpy 2.4 in loops whose bounds are known at run time only.
 NUMPY = {"2.10": "numpy<2.4", "2.11": "numpy<2.4"}
 # What the tests need besides PyTorch, which brings its Triton.
@@ -120,26 +124,29 @@ def result_under(python: Path, file: str, minutes: float) -> dict[str, Any]:
 
 
 def conditions() -> dict[str, Any]:
-    """The sources and the machine. changed: whether the sources differ from the commit's."""
+    """The machine, and the last commit of the sources. changed: whether the sources differ from it."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(ROOT), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/bench/results")
-    return {"processor": processor(), "commit": git("rev-parse", "HEAD"), "changed": bool(changed)}
+    commit = git("log", "-1", "--format=%H", "--", *SOURCES)
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *SOURCES)
+    return {"processor": processor(), "commit": commit, "changed": bool(changed)}
 
 
-def totals(files: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The sums over the files of a row, and the files that are still to be run."""
-    sums = {name: sum(found.get(name, 0) for found in files.values()) for name in (*OUTCOMES, "seconds")}
-    return {**sums, "to_run": [file for file in suite() if file not in files], "files": files}
+def totals(files: dict[str, dict[str, Any]], commit: str) -> dict[str, Any]:
+    """The sums over a row's results of a commit, the files without one, and the results of any commit."""
+    now = {file: found for file, found in files.items() if found["commit"] == commit}
+    sums = {name: sum(found.get(name, 0) for found in now.values()) for name in (*OUTCOMES, "seconds")}
+    return {**sums, "to_run": [file for file in suite() if file not in now], "files": files}
 
 
 def row(version: str, folder: Path, minutes: float, only: Sequence[str] = ()) -> dict[str, Any]:
     """One version's row, which is kept after each file. only: beginnings of the names of files, () for all.
 
-    Files that the kept row has for the same unchanged commit, processor and packages are not run again.
+    Files with a result of the same commit, without changes, are not run again. Results of another commit stay
+    until then, those of another processor or of other packages do not.
     """
     common = {"version": version, **conditions()}
     try:
@@ -148,15 +155,18 @@ def row(version: str, folder: Path, minutes: float, only: Sequence[str] = ()) ->
         found = {**common, "fault": str(error)}
         keep(found)
         return found
-    common |= installed(python)
+    packages, commit, changed = installed(python), common["commit"], common["changed"]
+    common |= packages
     old = next((each for each in kept() if each["version"] == version), {})
-    same = not common["changed"] and all(old.get(name) == value for name, value in common.items())
-    files = dict(old["files"]) if same else {}
+    same = all(old.get(name) == common[name] for name in ("processor", *packages))
+    files = {file: old["files"][file] for file in suite() if same and file in old.get("files", {})}
     for file in suite():
-        if file.startswith(tuple(only) or "") and (file not in files or "fault" in files[file]):
-            files[file] = result_under(python, file, minutes)
-        keep({**common, **totals(files)})
-    return {**common, **totals(files)}
+        found = files.get(file, {"fault": "never ran"})
+        whole = "fault" not in found and found["commit"] == commit and not (changed or found["changed"])
+        if file.startswith(tuple(only) or "") and not whole:
+            files[file] = {**result_under(python, file, minutes), "commit": commit, "changed": changed}
+        keep({**common, **totals(files, commit)})
+    return {**common, **totals(files, commit)}
 
 
 def kept() -> list[dict[str, Any]]:
@@ -179,9 +189,10 @@ def faults(found: dict[str, Any]) -> list[str]:
     """Why a row does not show that its version is supported, [] if it does."""
     if "fault" in found:
         return [found["fault"]]
-    lines = [f"{file}: {each['fault']}" for file, each in found["files"].items() if "fault" in each]
-    lines += [f"{file}::{name}" for file, each in found["files"].items() for name in each.get("failures", [])]
-    return lines + [f"{file} did not run" for file in found["to_run"]]
+    ran = {file: each for file, each in found["files"].items() if file not in found["to_run"]}
+    lines = [f"{file}: {each['fault']}" for file, each in ran.items() if "fault" in each]
+    lines += [f"{file}::{name}" for file, each in ran.items() for name in each.get("failures", [])]
+    return lines + [f"{file} did not run on commit {found['commit'][:7]}" for file in found["to_run"]]
 
 
 def main(argv: list[str] | None = None) -> int:

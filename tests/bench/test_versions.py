@@ -38,7 +38,7 @@ def test_a_file_runs_under_the_given_python(tmp_path):
 
 
 def test_a_cut_costs_one_file(monkeypatch, tmp_path):
-    """Files that are kept for the same commit run no more; one that failed to end does."""
+    """Files that have a result of this commit run no more; one that failed to end does."""
     asked: list[str] = []
     ends = {"tests/b.py": {"fault": "slow"}, "tests/c.py": None}
     now = {"processor": "p", "commit": "a", "changed": False}
@@ -58,7 +58,7 @@ def test_a_cut_costs_one_file(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         row("2.11", tmp_path, 1)
     (cut,) = versions.kept()
-    assert faults(cut) == ["tests/b.py: slow", "tests/c.py did not run"]
+    assert faults(cut) == ["tests/b.py: slow", "tests/c.py did not run on commit a"]
     ends.clear()
     asked.clear()
     whole = row("2.11", tmp_path, 1)
@@ -66,11 +66,15 @@ def test_a_cut_costs_one_file(monkeypatch, tmp_path):
     assert (whole["passed"], whole["skipped"], whole["seconds"]) == (3, 6, 9)
     asked.clear()
     now["commit"] = "b"
-    assert faults(row("2.11", tmp_path, 1, ["tests/b"])) == [
-        "tests/a.py did not run",
-        "tests/c.py did not run",
-    ]
-    assert asked == ["tests/b.py"]
+    newer = row("2.11", tmp_path, 1, ["tests/b"])
+    assert asked == ["tests/b.py"] and newer["passed"] == 1
+    assert faults(newer) == [f"tests/{name}.py did not run on commit b" for name in "ac"]
+    assert [each["commit"] for each in newer["files"].values()] == ["a", "b", "a"]
+    asked.clear()
+    now["changed"] = True
+    row("2.11", tmp_path, 1, ["tests/b"])
+    now["changed"] = False
+    assert not faults(row("2.11", tmp_path, 1)) and asked == ["tests/b.py", *versions.TESTS]
 
 
 def test_rows_replace_those_of_their_version_in_the_order_of_versions(monkeypatch, tmp_path):

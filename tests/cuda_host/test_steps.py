@@ -25,6 +25,7 @@ CASES = {
     "hierarchical gates, accumulation, clipping, average": (
         "gated arch.gating_type=hierarchical gradient_accumulation=2 grad_clip=1.0 ema=true"
     ),
+    "quick, Muon": "gated arch.hidden_size=64 arch.num_heads=4 arch.pos_encodings=learned optimizer=muon",
     "feudal": "feudal",
     "trm, shared levels": "trm arch.H_cycles=2 arch.L_cycles=1 arch.L_layers=1",
     "mixer, shared levels": f"trm {ONE_CYCLE} arch.mlp_t=true",
