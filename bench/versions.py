@@ -34,8 +34,10 @@ TESTS = (
     "tests/kernels",
 )
 # What these tests run: another commit that leaves it as it is makes no result old.
-SOURCES = ("hrm", "kernels", "train.py", "bench/implementations.py", "pyproject.toml")
-SOURCES += ("tests/conftest.py", "tests/support", *TESTS)
+SOURCES = (
+    *("hrm", "kernels", "train.py", "bench/implementations.py", "pyproject.toml"),
+    *("tests/conftest.py", "tests/support", *TESTS),
+)
 # Triton 3.6's interpreter fails with numpy 2.4 in loops whose bounds are known at run time only.
 NUMPY = {"2.10": "numpy<2.4", "2.11": "numpy<2.4"}
 # What the tests need besides PyTorch, which brings its Triton.

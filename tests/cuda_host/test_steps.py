@@ -60,7 +60,9 @@ def check(steps, config, engine: Engine, cells: int = 81) -> None:
 
     assert steps.custom_launches() == rehearsed_launches(config, cells)
     products = [r for r in steps.nodes if r.kind == "kernel" and r.origin == "library"]
-    assert all(r.facts["exact_sums"] for r in products if r.facts["type"] == BFLOAT16)
+    inexact = [r for r in products if r.facts["type"] == BFLOAT16 and not r.facts["exact_sums"]]
+    # PyTorch applies this rule to no batched product; only Newton-Schulz steps have some.
+    assert all(r.part == "optimiser" and r.facts["batch"] > 1 for r in inexact)
     assert not misaligned(steps.nodes, engine)
 
 
