@@ -11,7 +11,7 @@ from hrm.engine.engine import Engine
 from tests.support.runs import metrics_of, words
 from tests.support.torchrun import PROGRAM, torchrun
 
-RUN = ["max_steps=50", "epochs=20", "log_interval=1"]
+RUN = ["max_steps=24", "epochs=20", "log_interval=1"]
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,8 @@ def trained(tiny_sudoku, out):
             if ranks == 1:
                 assert train.main(argv) == 0
             else:
-                # The plain case starts new processes, each with its own hash seed.
-                ended = torchrun(ranks, "train.py", *argv, fork=bool(more) or ranks != 2)[0]
+                # The variant starts new processes, each with its own hash seed.
+                ended = torchrun(ranks, "train.py", *argv, fork=not more)[0]
                 assert ended.status == 0, ended.text
         return folder
 
@@ -49,15 +49,15 @@ VARIANT = (
     "loss.gate_saturation_weight=0.1",
     "loss.gate_stability_weight=0.1",
     "loss.gate_loss_warmup_steps=10",
-    "loss.gate_loss_ramp_steps=20",
+    "loss.gate_loss_ramp_steps=10",
     "ema=true",
     "grad_clip=1",
 )
 
 
-@pytest.mark.parametrize(("ranks", "more"), [(2, ()), (4, ()), (2, VARIANT)], ids=["2", "4", "2-variant"])
+@pytest.mark.parametrize(("ranks", "more"), [(4, ()), (2, VARIANT)], ids=["4", "2-variant"])
 def test_ranks_train_what_one_rank_trains(tiny_sudoku, out, trained, ranks, more):
-    """Over 50 steps, to 1e-6: gradients are summed in another order, the batches are the same."""
+    """Over 24 steps, to 1e-6: gradients are summed in another order, the batches are the same."""
     runs = [trained(1, *more), trained(ranks, *more)]
     for mine, theirs in zip(*map(metrics_of, runs), strict=True):
         losses = {name for name in mine if name.endswith("loss")}
@@ -80,7 +80,7 @@ def test_ranks_train_what_one_rank_trains(tiny_sudoku, out, trained, ranks, more
             {n: mine[n] for n in losses}, rel=1e-6, abs=1e-7
         )
     one, many = map(load_checkpoint, runs)
-    assert one.step == many.step == 50 and one.weights.keys() == many.weights.keys()
+    assert one.step == many.step == 24 and one.weights.keys() == many.weights.keys()
     for name, tensor in one.weights.items():
         torch.testing.assert_close(many.weights[name], tensor, rtol=1e-6, atol=1e-6)
     assert one.extra.keys() == many.extra.keys() == ({"ema.safetensors"} if more else set())
@@ -127,19 +127,19 @@ def recorded(tiny_sudoku, out, tmp_path, monkeypatch):
 def test_a_run_goes_on_by_any_number_of_ranks(recorded):
     """From 1 rank to 2, to 4, to 1, and from 2 to 1, against 1 throughout: the same batches bit for bit.
 
-    The weights to 2e-6 after 48 steps, for gradients are summed in another order.
+    The weights to 2e-6 after 24 steps, for gradients are summed in another order.
     """
-    whole, batches = recorded("whole", 1, 48)
+    whole, batches = recorded("whole", 1, 24)
     passed: list[list[torch.Tensor]] = []
     for part, ranks in enumerate((1, 2, 4, 1), start=1):
-        folder, more = recorded("handed-on", ranks, 12 * part)
+        folder, more = recorded("handed-on", ranks, 6 * part)
         passed += more
-    branch, more = recorded("branch", 1, 48, f"resume={folder}/step_24")
-    for mine, theirs in [*zip(passed, batches, strict=True), *zip(more, batches[24:], strict=True)]:
+    branch, more = recorded("branch", 1, 24, f"resume={folder}/step_12")
+    for mine, theirs in [*zip(passed, batches, strict=True), *zip(more, batches[12:], strict=True)]:
         assert all(torch.equal(*pair) for pair in zip(mine, theirs, strict=True))
     one = load_checkpoint(whole)
     for many in map(load_checkpoint, (folder, branch)):
-        assert one.step == many.step == 48
+        assert one.step == many.step == 24
         for name, tensor in one.weights.items():
             torch.testing.assert_close(many.weights[name], tensor, rtol=2e-6, atol=2e-6)
         for name in ("inputs", "labels", "puzzle_identifiers", "steps", "halted"):

@@ -12,7 +12,7 @@ from hrm.engine import engine as engine_module
 from hrm.engine.compilation import TIMES, Compilation
 from hrm.engine.modes import COMPILE
 from hrm.training.signals import INTERRUPT
-from tests.support.engines import all_state, batches, make_config, make_engine
+from tests.support.engines import assert_same_state, batches, make_config, make_engine
 
 
 @pytest.fixture(autouse=True)
@@ -123,5 +123,4 @@ def test_a_stop_while_the_step_compiles_changes_no_state(monkeypatch):
     assert engine.step == 0
     for each in (engine, untouched):
         each.train_step(batch)
-    ours, theirs = all_state(engine), all_state(untouched)
-    assert [name for name in theirs if not ours[name].equal(theirs[name])] == []
+    assert_same_state(engine, untouched)

@@ -36,8 +36,12 @@ class Calls(Observer):
         self.seen.append((self.regions[-1] if self.regions else "", launch.kernel.__name__))
 
 
+# Nothing here depends on how often a layer or a cycle is repeated.
+FEW = dict.fromkeys(("arch.H_layers", "arch.L_layers", "arch.H_cycles", "arch.L_cycles"), 1)
+
+
 def full(arch: str, **changes: Any) -> Config:
-    words = {"preset": "full", "device": "cpu", "global_batch_size": 8, **changes}
+    words = {"preset": "full", "device": "cpu", "global_batch_size": 8, **FEW, **changes}
     return parse_args(["--arch", arch, *(f"{key}={value}" for key, value in words.items())])
 
 
@@ -83,12 +87,11 @@ def test_a_step_runs_the_kernels_of_the_device_in_its_ranges():
     assert ("head and loss", "_lm_head_forward_kernel") in gated
     assert ("backward", "_gate_mix_backward_kernel") in gated
     assert ("optimiser", "_adam_atan2_kernel") in gated and ("optimiser", "_sign_sgd_kernel") in gated
-    # auto is bfloat16 on CUDA, where SwiGLU lies in its product in all 48 blocks.
+    # auto is bfloat16 on CUDA, where SwiGLU lies in its product in all 4 blocks.
     assert second_step(full("gated")).seen == gated
     names = [name for _, name in gated]
-    assert (
-        names.count("_attention_backward_kernel") == 8 and names.count("_linear_swiglu_forward_kernel") == 48
-    )
+    assert names.count("_attention_backward_kernel") == 2
+    assert names.count("_linear_swiglu_forward_kernel") == 4
     wide = [name for _, name in second_step(full("v1", dtype="float32")).seen]
     assert "_rms_norm_forward_kernel" in wide and "_linear_swiglu_forward_kernel" not in wide
     on_cpu = [name for _, name in second_step(full("v1"), torch.device("cpu")).seen]

@@ -16,7 +16,7 @@ from hrm.engine.engine import Engine
 from hrm.engine.modes import COMPILE, EAGER
 from hrm.model.act import Carry
 from kernels import backend
-from tests.support.engines import B, all_state, batches, make_config, make_engine
+from tests.support.engines import B, all_state, assert_same_state, batches, make_config, make_engine
 
 
 def test_training_learns_and_replaces_sequences():
@@ -55,9 +55,7 @@ def test_a_restored_engine_goes_on_bit_for_bit(arch):
     resumed.load_training_state(saved[1])
     for _, batch in source[10:]:
         resumed.train_step(batch)
-    ours, theirs = all_state(resumed), all_state(straight)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert_same_state(resumed, straight)
     assert resumed.pop() == straight.pop() and resumed.step == 20
 
 
@@ -220,8 +218,7 @@ def test_implementations_that_cannot_run_are_refused_before_the_first_step(monke
 def test_measuring_a_mode_changes_nothing():
     measured, untouched = make_engine(make_config(mode="auto")), make_engine()
     assert measured.mode == EAGER
-    ours, theirs = all_state(measured), all_state(untouched)
-    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    assert_same_state(measured, untouched)
     assert not measured.parameters.grad.any() and measured.step == 0
     batch = next(batches())
     for engine in (measured, untouched):

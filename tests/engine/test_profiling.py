@@ -18,7 +18,7 @@ from tests.support.engines import batches, make_config, make_engine
 PARTS = {"step", "data", "forward", "backward", "optimiser"}
 INNER = {"H cycle 0", "H cycle 1", "Q head", "head and loss", "target pass"}
 INNER |= {f"H cycle {i}, L cycle {j}" for i in (0, 1) for j in (0, 1)}
-
+CYCLES = {"H_cycles": 2, "L_cycles": 2}
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -41,7 +41,7 @@ def ranges(tmp_path):
 
 def test_torch_writes_a_trace_and_a_table_of_the_steps_asked_for(tmp_path):
     said: list[str] = []
-    profiled(make_config(profile="torch", profile_after=2, profile_steps=3), tmp_path, said=said)
+    profiled(make_config(CYCLES, profile="torch", profile_after=2, profile_steps=3), tmp_path, said=said)
     names = ranges(tmp_path)
     assert set(names) >= PARTS | INNER
     assert names.count("step") == names.count("target pass") == 3
@@ -85,7 +85,7 @@ def test_nvidias_profilers_see_the_steps_between_their_marks(kind, tmp_path, mon
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda.profiler, "start", lambda: seen.append("start"))
     monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: seen.append("stop"))
-    config = make_config(profile=kind, profile_after=1, profile_steps=2)
+    config = make_config(CYCLES, profile=kind, profile_after=1, profile_steps=2)
     profiled(config, tmp_path, CUDA, steps=5)
     assert seen[0] == "start" and seen[-1] == "stop" and seen.count("step") == 2
     assert set(seen) >= PARTS | INNER

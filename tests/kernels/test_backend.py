@@ -73,10 +73,6 @@ def in_process(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
 def test_the_environment_makes_the_first_choice():
     code = "import kernels; print(kernels.get_backend())"
     assert in_process(code, HRM_KERNELS="reference").stdout == "reference\n"
-    wrong = in_process(
-        "import kernels, torch; kernels.rms_norm(x := torch.zeros(2, 2), x)", HRM_KERNELS="fast"
-    )
-    assert "HRM_KERNELS: expected one of auto, triton, reference, got 'fast'" in wrong.stderr
 
 
 def test_without_triton_everything_imports_and_runs_its_reference():

@@ -32,6 +32,8 @@ def make_config(arch: dict[str, Any] | None = None, **changes: Any) -> Config:
         "expansion": 2.0,
         "H_layers": 1,
         "L_layers": 1,
+        "H_cycles": 1,
+        "L_cycles": 1,
         "halt_max_steps": 4,
         "use_gating": True,
         **(arch or {}),
@@ -58,3 +60,10 @@ def all_state(engine: Engine) -> dict[str, torch.Tensor]:
         f"{k}.{n}": t for k, views in state["optimizer"].items() if k != "count" for n, t in views.items()
     }
     return {**engine.weights(), **state["carry"], **moments}
+
+
+def assert_same_state(one: Engine, other: Engine) -> None:
+    """Bit for bit."""
+    ours, theirs = all_state(one), all_state(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []

@@ -12,6 +12,7 @@ from hrm.checkpoint.read import load_checkpoint
 
 SMALL = ["arch.hidden_size=32", "arch.num_heads=2", "arch.H_layers=1", "arch.L_layers=1"]
 SMALL += ["arch.expansion=1", "arch.halt_max_steps=3", "global_batch_size=8", "mode=eager", "device=cpu"]
+SMALL += ["arch.H_cycles=1", "arch.L_cycles=1"]
 SMALL += ["lr=1e-3", "lr_warmup_steps=5", "log_interval=2", "epochs=8", "eval_interval=2"]
 WALL_CLOCK = ("train/seconds_per_step", "train/samples_per_second")
 

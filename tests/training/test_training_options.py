@@ -13,7 +13,7 @@ from hrm.engine.step_metrics import GATE_STATISTICS, GATES
 from hrm.model.act import act_step, replace_halted
 from hrm.model.gating import gate_statistics
 from hrm.training import resume
-from tests.support.engines import B, all_state, batches, make_config, make_engine
+from tests.support.engines import B, all_state, assert_same_state, batches, make_config, make_engine
 from tests.support.runs import assert_same_run, metrics_of, run_main, words
 
 
@@ -30,8 +30,7 @@ def test_the_average_of_the_weights_is_kept_evaluated_and_saved():
     for name, tensor in averaged.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7)
     # The weights themselves are those of the run without.
-    ours, theirs = all_state(engine), all_state(reference)
-    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    assert_same_state(engine, reference)
 
     source = [("all", next(batches(1)), B)]
     raw = engine.evaluate(source)
@@ -74,7 +73,7 @@ def test_a_long_gradient_is_scaled_to_the_limit():
 
 
 def test_gates_are_logged_as_a_step_has_them(monkeypatch):
-    engine = make_engine(make_config({"halt_max_steps": 2}))
+    engine = make_engine(make_config({"H_cycles": 2, "L_cycles": 2, "halt_max_steps": 2}))
     for _, batch in zip(range(5), batches(), strict=False):
         engine.train_step(batch)
     state = {name: tensor.clone() for name, tensor in all_state(engine).items()}
@@ -121,12 +120,11 @@ def test_puzzle_embeddings_are_seen_to_move():
     assert "puzzle_emb_norm" not in run_metrics(make_config({"puzzle_emb_ndim": 0}))
 
 
-STAGES = "stages=[{halt_max_steps: 2, epochs: 4}, {halt_max_steps: 3, H_cycles: 1, epochs: 2}, {epochs: 2}]"
+STAGES = "stages=[{halt_max_steps: 2, epochs: 4}, {halt_max_steps: 3, H_cycles: 2, epochs: 2}, {epochs: 2}]"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cut", [20, 30])
-def test_a_run_in_stages_grows_its_steps_and_resumes_in_each(tiny_sudoku, tmp_path, capsys, cut):
+def test_a_run_in_stages_grows_its_steps_and_resumes_in_each(tiny_sudoku, tmp_path, capsys):
     """Stages end after 24, 36 and 48 steps; cut off within the first and within the second."""
     more = [STAGES, "arch.halt_max_steps=4", "arch=feudal", "ema=true"]
     argv = [word for word in words(tiny_sudoku, tmp_path, *more) if not word.startswith("epochs=")]
@@ -139,18 +137,19 @@ def test_a_run_in_stages_grows_its_steps_and_resumes_in_each(tiny_sudoku, tmp_pa
     assert steps == {12: 2, 24: 2, 36: 3, 48: 4}
     most = [line["train/steps"] for line in metrics_of(whole) if "train/steps" in line]
     assert max(most[:12]) <= 2 < max(most[12:])
-    assert run_main(*argv, "run_name=cut", f"max_steps={cut}", capsys=capsys)[0] == 0
-    status, out, _ = run_main(*argv, "run_name=cut", capsys=capsys)
-    assert status == 0 and f"at step {cut}" in out
-    cut_run, whole_run = load_checkpoint(whole.with_name("cut")), load_checkpoint(whole)
-    assert cut_run.step == whole_run.step == 48
-    for name, tensor in whole_run.weights.items():
-        assert torch.equal(cut_run.weights[name], tensor), name
-    for name, tensor in whole_run.extra["ema.safetensors"].items():
-        assert torch.equal(cut_run.extra["ema.safetensors"][name], tensor), name
+    for cut in (20, 30):
+        assert run_main(*argv, f"run_name=cut-{cut}", f"max_steps={cut}", capsys=capsys)[0] == 0
+        status, out, _ = run_main(*argv, f"run_name=cut-{cut}", capsys=capsys)
+        assert status == 0 and f"at step {cut}" in out
+        cut_run, whole_run = load_checkpoint(whole.with_name(f"cut-{cut}")), load_checkpoint(whole)
+        assert cut_run.step == whole_run.step == 48
+        for name, tensor in whole_run.weights.items():
+            assert torch.equal(cut_run.weights[name], tensor), name
+        for name, tensor in whole_run.extra["ema.safetensors"].items():
+            assert torch.equal(cut_run.extra["ema.safetensors"][name], tensor), name
     # Without stages it is another run.
     words_now = [word for word in argv if word != STAGES]
-    status, _, error = run_main(*words_now, "epochs=8", "run_name=cut", capsys=capsys)
+    status, _, error = run_main(*words_now, "epochs=8", "run_name=cut-20", capsys=capsys)
     assert status == 2 and "stages was" in error and "is now 'unset'" in error
 
 
