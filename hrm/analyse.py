@@ -272,7 +272,10 @@ def opened(
         study.examples = read_examples(dataset, taken)
         study.batch_size = min(batch_size, len(study.examples))
         say(f"{len(study.examples)} puzzles fit into max_seconds={config.max_seconds:g}")
-    facts.append(f"{len(study.examples):,} puzzles of the split {config.split}, seed {config.seed}")
+    facts.append(
+        f"{len(study.examples):,} puzzles of the split {config.split}, of kind {study.kind.name}, "
+        f"{study.kind.rows}x{study.kind.cols} cells; drawn by seed {config.seed}"
+    )
     return study, facts
 
 

@@ -60,13 +60,14 @@ def depth(study: Study) -> Finding:
     for step in milestones(study):
         cells = study.examples.cells_right(deep["predictions"][:, step - 1]).mean(axis=1)
         exact, own = share_of(right[:, step - 1]), change_of(trained, right[:, step - 1])
-        rows.append([f"{step}", percent(exact), percent(share_of(cells)), points(own)])
+        against = "-" if step == M else points(own)
+        rows.append([f"{step}", percent(exact), percent(share_of(cells)), against])
         numbers[f"{step}"] = {"exact": exact._asdict(), "cells": share_of(cells)._asdict()}
     table = Table(
         "Accuracy by ACT steps",
-        ["ACT steps", "puzzles solved", "cells right", f"points against {M} steps"],
+        ["ACT steps", "puzzles solved", "cells right, clues too", f"points against {M} steps"],
         rows,
-        f"Solved at some step: {percent(ever)}. In brackets the 95 % interval over the puzzles.",
+        f"Solved at one of the {last} steps or more: {percent(ever)}.",
     )
     x = drawn_steps(last)
     shares = [share_of(right[:, step - 1]) for step in x]
@@ -95,15 +96,15 @@ def settling(study: Study) -> Finding:
         numbers[name] = {"steps": of_group, "answer_kept": share_of(kept[mask])._asdict()}
     held = ", ".join(f"{percent(share_of(kept[mask]))} of the {name} ones" for name, mask in groups.items())
     moves = " and ".join(
-        f"{number(mean_of(deep['drift_H'][mask, M - 1]))} in puzzles that are {name}"
+        f"{number(mean_of(deep['drift_H'][mask, M - 1]))} in the {int(mask.sum()):,} {name} puzzles"
         for name, mask in groups.items()
     )
     settles = float(np.median(at_end)) < 0.01
     sentence = (
         f"In step {M} the state z_H moves by {moves} (1 is the size of a state). "
         f"From step {M} to {last} the answer never changes for {held}. "
-        f"After {last} steps the median puzzle moves by {np.median(at_end):.2g} a step, so its state "
-        f"{'settles' if settles else 'keeps moving'}."
+        f"In step {last} half of the puzzles move by {np.median(at_end):.2g} or less, so their states "
+        f"{'settle' if settles else 'keep moving'}."
     )
     note = (
         "Root mean square over tokens and channels of the change in one ACT step. Right and wrong: the "
@@ -173,12 +174,13 @@ def cells(study: Study) -> Finding:
     dropped = share_of(solved.any(axis=1) & ~solved[:, -1])
     sentence = (
         f"Of the open cells {100 * share[0]:.1f} % are right after step 1 and {100 * share[-1]:.1f} % after "
-        f"step {M}; step {early} reaches 99 % of that. A cell is right for good from step {number(when)} on "
-        f"average, and {percent(dropped)} of the puzzles are solved at some step and wrong at step {M}."
+        f"step {M}; step {early} is the first with 99 % of that share. An open cell is right for good from "
+        f"step {number(when)} on average, and {percent(dropped)} of the puzzles are solved at some step and "
+        f"wrong at step {M}."
     )
     note = (
         "Open cells: those whose answer the puzzle does not show. A cell that ends wrong counts as step "
-        f"{M + 1}."
+        f"{M + 1}. Boards: each cell over the puzzles in which it is open."
     )
     table = Table(
         "Becoming right", ["ACT step", "open cells right", "solved", "newly solved", "lost"], rows, note
@@ -226,16 +228,16 @@ def trajectories(study: Study) -> Finding:
         rows.append([name, f"{int(mask.sum())}", *(number(each) for each in parts.values())])
         numbers[name] = {key: each._asdict() for key, each in parts.items()}
     steps = points_each - 1
-    told = " and ".join(f"{row[4]} times the direct way for {row[0]} answers" for row in rows)
+    told = " and ".join(f"{row[4]} times as long for {row[1]} {row[0]} answers" for row in rows)
     sentence = (
         f"Two components hold {100 * shares.sum():.0f} % of the variance of {n} trajectories of z_H over "
-        f"{steps} steps; a state travels {told}."
+        f"{steps} steps. The way of a state, against the straight line from its start to its end, is {told}."
     )
     note = (
-        f"Distances in the {F:,} numbers of z_H. A detour of 1 is a straight line. Half of the puzzles "
-        "are wrong ones where there are as many, so they are no fair sample."
+        f"Distances in the {F:,} numbers of z_H. Detour: the way over the straight line. All start at one "
+        "point. Up to half of the sample are wrong answers, which is more than their share of the puzzles."
     )
-    table = Table("Trajectories", ["answer", "puzzles", "way", "from start to end", "detour"], rows, note)
+    table = Table("Trajectories", ["answer", "puzzles", "way", "straight line", "detour"], rows, note)
     drawing = figures.plane("z_H in its principal plane", paths, right, M, shares)
     numbers["variance"] = [float(each) for each in shares]
     return Finding(sentence, table, [drawing], numbers)

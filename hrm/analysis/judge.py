@@ -47,19 +47,19 @@ def q_halt(study: Study) -> Finding:
     believed = deep["q_halt"][:, M - 1] >= 0
     false_trust = share_of(~trained[believed])
     excess = found.excess
-    trust = f"Of the answers that it holds right, {percent(false_trust)} are wrong."
+    trust = f"Of the {int(believed.sum()):,} answers that it holds right, {percent(false_trust)} are wrong."
     if not believed.any():
         trust = "It holds no answer right."
     judged = (
-        "no more than a calibrated judge shows by chance"
+        f"not shown to exceed the {100 * found.by_chance:.1f} % of a calibrated judge by chance"
         if excess.low == 0
         else f"{percent(excess)} more than a calibrated judge shows by chance"
     )
     sentence = (
-        f"After {M} steps q_halt claims {100 * sure.mean():.1f} % right and {100 * trained.mean():.1f} % "
-        f"are. Its calibration error (ECE) is {100 * found.error:.1f} %, {judged}. {trust} Halting by it "
-        f"takes {number(taken)} of {M} steps, which saves {100 * saved:.0f} %, and changes the accuracy by "
-        f"{points(cost)} points."
+        f"On the plain path q_halt's mean confidence after {M} steps is {100 * sure.mean():.1f} %, and "
+        f"{100 * trained.mean():.1f} % are right. Its calibration error (ECE) is {100 * found.error:.1f} %, "
+        f"{judged}. {trust} Halting by it takes {number(taken)} of {M} steps, which saves "
+        f"{100 * saved:.0f} %, and changes the accuracy by {points(cost)} points."
     )
     rows = []
     for place in np.flatnonzero(found.counts):
@@ -76,7 +76,8 @@ def q_halt(study: Study) -> Finding:
     note = (
         f"ECE {100 * found.error:.2f} %; a calibrated judge with the same confidences shows "
         f"{100 * found.by_chance:.2f} % by chance; beyond chance {percent(excess, 2)}. A right answer ranks "
-        f"above a wrong one in {'-' if np.isnan(rank) else f'{100 * rank:.1f} %'} of the pairs (AUROC)."
+        f"above a wrong one in {'-' if np.isnan(rank) else f'{100 * rank:.1f} %'} of the pairs (AUROC, over "
+        f"{int((~trained).sum()):,} wrong answers). It holds an answer right from a confidence of 50 %."
     )
     table = Table("Confidence and accuracy", ["sigmoid(q_halt)", "puzzles", "mean", "right"], rows, note)
     shares = {"all steps": share_of(trained), "halting by q_halt": share_of(halted)}

@@ -18,7 +18,7 @@ GATES = tuple(f"{level}, {source}" for level in "LH" for source in ("primary", "
 MEANINGS = {
     "1 H-cycle": "one H-update in an ACT step, after one round of L-updates",
     "1 L-cycle": "one L-update before each H-update",
-    "H frozen": "L never sees a change of H, which only reads the answer out",
+    "H frozen": "L never sees a change of z_H; H only reads the answer out",
     "L frozen": "H works alone, and z_L stays where it starts",
     "no goals": "the subgoals bias nothing",
 }
@@ -26,7 +26,7 @@ MEANINGS = {
 
 def contributions(study: Study) -> Finding:
     """Accuracy without some cycles, without a level, and in one ACT step."""
-    record, own = study.record("parts"), own_answers(study)
+    record, own, arch = study.record("parts"), own_answers(study), study.trained.model.arch
     deep = study.record("deep")["predictions"]
     answers = {"as trained": own, "1 ACT step": study.examples.right(deep[:, 0])}
     meanings = {"as trained": "", "1 ACT step": "the first step's answer", **MEANINGS}
@@ -35,18 +35,20 @@ def contributions(study: Study) -> Finding:
     rows, numbers = [], dict[str, Any]()
     for name, right in answers.items():
         change = change_of(own, right)
-        rows.append([name, percent(share_of(right)), points(change), meanings[name]])
+        against = "-" if name == "as trained" else points(change)
+        rows.append([name, percent(share_of(right)), against, meanings[name]])
         numbers[name] = {"exact": share_of(right)._asdict(), "change": change._asdict()}
     losses = {name: change_of(own, right) for name, right in answers.items() if name != "as trained"}
     ordered = sorted(losses, key=lambda name: losses[name].value)
     needless = [name for name in ordered if losses[name].high > -0.01]
     sentence = (
-        f"The whole model solves {percent(share_of(own))} of the puzzles. The costliest cut is "
+        f"The whole model, with {arch.H_cycles} H-cycles of {arch.L_cycles} L-cycles in an ACT step, solves "
+        f"{percent(share_of(own))} of the puzzles. The costliest cut is "
         f"'{ordered[0]}' ({points(losses[ordered[0]])} points), the cheapest '{ordered[-1]}' "
         f"({points(losses[ordered[-1]])} points)."
     )
     if needless:
-        sentence += f" These cuts may cost less than one point: {', '.join(needless)}."
+        sentence += f" A loss of a whole point is not shown for: {', '.join(needless)}."
     table = Table(
         "Parts taken away",
         ["model", "solved", "change in points", "meaning"],
@@ -80,16 +82,18 @@ def gates(study: Study) -> Finding:
         best = own.start + int(means[own].argmax())
         widest = number(mean_of(openings[:, M - 1, best]))
         told.append(f"{level} opens widest to its {GATES[best][3:]} source ({widest})")
-    spread = float(np.abs(openings[:, M - 1] - openings[:, 0]).mean())
+    before = openings[:, 0].mean(axis=0)
+    most = int(np.abs(means - before).argmax())
     sentence = (
-        f"In step {M} {' and '.join(told)}, where 1 lets a source pass whole. From step 1 to {M} a gate's "
-        f"mean moves by {spread:.2g}."
+        f"In step {M} {' and '.join(told)}, where 1 lets a source pass whole. The mean that moves most is "
+        f"that of {GATES[most]}: {before[most]:.3f} in step 1, {means[most]:.3f} in step {M}."
     )
     table = Table(
         "Mean gates",
         ["module, source", "step 1", f"step {M}", "right answers", "wrong answers"],
         rows,
-        f"Over tokens and channels, in the last update of a step. Right and wrong: in step {M}, by the "
+        "A gate is a factor from 0 to 1 on one source of a module; the mean is over tokens and channels, in "
+        f"the last update of a step. Right and wrong: in step {M}, by the "
         "answer after it. Primary: the module's own state; secondary: the other one's.",
     )
     x = list(range(1, M + 1))

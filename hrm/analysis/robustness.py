@@ -56,11 +56,12 @@ def selection(study: Study) -> Finding:
         }
         if wrong.any():
             told.append(
-                f"{name} solves {percent(rescued)} of them, "
-                f"q_halt's choice changes accuracy by {points(gain)} points"
+                f"with {name} any of {K - 1} paths solves {percent(rescued)} of these failures and one path "
+                f"{percent(single)}; q_halt's choice among {K} paths changes the accuracy by {points(gain)} "
+                "points"
             )
     sentence = f"The plain path fails on {int(wrong.sum()):,} of {len(own):,} puzzles. " + (
-        f"With {K - 1} other paths: {'; '.join(told)}."
+        " ".join(f"{each[0].upper()}{each[1:]}." for each in told)
         if told
         else "There is no failure that another path could solve."
     )
@@ -76,8 +77,8 @@ def selection(study: Study) -> Finding:
             f"any of {K} paths",
         ],
         rows,
-        "Path 0 is the plain one; the others start at random states, or see the puzzle under a symmetry of "
-        "its kind with the answer mapped back. By one: the mean over the other paths.",
+        f"Of {K} paths one is the plain path; the others start at random states, or see the puzzle under a "
+        "symmetry of its kind with the answer mapped back. By one: the mean over the other paths.",
     )
     numbers |= {"failures": int(wrong.sum()), "puzzles": len(own)}
     return Finding(sentence, table, [figures.bars("Puzzles solved", shown)], numbers)
@@ -121,20 +122,20 @@ def easy(study: Study) -> Finding:
     single = study.examples.right(record["predictions"][0])
     name = rows[0][0]
     change = change_of(own, single)
-    verdict = "as hard for it as"
+    verdict = "neither easier nor harder for it by more than these puzzles can show"
     if change.low > 0 or change.high < 0:
-        verdict = "easier for it than" if change.low > 0 else "harder for it than"
+        verdict = f"{'easier' if change.low > 0 else 'harder'} for it than its test puzzles"
     sentence = (
         f"With {name} left the model solves {percent(share_of(single))} of the puzzles, against "
         f"{percent(share_of(own))} with their own {mean:.1f} blanks: {points(change)} points, so nearly full "
-        f"boards are {verdict} its test puzzles."
+        f"boards are {verdict}."
     )
     table = Table(
         "Easy puzzles",
         ["left blank", "puzzles", "solved", "blanks right", "clues kept"],
         rows,
-        "The other blanks of each test puzzle are filled in from its answer. Solved: every cell right. "
-        "Blanks right, clues kept: all of them.",
+        "The other blanks of each test puzzle, drawn at random, are filled in from its answer. Solved: every "
+        "cell right. Blanks right, clues kept: all of them.",
     )
     numbers["change"] = change._asdict()
     return Finding(sentence, table, [figures.bars("Puzzles solved by blanks left", shown)], numbers)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hrm.common.intervals import t_quantile
 from hrm.evaluation.selection import CONFIDENCE, share
 
 # Equal parts of [0, 1] in which confidence and accuracy are compared.
@@ -30,14 +31,15 @@ def share_of(mask: np.ndarray) -> Estimate:
 
 
 def mean_of(values: np.ndarray) -> Estimate:
-    """The mean of values (n,) with the normal interval of the mean; no interval for a single value."""
+    """The mean of values (n,) >= 0 with Student's interval, cut off at 0; no interval for a single value."""
     values = np.asarray(values, np.float64)
     n = len(values)
     if n < 2:
         value = float(values[0]) if n else math.nan
         return Estimate(value, math.nan, math.nan, n)
-    mean, half = float(values.mean()), Z * float(values.std(ddof=1)) / math.sqrt(n)
-    return Estimate(mean, mean - half, mean + half, n)
+    mean = float(values.mean())
+    half = t_quantile(CONFIDENCE, n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
+    return Estimate(mean, max(0.0, mean - half), mean + half, n)
 
 
 def change_of(before: np.ndarray, after: np.ndarray) -> Estimate:

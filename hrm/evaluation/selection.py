@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
+from hrm.common.intervals import t_quantile
 from hrm.config.schema import NEVER
 
 Rule = Literal["q", "first", "vote", "residual", "rules", "oracle"]
@@ -171,7 +172,8 @@ class Share(NamedTuple):
 def share(values: np.ndarray) -> Share:
     """The mean of values (N,) from 0 to 1 and its interval; NaN without values.
 
-    Wilson's score interval (1927) for values of 0 and 1 alone, else the normal one, cut off at 0 and 1.
+    Wilson's score interval (1927) for values of 0 and 1 alone, else Student's, cut off at 0 and 1; all of
+    [0, 1] for a single value between them.
     """
     n, values = len(values), np.asarray(values, np.float64)
     if not n:
@@ -180,8 +182,10 @@ def share(values: np.ndarray) -> Share:
     if ((values == 0) | (values == 1)).all():
         middle = (mean + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + (z / (2 * n)) ** 2)
+    elif n > 1:
+        middle, half = mean, t_quantile(CONFIDENCE, n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
     else:
-        middle, half = mean, z * float(values.std()) / math.sqrt(n)
+        middle, half = mean, 1.0
     return Share(mean, max(0.0, middle - half), min(1.0, middle + half))
 
 

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hrm.common.intervals import t_quantile
+
 CONFIDENCE = 0.95
 
 
@@ -48,32 +50,3 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
     """
     differences = [value - baseline[seed] for seed, value in values.items() if seed in baseline]
     return summarise(differences) if differences else None
-
-
-def t_quantile(confidence: float, freedom: int) -> float:
-    """The t that Student's distribution stays within, either side of 0, with probability `confidence`.
-
-    confidence: in (0, 1). freedom: degrees, a whole number >= 1. By bisection of the distribution's finite
-    series, to twelve digits. Raises ValueError for other arguments.
-    """
-    if not 0 < confidence < 1 or freedom < 1:
-        raise ValueError(f"confidence={confidence} must lie in (0, 1), and freedom={freedom} be at least 1")
-    low, high = 0.0, math.pi / 2
-    while low < (middle := (low + high) / 2) < high:
-        if _within(middle, freedom) < confidence:
-            low = middle
-        else:
-            high = middle
-    return math.sqrt(freedom) * math.tan(high)
-
-
-def _within(angle: float, freedom: int) -> float:
-    """P(|T| <= t) with t = sqrt(freedom) tan(angle): Abramowitz and Stegun, 26.7.3 and 26.7.4."""
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = freedom % 2
-    # odd: cos + 2/3 cos^3 + 2*4/(3*5) cos^5 + ...;  even: 1 + 1/2 cos^2 + 1*3/(2*4) cos^4 + ...
-    term, total = (cosine if odd else 1.0), 0.0
-    for power in range(odd, freedom, 2):
-        total += term
-        term *= cosine * cosine * (power + 1) / (power + 2)
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total

@@ -19,6 +19,7 @@ from hrm.analysis import judge
 from hrm.analysis.records import Examples
 from hrm.analysis.variants import steps_of, without
 from hrm.checkpoint.save import save_checkpoint
+from hrm.common.intervals import t_quantile
 from hrm.config.load import to_yaml
 from hrm.config.schema import Config, SubgoalConfig
 from hrm.data.arc.build import write_arc
@@ -92,8 +93,11 @@ def share(hits: list[float]) -> tuple[float, float, float]:
             (mean + Z * Z / (2 * n)) / (1 + Z * Z / n),
             Z / (1 + Z * Z / n) * math.sqrt(mean * (1 - mean) / n + Z * Z / (4 * n * n)),
         )
+    elif n == 1:
+        middle, half = mean, 1.0
     else:
-        middle, half = mean, Z * math.sqrt(math.fsum((hit - mean) ** 2 for hit in hits) / n / n)
+        spread = math.sqrt(math.fsum((hit - mean) ** 2 for hit in hits) / (n - 1) / n)
+        middle, half = mean, t_quantile(0.95, n - 1) * spread
     return mean, max(0.0, middle - half), min(1.0, middle + half)
 
 
@@ -111,8 +115,9 @@ def mean(values: Any) -> str:
     centre = math.fsum(values) / len(values)
     if len(values) == 1:
         return f"{centre:.3g}"
-    half = Z * math.sqrt(math.fsum((v - centre) ** 2 for v in values) / (len(values) - 1) / len(values))
-    return f"{centre:.3g} [{centre - half:.3g}, {centre + half:.3g}]"
+    spread = math.sqrt(math.fsum((v - centre) ** 2 for v in values) / (len(values) - 1) / len(values))
+    half = t_quantile(0.95, len(values) - 1) * spread
+    return f"{centre:.3g} [{max(0.0, centre - half):.3g}, {centre + half:.3g}]"
 
 
 def points(before: Any, after: Any) -> str:
@@ -142,7 +147,10 @@ def rows_of(records: dict[str, Any], M: int) -> dict[str, list[list[str]]]:
         s: [(p[s - 1] == y).mean() for p, y in zip(deep["predictions"], labels, strict=True)]
         for s in range(1, last + 1)
     }
-    found["depth"] = [[str(s), percent(at(s)), percent(cell_shares[s]), points(own, at(s))] for s in steps]
+    found["depth"] = [
+        [str(s), percent(at(s)), percent(cell_shares[s]), "-" if s == M else points(own, at(s))]
+        for s in steps
+    ]
     found["drift"] = [
         [f"{name}, step {s}", str(len(rows)), *(mean(deep[f"drift_{level}"][rows, s - 1]) for level in "HL")]
         for name, rows in (
@@ -209,7 +217,10 @@ def rows_of(records: dict[str, Any], M: int) -> dict[str, list[list[str]]]:
     meanings = {"as trained": own, "1 ACT step": at(1)}
     names = records["parts"]["names"].tolist()
     meanings |= {name: solved(p) for name, p in zip(names, records["parts"]["predictions"], strict=True)}
-    found["contributions"] = [[name, percent(hits), points(own, hits)] for name, hits in meanings.items()]
+    found["contributions"] = [
+        [name, percent(hits), "-" if name == "as trained" else points(own, hits)]
+        for name, hits in meanings.items()
+    ]
     masks = [[True] * n, [True] * n, own, [not hit for hit in own]]
     gates = ["L, primary", "L, secondary", "L, input", "H, primary", "H, secondary"]
     found["gates"] = [
@@ -276,21 +287,22 @@ def sentences_of(records: dict[str, Any], M: int) -> dict[str, str]:
     halted = right[np.arange(N), taken - 1]
     ece = f"{100 * sure.mean():.1f} {100 * own.mean():.1f} {100 * sum(gaps) / N:.1f}"
     saved = f"{100 * (1 - taken.mean() / M):.0f} {mean(taken)} {points(own, halted)}"
-    spread = np.abs(deep["gates"][:, M - 1] - deep["gates"][:, 0]).mean()
+    opened = deep["gates"][:, [0, M - 1]].mean(axis=0)
+    most = np.abs(opened[1] - opened[0]).argmax()
     ways = states["z_H"].astype(np.float64).reshape(-1, states["z_H"].shape[2])
     power = np.linalg.svd(ways - ways.mean(axis=0), compute_uv=False) ** 2
     variance = 100 * power[:2].sum() / power.sum()
     median = np.median(deep["drift_H"][:, -1])
     return {
         "depth": f"{N} {M} {last}",
-        "drift": f"{M} {last} 1 {median:.2g} {percent(kept[own])} {percent(kept[~own])}",
+        "drift": f"{M} {last} 1 {own.sum()} {median:.2g} {percent(kept[own])} {percent(kept[~own])}",
         "cells": f"1 {M} {early} 99 {100 * shares[0]:.1f} {100 * shares[-1]:.1f} {mean(since)} {lost}",
-        "selection": f"{(~own).sum()} {N} {PATHS - 1}",
+        "selection": f"{(~own).sum()} {N} {PATHS - 1} {PATHS}",
         "easy": f"{(inputs == 1).sum(axis=1).mean():.1f} {points(own, single)}",
-        "contributions": "",
-        "gates": f"{M} 1 {spread:.2g}",
+        "contributions": "2",
+        "gates": f"{M} 1 {opened[0][most]:.3f} {opened[1][most]:.3f}",
         "goals": f"{M} 1 {points(own, without)}",
-        "q_halt": f"{M} {ece} {percent((~own)[sure >= 0.5])} {saved}",
+        "q_halt": f"{M} {ece} {(sure >= 0.5).sum()} {percent((~own)[sure >= 0.5])} {saved}",
         "trajectories": f"{variance:.0f} {len(states['right'])} {2 * M}",
     }
 
@@ -327,6 +339,7 @@ def test_every_number_comes_from_the_saved_predictions(run, capsys, tmp_path):
     q_halt, deep = own["sections"]["q_halt"], records["deep"]
     excess = [100 * q_halt["numbers"]["ece_beyond_chance"][key] for key in ("value", "low", "high")]
     extra = sentences_of(records, M)
+    excess.append(100 * q_halt["numbers"]["ece_by_chance"])
     extra["q_halt"] += " ".join(f" {part:.1f}" for part in excess)
     for name, rows in expected.items():
         assert tokens(own["sections"][name]["sentence"]) <= tokens(f"{rows} {extra[name]}"), name
@@ -388,7 +401,7 @@ def test_a_fixed_point_does_not_drift_and_gains_nothing(run, capsys, tmp_path):
     depth, drift = (own["sections"][name] for name in ("depth", "drift"))
     assert depth["numbers"]["gain_beyond"]["value"] == depth["numbers"]["gain_within"]["value"] == 0
     assert "Further steps change nothing" in depth["sentence"]
-    assert drift["numbers"]["median_drift_end"] < 1e-5 and "its state settles" in drift["sentence"]
+    assert drift["numbers"]["median_drift_end"] < 1e-5 and "so their states settle" in drift["sentence"]
     moves = [each[level]["value"] for each in drift["numbers"]["wrong"]["steps"].values() for level in "HL"]
     assert max(moves) < 1e-5 and drift["numbers"]["wrong"]["answer_kept"]["value"] == 1
 
@@ -439,7 +452,7 @@ def test_a_calibrated_judge_has_no_calibration_error(factor, is_calibrated):
     found = judge.q_halt(study)
     excess = found.numbers["ece_beyond_chance"]
     assert (excess["low"] == 0) == is_calibrated
-    assert ("no more than a calibrated judge shows by chance" in found.sentence) == is_calibrated
+    assert ("not shown to exceed" in found.sentence) == is_calibrated
     gap = np.abs(judge.sigmoid(logits) - judge.sigmoid(factor * logits)).mean()
     assert found.numbers["ece"] == pytest.approx(gap, abs=0.025)
 

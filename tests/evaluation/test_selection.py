@@ -115,8 +115,10 @@ def test_intervals():
     found = share(np.repeat([1, 0], [81, 182]))
     assert [round(value, 4) for value in found] == [0.308, 0.2553, 0.3662]
     assert share(np.zeros(10)).low == pytest.approx(0, abs=1e-12) and 0.27 < share(np.zeros(10)).high < 0.28
-    mean, low, high = share(np.array([0.25, 0.75]))
-    assert (mean, low) == (0.5, pytest.approx(0.5 - 1.959964 * 0.25 / math.sqrt(2))) and high == 1 - low
+    # Student's t of 2 degrees is 4.3027; the deviation of the sample is 0.1.
+    mean, low, high = share(np.array([0.4, 0.5, 0.6]))
+    assert (mean, low) == (0.5, pytest.approx(0.5 - 4.3027 * 0.1 / math.sqrt(3), abs=1e-5))
+    assert high == pytest.approx(1 - low) and share(np.array([0.25]))[1:] == (0.0, 1.0)
     assert math.isnan(share(np.zeros(0)).mean)
 
 

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from hrm.study.statistics import paired_difference, summarise, t_quantile
+from hrm.common.intervals import t_quantile
+from hrm.study.statistics import paired_difference, summarise
 
 # Two-sided 95 % and 99 %, as tables of Student's distribution print them.
 TABLE = {
