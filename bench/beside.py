@@ -1,19 +1,19 @@
-"""Other processes beside a measurement: how many CPUs they took while it ran, as Linux counts them."""
+"""Measures how many CPUs other processes use during a measurement, from Linux's counters."""
 
 import os
 import time
 from pathlib import Path
 
 STAT = Path("/proc/stat")
-# Above this many CPUs a time says more of the other processes than of what was timed.
+# Above this many CPUs a time depends mostly on other processes.
 IDLE_CPUS = 0.15
 
 
 class Beside:
-    """`with Beside() as beside: ...` counts the CPUs that other processes took meanwhile.
+    """`with Beside() as beside: ...` measures the CPUs that other processes use during the block.
 
-    seconds: how long it took. others: the mean number of CPUs, among them what a virtual machine's host took
-    away; None where there is no /proc/stat. Children that this process waited for are no others.
+    seconds: duration of the block. others: mean number of CPUs, including steal time of a virtual machine;
+    None without /proc/stat. Children that this process has waited for do not count.
     """
 
     seconds: float
@@ -36,7 +36,7 @@ def _own_seconds() -> float:
 
 
 def _all_seconds() -> float | None:
-    """Seconds that the machine's CPUs have worked or were taken away; None where Linux does not say."""
+    """CPU seconds of the machine, busy or stolen; None if unknown."""
     try:
         fields = STAT.read_text().partition("\n")[0].split()[1:9]
     except OSError:

@@ -1,17 +1,18 @@
-"""The training step that Inductor makes for a CUDA device, recorded without a GPU.
+"""Records the training step that Inductor generates for a CUDA device, without a GPU.
 
 `python -m bench.captured` runs in an environment with a CUDA build of torch (`make cuda-host` makes one). It
 compiles and captures a published model's step on the stand-in library of tests/cuda_host, with empty caches.
 It prints the graph's nodes, launches and bytes by part, registers and spills of the generated kernels, and
-the time to compile by phase. `--write after` keeps the row in bench/results/captured.json; `before` is the
-step that later work is compared with.
+compile times by phase. `--write after` stores the row in bench/results/captured.json; `before` is the
+baseline.
 
-No number but the seconds to compile is a measurement. Where bytes come from:
+Only the compile times are measurements. Sources of the byte counts:
 
 - generated kernels: Inductor's own estimate;
 - this project's kernels: the counts of bench/launches.py;
-- products: operands and result once each; copies twice their size; memsets once;
-- ATen's kernels: the update's are those of bench/launches.py. Others are not counted; the row says how many.
+- products: operands and result once each; copies: twice their size; memsets: once;
+- ATen's kernels: for the update, those of bench/launches.py. Others are not counted; the row gives their
+  number.
 """
 
 import argparse
@@ -46,21 +47,21 @@ from tests.cuda_host.stand_in import Record, active, environment, fault, read_lo
 LABELS = ("before", "after")
 PARTS = ("forward", "backward", "update")
 NODES = ("kernel", "memcpy", "memset", "host")
-# Triton shortens the names of its files to this.
+# Length to which Triton shortens file names.
 NAME_LENGTH = 150
-# Bytes of a number, by cuBLAS' code of its type.
+# Bytes per number, by cuBLAS' type code.
 ITEMSIZE = {0: 4, 1: 8, 14: 2}
 # Bytes of one launch, by part and kernel.
 Bytes = dict[tuple[str, str], float]
 
 
 def part_of(record: Record) -> str:
-    """The step's part that a record lies in; the compiled forward contains the target pass."""
+    """The part of the step that contains a record; the compiled forward includes the target pass."""
     return next((part for part in reversed(record.parts) if part in ("forward", "backward")), "update")
 
 
 def bytes_of(record: Record, counted: Bytes) -> float | None:
-    """Bytes that a node of the graph moves, None where they are not known."""
+    """Bytes that a graph node moves; None if unknown."""
     if record.kind == "memset":
         return record.facts["bytes"]
     if record.kind == "memcpy":
@@ -97,7 +98,7 @@ def account(records: list[Record], counted: Bytes) -> dict[str, Any]:
 
 
 def launches_by_kernel(records: list[Record]) -> dict[tuple[str, str, str], int]:
-    """How often the graph launches each kernel, by part, origin and name."""
+    """Number of launches of each kernel, by part, origin and name."""
     found: dict[tuple[str, str, str], int] = {}
     for node in records:
         if node.graph and node.kind == "kernel":
@@ -122,7 +123,7 @@ def predicted(arch: str, batch: int, length: int) -> Bytes:
 
 @contextmanager
 def estimates(found: Bytes) -> Iterator[None]:
-    """Meanwhile collects what Inductor expects each kernel that it writes to move."""
+    """A context that collects Inductor's byte estimate for each kernel that it generates."""
     from torch._inductor.codegen.triton import TritonScheduling
     from torch._inductor.virtualized import V
 
@@ -143,7 +144,7 @@ def estimates(found: Bytes) -> Iterator[None]:
 
 
 def usage(cache: Path) -> dict[str, dict[str, int]]:
-    """The most registers and stack bytes of each generated kernel's variants in a Triton cache."""
+    """The maximum registers and stack bytes over the variants of each generated kernel in a Triton cache."""
     found: dict[str, dict[str, int]] = {}
     for path in sorted(cache.rglob("triton_*.cubin")):
         registers, stack = registers_and_stack(path)
@@ -156,7 +157,7 @@ def usage(cache: Path) -> dict[str, dict[str, int]]:
 
 
 def phases(times: dict[str, list[float]]) -> dict[str, float]:
-    """Seconds of the compiler's phases that took a second or more; one may contain another."""
+    """Seconds of compiler phases of at least one second; phases may be nested."""
     sums = {re.sub(r"\W+", "_", name): round(sum(each), 1) for name, each in times.items()}
     return dict(sorted(((n, s) for n, s in sums.items() if s >= 1), key=lambda item: -item[1]))
 
@@ -221,8 +222,8 @@ def commit() -> str:
 
 
 def keep(row: dict[str, Any], label: str) -> None:
-    """Puts a row into RESULTS, in place of the one of the same label, model, batch and length."""
-    what = "a compiled step as it is captured, recorded without a GPU; only seconds to compile are measured"
+    """Adds a row to RESULTS; it replaces the row of the same label, model, batch and length."""
+    what = "a compiled step as captured, recorded without a GPU; only compile times are measured"
     document: dict[str, Any] = {"what": what, "steps": {}}
     if RESULTS.exists():
         document = json.loads(RESULTS.read_text())
@@ -233,7 +234,7 @@ def keep(row: dict[str, Any], label: str) -> None:
 
 
 def table(row: dict[str, Any]) -> str:
-    """A recorded step by part and origin."""
+    """A table of a recorded step by part and origin."""
     lines = [f"{'part':<10}{'kernels of':<12}{'launches':>9}{'MB':>10}{'uncounted':>11}"]
     for part, origins in row["parts"].items():
         for origin, cell in sorted(origins.items()):
@@ -248,11 +249,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", choices=launches.ARCHITECTURES, default=launches.ARCHITECTURES[0])
     parser.add_argument("--batch", type=positive, default=launches.BATCH, help="default %(default)s")
     parser.add_argument("--length", type=positive, default=81, help="cells; default %(default)s")
-    parser.add_argument("--write", choices=LABELS, help=f"keep the row in {RESULTS.name}")
+    parser.add_argument("--write", choices=LABELS, help=f"store the row in {RESULTS.name}")
     options = parser.parse_args(argv)
     reason = fault()
     if reason is not None:
-        parser.error(f"{reason}; make cuda-host sets an environment up")
+        parser.error(f"{reason}; make cuda-host creates an environment")
     if active() is None:
         with tempfile.TemporaryDirectory() as caches:
             names = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}

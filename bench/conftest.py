@@ -1,6 +1,6 @@
-"""What a benchmark file says of its machine: the hardware and versions, not whose it is."""
+"""Limits the machine information in benchmark files to hardware and versions."""
 
-# It sets how threads wait, which OpenMP reads when PyTorch loads.
+# Import first: it sets how threads wait, which OpenMP reads when PyTorch loads.
 import hrm  # noqa: F401
 
 
@@ -11,5 +11,5 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json.get("commit_info", {}).pop("project", None)
     for benchmark in output_json["benchmarks"]:
-        # Thirty raw timings a row say no more than their quartiles.
+        # Quartiles replace the thirty raw timings of each row.
         benchmark["stats"].pop("data", None)

@@ -1,9 +1,9 @@
-"""Bytes and FLOP that each operation needs at least: counted, not measured.
+"""The minimum bytes and FLOP of each operation, counted, not measured.
 
-Bytes count every tensor that a launch reads or writes once, FLOP those of matrix products alone, a multiply
-and an add as two; elementwise arithmetic hides behind its bytes. `OPERATIONS` counts this project's fused
-kernels; `eager` counts what PyTorch launches for their references without a compiler, found by running these
-on tensors without data.
+Bytes count every tensor that a launch reads or writes once. FLOP count only matrix products, with two per
+multiply-add, because elementwise arithmetic is limited by its bytes. `OPERATIONS` counts this project's fused
+kernels; `eager` counts PyTorch's launches for their references without a compiler, by running these on
+tensors without data.
 """
 
 from collections.abc import Callable
@@ -65,7 +65,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """What launches move and multiply: bytes, FLOP of matrix products, how many launches."""
+    """The work of launches: bytes, FLOP of matrix products, number of launches."""
 
     bytes: int
     flop: int = 0
@@ -73,8 +73,8 @@ class Work:
 
 
 # ------------------------------------------------------------------------------- operations, by direction
-# Each counts what its own fused kernel must do: inputs read once, outputs written once. A backward reads
-# what the forward saved and the upstream gradient. FLOP include what it recomputes by its contract.
+# Each counts what its own fused kernel must do: inputs read once, outputs written once. A backward reads the
+# saved tensors and the upstream gradient. FLOP include specified recomputation.
 
 
 def product(s: Shape, inner: int, outer: int) -> dict[str, Work]:
@@ -98,32 +98,33 @@ def swiglu(s: Shape) -> dict[str, Work]:
 
 
 def mean_square(s: Shape) -> int:
-    """Bytes of a deferred norm's parts: one for each 256 columns of a row, in float32."""
+    """Bytes of a deferred norm's parts: one float32 per 256 columns of a row."""
     return 4 * s.tokens * -(-s.D // 256)
 
 
 def linear_scaled(s: Shape) -> dict[str, Work]:
-    """The projection to q, k and v, of rows still to be normalised."""
+    """The projection to q, k and v, with a deferred norm."""
     plain = product(s, s.D, 3 * s.D)["forward"]
     return {"forward": Work(plain.bytes + mean_square(s), plain.flop)}
 
 
 def linear_swiglu(s: Shape) -> dict[str, Work]:
-    """The projection to gate and up, of which only their product is written."""
+    """The projection to gate and up; only their product is written."""
     elements = s.tokens * (s.D + s.inner) + 2 * s.D * s.inner
     flop = 2 * s.tokens * s.D * 2 * s.inner
     return {"forward": Work(elements * s.dtype.itemsize + mean_square(s), flop)}
 
 
 def swiglu_mlp_launches(s: Shape) -> dict[str, tuple[Work, ...]]:
-    """A block's second half with a gradient: first this project's kernel, then the library's products."""
+    """The second half of a block with gradient: the work of this project's kernel, then of the library's
+    products."""
     one = s.tokens * s.inner * s.dtype.itemsize
     plain, first, second = linear_swiglu(s)["forward"], product(s, s.D, 2 * s.inner), product(s, s.inner, s.D)
     down = second["forward"]
     return {
         # Gate and up are written as well, and no norm is deferred.
         "forward": (Work(plain.bytes - mean_square(s) + 2 * one, plain.flop), down),
-        # The gradient of y is no tensor: gate and up are read and their gradients written in its place.
+        # The gradient of y is never stored: instead gate and up are read and their gradients written.
         "backward": (Work(down.bytes + 3 * one, down.flop), down, first["backward"]),
     }
 
@@ -148,7 +149,7 @@ def normed_swiglu_mlp(s: Shape) -> dict[str, Work]:
 
 
 def normed_swiglu_mlp_launches(s: Shape) -> dict[str, tuple[Work, ...]]:
-    """The feed-forward half with the norm inside; the library's products are the last of the backward."""
+    """The feed-forward half with an inner norm; the library's products are the last ones of the backward."""
     parts, sums = 4 * s.tokens * -(-2 * s.inner // 256), 4 * s.tokens
     (activated, down), (dy, *products) = swiglu_mlp_launches(s).values()
     return {
@@ -156,7 +157,7 @@ def normed_swiglu_mlp_launches(s: Shape) -> dict[str, tuple[Work, ...]]:
             Work(activated.bytes + parts, activated.flop),
             Work(down.bytes + parts, down.flop),
         ),
-        # r * dout and the slope are made in a pass of their own.
+        # r * dout and the slope are computed in a separate pass.
         "backward": (
             Work(3 * s.tokens * s.D * s.dtype.itemsize + parts + sums),
             Work(dy.bytes + sums, dy.flop),
@@ -183,7 +184,7 @@ def gate_mix(s: Shape, sources: int = 3) -> dict[str, Work]:
     flop = 4 * s.tokens * s.R * sources * s.D
     return {
         "forward": Work(((sources + 1) * one + weights) * item, flop),
-        # Sources and dy read, a gradient for each written; hidden and gates are computed again.
+        # Sources and dy are read and a gradient per source is written; hidden and gates are recomputed.
         "backward": Work(((2 * sources + 1) * one + 2 * weights) * item, 3 * flop, launches=2),
     }
 
@@ -203,7 +204,7 @@ def rope(s: Shape) -> dict[str, Work]:
 
 
 def attention(s: Shape, queries: int | None = None) -> dict[str, Work]:
-    """The rotation and both products of every head; backward five products, for scores are computed again."""
+    """The rotation and both products of every head; backward five products, because scores are recomputed."""
     asked, one, item = s.B * (queries or s.T) * s.D, s.tokens * s.D, s.dtype.itemsize
     flop = 4 * asked * s.T
     return {
@@ -225,13 +226,13 @@ def library_attention(s: Shape, queries: int | None = None) -> dict[str, Work]:
 
 
 def cross_entropy(s: Shape) -> dict[str, Work]:
-    """Either loss; labels and losses of 4 bytes a cell."""
+    """Either loss; labels and losses have 4 bytes per cell."""
     logits = s.cells * s.V * s.dtype.itemsize
     return {"forward": Work(logits + 8 * s.cells), "backward": Work(2 * logits + 8 * s.cells)}
 
 
 def lm_head(s: Shape) -> dict[str, Work]:
-    """Either loss from the states themselves; the logits stay on chip and are computed again backward."""
+    """Either loss from the states; the logits stay on chip and are recomputed in the backward."""
     z, w, flop = s.cells * s.D, s.V * s.D, 2 * s.cells * s.D * s.V
     item = s.dtype.itemsize
     return {
@@ -241,12 +242,12 @@ def lm_head(s: Shape) -> dict[str, Work]:
 
 
 def noisy_update(s: Shape) -> dict[str, Work]:
-    """A module's result and its state before read, its state after written; keys and steps in int32."""
+    """A module's result and previous state are read, its new state is written; keys and steps in int32."""
     return {"forward": Work(3 * s.tokens * s.D * s.dtype.itemsize + 16 * s.B)}
 
 
 def random_start(s: Shape) -> dict[str, Work]:
-    """The states read and written, and for each sequence its key and whether it begins."""
+    """The states are read and written, and each sequence's key and start flag are read."""
     return {"forward": Work(2 * s.tokens * s.D * s.dtype.itemsize + 13 * s.B)}
 
 
@@ -306,7 +307,7 @@ OPERATIONS: dict[str, Callable[[Shape], dict[str, Work]]] = {
 
 
 class Traffic(TorchDispatchMode):
-    """Collects each ATen call that launches a kernel: what it reads, writes and multiplies."""
+    """Records the bytes and FLOP of each ATen call that launches a kernel."""
 
     FREE = ("aten::_unsafe_view", "aten::empty_like", "aten::empty", "aten::new_empty", "aten::detach")
 
@@ -332,7 +333,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 
 def stored(tensor: Tensor) -> int:
-    """Bytes of the elements that a tensor really has: an expanded dimension holds one."""
+    """Bytes of a tensor's stored elements: an expanded dimension counts as one."""
     elements = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         elements *= size if stride else 1
@@ -342,7 +343,7 @@ def stored(tensor: Tensor) -> int:
 def traced(call: Callable[..., Any], *inputs: Tensor) -> dict[str, list[Work]]:
     """Every kernel that PyTorch launches for a call of this package's references, forward and backward.
 
-    inputs: tensors on the meta device; gradients are taken by those that require one.
+    inputs: tensors on the meta device; gradients are computed for those that require them.
     """
     before = kernels.get_backend()
     kernels.set_backend("reference")

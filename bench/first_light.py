@@ -1,10 +1,10 @@
-"""The first minutes on a GPU: everything that only a GPU can show, in the order of what it teaches.
+"""The first minutes on a GPU: runs everything that needs a GPU, most informative first.
 
-`python -m bench.first_light` (or `make gpu`) runs each stage in a process of its own, with a budget in
-seconds, and writes its result before the next one starts, so that a crash, a hang or a cut costs one stage.
-The same command continues: stages that the file holds for the same commit, GPU and versions are not
-repeated. On a machine without a GPU the stages run at a small size or say why they are skipped. `--only`
-names stages, `--out` the file. The end is the table of goals: predicted, measured.
+`python -m bench.first_light` (or `make gpu`) runs each stage in a separate process, with a time limit in
+seconds, and writes its result before the next stage starts, so that a crash, a hang or an interruption costs
+one stage. The same command continues: stages in the file with the same commit, GPU and versions are not
+repeated. On a machine without a GPU, stages run at a small size or report why they are skipped. `--only`
+selects stages, `--out` the file. The last output is the table of goals, with predictions and measurements.
 """
 
 import argparse
@@ -42,11 +42,11 @@ Result = dict[str, Any]
 
 
 class Skipped(Exception):
-    """Why a stage does not run here."""
+    """A stage cannot run here; the text is the reason."""
 
 
 class Failed(Exception):
-    """A stage's fault; result: its results up to there."""
+    """A stage failed. result: its results so far."""
 
     def __init__(self, reason: str, result: Result) -> None:
         super().__init__(reason)
@@ -59,7 +59,7 @@ def cuda() -> bool:
 
 @cache
 def computes() -> bool:
-    """Whether the CUDA device computes values; a stand-in for one does not."""
+    """Whether the CUDA device computes values; a stand-in device does not."""
     return torch.ones(3, device="cuda").mul(2).sum().item() == 6
 
 
@@ -80,7 +80,7 @@ def skips_stand_in() -> None:
 
 
 def ceilings() -> Result:
-    """Copies and products at their best."""
+    """Measures peak copy bandwidth and product rate."""
     if cuda():
         found = measure()
         return {"copy_gb_s": found.bytes_per_s / 1e9, "bf16_tflop_s": found.flop_per_s / 1e12}
@@ -96,7 +96,7 @@ def ceilings() -> Result:
 
 
 def kernels_against_float64() -> Result:
-    """tests/kernels: outputs and gradients in memory filled with NaN; on a CPU one kernel, interpreted."""
+    """Runs tests/kernels with memory filled with NaN; on a CPU one kernel in the interpreter."""
     one = ["tests/kernels/test_rms_norm.py", "-k", "test_outputs_and_gradients and shape1"]
     return tested(["tests/kernels"] if cuda() else one)
 
@@ -111,7 +111,7 @@ def tested(words: list[str], before: tuple[str, ...] = ()) -> Result:
     )
     text = done.stdout + done.stderr
     counts = {name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|skipped|error)", text)}
-    # A run of pytest whose options leave out the counts prints a dot a test.
+    # If pytest's options suppress the counts, it prints a dot per test.
     counts = counts or {"passed": sum(map(len, re.findall(r"^(\.+)", text, re.M)))}
     result: Result = {**counts, "failures": re.findall(r"^FAILED (.+)", text, re.M)[:SHOWN_LINES]}
     if (errors := re.search(r"ERROR SUMMARY: (\d+) error", text)) is not None:
@@ -123,13 +123,13 @@ def tested(words: list[str], before: tuple[str, ...] = ()) -> Result:
 
 
 def capture() -> Result:
-    """Losses of replayed steps against eager ones, for v1 and gated."""
+    """Compares losses of replayed and eager steps, for v1 and gated."""
     found: Result = {}
     for arch in ("v1", "gated"):
         losses = {mode: losses_of(Code("ours", mode, "bfloat16"), published(arch, 96, 81)) for mode in MODES}
         off = [abs(a / b - 1) for a, b in zip(losses["graph"], losses["eager"], strict=True)]
         found[arch] = {**losses, "largest_difference": max(off)}
-        # A NaN is not at most anything.
+        # This comparison is also False for NaN.
         if not max(off) <= rows.BOUNDS["bfloat16"]["losses"]:
             raise Failed(f"{arch}: replayed losses differ by {max(off):.3g}", found)
     return found
@@ -139,7 +139,7 @@ MODES = ("graph", "eager")
 
 
 def losses_of(code: Code, model: rows.Model, steps: int = 8) -> list[float]:
-    """The losses of steps: three that warm up, the capture, and replays."""
+    """The losses of warm-up steps, the capture, and replays."""
     config, data = setting(model, code)
     torch._dynamo.reset()
     with built(code.implementation, config, data, torch.device(model.device), torch.bfloat16) as ours:
@@ -151,7 +151,7 @@ def losses_of(code: Code, model: rows.Model, steps: int = 8) -> list[float]:
 
 
 def sanitizer() -> Result:
-    """compute-sanitizer over one launch of each kernel."""
+    """Runs compute-sanitizer on one launch of each kernel."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).exists():
         raise Skipped("compute-sanitizer is not installed; it comes with the CUDA toolkit")
@@ -165,7 +165,7 @@ def sanitizer() -> Result:
 
 
 def choice() -> Result:
-    """`python -m kernels --measure` at the published sizes."""
+    """Runs `python -m kernels --measure` at the published sizes."""
     done = subprocess.run(
         [sys.executable, "-m", "kernels", "--measure", "--json"], cwd=ROOT, capture_output=True, text=True
     )
@@ -176,7 +176,7 @@ def choice() -> Result:
 
 
 def benchmarks(file: str, chosen: str) -> Result:
-    """Rows of the suite, timed in one process: what each is, its median, and its figures."""
+    """Times rows of the suite in one process: the description, median and figures of each."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         words = [f"bench/{file}", "--benchmark-only", f"--benchmark-json={out}", "-k", chosen]
@@ -195,7 +195,8 @@ def benchmarks(file: str, chosen: str) -> Result:
 
 
 def training_step() -> Result:
-    """v1 at B=768 and 96 beside the official compiled step; without HRM_REPO beside ours without kernels."""
+    """Times v1 at B=768 and 96 and the official compiled step, or without HRM_REPO this project's without
+    kernels."""
     if not cuda():
         return benchmarks("test_step.py", "training_step and quick and eager and (ours or plain)")
     rival = "official-compile" if official.missing() is None else "reference-compile"
@@ -205,13 +206,13 @@ def training_step() -> Result:
 
 
 def solve() -> Result:
-    """One puzzle, all of its steps."""
+    """Times the solution of one puzzle with all steps."""
     small = "v1 and quick and B1 and ours and eager"
     return benchmarks("test_inference.py", "v1 and B1-S81 and ours-graph" if cuda() else small)
 
 
 def profile() -> Result:
-    """The kernels of a training step by time, the longest first."""
+    """Profiles the kernels of a training step, the slowest first."""
     model, mode = (published("v1", 768, 81), "graph") if cuda() else (quick("v1", 8), "eager")
     code = Code("ours", mode, "bfloat16" if cuda() else "float32")
     config, data = setting(model, code)
@@ -229,7 +230,7 @@ def profile() -> Result:
 
 
 def training() -> Result:
-    """A run whose loss must fall: a minute of steps after compiling and measuring."""
+    """Trains for a minute after compilation and measurement; the loss must fall."""
     with tempfile.TemporaryDirectory() as folder:
         words = ["preset=quick", f"output_dir={folder}", "project_name=p", "run_name=r", "log_interval=10"]
         words += ["max_seconds=180"] if cuda() else ["max_steps=40", "mode=eager", "eval_samples=8"]
@@ -246,7 +247,7 @@ def training() -> Result:
 
 
 class Stage(NamedTuple):
-    """A function, the seconds that its process may take, and what raises Skipped where it cannot run."""
+    """A stage: a function, its time limit in seconds, and a check that raises Skipped if it cannot run."""
 
     run: Callable[[], Result]
     budget: int
@@ -283,9 +284,9 @@ def key() -> dict[str, Any]:
 
 
 def in_a_process(name: str, budget: float) -> Result:
-    """A stage's outcome, from a process of its own that is ended with all it started.
+    """Runs a stage in a separate process, which is killed at the end with its children; returns its outcome.
 
-    None is started for a stage that cannot run here: importing PyTorch takes long on a slow machine.
+    A stage that cannot run starts no process, because importing PyTorch takes long on a slow machine.
     """
     try:
         STAGES[name].needs()
@@ -312,7 +313,7 @@ def in_a_process(name: str, budget: float) -> Result:
         if status is None:
             return {
                 "status": "over budget",
-                "reason": f"it took more than {budget:g} s",
+                "reason": f"took more than {budget:g} s",
                 "seconds": seconds,
                 "tail": tail,
             }
@@ -323,7 +324,7 @@ def in_a_process(name: str, budget: float) -> Result:
 
 
 def outcome(stage: Stage) -> Result:
-    """A stage run here: its status, and its result or the reason why it has none."""
+    """Runs a stage in this process; returns its status, and its result or the reason of the failure."""
     try:
         stage.needs()
         return {"status": "done", "result": stage.run()}
@@ -334,7 +335,7 @@ def outcome(stage: Stage) -> Result:
 
 
 def read(path: Path, now: dict[str, Any]) -> dict[str, Result]:
-    """The stages that a file holds for this commit, GPU and versions."""
+    """The stages in a file for this commit, GPU and versions."""
     try:
         found = json.loads(path.read_text())
         return dict(found["stages"]) if found["key"] == now else {}
@@ -349,7 +350,7 @@ def run_all(
     run: Callable[[str, float], Result] = in_a_process,
     say: Callable[[str], None] = print,
 ) -> dict[str, Result]:
-    """Runs the stages that are not finished, and writes the file after each."""
+    """Runs the unfinished stages, and writes the file after each."""
     stages = read(path, now)
     for name in only:
         if stages.get(name, {}).get("status") in ("done", "skipped"):

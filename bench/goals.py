@@ -1,6 +1,6 @@
-"""The goals on a GPU: what each demands, what the roofline predicts, and what first light measured.
+"""The goals on a GPU: target, prediction by the roofline, and measurement by first light.
 
-stages: results of `bench.first_light` by stage, as its file holds them.
+stages: results of `bench.first_light` by stage, as in its file.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from bench.rows import INFERENCE, Code, Shape, counted, published, setting
 
 
 def predictions(limits: Ceilings) -> dict[str, float]:
-    """The roofline's prediction of each goal at these ceilings; a launch costs no time there."""
+    """The roofline's prediction of each goal at these ceilings, without launch overhead."""
     config, data = setting(published("v1", 1, 81)._replace(device="cpu"), Code("ours", "eager", "bfloat16"))
     found = {"solve_b1_ms": 1e3 * totals(counted(INFERENCE, config, data), limits)["predicted_s"]}
     for B in (768, 96):
@@ -30,7 +30,7 @@ GOALS = {
 
 
 def measurements(stages: dict[str, Any]) -> dict[str, float]:
-    """The goals' values that the stages measured on a CUDA device."""
+    """The values of the goals measured on a CUDA device."""
     found: dict[str, float] = {}
     timed = {name: stages.get(name, {}).get("result", {}).get("rows", []) for name in ("step", "solve")}
     for B in (768, 96):
@@ -49,7 +49,7 @@ def measurements(stages: dict[str, Any]) -> dict[str, float]:
 
 
 def goals(stages: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each goal with its prediction, by the measured ceilings where there are some, and its measurement."""
+    """Each goal with its prediction, by measured ceilings if there are any, and its measurement."""
     limits, ceiling = MACHINES["H200"], stages.get("ceilings", {}).get("result", {})
     if "bf16_tflop_s" in ceiling:
         limits = Ceilings(ceiling["copy_gb_s"] * 1e9, ceiling["bf16_tflop_s"] * 1e12, "measured")

@@ -1,9 +1,9 @@
-"""One model by different code: this project's, written plainly, and the official one.
+"""Implementations of the same model: this project's, plain PyTorch, and the official one.
 
-Each class starts from the same weights, on the same data, and does the same three things: training steps as a
-run takes them (halting, replacement, both optimisers), the evaluation of a batch, and its solution. With the
-words of CERTAIN every sequence may halt from its first step on and the learning rate is whole from the first
-update on, so that the losses of a few steps tell whether code agrees.
+Each class starts from the same weights and data and provides three operations: training steps as in a run
+(halting, replacement, both optimisers), the evaluation of a batch, and its solution. With the arguments
+CERTAIN every sequence may halt from its first step, and the full learning rate applies from the first update,
+so that the losses of a few steps show whether implementations agree.
 """
 
 import importlib
@@ -30,19 +30,20 @@ from hrm.model.hrm import HRM
 from tests.support import official, straight_line
 
 TOTAL_STEPS = 10_000
-# Words that take chance and schedule out of training steps.
+# Arguments that remove randomness and schedules from training steps.
 CERTAIN = ["arch.halt_exploration_prob=0", "lr_warmup_steps=0", "lr_min_ratio=1"]
 Answers = tuple[np.ndarray, np.ndarray]
 
 
 class Implementation(Protocol):
-    """The interface of every code. B: global_batch_size; S: cells; all but `train` take the first batch."""
+    """The interface of all implementations. B: global_batch_size; S: cells; all methods except `train` use
+    the first batch."""
 
     def train(self) -> None:
-        """A training step on the next batch."""
+        """Runs a training step on the next batch."""
 
     def loss(self) -> float:
-        """The loss of the last training step, before its update, a mean over the batch. Not read twice."""
+        """The mean loss over the batch of the last training step, before its update. Read it only once."""
 
     def evaluate(self) -> dict[str, float]:
         """lm_loss and q_halt_loss after halt_max_steps steps, means over the batch."""
@@ -70,7 +71,7 @@ def metadata(cells: int, vocab_size: int, puzzles: int = 1) -> Metadata:
 
 
 def random_batches(config: Config, data: Metadata) -> Iterator[Batch]:
-    """Random sequences, the same for every implementation; eight batches over and over."""
+    """Random sequences, the same for every implementation; eight batches repeat."""
     rng = np.random.default_rng(0)
     shape = (config.global_batch_size, data.seq_len)
 
@@ -84,17 +85,17 @@ def random_batches(config: Config, data: Metadata) -> Iterator[Batch]:
 
 
 def starting_weights(config: Config, data: Metadata) -> dict[str, Tensor]:
-    """A fresh model's weights on the CPU, changed so that its results tell whether code agrees.
+    """Initial weights on the CPU, changed so that results show whether implementations agree.
 
-    What starts at a constant is drawn: the Q head, which decides on halting, and the puzzle table. What
-    blocks add to their input is quartered, without which 16 steps of untrained blocks amplify rounding until
-    bfloat16 says nothing.
+    Constant tensors become random: the Q head, which decides on halting, and the puzzle table. The blocks'
+    output weights are divided by four, because 16 steps of untrained blocks would amplify rounding beyond use
+    in bfloat16.
     """
     model = HRM.from_config(config, data, torch.float32)
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     generator, scale = torch.Generator().manual_seed(config.seed + 1), config.arch.hidden_size**-0.5
     weights["q_head.weight"].normal_(std=scale, generator=generator)
-    # So large that puzzles differ in whether they halt.
+    # Large enough that only some puzzles halt.
     weights["puzzle_emb.weights"].normal_(std=4 * scale, generator=generator)
     weights["q_head.bias"].zero_()
     for name in weights:
@@ -138,10 +139,10 @@ class Ours:
 
 
 class Plain:
-    """The straight-line model in eager PyTorch and float32, an optimiser call for each parameter.
+    """The straight-line model in eager PyTorch and float32, with one optimiser call per parameter.
 
-    part: how many sequences are computed at a time, all of them by default. Fewer take less memory and give
-    the same results, to rounding.
+    part: number of sequences computed at a time, by default all. Smaller parts take less memory and give the
+    same results up to rounding.
     """
 
     def __init__(self, config: Config, data: Metadata, device: torch.device, part: int | None = None) -> None:
@@ -211,10 +212,10 @@ class Plain:
 
 
 class Official:
-    """The official model and loss (v1 alone) in the loops of its pretrain.py, in `dtype`.
+    """The official model and loss (only v1) in the loops of its pretrain.py, in `dtype`.
 
-    Its update is the package adam-atan2 where that is installed, on CUDA alone; elsewhere this project's
-    fused update, called for each parameter, stands in for it.
+    Its update is the package adam-atan2 if installed, on CUDA only; otherwise this project's fused update,
+    called per parameter.
     """
 
     def __init__(
@@ -250,7 +251,7 @@ class Official:
             return self.head.initial_carry(batch)
 
     def fetched(self, metrics: dict[str, Tensor]) -> dict[str, float]:
-        """Metrics on the host, as its loops take them after every step."""
+        """Copies metrics to the host, as its loops do after every step."""
         values = torch.stack([metrics[name] for name in sorted(metrics)]).tolist()
         return dict(zip(sorted(metrics), values, strict=True))
 
@@ -360,7 +361,7 @@ def built(
 
 
 def traced(step: Callable[[], object], device: torch.device, **options: Any) -> list[dict[str, Any]]:
-    """A call's events as PyTorch's profiler records them for a trace."""
+    """The events of a call in a trace of PyTorch's profiler."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -375,7 +376,7 @@ def traced(step: Callable[[], object], device: torch.device, **options: Any) -> 
 
 
 def peak_memory(step: Callable[[], object]) -> int:
-    """Bytes that a step allocates at its peak, on top of what lives between steps, on the CPU."""
+    """Peak bytes that a step allocates on the CPU, in addition to memory that persists between steps."""
     events = traced(step, torch.device("cpu"), profile_memory=True)
     changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
     live = np.cumsum([size for _, size in sorted(changes)])

@@ -1,7 +1,7 @@
-"""The launches of every kernel at the shapes of the published model, as its launchers ask for them.
+"""The launches of every kernel at the shapes of the published model.
 
-The launchers are called with meta tensors, so no GPU is needed: `kernels.backend.recorded` collects what they
-launch.
+The launchers are called with meta tensors, so no GPU is needed: `kernels.backend.recorded` collects the
+launches.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,8 +23,8 @@ TYPES = {
     torch.bool: "i1",
     torch.uint8: "u8",
 }
-# The published model: hidden size, heads, batch; lengths with the puzzle token, and vocabularies, of Sudoku
-# and ARC.
+# The published model: hidden size, heads, batch; for Sudoku and ARC, length with the puzzle token, and
+# vocabulary.
 D, HEADS, B = 512, 8, 768
 VOCABULARY = {82: 11, 901: 12}
 
@@ -56,7 +56,7 @@ def rms_norm(T: int) -> Iterator[Case]:
 def rope(T: int) -> Iterator[Case]:
     op: Any = import_module("kernels.rope")
     tables = [meta(T, D // HEADS, dtype=torch.float32)] * 2
-    # Queries and keys as they lie in packed projections; their gradient comes contiguous.
+    # Queries and keys as views of packed projections; their gradient is contiguous.
     qk = meta(B, T, 3 * HEADS, D // HEADS)[:, :, : 2 * HEADS]
     dy = meta(B, T, 2 * HEADS, D // HEADS)
     yield Case("rope", "forward bf16", partial(op._rotated, qk, *tables, False), False)
@@ -134,7 +134,7 @@ def normed_swiglu_mlp(T: int) -> Iterator[Case]:
     for place, rows, width, inner, dtype in (
         ("channels", (B, T), D, INNER, torch.bfloat16),
         ("channels", (B, T), D, INNER, torch.float32),
-        # A product over the tokens, of every channel.
+        # A product over the tokens for every channel.
         ("tokens", (B, D), T, swiglu_width(T, 4.0), torch.bfloat16),
     ):
         name, matrix = f"{place} {TYPES[dtype]}", dtype == torch.bfloat16
@@ -173,7 +173,7 @@ def linear_rms(T: int) -> Iterator[Case]:
         yield Case("linear_rms", f"qkv {kind}", partial(op.scaled_product, x, qkv, mean_square), matrix)
 
 
-# The published model's parameters, gaps of the alignment included, to the next multiple of its 16.
+# Number of the published model's parameters, including alignment gaps, rounded up to a multiple of 16.
 PARAMETERS = 27_275_280
 
 
@@ -211,7 +211,7 @@ def gate_mix(T: int) -> Iterator[Case]:
         w1, b1 = meta(R, 3 * D, dtype=dtype), meta(R, dtype=dtype)
         w2, b2 = meta(3 * D, R, dtype=dtype), meta(3 * D, dtype=dtype)
         published = R == D // 4 and dtype == torch.bfloat16
-        # L learns through x and H through its secondary state: the others come without gradient.
+        # Only x of L and the secondary state of H require a gradient.
         for x, wanted in ((s, "x"), (None, "o"), (s, "zox")) if published else ((s, "zox"),):
             inputs = (s, s, x, w1, b1, w2, b2)
             needs = [name in wanted for name in "zox"] + [True] * 4
@@ -228,7 +228,7 @@ def lm_head(T: int) -> Iterator[Case]:
     dloss, valid_count = meta(B, dtype=torch.float32), meta(B, dtype=torch.int32)
     labels = meta(B, T - 1, dtype=torch.int32)
     for dtype in (torch.bfloat16, torch.float32):
-        # The head sees the cells behind the puzzle token.
+        # The head reads the cells after the puzzle token.
         z_H, weight = meta(B, T, D, dtype=dtype)[:, 1:], meta(VOCABULARY[T], D, dtype=dtype)
         bias = meta(VOCABULARY[T], dtype=dtype)
         for loss, stablemax, added, smoothing in (
@@ -281,7 +281,7 @@ LAUNCHES = (
 
 
 def cases() -> dict[tuple[str, str], dict[int, Case]]:
-    """Every case by operation and label, at each length that it occurs at."""
+    """Every case by operation and label, at each of its lengths."""
     found: dict[tuple[str, str], dict[int, Case]] = {}
     for T in VOCABULARY:
         for family in LAUNCHES:

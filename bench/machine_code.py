@@ -1,12 +1,12 @@
-"""The machine code of every kernel for every GPU generation in use, made and read without a GPU.
+"""Compiles every kernel for every GPU generation in use and inspects the machine code, without a GPU.
 
 `python -m bench.machine_code` compiles each launch of bench/kernel_launches.py for each target, and reads
-registers, stack, shared memory and tensor-core instructions from the result; `--write` keeps the table in
+registers, stack, shared memory and tensor-core instructions from the result; `--write` stores the table in
 bench/results/machine_code.json. A stack means that registers spilled to memory; a matrix kernel without
 tensor-core instructions fell back to scalar code.
 
-Each row has a digest of everything that the compiler is given. `--changed` compiles only rows whose digest is
-not in the kept table, and a sample that checks the kept ones.
+Each row has a digest of the compiler's inputs. `--changed` compiles only rows whose digest is not in the
+stored table, and a sample of the stored rows as a check.
 """
 
 import argparse
@@ -35,12 +35,12 @@ from hrm.common.errors import run_command
 from kernels.backend import Launch, recorded, tl, triton
 
 RESULTS = Path(__file__).parent / "results" / "machine_code.json"
-# Compute capability: bytes of shared memory one block may have (CUDA programming guide, table of limits).
+# Maximum bytes of shared memory per block by compute capability (CUDA programming guide, table of limits).
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
 # Warp-level, warpgroup-level and fifth-generation products, as the disassembler names them.
 TENSOR_CORE = re.compile(r"\b([DH]MMA|HGMMA|UTC\w*MMA)\b")
 MEASURED = ("registers", "stack", "shared_memory", "tensor_core")
-# The kept table: the values of MEASURED by digest and target.
+# The stored table: the values of MEASURED by digest and target.
 Kept = Mapping[tuple[str, str], dict[str, int]]
 
 
@@ -80,19 +80,19 @@ def specialised(launch: Launch) -> Source:
 
 
 def code_of(function: Callable) -> str:
-    """A function's tokens, without comments, layout and docstring, which change no machine code."""
+    """A function's tokens, without comments, layout and docstring, which do not affect machine code."""
     text = textwrap.dedent(inspect.getsource(function))
     skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE}
     tokens = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type not in skipped]
     body = next(i for i, token in enumerate(tokens) if token.type == tokenize.INDENT) + 1
     if tokens[body].type == tokenize.STRING:
         del tokens[body]
-    # An indentation counts by its place, not by its width.
+    # Ignore the width of an indentation.
     return " ".join("" if token.type == tokenize.INDENT else token.string for token in tokens)
 
 
 def code_with_callees(kernel: Any) -> dict[str, str]:
-    """The code of a kernel and of every function that it calls, and the constants that they read, by name."""
+    """The code of a kernel and of its callees, and the constants that they read, by name."""
     found: dict[str, str] = {}
     waiting = [kernel.fn]
     while waiting:
@@ -110,14 +110,14 @@ def code_with_callees(kernel: Any) -> dict[str, str]:
 
 
 def digest(source: Source) -> str:
-    """A digest of everything that decides the machine code, except the target."""
+    """A digest of everything that determines the machine code, except the target."""
     code = sorted(code_with_callees(source.kernel).items())
     parts = [triton.__version__, code, *(sorted(part.items()) for part in source[1:])]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def kept_rows(path: Path = RESULTS) -> Kept:
-    """The kept table's values, without a sample: for each operation, its first kernel for one target."""
+    """The values of the stored table without the sample: each operation's first kernel for one target."""
     rows = json.loads(path.read_text())["rows"]
     targets = [f"sm_{capability}" for capability in SHARED_MEMORY]
     sample = {}
@@ -133,7 +133,7 @@ def kept_rows(path: Path = RESULTS) -> Kept:
 
 
 def compiled(source: Source, capability: int) -> dict[str, int]:
-    """Compiles a kernel for a target; returns what its machine code holds."""
+    """Compiles a kernel for a target; returns the properties of its machine code."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -156,7 +156,7 @@ def compiled(source: Source, capability: int) -> dict[str, int]:
 
 
 def registers_and_stack(cubin: Path) -> tuple[int, int]:
-    """Registers of a thread, and bytes of its stack, which holds what spills."""
+    """Registers per thread, and bytes of the stack, which holds spilled registers."""
     usage = _cuobjdump("-res-usage", str(cubin))
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
@@ -165,7 +165,7 @@ def registers_and_stack(cubin: Path) -> tuple[int, int]:
 
 def _cuobjdump(flag: str, path: str) -> str:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    # cuobjdump looks for nvdisasm beside the other programs of the search path.
+    # cuobjdump looks for nvdisasm on the search path.
     env = {**os.environ, "PATH": f"{tools}:{os.environ.get('PATH', '')}"}
     done = subprocess.run([tools / "cuobjdump", flag, path], env=env, capture_output=True, text=True)
     if done.returncode:
@@ -176,8 +176,8 @@ def _cuobjdump(flag: str, path: str) -> str:
 def rows_of(key: tuple[str, str], kept: Kept) -> list[dict[str, Any]]:
     """The table's rows of one case: each kernel it launches, for each target.
 
-    Rows that `kept` has are not compiled again. Lengths that specialise a kernel alike share a row, which
-    names them with the programs they launch.
+    Rows in `kept` are not compiled again. Lengths with the same specialisation share a row, which gives the
+    number of programs for each length.
     """
     sources: list[tuple[Source, dict[int, int]]] = []
     for T, case in cases()[key].items():
@@ -227,15 +227,15 @@ def main() -> int:
         nargs="?",
         type=Path,
         const=RESULTS,
-        help=f"keep the table in a file, {RESULTS.name} by default",
+        help=f"store the table in a file, {RESULTS.name} by default",
     )
     parser.add_argument(
-        "--changed", action="store_true", help=f"take rows that {RESULTS.name} has by their digest from it"
+        "--changed", action="store_true", help=f"reuse rows of {RESULTS.name} with the same digest"
     )
     parser.add_argument("--op", default="", help="only cases of this operation")
     options = parser.parse_args()
     if options.op and options.write:
-        parser.error("--write keeps the whole table: leave --op out")
+        parser.error("--write needs the whole table: leave --op out")
     if triton is None or os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("this needs Triton's compiler: install triton and unset TRITON_INTERPRET")
     chosen = [key for key in cases() if options.op in ("", key[0])]

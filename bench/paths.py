@@ -1,10 +1,10 @@
-"""The cost of many paths: CPU seconds of a path, over those of a plain evaluation of one path.
+"""The cost of many paths: CPU seconds per path, relative to a plain evaluation with one path.
 
     python -m bench.paths RUN DATA --write bench/results/paths_cpu.json
 
-All evaluations run in one process, at one batch size, in turn; each figure is the median of the rounds. The
-time of the processor, not of the clock, is counted, so other processes change it little. The start of the
-process is left out.
+All evaluations run in one process, at one batch size, in turn; each figure is the median of the rounds. It
+measures CPU time instead of elapsed time, so other processes have little effect. The start of the process is
+excluded.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from hrm.evaluation.paths import Plan, differences, evaluate_paths
 from hrm.evaluation.selection import Rule
 
 BATCH, PATHS, PUZZLES = 64, 64, 3
-# Sources of the paths, and the rule; whether early exit is measured too.
+# Sources of the paths, rule, and whether early exit is measured.
 PLANS: tuple[tuple[str, Rule, bool], ...] = (
     ("init", "q", False),
     ("noise", "q", False),
@@ -38,12 +38,12 @@ PLANS: tuple[tuple[str, Rule, bool], ...] = (
 
 
 def measure(path: str, data: str, mode_name: str, rounds: int) -> dict[str, Any]:
-    """CPU seconds of a path, alone and among many of each kind, with and without early exit."""
+    """CPU seconds per path, for a single path and for many of each kind, with and without early exit."""
     trained = load_trained(find_trained(path), device="cpu", data=Path(data))
     dataset, mode = PuzzleDataset(Path(data), "test"), resolve_mode(mode_name, trained.model.H_init.device)
     assert mode is not None
     kind, depth = kind_of(dataset.metadata, dataset.sets), trained.model.arch.halt_max_steps
-    # As many paths in all as there are puzzles on one path.
+    # Keep the total number of paths equal to the number of single-path puzzles.
     alone, few = (subset(dataset, count, 0) for count in (PATHS * PUZZLES, PUZZLES))
     options: Any = {"batch_size": BATCH, "mode": mode}
     calls = {"alone": partial(evaluate, trained, dataset, examples=alone, **options)}
@@ -58,7 +58,7 @@ def measure(path: str, data: str, mode_name: str, rounds: int) -> dict[str, Any]
         for name, call in calls.items():
             start = time.process_time()
             call()
-            # The first round imports, compiles and allocates.
+            # The first round includes imports, compilation and allocation.
             if number:
                 seconds[name].append((time.process_time() - start) / (PATHS * PUZZLES))
     medians = {name: statistics.median(each) for name, each in seconds.items()}

@@ -2,11 +2,11 @@
 
     python -m bench.records sic data_path=data/sudoku --until 0.85 --seconds 600
 
-Training time is the sum of its steps' seconds in the run's log: evaluation, compilation, saving and starts
-are apart from it. A run ends at the first evaluation that reaches --until, or after --seconds of this
-process; the same command continues it. Words of the form key=value go to train.py, over the recipe's. Each
-call writes the recipe's row to --out, beside the published row, which is its authors' word and no
-measurement of this project. `python -m bench.records` prints the table.
+Training time is the sum of step times in the run's log; it excludes evaluation, compilation, saving and
+start-up. A run ends at the first evaluation that reaches --until, or after --seconds of this process; the
+same command continues it. key=value arguments override the recipe's arguments for train.py. Each call writes
+the recipe's row to --out, together with the published row, which is reported by its authors and not measured
+here. `python -m bench.records` prints the table.
 """
 
 import argparse
@@ -36,12 +36,12 @@ from hrm.training.run_folder import folder_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "records.json"
-# Seconds between two looks at a run's log, and those that a run has to save itself.
+# Seconds between reads of a run's log, and seconds that a run has to save itself.
 LOOK, GRACE = 1.0, 300.0
 
 
 class Recipe(NamedTuple):
-    """The words for train.py, and the published row: exact accuracy on Sudoku-Extreme, time, GPU, source."""
+    """Arguments for train.py, and the published row: exact accuracy on Sudoku-Extreme, time, GPU, source."""
 
     words: tuple[str, ...]
     accuracy: float | None
@@ -50,7 +50,7 @@ class Recipe(NamedTuple):
     source: str
 
 
-# The official recipe of TRM for Sudoku-Extreme, on which others build.
+# TRM's official recipe for Sudoku-Extreme, the base of other recipes.
 _SUDOKU = ("global_batch_size=768", "epochs=50000", "eval_interval=5000", "lr=1e-4", "weight_decay=1.0")
 _TABLE = ("puzzle_emb_lr=1e-4", "puzzle_emb_weight_decay=1.0")
 _MIXER = ("arch.mlp_t=true", "arch.pos_encodings=none")
@@ -87,7 +87,7 @@ RECIPES = {
 
 
 class Point(NamedTuple):
-    """An evaluation: updates so far, seconds of training, exact accuracy of the weights or their average."""
+    """An evaluation: updates so far, training seconds, exact accuracy of the weights or their average."""
 
     step: int
     train_s: float
@@ -97,7 +97,8 @@ class Point(NamedTuple):
 def points(lines: Sequence[dict[str, Any]], metric: str = "exact_accuracy") -> list[Point]:
     """The evaluations in a run's log, each with the better of the weights and their average.
 
-    The whole test split or a sample of it, and not `valid`, whose best is no result. lines: of metrics.jsonl.
+    It uses the test split or a sample of it, not `valid`, whose best score is biased. lines: of
+    metrics.jsonl.
     """
     found, seconds, last = [], 0.0, 0
     for line in lines:
@@ -116,26 +117,26 @@ def points(lines: Sequence[dict[str, Any]], metric: str = "exact_accuracy") -> l
 
 
 def reached(found: Sequence[Point], target: float | None) -> Point | None:
-    """The first evaluation that reaches the target; without a target None."""
+    """The first evaluation that reaches the target; None without a target."""
     if target is None:
         return None
     return next((point for point in found if point.accuracy >= target), None)
 
 
 def log_of(config: Config) -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics.jsonl, none before its first."""
+    """The complete lines of a run's metrics.jsonl; empty before the first."""
     path = folder_of(config) / "metrics.jsonl"
     if not path.is_file():
         return []
-    # The last line may be half written.
+    # The last line may be incomplete.
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def flop_per_step(config: Config, metadata: Metadata) -> int:
-    """FLOP of the matrix products of a training step, as counted on one CUDA device in bfloat16."""
+    """Matrix product FLOP of a training step, counted for one CUDA device in bfloat16."""
     launches = Launches()
     rehearsal = Rehearsal(replace(config, dtype="bfloat16"), metadata, torch.device("cuda"), launches)
-    # The first step also makes what later ones find.
+    # The first step also creates persistent tensors.
     rehearsal.step()
     launches.works.clear()
     rehearsal.step()
@@ -143,7 +144,7 @@ def flop_per_step(config: Config, metadata: Metadata) -> int:
 
 
 def flop_until(config: Config, metadata: Metadata, step: int, total_steps: int) -> int:
-    """FLOP of the first steps of a run, whose stages differ."""
+    """FLOP of the first steps of a run, stage by stage."""
     flop, done, start = 0, 0, 0
     for end in stage_ends(config):
         stage = replace(config, arch=stage_arch(config, start))
@@ -155,7 +156,7 @@ def flop_until(config: Config, metadata: Metadata, step: int, total_steps: int) 
 
 
 def train(config: Config, words: Sequence[str], target: float | None, seconds: float | None) -> None:
-    """Trains until an evaluation reaches the target, the time is over or the run ends.
+    """Trains until an evaluation reaches the target, the time limit passes or the run ends.
 
     A run that is stopped saves itself; the next call continues it. Raises UserError if it fails.
     """
@@ -174,7 +175,7 @@ def train(config: Config, words: Sequence[str], target: float | None, seconds: f
             except subprocess.TimeoutExpired:
                 trainer.kill()
                 raise UserError(f"train.py did not end within {GRACE:g} s of a SIGTERM") from None
-    # 143 after the SIGTERM from here or from a scheduler, which saved the run.
+    # 143: SIGTERM from here or from a scheduler, after which the run saved itself.
     if trainer.returncode not in (0, 128 + signal.SIGTERM, 128 + signal.SIGINT):
         raise UserError(f"train.py ended with status {trainer.returncode}: see its lines above")
 
@@ -200,15 +201,15 @@ def row_of(name: str, config: Config, target: float | None, words: Sequence[str]
             "exact_accuracy": recipe.accuracy,
             "hours": recipe.hours,
             "gpu": recipe.gpu,
-            "source": f"said by its authors: {recipe.source}",
+            "source": f"reported by its authors: {recipe.source}",
         },
     }
 
 
 def table(rows: dict[str, Any]) -> str:
-    """The rows as Markdown, each beside what its authors say."""
+    """The rows as Markdown, each with its authors' figures."""
     lines = [
-        "| recipe | exact | training time | steps | FLOP | machine | commit | its authors say |",
+        "| recipe | exact | training time | steps | FLOP | machine | commit | authors' figures |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
@@ -217,7 +218,7 @@ def table(rows: dict[str, Any]) -> str:
             f"{said['exact_accuracy']:.1%}" if said["exact_accuracy"] else "",
             f"{said['hours']:g} h" if said["hours"] else "",
             said["gpu"],
-            f"({said['source'].removeprefix('said by its authors: ')})",
+            f"({said['source'].removeprefix('reported by its authors: ')})",
         ]
         best = row["reached"] or max(row["evaluations"], key=lambda point: point["accuracy"], default=None)
         measured = ["", "", "", ""]
@@ -236,10 +237,12 @@ def main(argv: Sequence[str]) -> None:
         prog="python -m bench.records", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("recipe", nargs="?", choices=[*RECIPES], help="print the table if there is none")
-    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="for train.py, over the recipe's")
-    parser.add_argument("--until", type=float, help="the exact accuracy that ends the run, as 0.85")
     parser.add_argument(
-        "--seconds", type=float, help="save and end after so long; the same command continues"
+        "words", nargs="*", metavar="KEY=VALUE", help="arguments for train.py, which override the recipe's"
+    )
+    parser.add_argument("--until", type=float, help="exact accuracy at which the run ends, such as 0.85")
+    parser.add_argument(
+        "--seconds", type=float, help="save and end after this time; the same command continues"
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="the file of rows")
     options = parser.parse_intermixed_args(argv)
@@ -248,7 +251,7 @@ def main(argv: Sequence[str]) -> None:
     check_file(options.out)
     rows: dict[str, Any] = {}
     if options.out.exists():
-        rows = read_json(options.out, 2**24, "the rows that this command wrote")
+        rows = read_json(options.out, 2**24, "rows written by this command")
     if options.recipe is not None:
         given = [*options.words]
         if not any(word.startswith("project_name=") for word in given):

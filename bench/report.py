@@ -1,7 +1,7 @@
-"""The measured numbers of README.md and docs/results.md, made from bench/results/ and from nothing else.
+"""Generates the measured numbers of README.md and docs/results.md from bench/results/.
 
-`python -m bench.report` prints the tables. `--write` puts them into both documents, and the plot beside the
-results.
+`python -m bench.report` prints the tables. `--write` inserts them into both documents, and writes the plot to
+bench/results/.
 """
 
 import json
@@ -22,7 +22,7 @@ README, DOCUMENT = ROOT / "README.md", ROOT / "docs" / "results.md"
 PLOT = RESULTS / "steps.svg"
 COMPARISON = "architectures_cpu"
 SHARED = {
-    "quick_busy_cpu.json": "beside one busy process on 2 cores",
+    "quick_busy_cpu.json": "with one busy process on 2 cores",
     "quick_quota_cpu.json": "in a container of 1.5 CPUs",
 }
 BEGIN, END = "<!-- measured: made by bench/report.py -->", "<!-- end of measured -->"
@@ -41,7 +41,7 @@ def quick_rows(results: Path) -> list[tuple[str, str, str]]:
     seconds = [run["seconds"] for run in found["runs"]]
     each = ", ".join(f"{value:.1f}" for value in exact)
     others = max((run.get("other_cpus") or 0 for run in found["runs"]), default=0)
-    beside = f", beside other work on up to {others:.1f} CPUs" if others > IDLE_CPUS else ""
+    beside = f", with other processes on up to {others:.1f} CPUs" if others > IDLE_CPUS else ""
     return [
         (
             f"`make train`: unseen grids solved exactly, {len(exact)} seeds",
@@ -83,23 +83,25 @@ def data_rows(results: Path) -> list[tuple[str, str, str]]:
 
 
 def gate_rows(results: Path) -> list[tuple[str, str, str]]:
-    """The cost of the gates' statistics."""
+    """The cost of gate statistics."""
     found = []
     for file in sorted(results.glob("gates_*.json")):
         for row in json.loads(file.read_text())["benchmarks"]:
             info = row["extra_info"]
-            what = f"statistics of the gates in the log of `{info['model']}`, of the time of its steps"
+            what = f"gate statistics in the log of `{info['model']}`, as a share of step time"
             found.append((what, f"{100 * info['share']:.2f} %", file.name))
     return found
 
 
 def saving_rows(results: Path) -> list[tuple[str, str, str]]:
-    """The cost of checkpoints to the run that writes them in the background."""
+    """The cost of background checkpoints."""
     rows = []
     for file in sorted(results.glob("saving_*.json")):
         for benchmark in json.loads(file.read_text())["benchmarks"]:
             info = benchmark["extra_info"]
-            what = f"a checkpoint every {info['interval']} steps of `{info['model']}`, of the time of those"
+            what = (
+                f"a checkpoint every {info['interval']} steps of `{info['model']}`, as a share of step time"
+            )
             stall, foreground = (1000 * info[f"{name}_seconds"] for name in ("stall", "foreground"))
             share = f"{100 * info['share']:.1f} %"
             measured = f"{share}; stops for {stall:.0f} ms, {foreground:.0f} ms in the foreground"
@@ -112,29 +114,29 @@ def fault_rows(results: Path) -> list[tuple[str, str, str]]:
     rows = []
     if (file := results / "soak.json").exists():
         found = json.loads(file.read_text())
-        same = "the same bits" if found["identical"] else "OTHER BITS"
+        same = "identical bits" if found["identical"] else "OTHER BITS"
         lost = f"{found['steps_lost_beyond_the_last_checkpoint']} steps lost beyond the last checkpoint"
         measured = f"{lost}; {same} after {found['steps']:,} steps"
-        kills = f"killed {found['kills']} times, {found['kills_in_a_save']} of them in a save"
-        what = f"`make soak`: a run {kills}, against one left alone"
+        kills = f"killed {found['kills']} times ({found['kills_in_a_save']} during a save)"
+        what = f"`make soak`: a run {kills}, compared with an uninterrupted run"
         rows.append((what, measured, file.name))
     if (file := results / "fuzz.json").exists():
         found = json.loads(file.read_text())
         places = sum(target["places"] for target in found["targets"].values())
-        what = f"`make fuzz`: {found['inputs']:,} hostile inputs to {len(found['targets'])} readers"
-        rows.append((what, f"{found['findings']} tracebacks; refused in {places} places", file.name))
+        what = f"`make fuzz`: {found['inputs']:,} malicious inputs to {len(found['targets'])} readers"
+        rows.append((what, f"{found['findings']} tracebacks; rejected in {places} places", file.name))
     return rows
 
 
 def step_files(results: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Files with rows of `bench.rows`, by name: those of GPUs first."""
+    """Files with rows of `bench.rows`, by name, GPUs first."""
     paths = [*sorted(results.glob("cuda_*.json")), results / "cpu.json"]
     files = [(path.name, json.loads(path.read_text())) for path in paths]
     return [(name, file) for name, file in files if groups(file)]
 
 
 def groups(file: dict[str, Any]) -> dict[tuple[str, str], Rows]:
-    """A file's rows by program and model, in the order of PROGRAMS; first in each is ours at its best."""
+    """A file's rows by program and model, in the order of PROGRAMS; our fastest row comes first."""
     found: dict[tuple[str, str], Rows] = {}
     for program in PROGRAMS:
         for row in file["benchmarks"]:
@@ -144,7 +146,7 @@ def groups(file: dict[str, Any]) -> dict[tuple[str, str], Rows]:
 
 
 def label(row: dict[str, Any], base: dict[str, Any]) -> str:
-    """A row's implementation and mode, and its dtype where it is not that of the row it is compared with."""
+    """A row's implementation and mode, and its dtype if it differs from that of the baseline row."""
     info, usual = row["extra_info"], base["extra_info"]["dtype"]
     parts = [info["implementation"], info["mode"]] + [info["dtype"]] * (info["dtype"] != usual)
     return ", ".join(parts)
@@ -163,17 +165,17 @@ def milliseconds(row: dict[str, Any]) -> str:
 
 
 def rate(info: dict[str, Any]) -> str:
-    """TFLOP/s, below one as GFLOP/s; with its share of the roofline where that was measured."""
+    """TFLOP/s, or GFLOP/s below one; with the share of the roofline if measured."""
     flops = info["TFLOP/s"]
     text = f"{flops:.0f} TFLOP/s" if flops >= 1 else f"{1000 * flops:.0f} GFLOP/s"
     return text + (f", {info['roofline_share']:.0%} of the roofline" if "roofline_share" in info else "")
 
 
 def step_table(name: str, file: dict[str, Any]) -> str:
-    """A file's programs and models: ours in figures, everything else by its time over ours."""
+    """A table of a file's programs and models: our times, and for other code the time relative to ours."""
     found = groups(file)
     first = next(iter(found.values()))[0]["extra_info"]
-    # Other codes in the rows' order, which is that of the model with most of them.
+    # Other implementations, in the order of the model with most of them.
     place = {label(row, rows[0]): i for rows in sorted(found.values(), key=len) for i, row in enumerate(rows)}
     compared = {label(row, rows[0]) for rows in found.values() for row in rows[1:]}
     others = sorted(compared, key=place.__getitem__)
@@ -200,13 +202,13 @@ def step_table(name: str, file: dict[str, Any]) -> str:
 
 
 def comparison_parts(results: Path) -> list[str]:
-    """The architectures side by side, one row each, with the command that trained them, and the pictures."""
+    """A table of the architectures, with the command that trained them, and the plot."""
     file = results / COMPARISON / "results.json"
     if not file.is_file():
         return []
     found = json.loads(file.read_text())
     at_steps, at_time, pace, *aims = tables(found)
-    # The last aim is the largest share of what the baseline reaches.
+    # The last aim is the largest share of the baseline's score.
     aim = aims[-1]
     by_name = [{row[0]: row for row in each.rows} for each in (at_steps, at_time, pace, aim)]
     against = f"to {found['baseline']}"
@@ -232,7 +234,7 @@ def comparison_parts(results: Path) -> list[str]:
 
 
 def where(name: str, file: dict[str, Any], info: dict[str, Any]) -> str:
-    """On what a file was measured, as it says itself."""
+    """The machine and versions of a file."""
     machine = info["gpu"] or f"{info['processor']} ({info['threads']} of {info['cores']} cores)"
     commit = file["commit_info"]
     changes = ", with changes" if commit.get("dirty") else ""
@@ -258,21 +260,21 @@ def row_table(rows: list[tuple[str, str, str]]) -> str:
 
 
 def summary(results: Path = RESULTS) -> str:
-    """The README's table: training on a laptop, speed against the official code, faults."""
+    """The README's table: training on a laptop, speed relative to the official code, fault tolerance."""
     rows = [*quick_rows(results)]
     for name, file in step_files(results):
         for (program, model), (base, *others) in groups(file).items():
             info = base["extra_info"]
             for row in others:
                 if program == PROGRAMS[0] and label(row, base) == "official, compile":
-                    what = f"{program} of `{model}`: time of the official compiled step over ours"
+                    what = f"{program} of `{model}`: speed relative to the official compiled step"
                     measured = f"{ratio(row, base):.2f}x ({info['gpu'] or info['processor']})"
                     rows.append((what, measured, name))
     return row_table([*rows, *fault_rows(results)])
 
 
 def with_measured(text: str, measured: str) -> str:
-    """A document's text with the part between its markers replaced."""
+    """Replaces the text between a document's markers."""
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n{measured}\n{END}{rest.split(END)[1]}"
 
@@ -284,7 +286,7 @@ COLOURS = {"ours": "#2f6fb0", "official": "#c8772a"}
 
 
 def plot(results: Path = RESULTS) -> str:
-    """Training steps as SVG: each model's rows one under the other, as long as their time over ours."""
+    """A bar chart of training steps as SVG: the time of each row relative to ours, by model."""
     shapes: list[str] = []
     y = 8
 

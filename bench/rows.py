@@ -1,9 +1,8 @@
-"""The rows of the step and inference benchmarks: models, implementations, their check and their timing.
+"""The rows of the step and inference benchmarks: models, implementations, checks and timing.
 
-A row is a model, an implementation, the mode it runs in and its dtype. Before it is timed, its results are
-compared with those of the straight-line model in float32 (`Plain`), by the bounds below. On CUDA a round is
-several calls and one wait for the device at its end, so that a device which waits for the host shows in the
-time.
+A row is a model, an implementation, a mode and a dtype. Before timing, its results are compared with those of
+the straight-line model in float32 (`Plain`), within the bounds below. On CUDA a round is several calls and
+one synchronisation at the end, so that an idle device increases the time.
 """
 
 import gc
@@ -41,7 +40,7 @@ CUDA = torch.cuda.is_available()
 
 
 class Model(NamedTuple):
-    """A model, its batch and its data, on the device that it is for. words: of the command line."""
+    """A model, its batch and data, and its device. words: command-line arguments."""
 
     device: str
     arch: str
@@ -91,12 +90,12 @@ def quick(arch: str, B: int) -> Model:
 
 
 def small(arch: str) -> Model:
-    """The published recipe on a CPU, of a quarter of the width and half of the depth."""
+    """The published recipe on a CPU, with a quarter of the width and half of the depth."""
     return Model("cpu", arch, ("preset=full", *SMALL, "global_batch_size=32"), 81, 11)
 
 
 class Program(NamedTuple):
-    """What is timed. results: what is checked; call: one round's call; CPU and CUDA: (rounds, calls)."""
+    """A timed program. results: the checked results; call: the timed call; CPU and CUDA: (rounds, calls)."""
 
     name: str
     results: Callable[[Implementation], dict[str, np.ndarray]]
@@ -128,9 +127,9 @@ INFERENCE = Program(
     (20, 1),
     (30, 1),
 )
-# Most that results may differ from the straight-line model's in float32: the losses of three training steps
-# and the means of an evaluation by a part of themselves, q_halt by the root of its mean square difference,
-# predictions by the share of cells with another one (some 0.9 where there is no relation).
+# Maximum differences from the straight-line model in float32: relative for the losses of three training steps
+# and the means of an evaluation, root mean square for q_halt, share of differing cells for predictions (about
+# 0.9 for unrelated ones).
 BOUNDS = {
     "float32": {"losses": 1e-5, "means": 1e-5, "q_halt": 1e-4, "predictions": 1e-3},
     "bfloat16": {"losses": 2e-2, "means": 5e-2, "q_halt": 0.5, "predictions": 0.2},
@@ -141,7 +140,7 @@ BOUNDS = {
 
 
 def missing(model: Model, code: Code) -> str | None:
-    """Why a row does not run here, None if it does."""
+    """The reason why a row does not run here; None if it does."""
     if model.device == "cuda" and not CUDA:
         return "the published model's rows need a CUDA device; this machine has none"
     if model.device == "cpu" and CUDA:
@@ -167,20 +166,21 @@ def compiler() -> str | None:
 def setting(model: Model, code: Code) -> tuple[Config, Metadata]:
     mode = code.mode if code.implementation != "plain" else "eager"
     words = [*model.words, *CERTAIN, f"device={model.device}", f"mode={mode}", f"dtype={code.dtype}"]
-    # Several puzzles, so that sequences halt at different steps.
+    # Use several puzzles, so that sequences halt at different steps.
     return parse_args(["--arch", model.arch, *words]), metadata(model.cells, model.vocab_size, puzzles=16)
 
 
 @lru_cache(maxsize=1)
 def expected(program: Program, model: Model) -> dict[str, np.ndarray]:
-    """The straight-line model's results in float32; few sequences at a time, for it keeps all it computes."""
+    """The straight-line model's results in float32, computed in small parts, because it keeps all
+    intermediate tensors."""
     config, data = setting(model, Code("plain", "eager", "float32"))
     part = max(1, 16_384 // (1 + model.cells))
     return program.results(Plain(config, data, torch.device(model.device), part))
 
 
 def errors(found: dict[str, np.ndarray], truth: dict[str, np.ndarray]) -> dict[str, float]:
-    """How far results are off, in the measures of BOUNDS."""
+    """The errors of results, in the measures of BOUNDS."""
     off = {
         "losses": lambda a, b: np.abs(a / b - 1).max(),
         "means": lambda a, b: np.abs(a / b - 1).max(),
@@ -191,7 +191,7 @@ def errors(found: dict[str, np.ndarray], truth: dict[str, np.ndarray]) -> dict[s
 
 
 def check(found: dict[str, np.ndarray], truth: dict[str, np.ndarray], dtype: str) -> dict[str, float]:
-    """The errors of results; fails where one is beyond its bound or not a number."""
+    """The errors of results; fails if an error exceeds its bound or is NaN."""
     measured = errors(found, truth)
     for name, error in measured.items():
         assert error <= BOUNDS[dtype][name], f"{name}: off by {error:.3g}, allowed {BOUNDS[dtype][name]:g}"
@@ -202,7 +202,7 @@ def check(found: dict[str, np.ndarray], truth: dict[str, np.ndarray], dtype: str
 
 
 def counted(program: Program, config: Config, data: Metadata) -> list[Row]:
-    """What a program must launch at least, with this project's kernels."""
+    """The minimum launches of a program with this project's kernels."""
     arch = config.arch
     assert arch.H_layers == arch.L_layers and arch.puzzle_emb_ndim == arch.hidden_size
     shape = Shape(
@@ -220,15 +220,15 @@ def counted(program: Program, config: Config, data: Metadata) -> list[Row]:
     )
     if program is TRAINING:
         return step(shape, "kernels", gated=arch.use_gating)
-    # A step without gradient is the target's pass with all positions; its input is embedded and its answer
-    # read once.
+    # A step without gradient is the target pass with all positions; the input is embedded and the answer
+    # computed once.
     rows = step(shape, "kernels", gated=arch.use_gating, whole_target=True)
     once = [row for row in rows if row.part == "forward" and row.name in ("embedding", "lm_head and loss")]
     return once + [row for row in rows if row.part == "target"] * arch.halt_max_steps
 
 
 def figures(rows: list[Row], batch_size: int, seconds: float) -> dict[str, float]:
-    """The rates that a time amounts to; on CUDA the share of the roofline measured there."""
+    """The rates for a time; on CUDA also the share of the measured roofline."""
     sums = totals(rows, measure() if CUDA else MACHINES["H200"])
     rates = {"samples/s": batch_size / seconds, "TFLOP/s": sums["flop"] / seconds / 1e12}
     if CUDA:
@@ -237,10 +237,10 @@ def figures(rows: list[Row], batch_size: int, seconds: float) -> dict[str, float
 
 
 def launches(events: list[dict[str, Any]]) -> dict[str, int]:
-    """What a traced call gave a CUDA device to do, and how often the host spoke to it for that.
+    """The work of a traced call on a CUDA device, and the number of launches by the host.
 
-    kernels: kernels, copies and fills that ran, those of a replayed graph too; launches: the host's calls,
-    a replay being one.
+    kernels: executed kernels, copies and fills, including those of a replayed graph; launches: the host's
+    calls, one per replay.
     """
     work = ("kernel", "gpu_memcpy", "gpu_memset")
     calls = ("LaunchKernel", "GraphLaunch", "Memcpy", "Memset")
@@ -252,7 +252,7 @@ def launches(events: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def machine() -> dict[str, Any]:
-    """Where the rows run: device, processor, threads and versions."""
+    """The environment of the rows: device, processor, threads and versions."""
     return {
         "gpu": torch.cuda.get_device_name() if CUDA else None,
         "processor": processor(),
@@ -263,14 +263,14 @@ def machine() -> dict[str, Any]:
 
 
 def clock() -> float:
-    """Seconds, once the device has done all that it was given."""
+    """The time in seconds after synchronising the device."""
     if CUDA:
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def time_row(benchmark: Any, program: Program, name: str, model: Model, code: Code) -> None:
-    """Checks and times a row; skips it with its reason where it cannot run or does not fit."""
+    """Checks and times a row; skips it with a reason if it cannot run or does not fit."""
     if reason := missing(model, code):
         pytest.skip(reason)
     try:
@@ -287,9 +287,9 @@ def _time_row(benchmark: Any, program: Program, name: str, model: Model, code: C
     (config, data), device, truth = setting(model, code), torch.device(model.device), expected(program, model)
     rounds, calls = program.cuda if CUDA else program.cpu
     benchmark.group = f"{program.name}: {name}"
-    # Before the official code is there with a stand-in for a package.
+    # Import before the official code installs a stand-in for a package.
     found = package_versions("triton", "flash_attn", "adam_atan2")
-    # One class of models, compiled anew for each row.
+    # The models share a class, so reset the compiler for each row.
     torch._dynamo.reset()
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
@@ -303,7 +303,7 @@ def _time_row(benchmark: Any, program: Program, name: str, model: Model, code: C
             call()
             host.append(time.perf_counter() - start)
 
-        # A graph is captured at the fourth call.
+        # The fourth call captures a graph.
         for _ in range(5 if CUDA or program is TRAINING else 1):
             timed()
         host.clear()
@@ -340,7 +340,7 @@ def _time_row(benchmark: Any, program: Program, name: str, model: Model, code: C
 
 
 def rows(*models: tuple[str, Model]) -> list[Any]:
-    """The parameters of a test: every code of every model, one model after the other."""
+    """The parameters of a test: all implementations of each model, model by model."""
     return [
         pytest.param(name, model, code, id="-".join((name, *code)))
         for name, model in models

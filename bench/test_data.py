@@ -1,4 +1,4 @@
-"""Building the full data set in a process of its own: 1,000 9x9 puzzles, 1,000 augmentations each."""
+"""Times the build of the full data set in a separate process: 1,000 9x9 puzzles, 1,000 augmentations each."""
 
 import resource
 import subprocess
@@ -18,6 +18,6 @@ def test_build_sudoku(benchmark, tmp_path):
         subprocess.run, (command,), {"cwd": ROOT, "check": True, "capture_output": True}, rounds=1
     )
     assert (tmp_path / "data" / "train" / "all__inputs.npy").stat().st_size == 128 + 1_001_000 * 81
-    # The largest child so far; those of other benchmarks only make it larger.
+    # Peak memory of the largest child so far; other benchmarks can only increase it.
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     benchmark.extra_info |= {"peak_memory_mib": round(peak / 2**20), "processor": processor()}

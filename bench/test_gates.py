@@ -1,4 +1,4 @@
-"""What the statistics of the gates cost a gated run: a line of the log against the steps between two lines.
+"""The cost of gate statistics: the time of a log line relative to the steps between two lines.
 
 `pytest bench/test_gates.py --benchmark-only --benchmark-json=bench/results/gates_cpu.json`
 """
@@ -17,9 +17,9 @@ MODELS = (
     if CUDA
     else [("gated-quick-B64-S16", quick("gated", 64)), ("gated-D128-B32-S81", small("gated"))]
 )
-# Timed beside each line's statistics.
+# Number of steps timed for each line's statistics.
 STEPS = 5
-# Most of the time of a run's steps that its statistics may take.
+# Maximum share of step time for gate statistics.
 LIMIT = 0.01
 
 

@@ -1,7 +1,7 @@
-"""Solving a batch, every sequence for halt_max_steps steps: the latency of one puzzle, the rate of many.
+"""Times the solution of a batch with halt_max_steps steps: the latency of one puzzle, the throughput of many.
 
-`pytest bench/test_inference.py --benchmark-only`; models, rows and selection as in test_step.py. A call takes
-the puzzles from the host and brings their answers back to it.
+`pytest bench/test_inference.py --benchmark-only`; models, rows and selection as in test_step.py. A call
+includes the copy of puzzles from the host and of answers to it.
 """
 
 import pytest

@@ -1,17 +1,17 @@
-"""Every operation by this project's kernels, its reference eager and compiled, and other libraries' kernels.
+"""Times every operation: this project's kernel, the eager and compiled reference, and other libraries'
+kernels.
 
 `pytest bench/test_kernels.py --benchmark-only`; groups are an operation, a direction and a batch, at the
-sizes of the published model. A row is timed only after its outputs and gradients were checked: against the
-reference in float64 its error may be twice that of the eager reference in the same dtype, plus a small part
-of the largest value. Another library's kernel that rounds more often may err ten times as much as that; each
-row carries its error in parts of what is allowed.
+sizes of the published model. A row is timed only after a check of its outputs and gradients: its error
+against the float64 reference may be twice that of the eager reference in the same dtype, plus a small share
+of the largest value. For other libraries' kernels, which round more often, the limit is ten times higher.
+Each row has its error relative to the limit.
 
-On CUDA a round is the mean of several launches, each timed between two CUDA events on a cold second-level
-cache: before every launch a buffer many times as large as that cache is overwritten. The overwriting takes
-the device longer than Python needs for the next launch, so that launches wait for the device and not the
-device for Python, and what is measured is the device's work alone. The forward of an operation that has a
-backward includes what it saves. On a CPU the reference runs in float32 on a small batch, eager and compiled,
-and the other rows say why they are skipped.
+On CUDA a round is the mean of several launches, each timed between two CUDA events with a cold L2 cache:
+before every launch a buffer much larger than the cache is overwritten. This takes the device longer than
+Python needs for the next launch, so the device never waits for Python and only its work is measured. The
+forward of an operation with a backward includes saving tensors. On a CPU the reference runs in float32 on a
+small batch, eager and compiled, and the other rows report why they are skipped.
 """
 
 import gc
@@ -41,7 +41,7 @@ from tests.kernels.compare import DEVICE, Outputs, allowed_error, distance, rand
 
 BATCHES = (1, 96, 384, 768) if CUDA else (2,)
 ROUNDS, LAUNCHES = (20, 10) if CUDA else (50, 1)
-# Larger than any second-level cache, and long enough to overwrite that Python is ready with the next launch.
+# Larger than any L2 cache, and large enough that Python prepares the next launch while it is overwritten.
 FLUSHED_BYTES = 2**30
 INTEGERS_THAT_MAY_DIFFER = 1e-4
 
@@ -50,7 +50,7 @@ INTEGERS_THAT_MAY_DIFFER = 1e-4
 
 
 def missing(implementation: str) -> str | None:
-    """Why an implementation does not run here, None if it does."""
+    """The reason why an implementation does not run here; None if it does."""
     if implementation == "reference, eager":
         return None
     if implementation == "reference, compile":
@@ -79,7 +79,7 @@ def implemented(op: str, implementation: str, B: int) -> Call:
     call = made(op, B)[1]
     if implementation == "reference, compile":
         torch._dynamo.reset()
-        # The backward is timed many times over one forward, so it may not take that one's buffers.
+        # The backward is repeated after one forward, so it must not reuse its buffers.
         with torch._functorch.config.patch(donated_buffer=False):
             return torch.compile(call, fullgraph=True, dynamic=False)
     return call
@@ -87,7 +87,8 @@ def implemented(op: str, implementation: str, B: int) -> Call:
 
 @contextmanager
 def chosen_backend(implementation: str):
-    """Triton for ours, the reference for the reference; libraries' attention takes auto for its rotation."""
+    """Selects Triton for ours and the reference for the reference; libraries' attention uses auto for its
+    rotation."""
     names = {"ours": "triton", "flash-attn": "auto", "SDPA": "auto"}
     before = kernels.get_backend()
     kernels.set_backend(names.get(implementation, "reference"))
@@ -102,7 +103,7 @@ def chosen_backend(implementation: str):
 
 
 def outcome(op: str, call: Call, inputs: Inputs) -> Inputs:
-    """A call's outputs, changed inputs and gradients; the inputs themselves stay unchanged."""
+    """A call's outputs, changed inputs and gradients; works on copies of the inputs."""
     entry = OPS[op]
 
     def whole(**leaves: Tensor) -> Outputs:
@@ -119,7 +120,7 @@ def outcome(op: str, call: Call, inputs: Inputs) -> Inputs:
 
 @lru_cache(maxsize=1)
 def measures(op: str, B: int) -> tuple[Inputs, Inputs]:
-    """The eager reference's outcome in the operation's dtype, and that in float64."""
+    """The eager reference's results in the operation's dtype and in float64."""
     inputs, call = made(op, B)
     exact = {name: tensor.double() for name, tensor in inputs.items()}
     with chosen_backend("reference, eager"):
@@ -128,9 +129,9 @@ def measures(op: str, B: int) -> tuple[Inputs, Inputs]:
 
 @lru_cache(maxsize=8)
 def checked(op: str, implementation: str, B: int) -> tuple[Call, dict[str, float]]:
-    """The implementation's call, and the worst of its errors in parts of what is allowed.
+    """The implementation's call, and its largest error relative to the limit.
 
-    Fails the test where an output or a gradient is worse than it may be.
+    Fails the test if the error of an output or gradient exceeds the limit.
     """
     dtype, (inputs, _), (eager, truth) = OPS[op].dtype, made(op, B), measures(op, B)
     with chosen_backend(implementation):
@@ -158,7 +159,7 @@ _device_time = 0.0
 
 
 def device_clock() -> float:
-    """Seconds that timed launches have taken on the device so far."""
+    """A clock that sums the device time of timed launches."""
     return _device_time
 
 
@@ -168,7 +169,7 @@ def flushed() -> Tensor:
 
 
 def cold_launches(call: Callable[[], object]) -> None:
-    """Moves the device's clock by the mean of several launches, each on a cold second-level cache."""
+    """Advances the device clock by the mean of several launches, each with a cold L2 cache."""
     global _device_time
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(LAUNCHES)]
     for start, end in events:
@@ -181,7 +182,7 @@ def cold_launches(call: Callable[[], object]) -> None:
 
 
 def timed_call(op: str, direction: str, call: Call, B: int) -> Callable[[], object]:
-    """The timed function: the call on its own inputs, or its backward alone, repeated."""
+    """The timed function: the call on its own inputs, or only its backward."""
     entry, (inputs, _) = OPS[op], made(op, B)
     leaves = {name: t.clone().requires_grad_(name in entry.gradients) for name, t in inputs.items()}
     if direction != "backward":
@@ -194,7 +195,7 @@ def timed_call(op: str, direction: str, call: Call, B: int) -> Callable[[], obje
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """The peak memory of a call beyond that allocated before."""
+    """The peak memory of a call in addition to memory allocated before."""
     if not CUDA:
         return peak_memory(call)
     gc.collect()
@@ -206,7 +207,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def figures(work: Work, seconds: float, dtype: torch.dtype) -> dict[str, float]:
-    """The rates that a time amounts to; on CUDA in 16 bits the share of the measured roofline."""
+    """The rates for a time; on CUDA in 16 bits also the share of the measured roofline."""
     rates = {"GB/s": round(work.bytes / seconds / 1e9, 1)}
     if work.flop:
         rates["TFLOP/s"] = round(work.flop / seconds / 1e12, 2)
@@ -216,7 +217,7 @@ def figures(work: Work, seconds: float, dtype: torch.dtype) -> dict[str, float]:
 
 
 def rows() -> list[Any]:
-    """Rows of one operation and batch follow one another, so that its inputs are drawn once."""
+    """Sort rows by operation and batch, so that inputs are drawn once."""
     return [
         pytest.param(op, B, direction, implementation, id=f"{op}-B{B}-{direction}-{implementation}")
         for op, entry in OPS.items()

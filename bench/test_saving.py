@@ -1,4 +1,4 @@
-"""The cost of checkpoints to a run: steps with a save in the background against steps without.
+"""The cost of checkpoints: times steps with and without a background save.
 
 `pytest bench/test_saving.py --benchmark-only --benchmark-json=bench/results/saving_cpu.json`
 """
@@ -13,14 +13,14 @@ from bench.rows import CUDA, Code, clock, machine, published, quick, setting, sm
 from hrm.checkpoint.read import load_checkpoint
 from hrm.checkpoint.save import Saver, save_checkpoint
 
-# Models, and the steps from one checkpoint to the next: seconds, where a run's default is ten minutes.
+# Models, and steps between checkpoints: a few seconds, whereas a run's default is ten minutes.
 MODELS = (
     [(f"gated-B{B}-S81", published("gated", B, 81), 100) for B in (96, 768)]
     if CUDA
     else [("gated-quick-B64-S16", quick("gated", 64), 100), ("gated-D128-B32-S81", small("gated"), 30)]
 )
 ROUNDS = 8
-# Most of the time of a run's steps that its checkpoints may take.
+# Maximum share of step time for checkpoints.
 LIMIT = 0.02
 
 
@@ -67,7 +67,7 @@ def test_saving_in_the_background(benchmark, name, model, interval, tmp_path):
     benchmark.pedantic(with_one, setup=without, rounds=ROUNDS)
     saver.wait()
     assert load_checkpoint(tmp_path / "background").step == engine.step - interval
-    # Neighbours share what else the machine was doing.
+    # Compare neighbouring measurements, which have the same background load.
     share = statistics.median(one / other - 1 for one, other in zip(saving, plain, strict=True))
     benchmark.extra_info |= {
         "model": name,

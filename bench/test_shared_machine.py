@@ -1,10 +1,10 @@
-"""A training step on a CPU that other processes use too: alone, beside one busy process and beside two.
+"""Times a training step on a shared CPU: alone, with one busy process and with two.
 
 `pytest bench/test_shared_machine.py --benchmark-only --benchmark-json=bench/results/shared_cpu.json`
 
-Each way of waiting and number of threads is a process of its own, for OpenMP reads them once. The processes
-take turns, so that a ratio compares neighbours. A machine that is not idle at the start, or while a process
-runs alone, gives no figures.
+Each setting of wait policy and threads runs in a separate process, because OpenMP reads them once. The
+processes alternate, so that a ratio compares neighbouring measurements. The benchmark is skipped if the
+machine is not idle at the start or while a process runs alone.
 """
 
 import json
@@ -24,23 +24,23 @@ from bench.beside import IDLE_CPUS, Beside
 
 ROOT = Path(__file__).parents[1]
 MODELS = ("gated-quick-B64-S16", "v1-D128-B32-S81")
-# A run's own choice first. An empty value stands for a variable that is not set.
+# The default setting of a run comes first. An empty value means an unset variable.
 SETTINGS = {
     "as chosen": {"OMP_WAIT_POLICY": "", "OMP_NUM_THREADS": ""},
     "threads that spin": {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": ""},
     "one thread": {"OMP_WAIT_POLICY": "", "OMP_NUM_THREADS": "1"},
 }
-# Most that a step may take beside so many busy processes, in times of the fastest setting alone.
+# Maximum step time by number of busy processes, relative to the fastest setting without busy processes.
 LIMITS = {0: 1.1, 1: 1.6, 2: 2.6}
 ROUNDS, STEPS = 5, 10
 
 
 class NotIdle(Exception):
-    """Other processes take more than IDLE_CPUS of the CPUs."""
+    """Other processes use more than IDLE_CPUS CPUs."""
 
 
 class Worker:
-    """A process that takes training steps when it is asked to, and is stopped in between."""
+    """A process that runs training steps on request, and is stopped in between."""
 
     def __init__(self, model: str, setting: dict[str, str]) -> None:
         environ = {key: value for key, value in os.environ.items() if key not in setting}
@@ -61,7 +61,7 @@ class Worker:
         self._process.communicate()
 
     def steps(self, count: int) -> dict[str, float]:
-        """Takes so many steps. Returns the median of their seconds, and this process's CPU seconds."""
+        """Runs `steps` steps. Returns their median seconds, and this process's CPU seconds."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.send_signal(signal.SIGCONT)
         self._process.stdin.write(f"{count}\n")
@@ -73,7 +73,7 @@ class Worker:
 
 @contextmanager
 def busy(count: int) -> Iterator[None]:
-    """So many processes that compute all the time."""
+    """A context with `count` processes that compute continuously."""
     with ExitStack() as stack:
         for _ in range(count):
             process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
@@ -83,14 +83,14 @@ def busy(count: int) -> Iterator[None]:
 
 
 def check_idle(others: float | None) -> None:
-    """Raises NotIdle if others took more than IDLE_CPUS of the CPUs."""
+    """Raises NotIdle if others used more than IDLE_CPUS CPUs."""
     if others is None or others > IDLE_CPUS:
         taken = "an unknown number" if others is None else f"{others:.2f}"
-        raise NotIdle(f"the machine is not idle, so it is not timed: others take {taken} of its CPUs")
+        raise NotIdle(f"the machine is not idle, so nothing is timed: others use {taken} of its CPUs")
 
 
 def measure(model: str, rounds: int, count: int) -> dict[str, dict[int, list[float]]]:
-    """Seconds of a step by setting and number of busy processes, one for each round."""
+    """Seconds per step by setting and number of busy processes, one value per round."""
     seconds: dict[str, dict[int, list[float]]] = {
         name: {number: [] for number in LIMITS} for name in SETTINGS
     }
@@ -110,7 +110,7 @@ def measure(model: str, rounds: int, count: int) -> dict[str, dict[int, list[flo
 
 
 def ratios(seconds: dict[str, dict[int, list[float]]]) -> dict[str, dict[int, float]]:
-    """Medians over the rounds, in times of the fastest setting alone."""
+    """Medians over the rounds, relative to the fastest setting without busy processes."""
     medians = {
         name: {number: statistics.median(each) for number, each in by_number.items()}
         for name, by_number in seconds.items()
@@ -123,11 +123,11 @@ def ratios(seconds: dict[str, dict[int, list[float]]]) -> dict[str, dict[int, fl
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_step_beside_busy_processes(benchmark, model):
+def test_a_step_with_busy_processes(benchmark, model):
     from bench.rows import CUDA, machine
 
     if CUDA:
-        pytest.skip("a GPU's steps do not share the CPU; CUDA_VISIBLE_DEVICES= hides it")
+        pytest.skip("steps on a GPU do not depend on the CPU; CUDA_VISIBLE_DEVICES= hides it")
     benchmark.group = "a step on a shared machine"
     try:
         with Beside() as beside:
@@ -143,7 +143,7 @@ def test_a_step_beside_busy_processes(benchmark, model):
 
 
 def work(model: str) -> None:
-    """The process of a worker: a number of steps a line of input, their time a line of output."""
+    """The worker process: reads a number of steps per line, and prints their time per line."""
     import torch
 
     from bench.implementations import Ours
@@ -163,7 +163,7 @@ def work(model: str) -> None:
 
 
 if __name__ == "__main__":
-    # It sets how threads wait, which OpenMP reads when PyTorch loads.
+    # Import first: it sets how threads wait, which OpenMP reads when PyTorch loads.
     import hrm  # noqa: F401
 
     work(sys.argv[1])

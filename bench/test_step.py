@@ -1,10 +1,10 @@
-"""Training steps and evaluations by different code, side by side.
+"""Times training steps and evaluations of several implementations.
 
-`pytest bench/test_step.py --benchmark-only`; HRM_REPO=PATH of a checkout of sapientinc/HRM adds the official
-model. On CUDA it is the published model, v1 and gated, of three batches and two lengths, in bfloat16;
-elsewhere small models in float32, and one row of bfloat16 where the processor multiplies it. Rows of one
-group are one model, timed one after the other in one process; `-k "v1 and B768 and graph"` chooses.
-`bench/rows.py` says how a row is checked and timed.
+`pytest bench/test_step.py --benchmark-only`; HRM_REPO=PATH, a checkout of sapientinc/HRM, adds the official
+model. On CUDA the rows have the published model, v1 and gated, with three batches and two lengths, in
+bfloat16; elsewhere small models in float32, and one bfloat16 row if the processor supports it. A group has
+the rows of one model, timed back to back in one process; `-k "v1 and B768 and graph"` selects rows.
+`bench/rows.py` describes how a row is checked and timed.
 """
 
 import pytest

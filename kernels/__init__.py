@@ -1,7 +1,7 @@
-"""The operations of a hierarchical reasoning model, one file each, behind one door.
+"""The operations of a hierarchical reasoning model, one file each.
 
-Knows nothing of `hrm`: tensors in, tensors out. Each file holds its mathematics in the docstring, the
-reference in plain PyTorch, and last the public function that checks its arguments.
+The package is independent of `hrm`. Each file has the mathematics in its docstring, the reference in plain
+PyTorch, and at the end the public function, which checks its arguments.
 """
 
 from kernels.adam_atan2 import adam_atan2, adamw

@@ -1,6 +1,6 @@
-"""The operations as a model calls them, on tensors of its sizes: to ask what they take, and to measure them.
+"""The calls of a model to the operations, with tensors of its sizes, to query and measure implementations.
 
-On the meta device tensors have a shape and no data, so that asking costs nothing.
+On the meta device tensors have no data, so a query costs nothing.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,8 @@ Outputs = Tensor | tuple[Tensor, ...]
 class Sizes(NamedTuple):
     """A model's sizes, by default the published ones.
 
-    length: positions T, of which the last `cells` are read by the head; 0 for all but one. inner_size,
-    gate_size: 0 for 3 D and D / 4. parameters: what the optimiser updates, without the puzzle table.
+    length: positions T; the head reads the last `cells`, 0 means all but one. inner_size, gate_size: 0 means
+    3 D and D / 4. parameters: number of parameters, without the puzzle table.
     """
 
     batch_size: int = 768
@@ -43,11 +43,11 @@ def _as_they_are(outputs: Outputs) -> Outputs:
 class Case(NamedTuple):
     """One operation with its arguments.
 
-    inputs: floating tensors by the names that call takes. gradients: the inputs to differentiate by; none
-    where it runs without gradient. changed: the inputs that it overwrites. measured_as: the operation's name
-    in a shape class where it is not its own. libraries: other implementations. baseline: the implementation
-    that the fastest must beat. compiles: whether a model's compiled step contains it. finish: makes outputs
-    of all implementations alike, for the check.
+    inputs: floating-point tensors by argument name. gradients: the inputs with a gradient; empty without
+    gradients. changed: the inputs that it overwrites. measured_as: the operation's name in a shape class, if
+    different. libraries: other implementations. baseline: the implementation that the fastest must beat.
+    compiles: whether a model's compiled step contains it. finish: converts the outputs of all implementations
+    to the same form, for the check.
     """
 
     op: str
@@ -63,9 +63,9 @@ class Case(NamedTuple):
 
 
 def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> dict[str, Callable[[], Case]]:
-    """Every operation that chooses, by name; a name with "forward" is of an operation without gradient.
+    """Every operation with a choice, by name; "forward" in a name means without gradient.
 
-    Each value draws its own tensors. Together they are what a model's training step and solution call.
+    Each value draws its own tensors. Together they cover a model's training step and inference.
     """
     device = torch.device(device)
     B, T, D, heads, V, S, inner, R, parameters = sizes
@@ -126,8 +126,8 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> dict[
         return Case("linear_rms", inputs, call, measured_as=DEFERRED)
 
     def deferred_norm() -> Case:
-        """A block's products around its two norms, deferred or not: what the choice is made for."""
-        # Twice h is exactly x, so that both ways start from the same numbers.
+        """A block's products around its two norms, deferred or not, which the choice covers as a whole."""
+        # x is exactly twice h, so that both variants start from equal values.
         x, parts = draw(B, T, D), torch.full((B, T, 2), 0.125, device=device)
         inputs = {"x": x, "h": x * 0.5, "attended": draw(B, T, D), "activated": draw(B, T, inner)}
         inputs |= {"qkv": weight(3 * D, D), "out": weight(D, D), "down": weight(D, inner)}
@@ -247,7 +247,7 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> dict[
 
         return Case("sign_sgd", inputs, call, changed=("table",), compiles=False)
 
-    # Operations that others build on come first, then those that take most of a step.
+    # Operations that others depend on come first, then those that take most of a step.
     return {
         "rms_norm forward": partial(rms_norm, ()),
         "rope": rope,
@@ -282,8 +282,8 @@ def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> dict[
     }
 
 
-# Cases without a choice of their own or without a call of their own in a model's step, and cases that draw
-# random numbers, whose last bits may differ between a kernel and a compiled reference. Muon's are called with
+# Cases without their own choice or without a separate call in a model's step, and cases that draw random
+# numbers, whose last bits may differ between a kernel and a compiled reference. Muon's operations have
 # buffers of several sizes.
 NOT_MEASURED = (
     *("linear", "rms_norm_pair", "linear_scaled", "linear_rms", "noisy_update", "random_start"),

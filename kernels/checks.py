@@ -1,6 +1,6 @@
-"""Argument checks of the public functions: each error names the argument, what was expected, what came.
+"""Argument checks of the public functions: each error gives the argument, the expected and the actual value.
 
-They look at shapes, dtypes and devices only, so they cost no synchronisation and vanish under torch.compile.
+They use only shapes, dtypes and devices, so they need no synchronisation and disappear under torch.compile.
 """
 
 import torch
@@ -10,7 +10,7 @@ FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_floating(op: str, **tensors: Tensor) -> None:
-    """Each tensor has one of the supported floating dtypes; the first one sets dtype and device for all."""
+    """Checks that all tensors have the same supported floating-point dtype and the same device."""
     first: tuple[str, Tensor] | None = None
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATING:
@@ -25,13 +25,13 @@ def check_floating(op: str, **tensors: Tensor) -> None:
 
 
 def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    """The tensor has exactly the expected shape."""
+    """Checks that the tensor has exactly the expected shape."""
     if tuple(tensor.shape) != tuple(expected):
         raise ValueError(f"{op}: {name} must have shape {tuple(expected)}, got {tuple(tensor.shape)}")
 
 
 def check_flag(op: str, name: str, flag: Tensor | None, device: torch.device) -> None:
-    """The flag, where there is one, is a single bool on the device of the tensors that it decides about."""
+    """Checks that the flag, if any, is a single bool on the device of its tensors."""
     if flag is None:
         return
     if flag.dtype != torch.bool or flag.device != device:
@@ -40,11 +40,11 @@ def check_flag(op: str, name: str, flag: Tensor | None, device: torch.device) ->
 
 
 def as_rows(tensor: Tensor) -> Tensor:
-    """(..., N) as (M, N) with unit stride in N, the form kernels read; a copy only where a view cannot be."""
+    """(..., N) as (M, N) with unit stride in N, as kernels require; copies only if a view is impossible."""
     rows = tensor.reshape(-1, tensor.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are taken in: float64 stays, everything else is widened to float32."""
+    """The dtype of sums: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

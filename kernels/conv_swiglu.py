@@ -1,4 +1,4 @@
-"""SwiGLU's elementwise half followed by a short convolution over the tokens, as URM has it.
+"""SwiGLU's elementwise half followed by a short convolution over the tokens, as in URM.
 
 Forward, per channel, for the tokens t of a sequence:
     s_t = silu(gate_t) * up_t;  c_t = w_0 * s_(t-1) + w_1 * s_t + b, with s_(-1) = 0;  y_t = silu(c_t)
@@ -10,8 +10,8 @@ with silu'(x) = sigmoid(x) * (1 + x * (1 - sigmoid(x))).
 
 Saved: the packed input, weight and bias; everything else is recomputed.
 Bytes, in elements for N outputs: 2N read and N written forward; 3N read and 2N written backward. A token's
-neighbours are read again, from the cache. A program takes a span of rows, so that the sums of its weights'
-gradients are written once, and torch.sum adds the programs in a fixed order.
+neighbours are read again, from the cache. A program processes a range of rows, so that it writes its sums of
+the weights' gradients once, and torch.sum adds the programs in a fixed order.
 """
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from kernels.backend import Tile, jit, launch, tl, triton, tunable, use_triton, wide
 from kernels.checks import accumulate_dtype, as_rows, check_floating, check_shape
 
-# Programs that fill a large GPU, eight for each of 132 multiprocessors; fixed, as the order of sums is.
+# Number of programs that fill a large GPU, eight per multiprocessor of 132; fixed, to fix the order of sums.
 PROGRAMS = 1056
 
 
@@ -35,14 +35,15 @@ def conv_swiglu_reference(gate_up: Tensor, weight: Tensor, bias: Tensor) -> Tens
 
 
 def launch_variants(width: int) -> list[Tile]:
-    """Half and twice as many outputs in a tile."""
+    """Variants with half and twice as many outputs per tile."""
     BLOCK_N = min(256, max(16, triton.next_power_of_2(width)))
     return [{"BLOCK_M": size // BLOCK_N, "BLOCK_N": BLOCK_N, "num_warps": 4} for size in (512, 1024, 2048)]
 
 
 @tunable(launch_variants)
 def launch_choice(width: int) -> Tile:
-    """Tiles of 1024 outputs, 8 a thread, for a thread keeps three neighbours and three sums of each."""
+    """Tiles of 1024 outputs, 8 per thread, because a thread keeps three neighbours and three sums for
+    each."""
     BLOCK_N = min(256, max(16, triton.next_power_of_2(width)))
     return {"BLOCK_M": 1024 // BLOCK_N, "BLOCK_N": BLOCK_N, "num_warps": 4}
 
@@ -73,7 +74,7 @@ def _conv_swiglu_forward_kernel(
     gate_up_stride_m,
     WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # Tiles of the same rows are neighbours, so that memory is read in its order.
+    # Tiles of the same rows are consecutive, so that memory is read in order.
     tile, tiles_n = tl.program_id(0), tl.cdiv(N, BLOCK_N)
     rows = (tile // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)

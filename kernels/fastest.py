@@ -1,8 +1,8 @@
-"""Times every implementation of each operation, and every tile of its launches, and chooses the fastest.
+"""Times every implementation of each operation, and every tile size, and chooses the fastest.
 
-A candidate is checked against the reference in float64 before it is timed; one that is wrong, cannot run or
-cannot be captured is left out. The reference is a candidate as well, so nothing that is chosen is slower than
-it at the sizes that were measured. What is timed, by what, and how long it may take are arguments.
+A candidate is checked against the reference in float64 before it is timed; a candidate that is wrong, cannot
+run or cannot be captured is left out. The reference is also a candidate, so no choice is slower than it at
+the measured sizes. Cases, timer and time limit are arguments.
 """
 
 import statistics
@@ -19,11 +19,11 @@ from kernels import backend
 from kernels.backend import Table, Tile
 from kernels.cases import NOT_MEASURED, Case, Sizes, cases
 
-# Of the largest value: some units of float32's last place; a quarter of the narrow types'.
+# Tolerance relative to the largest value: a few float32 ulp, or a quarter ulp of narrow types.
 ABSOLUTE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2.5e-4, torch.bfloat16: 2e-3}
-# Of integers, such as predictions, where two logits are nearly equal.
+# Allowed share of differing integers, such as predictions of nearly equal logits.
 INTEGERS_THAT_MAY_DIFFER = 1e-4
-# Most float64 results of one position, in values of a hidden layer's width.
+# Maximum number of float64 results per position, in multiples of the hidden size.
 CHECKED_LAYERS = 64
 # The modules of other libraries.
 LIBRARIES = {"flash": ("flash_attn", "flash_attn_interface"), "quack": ("quack",)}
@@ -37,18 +37,18 @@ Clock = Callable[[], float]
 
 
 class Unfit(Exception):
-    """A candidate that is not to be timed, and why."""
+    """A candidate that must not be timed, with the reason."""
 
 
 class Candidate(NamedTuple):
-    """One way to run an operation. prepare: checks it and returns the call to time, or raises."""
+    """An implementation to time. prepare: checks it and returns the call to time, or raises."""
 
     name: str
     prepare: Callable[[], Call]
 
 
 def timed(candidates: Sequence[Candidate], timer: Timer, left: Clock) -> dict[str, float | str]:
-    """Each candidate's seconds, or why it was left out. left: the seconds that are left."""
+    """Each candidate's seconds, or the reason why it was left out. left: returns the remaining seconds."""
     found: dict[str, float | str] = {}
     for name, prepare in candidates:
         if left() <= 0:
@@ -56,7 +56,7 @@ def timed(candidates: Sequence[Candidate], timer: Timer, left: Clock) -> dict[st
             continue
         try:
             found[name] = timer(prepare())
-        # Compilers, launchers and libraries fail in as many ways as there are of each.
+        # Compilers, launchers and libraries may raise any exception.
         except Exception as error:
             text = " ".join(str(error).split()) or "no reason given"
             found[name] = text[:200] if isinstance(error, Unfit) else f"{type(error).__name__}: {text}"[:200]
@@ -64,7 +64,7 @@ def timed(candidates: Sequence[Candidate], timer: Timer, left: Clock) -> dict[st
 
 
 def fastest(found: dict[str, float | str], among: Sequence[str], baseline: str) -> str | None:
-    """The candidate with the least seconds, the first of equals; None where the baseline has none."""
+    """The fastest candidate, the first of equals; None if the baseline has no time."""
     seconds = {name: value for name in among if isinstance(value := found.get(name), float)}
     return min(seconds, key=lambda name: seconds[name]) if baseline in seconds else None
 
@@ -78,7 +78,7 @@ def distance(actual: Tensor, expected: Tensor) -> float:
 
 
 def allowed_error(eager: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
-    """Twice the eager reference's error, and a small part of the largest value."""
+    """The allowed error: twice the eager reference's error plus a small share of the largest value."""
     largest = truth.abs().max().item() if truth.numel() else 0.0
     return 2 * distance(eager, truth) + ABSOLUTE[dtype] * largest
 
@@ -89,7 +89,7 @@ Results = dict[str, Tensor]
 def results(case: Case, call: Callable[..., Any], dtype: torch.dtype | None = None) -> Results:
     """A call's outputs, overwritten inputs and gradients; the case's own inputs stay unchanged.
 
-    dtype: of the inputs, by default their own.
+    dtype: of the inputs; by default unchanged.
     """
     leaves = {
         name: tensor.detach().to(dtype or tensor.dtype, copy=True).requires_grad_(name in case.gradients)
@@ -108,7 +108,7 @@ def results(case: Case, call: Callable[..., Any], dtype: torch.dtype | None = No
 
 
 def _upstream(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of outputs: the same numbers in every dtype that are not the outputs' own."""
+    """Gradients of outputs: equal values for every dtype, independent of the outputs."""
     drawn = []
     for seed, output in enumerate(outputs):
         generator = torch.Generator(output.device).manual_seed(seed)
@@ -118,14 +118,14 @@ def _upstream(outputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def check(found: Results, eager: Results, truth: Results, dtype: torch.dtype) -> None:
-    """Raises Unfit where a result is further from the truth than it may be."""
+    """Raises Unfit if the error of a result exceeds the allowed error."""
     for name, value in found.items():
         if value.is_floating_point():
             error, bound = distance(value, truth[name]), allowed_error(eager[name], truth[name], dtype)
         else:
             error, wrong = ((each != truth[name]).sum().item() for each in (value, eager[name]))
             bound = 2 * wrong + INTEGERS_THAT_MAY_DIFFER * value.numel()
-        # A NaN is not at most anything.
+        # This comparison is also False for NaN.
         if not error <= bound:
             raise Unfit(f"wrong: output {name} is off by {error:.3g}, allowed {bound:.3g}")
 
@@ -135,7 +135,7 @@ def check(found: Results, eager: Results, truth: Results, dtype: torch.dtype) ->
 
 @contextmanager
 def forced(table: Table) -> Iterator[None]:
-    """Choices by a table, until the block ends."""
+    """A context that makes choices by a table."""
     before = backend.install(table)
     try:
         yield
@@ -144,7 +144,7 @@ def forced(table: Table) -> Iterator[None]:
 
 
 class _Trial:
-    """One case at full size and at the size of the check, with the results that candidates are checked by."""
+    """A case at full size and at the size of the check, with the expected results."""
 
     def __init__(self, full: Case, small: Case) -> None:
         self.full, self.small = full, small
@@ -157,20 +157,20 @@ class _Trial:
         self.truth = results(small, small.call, torch.float64)
 
     def _asked_for(self, case: Case) -> tuple[list[str], dict[str, list[Tile]]]:
-        """The shape classes of a case and its launch choices, as its operations ask for them."""
-        # A kernel that cannot run has asked before it fails.
+        """The shape classes and launch choices that the operations of a case query."""
+        # A kernel that cannot run makes its queries before it fails.
         with suppress(Exception), backend.asking() as asked, forced(Table({}, {})):
             results(case, case.call)
         name = case.measured_as or case.op
         return [key for key, op in asked.classes.items() if op == name], asked.tiles
 
     def choosing(self, implementation: str, table: Table) -> Table:
-        """A table by which this case takes an implementation."""
+        """A table that selects an implementation for this case."""
         both = {"compiled": implementation, "eager": implementation}
         return table._replace(choices=table.choices | dict.fromkeys(self.classes, both))
 
     def candidate(self, name: str, implementation: str, table: Table, compiled: bool = False) -> Candidate:
-        """The case by one implementation, with the other choices of a table."""
+        """Runs the case with one implementation, and other choices from a table."""
 
         def prepare() -> Call:
             forcing = self.choosing(implementation, table)
@@ -195,7 +195,7 @@ class _Trial:
 
 
 def _repeated(case: Case, call: Callable[..., Any], table: Table) -> Call:
-    """A call on inputs of its own, with its backward where there is one, to be made over and over."""
+    """A repeatable call on separate inputs, including the backward if there is one."""
     leaves = {
         name: tensor.detach().clone().requires_grad_(name in case.gradients)
         for name, tensor in case.inputs.items()
@@ -218,7 +218,7 @@ def _repeated(case: Case, call: Callable[..., Any], table: Table) -> Call:
 
 
 class Row(NamedTuple):
-    """The findings for one case. seconds: by candidate, or the reason that it was left out."""
+    """The results for a case. seconds: by candidate, or the reason why it was left out."""
 
     case: str
     shape_class: str
@@ -228,7 +228,7 @@ class Row(NamedTuple):
 
 
 def measure_case(name: str, full: Case, small: Case, table: Table, timer: Timer, left: Clock) -> Row:
-    """Measures one case and enters its choices into the table, except what the table has."""
+    """Measures a case and adds its choices to the table, unless the table has them."""
     trial = _Trial(full, small)
     tiles: dict[str, dict[str, float | str]] = {}
     for key, variants in trial.tiles.items():
@@ -274,7 +274,7 @@ def _text(tile: Tile) -> str:
 
 
 def _absent(library: str) -> str | None:
-    """Why a library is not measured, None if it is here or is none."""
+    """The reason why a library cannot be measured; None if it can, or if the name is not a library."""
     return None if library not in LIBRARIES or any(map(find_spec, LIBRARIES[library])) else "not installed"
 
 
@@ -290,9 +290,9 @@ def measure(
     clock: Clock = time.monotonic,
     keep: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
-    """Measures every case of some sizes, or those named, and enters what is fastest into the table.
+    """Measures every case, or the given ones, and adds the fastest implementations to the table.
 
-    keep: is called after each case with the rows so far. A case that cannot be made is left out.
+    keep: called after each case with the rows so far. A case that cannot be created is left out.
     """
     end, rows, checked = clock() + seconds, list[Row](), _checked(sizes, device)
     full, small = (cases(each, dtype, device) for each in (sizes, checked))
@@ -311,7 +311,7 @@ def measure(
 
 
 def _checked(sizes: Sizes, device: torch.device) -> Sizes:
-    """The sizes of the check, whose results in float64 fit into half of the device's free memory."""
+    """Sizes for the check, so that float64 results fit into half of the device's free memory."""
     if device.type != "cuda":
         return sizes
     position = CHECKED_LAYERS * 8 * sizes.hidden_size * sizes.length
@@ -320,9 +320,9 @@ def _checked(sizes: Sizes, device: torch.device) -> Sizes:
 
 
 def on_device(call: Call, launches: int = 15) -> float:
-    """Seconds of a call's work on the current CUDA device: the median of replays on a cold cache.
+    """The time of a call on the current CUDA device: the median of replays with a cold cache.
 
-    The call is captured in a CUDA graph, as a run captures its step, so that the time of Python is not in it.
+    The call is captured in a CUDA graph, as a run captures its step, to exclude Python's time.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

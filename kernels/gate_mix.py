@@ -1,12 +1,12 @@
 """Gated mixing of a reasoning module's sources.
 
-Forward, per token, with the sources s = [z, o, x] side by side and D elements each:
+Forward, per token, with the concatenated sources s = [z, o, x] of D elements each:
 
     p = W1 s + b1;   hidden = silu(p);   a = W2 hidden + b2;   g = sigmoid(a) = [g_z, g_o, g_x]
     y = g_z z + g_o o + g_x x
 
-With two sources (x absent) the columns of W1 and the rows of W2 and b2 that belong to x contribute
-exactly nothing, so they are not read and their gradient is zero.
+With two sources (x absent) the columns of W1 and the rows of W2 and b2 for x contribute nothing, so they are
+not read and their gradient is zero.
 
 Backward:
     dg = [dy z, dy o, dy x];   da = dg g (1 - g);   dhidden = W2^T da;   dp = dhidden silu'(p)
@@ -14,16 +14,16 @@ Backward:
 
 Saved: the inputs. Recomputed: p, hidden and the gates; a kernel over rows gives ds and, for a second kernel
 over the columns of the weights, hidden and dp, which are narrow (R = D/4). Gates and their gradients, three
-times as wide as a source, stay on the chip. What no one asked for is not computed: of ds each source for
-itself, of the weights all four or none, and then neither the second kernel nor hidden and dp.
+times as wide as a source, stay on chip. Unneeded gradients are not computed: each source of ds separately;
+the weights all four or none. Without weight gradients the second kernel, hidden and dp are not needed.
 
 Bytes, in elements of z's dtype for S sources of N = rows * D: forward S N read and N written; in pieces,
-with [z, o, x], hidden and g in memory, 4 S N + 2 N and more. The sources of a tile of rows fit on no chip
-beside the products, so they are read a second time for the mixing, from the last columns to the first:
-those read last are still in the second-level cache. Backward, over rows: S N read twice, dy once for each
-source and each wanted gradient, ds and N/2 of hidden and dp written; over columns: S N read, dy once for each
-source, and hidden and dp once for each chunk of columns; all but the first time mostly from that cache.
-Products: 4 S D R FLOP a token forward, 12 S D R backward with all gradients.
+with [z, o, x], hidden and g in memory, 4 S N + 2 N and more. The sources of a tile of rows do not fit on chip
+together with the products, so the mixing reads them again, from the last columns to the first: the last
+columns are still in the L2 cache. Backward, over rows: S N read twice, dy once per source and per required
+gradient, ds and N/2 of hidden and dp written; over columns: S N read, dy once per source, and hidden and dp
+once per chunk of columns; repeated reads are mostly from the L2 cache.
+Products: 4 S D R FLOP per token forward, 12 S D R backward with all gradients.
 """
 
 import torch
@@ -54,13 +54,12 @@ def gate_mix_reference(
 def launch_choice(hidden: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
     """Tiles of the three launches for a gate network `hidden` wide.
 
-    Each program reads all weights, 6 D R elements, from the second-level cache, so a forward tile has as many
-    rows as registers hold of hidden in float32 (64 a thread): with R = 128 and D = 512, 128 rows bring 0.8 MB
-    of weights and 0.8 MB of sources, at 0.1 GFLOP; 492 programs at B = 768, T = 82. Two buffers of a
-    source and W1 keep copies in flight while one block has the processor, for its registers leave room for
-    no other.
-    The backward over rows holds p and dhidden both, hence half the rows. Float32 multiplies
-    outside the tensor cores from operands in registers, hence small tiles.
+    Each program reads all weights, 6 D R elements, from the L2 cache, so a forward tile has as many rows as
+    registers can hold of hidden in float32 (64 per thread): with R = 128 and D = 512, 128 rows read 0.8 MB of
+    weights and 0.8 MB of sources for 0.1 GFLOP; 492 programs at B = 768, T = 82. Two buffers of a source and
+    W1 keep copies in flight, because registers allow only one block per multiprocessor. The backward over
+    rows holds both p and dhidden, so it has half the rows. Float32 products run outside the tensor cores with
+    operands in registers, so their tiles are small.
     """
     BLOCK_R = max(16, triton.next_power_of_2(hidden))
     if dtype in (torch.float32, torch.float64):
@@ -79,9 +78,9 @@ def launch_choice(hidden: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
 
 
 def row_splits(M: int, chunks: int, BLOCK_M: int) -> tuple[int, int]:
-    """How many parts of how many rows have their weight gradients summed apart, for `chunks` of columns.
+    """The number and size of row ranges with separate sums of weight gradients, for `chunks` of columns.
 
-    Two programs for each of the 132 processors of an H200; whole tiles of rows, so that no row counts twice.
+    Two programs per multiprocessor of an H200 (132); whole tiles of rows, so that no row counts twice.
     """
     tiles = max(1, triton.cdiv(M, BLOCK_M))
     part = triton.cdiv(tiles, max(1, min(264 // chunks, tiles)))
@@ -172,7 +171,7 @@ def _gate_mix_forward_kernel(
     hidden = (p * tl.sigmoid(p)).to(DOT)
     chunks = tl.cdiv(D, BLOCK_N)
     for step in range(chunks):
-        # From the last columns to the first: those read last are the nearest in the cache.
+        # Go from the last columns to the first, because the last ones are still in the cache.
         chunk = chunks - 1 - step
         cols = chunk * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = (rows < M)[:, None] & (cols < D)[None, :]
@@ -308,7 +307,7 @@ def _gate_mix_weights_kernel(
     split = tl.program_id(1)
     cols = tl.program_id(0) % chunks * BLOCK_N + tl.arange(0, BLOCK_N)
     units = tl.arange(0, BLOCK_R)
-    # One program works for one source alone, so which it is costs nothing inside the loop.
+    # Each program handles one source, so selecting the source costs nothing inside the loop.
     s_ptr, s_stride_m = z_ptr, z_stride_m
     if source == 1:
         s_ptr, s_stride_m = o_ptr, o_stride_m
@@ -322,7 +321,7 @@ def _gate_mix_weights_kernel(
     for start in range(split * M_split, tl.minimum(M, (split + 1) * M_split), BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M).to(tl.int64)
         mask = (cols < D)[:, None] & (rows < M)[None, :]
-        # Columns first, as the products over the rows take their first operand.
+        # Transposed, as the first operand of the products over rows.
         s = tl.load(s_ptr + rows[None, :] * s_stride_m + cols[:, None], mask=mask, other=0.0)
         dy = tl.load(dy_ptr + rows[None, :] * dy_stride_m + cols[:, None], mask=mask, other=0.0).to(WIDE)
         hidden = _load(hidden_ptr, R, rows, units, M, R).to(DOT)
@@ -441,7 +440,7 @@ def _gate_mix_backward(
     dy: Tensor, z: Tensor, o: Tensor, x: Tensor | None,
     w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients that `needs` asks for, and no others, in the order of the inputs."""
+    """Only the gradients required by `needs`, in the order of the inputs."""
     return _backward(dy, z, o, x, w1, b1, w2, b2, needs)
 
 
@@ -479,7 +478,7 @@ def gate_mix(
     Returns (..., D) in z's dtype; sums, gates and the mixing are in float32 (float64 for float64), rounded
     on store, with hidden rounded to z's dtype between the two products.
     Raises ValueError or TypeError naming the argument.
-    Source: the gated fork of HRM; the gates are those of a mixture without normalisation.
+    Source: the gated fork of HRM; the gates are not normalised over the sources.
     """
     tensors = {"z": z, "o": o, "w1": w1, "b1": b1, "w2": w2, "b2": b2} | ({} if x is None else {"x": x})
     check_floating("gate_mix", **tensors)

@@ -1,4 +1,4 @@
-"""Attention of the libraries: PyTorch's scaled_dot_product_attention, and flash-attn 3 or 2 where installed.
+"""Library attention: PyTorch's scaled_dot_product_attention, and flash-attn 3 or 2 if installed.
 
 Source: Dao 2023 (arXiv 2307.08691), Shah et al. 2024 (arXiv 2407.08608).
 """
@@ -16,8 +16,8 @@ from kernels.backend import device_of
 from kernels.checks import accumulate_dtype
 from kernels.rope import rope_reference
 
-# PyTorch takes the first that can handle the tensors. cuDNN is left out: PyTorch prefers it on sm_90 for some
-# lengths, and its plans, workspaces and sums change with its version.
+# PyTorch uses the first backend that supports the tensors. cuDNN is excluded: PyTorch prefers it on sm_90 for
+# some lengths, and its plans, workspaces and sums change with its version.
 SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -26,7 +26,7 @@ def split_heads(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated queries, rotated keys and values, each (B, T or queries, num_heads, d)."""
     heads = qkv.unflatten(2, (3 * num_heads, -1))
-    # Splits, not slices: the gradient of a split is one concatenation.
+    # Use splits instead of slices: the gradient of a split is one concatenation.
     qk, v = heads.split([2 * num_heads, num_heads], dim=2)
     if cos is not None and sin is not None:
         qk = rotate(qk, cos, sin)
@@ -38,7 +38,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's attention of q (B, queries, heads, d) to k, v (B, T, heads, d): (B, queries, heads * d)."""
     dtype = q.dtype
     if device_of(q).type == "cpu":
-        # PyTorch's fused attention for CPUs is several times slower in 16 bits than in float32.
+        # On CPUs PyTorch's fused attention is several times slower in 16 bits than in float32.
         q, k, v = (x.to(accumulate_dtype(dtype)) for x in (q, k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(SDPA_BACKENDS):
@@ -54,7 +54,7 @@ def attention_reference(
 
 
 def _find() -> tuple[Callable | None, Callable | None]:
-    """The functions of flash-attn 3 and of flash-attn 2 from 2.6 on, None for what is not installed."""
+    """The functions of flash-attn 3 and of flash-attn 2 (2.6 or later), None if not installed."""
     flash3 = flash2 = None
     with suppress(ImportError):
         flash3 = importlib.import_module("flash_attn_interface").flash_attn_func
@@ -69,19 +69,19 @@ FLASH3, FLASH2 = _find()
 
 
 def _function(device: torch.device) -> Callable | None:
-    """flash-attn 3 on the generation it is written for, else flash-attn 2."""
+    """flash-attn 3 on the GPU generation that it supports, else flash-attn 2."""
     if FLASH3 is not None and (FLASH2 is None or torch.cuda.get_device_capability(device)[0] == 9):
         return FLASH3
     return FLASH2
 
 
 def has_flash() -> bool:
-    """Whether `flash` can be called."""
+    """Whether `flash` is available."""
     return FLASH2 is not None or FLASH3 is not None
 
 
 def flash_limit(head_dim: int, dtype: torch.dtype, device: str) -> str | None:
-    """Why flash-attn cannot take these tensors, None if it can."""
+    """The reason why flash-attn does not support these tensors; None if it does."""
     if device != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16 on CUDA, got {dtype} on {device}"
     if head_dim > 256 or head_dim % 8:
@@ -90,10 +90,10 @@ def flash_limit(head_dim: int, dtype: torch.dtype, device: str) -> str | None:
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """flash-attn on what `sdpa` takes, in 16 bits."""
+    """Attention by flash-attn in 16 bits; for the arguments see `sdpa`."""
     function = _function(q.device)
     assert function is not None
-    # PyTorch's own attention looks at this setting by itself.
+    # PyTorch's own attention checks this setting itself.
     o = function(q, k, v, causal=False, deterministic=torch.are_deterministic_algorithms_enabled())
     # The first releases of flash-attn 3 return the softmax's normaliser too.
     return (o[0] if isinstance(o, tuple) else o).flatten(2)

@@ -1,7 +1,7 @@
-"""The deferred norm: a product that adds the residual, and leaves the norm's factor to its readers.
+"""The deferred norm: a product that adds the residual, and leaves the norm's factor to later products.
 
-The norm has no weight, so rms_norm(h) @ W^T = rstd * (h @ W^T): h is stored unscaled, with its mean square
-beside it, and no pass over memory scales it. A post-norm block without gradient then is, with z = rstd * h:
+The norm has no weight, so rms_norm(h) @ W^T = rstd * (h @ W^T): h is stored unscaled together with its mean
+square, and no pass over memory scales it. A post-norm block without gradient is then, with z = rstd * h:
 
     qkv = linear_scaled(h, W_qkv, m);                    a = attention(qkv)
     h', m' = linear_rms(a, W_o, h, m);                   y = linear_swiglu(h', W_gate_up, m')
@@ -9,14 +9,14 @@ beside it, and no pass over memory scales it. A post-norm block without gradient
 
 linear_rms:      h = x @ weight^T + rstd * residual;  m_p = sum over part p of h^2 / N + eps / P
 linear_scaled:   y = rstd * (x @ weight^T)
-in both:         rstd = 1 / sqrt(sum over p of m_p), of the norm that x or the residual deferred
+in both:         rstd = 1 / sqrt(sum over p of m_p), the factor of the deferred norm of x or the residual
 
-There is no backward: where a gradient is wanted, the plain operations are composed. The mean is of h before
-rounding, as in `rms_norm`; rounding h shifts it by next to nothing and to neither side.
+There is no backward: if a gradient is required, the plain operations are composed. The mean is of h before
+rounding, as in `rms_norm`; rounding h changes it very little and without bias.
 
-Bytes, in elements: MK + NK + MN read, MN written; unfused, another MN are written and read again. A row of h
-spans P tiles, and the program of each stores its part of the mean square: 4 P bytes a row, written once and
-read once by each reader, which adds them in a fixed order. P = 2 at N = 512.
+Bytes, in elements: MK + NK + MN read, MN written; unfused, another MN are written and read. A row of h spans
+P tiles, and each tile's program stores its part of the mean square: 4 P bytes per row, written once and read
+by each later product, which adds the parts in a fixed order. P = 2 at N = 512.
 """
 
 import torch
@@ -93,9 +93,9 @@ def _linear_rms_forward_kernel(
     row, col, rows_left, cols_left = place(M, N, BLOCK_M, BLOCK_N)
     rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     near_rows, near_cols = tl.minimum(rows, rows_left - 1), tl.minimum(cols, cols_left - 1)
-    # The sum starts from the residual: added after the loop it would need registers beside the accumulator.
+    # Initialise the accumulator with the residual: adding it after the loop would need more registers.
     residual_ptrs = residual_ptr + row * residual_stride_m + col + near_rows[:, None] * residual_stride_m
-    # Masked, since repeated columns would be loaded one by one.
+    # Use a mask, because clamped columns would be loaded one by one.
     h = tl.load(residual_ptrs + cols[None, :], mask=(cols < cols_left)[None, :], other=0.0).to(WIDE)
     if mean_square_ptr is not None:
         h *= deferred_rstd(mean_square_ptr, row + near_rows, PARTS)[:, None]
@@ -133,7 +133,7 @@ def scaled_product(x: Tensor, weight: Tensor, mean_square: Tensor) -> Tensor:
 
 
 def _outputs(x: Tensor, residual: Tensor, N: int, K: int) -> tuple[Tensor, Tensor]:
-    """Memory for h and its mean square, of which every column tile has a part."""
+    """Allocates h and its mean square, with a part for every column tile."""
     parts = triton.cdiv(N, launch_choice(x.dtype, N, K)["BLOCK_N"])
     h = torch.empty_like(residual, memory_format=torch.contiguous_format)
     return h, x.new_empty(*x.shape[:-1], parts, dtype=accumulate_dtype(x.dtype))
@@ -184,12 +184,12 @@ def _(
 
 
 def linear_scaled(x: Tensor, weight: Tensor, mean_square: Tensor) -> Tensor:
-    """A projection of rows whose norm was deferred: rstd * (x @ weight^T), rstd = 1 / sqrt(sum(mean_square)).
+    """A projection of rows with a deferred norm: rstd * (x @ weight^T), rstd = 1 / sqrt(sum(mean_square)).
 
     x: (..., K); weight: (N, K), same dtype; mean_square: (..., P) float32 (float64 for float64), as
-    `linear_rms` returns it. Returns (..., N) in x's dtype. Sums and scales in float32 and rounds once. Meant
-    for use without gradient; where one is wanted, the plain product is scaled. Raises ValueError or TypeError
-    naming the argument.
+    `linear_rms` returns it. Returns (..., N) in x's dtype. Sums and scales in float32 and rounds once.
+    Intended for use without gradient; with a gradient, the plain product is scaled. Raises ValueError or
+    TypeError naming the argument.
     """
     check_product("linear_scaled", x, weight, mean_square)
     if use_fused("linear_scaled", x, weight, mean_square, measured_as=DEFERRED):
@@ -203,11 +203,11 @@ def linear_rms(
     """A projection plus its residual, with the norm of the sum deferred: rms_norm(h) = h * rstd_of(parts).
 
     h = x @ weight^T + rstd * residual. x: (..., K); weight: (N, K) and residual: (..., N), same dtype;
-    mean_square: (..., P) float32 (float64 for float64), of the residual's own deferred norm, None where the
-    residual is normalised. Returns h: (..., N) in x's dtype, rounded once, and its mean square (..., P) in
-    float32 (float64): parts whose sum is mean(h^2) + eps, P set by the tiles of the kernel. Meant for use
-    without gradient; where one is wanted, the plain operations are composed. Raises ValueError or TypeError
-    naming the argument. Source: Zhang and Sennrich 2019 (arXiv 1910.07467), whose scale commutes with a
+    mean_square: (..., P) float32 (float64 for float64), of the residual's deferred norm, None if the residual
+    is normalised. Returns h: (..., N) in x's dtype, rounded once, and its mean square (..., P) in float32
+    (float64): parts whose sum is mean(h^2) + eps, where P depends on the tiles of the kernel. Intended for
+    use without gradient; with a gradient, the plain operations are composed. Raises ValueError or TypeError
+    naming the argument. Source: Zhang and Sennrich 2019 (arXiv 1910.07467), whose factor commutes with a
     product.
     """
     check_product("linear_rms", x, weight, None)

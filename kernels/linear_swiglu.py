@@ -2,12 +2,12 @@
 
 Forward:    [g | u] = rstd * (x @ weight^T);  y = silu(g) * u, with silu(g) = g * sigmoid(g)
 
-There is no backward: where a gradient is wanted, the plain product and `swiglu` are composed, or
-`kernels.swiglu_mlp` has the kernel write the (M, 2I) product too. Otherwise that never leaves the registers.
-Bytes, in elements: MK + 2IK read, MI written; unfused, another 2MI are written and read again.
+There is no backward: if a gradient is required, the plain product and `swiglu` are composed, or
+`kernels.swiglu_mlp` lets the kernel also write the (M, 2I) product. Otherwise the product stays in registers.
+Bytes, in elements: MK + 2IK read, MI written; unfused, another 2MI are written and read.
 
-A tile's columns alternate between gate and up, so that both halves of an output lie in adjacent registers of
-one thread, and one product of full width feeds the tensor cores.
+A tile's columns alternate between gate and up, so that both halves of an output are in adjacent registers of
+one thread, and one product of full width runs on the tensor cores.
 """
 
 import torch
@@ -45,7 +45,7 @@ def _linear_swiglu_forward_kernel(
     row, col, rows_left, cols_left = place(M, N, BLOCK_M, BLOCK_N // 2)
     rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N // 2)
     near_rows = tl.minimum(rows, rows_left - 1)
-    # Column 2c is gate number c, column 2c + 1 is up number c, which lies N rows further in the weight.
+    # Column 2c is gate c, column 2c + 1 is up c, which is N rows further in the weight.
     pairs = tl.arange(0, BLOCK_N)
     outs = (pairs % 2).to(tl.int64) * N + tl.minimum(pairs // 2, cols_left - 1)
     acc = product(
@@ -63,7 +63,7 @@ def _linear_swiglu_forward_kernel(
     if gate_up_ptr is not None:
         gate_ptrs = gate_up_ptr + row * gate_up_stride_m + col
         gate_ptrs += rows[:, None] * gate_up_stride_m + cols[None, :]
-        # Rounded, they wait in half the registers, and the backward differentiates what y was made of.
+        # Round them: they take half the registers, and the backward uses the same values as y.
         gate, up = gate.to(gate_up_ptr.dtype.element_ty), up.to(gate_up_ptr.dtype.element_ty)
         tl.store(gate_ptrs, gate, mask=mask)
         tl.store(gate_ptrs + N, up, mask=mask)
@@ -94,7 +94,7 @@ def _forward(
 
 
 def forward_packed(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """y: (..., I), and the product (..., 2*I) that it was made of, without a deferred norm."""
+    """y: (..., I), and the product (..., 2*I) from which it is computed, without a deferred norm."""
     y, gate_up = _forward(x, weight, None, packed=True)
     assert gate_up is not None
     return y, gate_up
@@ -115,8 +115,8 @@ def linear_swiglu(x: Tensor, weight: Tensor, mean_square: Tensor | None = None) 
 
     x: (..., K); weight: (2*I, K), gate first, same dtype; mean_square: (..., P) float32 (float64 for
     float64), of x's deferred norm as `linear_rms` returns it, None for rstd = 1. Returns (..., I) in x's
-    dtype. Sums and activates in float32 and rounds once. Meant for use without gradient; where one is wanted,
-    the product is rounded, kept and given to `swiglu`. Raises ValueError or TypeError naming the argument.
+    dtype. Sums and activates in float32 and rounds once. Intended for use without gradient; with a gradient,
+    the product is rounded, saved and passed to `swiglu`. Raises ValueError or TypeError naming the argument.
     Source: Shazeer 2020 (arXiv 2002.05202).
     """
     check_product("linear_swiglu", x, weight, mean_square)

@@ -1,4 +1,4 @@
-"""The head of a small vocabulary and its loss in one: logits, cross-entropy, predictions and counts.
+"""The head of a small vocabulary fused with its loss: logits, cross-entropy, predictions and counts.
 
 Forward, per cell of a sequence (see stablemax.py for the cross-entropies):
     logits = z_H @ weight^T + bias;   token loss = cross_entropy(logits, label);   prediction = argmax(logits)
@@ -7,19 +7,19 @@ Backward:
     dlogits = dloss / max(valid_count, 1) * (p - target(label)) * l'(logits), 0 where ignored
     dz_H = dlogits @ weight;   dweight = dlogits^T @ z_H;   dbias = sum of dlogits over the cells
 
-Saved: z_H, weight, labels, which live anyway, and valid_count. Logits and dlogits are made in registers,
-in float32, and never reach memory: the backward computes them again.
-Bytes, for B * S cells of width D in elements of e bytes: z_H once forward, B * S * D * e; z_H read and dz_H
-written backward, and 8 * programs * V * D for the partial sums of dweight. A bias is V elements here,
-while added outside it would bring all logits into memory.
+Saved: z_H, weight, labels, which exist anyway, and valid_count. Logits and dlogits are computed in registers,
+in float32, and never written to memory: the backward recomputes them. Bytes, for B * S cells of width D in
+elements of e bytes: z_H once forward, B * S * D * e; z_H read and dz_H written backward, and 8 * programs * V
+* D for the partial sums of dweight. A bias costs V elements here; added outside, it would write all logits to
+memory.
 
-Forward, a program takes a sequence (some of its cells where sequences are few) and steps through D in
-chunks. Backward, a program takes a span of cells and a chunk of D as wide as registers can keep the sum of
-dweight (V rows of float32), so that the sum is written once a program and torch.sum adds the programs in a
-fixed order: no atomics, the same bits in every run. Up to V = 16 and D = 512 there is one chunk (16 bits):
-each cell is read once. Beyond, the programs of each chunk compute the same logits and read all of z_H, mostly
-out of the L2 cache, as neighbours in time. That is the cheaper choice by count: sums kept in memory instead
-would be read and written for each tile, 8 * V * D bytes against the 32 * D of 16 cells.
+Forward, a program processes a sequence (or some of its cells if there are few sequences) and loops over D in
+chunks. Backward, a program processes a range of cells and a chunk of D for which registers can hold the sum
+of dweight (V rows of float32), so that each program writes its sum once and torch.sum adds the programs in a
+fixed order: no atomics, and identical results in every run. Up to V = 16 and D = 512 there is one chunk (16
+bits), and each cell is read once. Above that, the programs of all chunks recompute the same logits and read
+all of z_H, mostly from the L2 cache, because they run at the same time. This is cheaper than sums in memory,
+which would be read and written for each tile: 8 * V * D bytes against the 32 * D of 16 cells.
 """
 
 from typing import NamedTuple
@@ -40,12 +40,12 @@ from kernels.stablemax import (
 )
 
 MAX_VOCABULARY, MAX_WIDTH = 64, 4096
-# Programs that fill a large GPU, two for each of 132 multiprocessors; fixed, so that sums never depend on it.
+# Number of programs that fill a large GPU, two per multiprocessor of 132; fixed, to fix the order of sums.
 PROGRAMS = 264
 
 
 class HeadLoss(NamedTuple):
-    """The head's results for each sequence; only loss carries a gradient."""
+    """The head's results per sequence; only loss has a gradient."""
 
     loss: Tensor  # (B,) float32, mean token loss over valid cells, 0 without any
     valid_count: Tensor  # (B,) int32
@@ -80,10 +80,11 @@ def lm_head_reference(
 def launch_choice(vocabulary: int, width: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
     """Tiles of cells and chunks of D for the forward and the backward kernel.
 
-    Forward: 64 cells by 64 columns, three deep in shared memory, leave room for 7 programs on a
-    multiprocessor: all sequences of batch 768 at once on 132. Backward: 16 cells, the next 16 on their way,
-    and a chunk whose sum of dweight takes 32 registers of a thread: two programs on a multiprocessor.
-    Products of 32 bits and more keep their operands in registers, outside the tensor cores: less of each.
+    Forward: three stages of 64 cells by 64 columns in shared memory allow 7 programs per multiprocessor, so
+    132 multiprocessors process all sequences of batch 768 at once. Backward: 16 cells, the next 16 in flight,
+    and a chunk whose sum of dweight takes 32 registers per thread allow two programs per multiprocessor.
+    Products of 32 bits and more keep their operands in registers, outside the tensor cores, so their tiles
+    are smaller.
     """
     BLOCK_V = max(16, triton.next_power_of_2(vocabulary))
     narrow = dtype.itemsize == 2
@@ -125,7 +126,7 @@ def _lm_head_forward_kernel(
     labels_ptr += sequence * labels_stride_b
     vocabulary, lanes = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_S)
 
-    # Every split counts the whole sequence, so that the splits' losses only need adding.
+    # Every split divides by the count of the whole sequence, so that the splits' losses can be added.
     valid_counts = tl.zeros([BLOCK_S], dtype=tl.int32)
     for start in range(0, S, BLOCK_S):
         cells = start + lanes
@@ -172,7 +173,7 @@ def _lm_head_backward_kernel(
     STABLEMAX: tl.constexpr, SMOOTHING: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr,
     CHUNKS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # The chunks of a span are neighbours, so that they find its cells in the L2 cache.
+    # Consecutive programs share a range of cells, so that they find it in the L2 cache.
     span, chunk = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS
     vocabulary = tl.arange(0, BLOCK_V)
     cols = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -182,7 +183,7 @@ def _lm_head_backward_kernel(
     dweight = tl.zeros([BLOCK_V, BLOCK_D], dtype=WIDE)
     dbias = tl.zeros([BLOCK_V], dtype=WIDE)
     for tile in range(span * TILES, (span + 1) * TILES):
-        # Cells of all sequences in one line: a tile may hold the end of one and the start of the next.
+        # Cells of all sequences are concatenated: a tile may span two sequences.
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         sequences, cells = (rows // S).to(tl.int64), (rows % S).to(tl.int64)
         labels = tl.load(
@@ -210,7 +211,7 @@ def _lm_head_backward_kernel(
         scale = dloss / tl.maximum(valid_count, 1).to(WIDE)
         dlogits = token_gradients(logits, labels, V, STABLEMAX, SMOOTHING) * scale[:, None]
         dlogits = tl.where((labels != ignore_index)[:, None], dlogits, 0.0)
-        # As in the reference, the products below take dlogits in z_H's dtype.
+        # As in the reference, cast dlogits to z_H's dtype for the products below.
         dlogits = dlogits.to(z_ptr.dtype.element_ty).to(DOT)
         if dz_ptr is not None:
             dz = tl.dot(dlogits, weight, input_precision="ieee", out_dtype=WIDE)
@@ -224,7 +225,7 @@ def _lm_head_backward_kernel(
         dweight_rows = dweight_ptr + (span.to(tl.int64) * V + vocabulary)[:, None] * D
         tl.store(dweight_rows + cols[None, :], dweight, mask=weight_mask)
     if dbias_ptr is not None:
-        # Every chunk has the same sums.
+        # The sums are equal in all chunks.
         first = (vocabulary < V) & (chunk == 0)
         tl.store(dbias_ptr + span.to(tl.int64) * V + vocabulary, dbias, mask=first)
 
@@ -250,7 +251,7 @@ def _forward(
     (B, S, D), V = z_H.shape, weight.shape[0]
     choice = launch_choice(V, D, z_H.dtype)["forward"]
     tiles = triton.cdiv(S, choice["BLOCK_S"])
-    # Few long sequences are split, into four tiles or more: less is not worth the sums that follow.
+    # Split few long sequences, but into parts of at least four tiles: less would not pay for the final sums.
     splits = max(1, min(triton.cdiv(tiles, 4), triton.cdiv(PROGRAMS, max(B, 1))))
     loss = torch.empty(B, splits, dtype=accumulate_dtype(z_H.dtype), device=z_H.device)
     right_count = torch.empty(B, splits, dtype=torch.int32, device=z_H.device)
@@ -283,12 +284,12 @@ def _backward(
     wants_z: bool,
     wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dz_H, dweight and dbias; one that is not wanted is empty, and dbias is wanted with dweight."""
+    """dz_H, dweight and dbias; unneeded ones are empty, and dbias is computed with dweight."""
     dtype, z_H, weight = z_H.dtype, _with_unit_stride(z_H), _with_unit_stride(weight)
     (B, S, D), V = z_H.shape, weight.shape[0]
     choice = launch_choice(V, D, dtype)["backward"]
     if bias is not None and dtype.itemsize > 2:
-        # The sums of a bias need registers, so a tile has half as many columns.
+        # The sums of a bias need registers, so a tile has half the columns.
         choice["BLOCK_D"] = min(64, choice["BLOCK_D"])
     chunks, tiles = triton.cdiv(D, choice["BLOCK_D"]), triton.cdiv(B * S, choice["BLOCK_M"])
     tiles_each = triton.cdiv(tiles, max(1, PROGRAMS // chunks))
@@ -425,12 +426,12 @@ def lm_head_stablemax(
     z_H: (B, S, D), any strides, such as z[:, P:]; weight: (V, D) and bias: (V,), None for 0, same dtype;
     labels: (B, S), int32 or int64 in 0..V-1 or ignore_index; smoothing: see `stablemax_cross_entropy`.
     Returns a HeadLoss: loss (B,), 0 for a sequence without valid cells, the only one with a gradient;
-    valid_count (B,), right_count (B,) and predictions (B, S), of equal logits the first.
+    valid_count (B,), right_count (B,) and predictions (B, S), the first of equal logits.
     Precision: the kernel keeps logits in float32 (float64 for float64), where the reference rounds them to
     z_H's dtype, and casts dlogits to it before the products of the gradients, as the reference does. For
-    float32 inputs and logits up to 1e4 in size the loss is within 4e-6 of float64's, tested.
-    Raises ValueError or TypeError naming the argument; a label out of range is an error of the reference
-    and a NaN of the kernel. Source: the official HRM code; Prieto et al. 2025 (arXiv 2501.04697).
+    float32 inputs and logits up to 1e4 in size the tested error of the loss is below 4e-6.
+    Raises ValueError or TypeError naming the argument; a label out of range is an error in the reference and
+    gives NaN in the kernel. Source: the official HRM code; Prieto et al. 2025 (arXiv 2501.04697).
     """
     return _lm_head_loss("lm_head_stablemax", z_H, weight, bias, labels, ignore_index, True, smoothing)
 

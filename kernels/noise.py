@@ -1,18 +1,19 @@
-"""Random numbers by counter, fused into the two places where a recurrence takes them.
+"""Counter-based random numbers, fused into the two operations of a recurrence that use them.
 
     update:  y = (1 - damping) z + damping f + noise eps          eps normal
-    start:   y = eps where a sequence begins, else z              eps truncated normal of deviation 1
+    start: y = eps where a sequence begins, else z eps truncated normal of deviation 1
 
-eps of one element is a function of seven integers: Philox 4x32-10 (Salmon et al. 2011) under the key
+eps of an element is a function of seven integers: Philox 4x32-10 (Salmon et al. 2011) under the key
 (seed, example) at the counter (element, call, ACT step, path). One counter gives elements q, Q + q, 2Q + q
-and 3Q + q of a token, Q = ceil(D / 4); counters of a token follow those of the token before. So no generator
-has a state, and neither batch nor launch changes a number. Path 0 has no noise and a given start.
+and 3Q + q of a token, Q = ceil(D / 4); counters of consecutive tokens are consecutive. So the generator is
+stateless, and numbers depend neither on the batch nor on the launch. Path 0 has no noise and the given
+initial state.
 
 A word gives a sign and the probability of a smaller magnitude, 23 bits; a polynomial in sqrt(-log(1 - x^2))
 inverts the normal distribution (relative error below 6e-6; the largest magnitude is 5.4). It takes only
 operations that IEEE 754 rounds correctly: +, *, sqrt, conversion and the exponent's bits. Kernels compile
-without fused multiply-add, so they draw the bits of the reference, eager or compiled for a CPU. Compiled for
-CUDA it may contract products.
+without fused multiply-add, so their numbers are identical to those of the reference, eager or compiled for a
+CPU. A reference compiled for CUDA may use fused multiply-add.
 
 Backward of the update: df = damping dy, dz = (1 - damping) dy. Nothing is saved.
 Bytes, in elements for N = B * T * D: 2N read and N written; with damping 1, N read.
@@ -28,12 +29,12 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from kernels.backend import jit, launch, tl, triton, use_triton, wide
 from kernels.checks import accumulate_dtype, check_floating, check_shape
 
-# Words of a sequence's key: seed, example, path.
+# Number of words in a sequence's key: seed, example, path.
 KEY_WORDS = 3
 _ROUNDS, _WORD = 10, 0xFFFFFFFF
 _MULTIPLIERS, _INCREMENTS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
 # log(1 + x) / x between sqrt(1/2) and sqrt(2), and z / x by sqrt(-log(1 - x^2)) - 2 for x = erf(z / sqrt(2)),
-# fitted in float64 for an even relative error.
+# fitted in float64 for a uniform relative error.
 _LOG = (
     1.0, -0.49999988079071045, 0.3333418667316437, -0.25002071261405945, 0.19956830143928528,
     -0.16562429070472717, 0.14952333271503448, -0.14366620779037476, 0.08721901476383209,
@@ -43,13 +44,13 @@ _INVERSE = (
     0.01710359938442707, -0.007398262619972229, -0.002991052344441414, 0.0017132197972387075,
     0.0003633027372416109, -0.00021774055494461209, -2.1481408111867495e-05, 1.1705411452567205e-05,
 )  # fmt: skip
-# Probability within two deviations, and what widens a normal cut off there to deviation 1.
+# Probability within two standard deviations, and the factor that rescales the truncated normal to 1.
 _WITHIN = math.erf(math.sqrt(2))
 _WIDEN = 1 / math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / _WITHIN)
 
 
 def _product(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """The high and the low word of a product, by halves of the word: nothing leaves the range of int64."""
+    """The high and the low word of a product, computed in half words to stay within int64."""
     low = (word & 0xFFFF) * multiplier
     high = (word >> 16) * multiplier + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) + (low & 0xFFFF)
@@ -75,7 +76,7 @@ def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
 
 
 def normal_reference(words: Tensor, truncated: bool) -> Tensor:
-    """Normal values in float32 from words; truncated: cut off at two deviations, then widened to one."""
+    """Normal values in float32 from words; truncated: at two standard deviations, then rescaled to one."""
     u = (((words >> 8) & 0x7FFFFF).to(torch.float32) + 0.5) * 2.0**-23
     x = u * _WITHIN if truncated else 1.0 - u
     t = 1.0 - x if truncated else u
@@ -84,8 +85,8 @@ def normal_reference(words: Tensor, truncated: bool) -> Tensor:
     exponent = (bits - 0x3F3504F3) >> 23
     f = (bits - (exponent << 23)).view(torch.float32) - 1.0
     w = -(exponent.to(torch.float32) * math.log(2) + f * _polynomial(_LOG, f))
-    # PyTorch's float32 roots on a CPU are MKL's, which may err in the last bit; rounded float64 ones do not.
-    # Apple GPUs have no float64.
+    # On a CPU PyTorch uses MKL's float32 square roots, which may be wrong in the last bit; rounded float64
+    # roots are not. Apple GPUs have no float64.
     exact = torch.float32 if w.device.type == "mps" else torch.float64
     root = w.clamp(min=0.0).to(exact).sqrt().to(torch.float32)
     z = x * _polynomial(_INVERSE, root - 2.0)
@@ -134,8 +135,8 @@ def noisy_update_reference(
 def random_start_reference(z: Tensor, begins: Tensor, init: Tensor, keys: Tensor, call: int) -> Tensor:
     """The start in plain PyTorch; see `random_start`."""
     if z.device.type == "cpu" and not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode()):
-        # Draw for the sequences that begin alone, as drawing takes longest. The number of rows depends on
-        # values, which neither a compiler nor a recorder of operations can follow.
+        # Draw only for sequences that begin, because drawing dominates the time. The number of rows depends
+        # on values, which neither a compiler nor a recorder of operations supports.
         rows = begins.nonzero()[:, 0]
         if len(rows) < len(z):
             y = z.clone()
@@ -148,7 +149,7 @@ def random_start_reference(z: Tensor, begins: Tensor, init: Tensor, keys: Tensor
 
 
 def launch_choice(width: int) -> dict[str, int]:
-    """About 256 counters in a tile, 2 a thread: a counter's four values take many registers."""
+    """About 256 counters per tile, 2 per thread, because a counter's four values take many registers."""
     BLOCK_Q = max(16, min(256, triton.next_power_of_2(-(-width // 4))))
     return {"BLOCK_M": max(1, 256 // BLOCK_Q), "BLOCK_Q": BLOCK_Q, "num_warps": 4}
 
@@ -187,12 +188,12 @@ def _normal(
 
 @jit
 def _words(keys_ptr, batch, element, step, call, mask):
-    """The four words of each counter, and whether a row takes them."""
+    """The four words of each counter, and whether the row uses them."""
     seed = tl.load(keys_ptr + batch * 3, mask=mask, other=0).to(tl.uint32, bitcast=True)
     example = tl.load(keys_ptr + batch * 3 + 1, mask=mask, other=0).to(tl.uint32, bitcast=True)
     path = tl.load(keys_ptr + batch * 3 + 2, mask=mask, other=0).to(tl.uint32, bitcast=True)
     zero = element * 0
-    # A call of 1 reaches the compiler as a Python int.
+    # Triton passes a call number of 1 as a Python int.
     words = tl.random.philox_impl(
         element, zero + tl.full([], call, tl.uint32), zero + step.to(tl.uint32)[:, None],
         zero + path[:, None], zero + seed[:, None], zero + example[:, None],
@@ -370,12 +371,12 @@ def noisy_update(
 ) -> Tensor:
     """A module's new state: (1 - damping) z + damping f + noise eps.
 
-    f, z: (B, T, D), same dtype; the module's result and its state before. keys: (B, 3) int32, seed, example
-    and path of each sequence; steps: (B,) int32, its ACT steps; call: the number of this call among those of
-    a step. Without keys there is no noise, and none on path 0. rstd: (B, T) float32 (float64), the factor of
+    f, z: (B, T, D), same dtype; the module's result and its previous state. keys: (B, 3) int32, seed, example
+    and path of each sequence; steps: (B,) int32, its ACT steps; call: the number of this call within the
+    step. There is no noise without keys, and none on path 0. rstd: (B, T) float32 (float64), the factor of
     f's deferred norm, without gradient. Returns (B, T, D) in f's dtype, computed in float32 (float64) and
-    rounded once. eps is the float32 value of the docstring above. Raises ValueError or TypeError naming the
-    argument. Source: Equilibrium Reasoners (arXiv 2605.21488).
+    rounded once. eps is the float32 value defined in this file's docstring. Raises ValueError or TypeError
+    naming the argument. Source: Equilibrium Reasoners (arXiv 2605.21488).
     """
     check_floating("noisy_update", f=f, z=z)
     check_shape("noisy_update", "z", z, tuple(f.shape))
@@ -392,11 +393,11 @@ def noisy_update(
 
 
 def random_start(z: Tensor, begins: Tensor, init: Tensor, keys: Tensor, call: int) -> Tensor:
-    """States in which sequences that begin start at random: truncated normals of deviation 1.
+    """Random initial states for sequences that begin: truncated normals of standard deviation 1.
 
-    z: (B, T, D). begins: (B,) bool. init: (D,), where path 0 starts. keys, call: as in `noisy_update`, at
-    step 0. Returns (B, T, D) in z's dtype; takes no gradient. Raises ValueError or TypeError naming the
-    argument.
+    z: (B, T, D). begins: (B,) bool. init: (D,), the initial state of path 0. keys, call: as in
+    `noisy_update`, at step 0. Returns (B, T, D) in z's dtype; takes no gradient. Raises ValueError or
+    TypeError naming the argument.
     """
     _check_states("random_start", z, keys)
     check_shape("random_start", "begins", begins, (z.shape[0],))

@@ -3,13 +3,13 @@
 Forward, per row of D elements:   h = x + residual;  rstd = 1 / sqrt(mean(h^2) + eps);  y = h * rstd
 Backward, the same for both terms:   dx = rstd * (dy - y * mean(y * dy))
 
-In a residual network y has two readers, the next branch and the next residual sum. `rms_norm_pair` returns
-y once for each of them, so dy comes in two parts, which the backward adds as it reads them.
+In a residual network the next branch and the next residual sum both read y. `rms_norm_pair` returns y twice,
+so dy has two parts, which the backward adds as it reads them.
 
-Saved: y, which the next operation keeps anyway, and rstd. Nothing is recomputed.
+Saved: y, which the next operation saves anyway, and rstd. Nothing is recomputed.
 Bytes, in elements of x's dtype for N = rows * D: 2N read and N written forward; 2N read and N written
-backward, N more with a second part of dy, where a sum of its own would read 2N and write N; and 4 bytes of
-rstd a row.
+backward, N more with a second part of dy (a separate sum would read 2N and write N); and 4 bytes of rstd per
+row.
 """
 
 import importlib
@@ -34,7 +34,7 @@ def rms_norm_reference(x: Tensor, residual: Tensor, eps: float) -> Tensor:
 
 
 def launch_variants(width: int) -> list[Tile]:
-    """Half and twice as many elements in a tile, by four or eight warps."""
+    """Variants with half and twice as many elements per tile, and four or eight warps."""
     BLOCK_N = max(16, triton.next_power_of_2(width))
     tried = ((2048, 4), (4096, 8), (8192, 8))
     return [{"BLOCK_M": max(1, size // BLOCK_N), "BLOCK_N": BLOCK_N, "num_warps": w} for size, w in tried]
@@ -42,7 +42,7 @@ def launch_variants(width: int) -> list[Tile]:
 
 @tunable(launch_variants)
 def launch_choice(width: int) -> Tile:
-    """Whole rows in one tile of about 4096 elements, 16 to a thread's vector loads."""
+    """Tiles of whole rows with about 4096 elements, 16 per thread for vector loads."""
     BLOCK_N = max(16, triton.next_power_of_2(width))
     BLOCK_M = max(1, 4096 // BLOCK_N)
     return {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "num_warps": 8 if BLOCK_M * BLOCK_N > 4096 else 4}
@@ -149,7 +149,7 @@ def _(dy: Tensor, dy_residual: Tensor | None, y: Tensor, rstd: Tensor) -> Tensor
 def _save(ctx, inputs, output) -> None:
     y, rstd = output
     ctx.mark_non_differentiable(rstd)
-    # Without this, autograd would write zeros as the gradient of rstd.
+    # Otherwise autograd would write a zero gradient for rstd.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(y, rstd)
 
@@ -166,12 +166,12 @@ _rms_norm.register_autograd(_differentiate, setup_context=_save)
 
 @cache
 def find_quack() -> Callable[..., Tensor]:
-    """QuACK's norm. It is imported where a measurement asks for it, since that takes seconds."""
+    """QuACK's norm. It is imported only for a measurement, because the import takes seconds."""
     return importlib.import_module("quack").rmsnorm
 
 
 class _Pair(torch.autograd.Function):
-    """The norm with two outputs that share memory, which an operator may not return."""
+    """Returns two outputs that share memory, which an operator may not return."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -190,7 +190,7 @@ class _Pair(torch.autograd.Function):
 
 
 def _choice(op: str, x: Tensor, residual: Tensor) -> str:
-    """Checks the arguments; which implementation takes them."""
+    """Checks the arguments; returns the implementation."""
     check_floating(op, x=x, residual=residual)
     check_shape(op, "residual", residual, tuple(x.shape))
     width = x.shape[-1]
@@ -217,10 +217,10 @@ def rms_norm(x: Tensor, residual: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 def rms_norm_pair(x: Tensor, residual: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """`rms_norm` for two readers: y, and y again for the residual sum that follows.
+    """`rms_norm` for two readers: y, and y again for the next residual sum.
 
-    Arguments, precision and errors are those of `rms_norm`. Both outputs are one tensor (..., D); neither may
-    be changed in place. The backward adds their gradients in float32 (float64) without writing the sum.
+    Arguments, precision and errors are those of `rms_norm`. Both outputs share one tensor (..., D); neither
+    may be changed in place. The backward adds their gradients in float32 (float64) without writing the sum.
     """
     taken = _choice("rms_norm_pair", x, residual)
     if taken == "triton" and torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad):

@@ -4,12 +4,12 @@ Forward, per head vector x = [x1, x2] (halves of length d/2) at position t, with
 
     y = [x1 cos a - x2 sin a,  x2 cos a + x1 sin a]
 
-Backward: the same rotation of dy by -a, so the same kernel with the sine's sign turned. Nothing but the
-tables is needed: nothing is saved, nothing is recomputed.
+Backward: the same rotation of dy by -a, by the same kernel with the sine negated. It needs only the tables:
+nothing is saved or recomputed.
 
 Bytes, in elements of x's dtype for N = B * T * n * d: N read and N written, forward and backward. A program
-takes many rows of one position, so it reads the tables' row of that position once: T * d * 4 bytes a program
-column, from cache.
+processes many rows of one position, so it reads the tables' row of that position once: T * d * 4 bytes per
+program column, from cache.
 """
 
 import torch
@@ -22,10 +22,10 @@ from kernels.checks import accumulate_dtype, check_floating, check_shape
 def rope_tables(
     length: int, head_dim: int, theta: float = 10000.0, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position's angles, each (length, head_dim), both halves alike.
+    """Cosines and sines of every position's angles, each (length, head_dim), with two equal halves.
 
     Source: Su et al. 2021 (arXiv 2104.09864), in the half-split layout of the official HRM code, which
-    takes the angles in float32; a float64 table is made for tests in that precision.
+    computes the angles in float32; float64 tables are for tests.
     """
     inverse_frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=dtype) / head_dim)
     angles = torch.outer(torch.arange(length, dtype=dtype), inverse_frequency)
@@ -41,12 +41,13 @@ def rope_tables_2d(
     dtype: torch.dtype = torch.float32,
     before: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The tables of a grid read row by row: half of a head's width turns by row, half by column.
+    """The tables of a grid in row-major order: half of a head's width rotates by row, half by column.
 
-    Pair i of either turns by theta^(-2i / (head_dim / 2)) for each row or column. The `before` positions in
-    front of the grid do not turn. Returns two tables (before + rows * columns, head_dim). head_dim is a
-    multiple of 4. The first quarters of both halves turn by row, the others by column. Code that pairs the
-    channels within a half for the row and within one for the column has the same model, reordered.
+    Pair i of either half rotates by theta^(-2i / (head_dim / 2)) per row or column. The `before` positions in
+    front of the grid do not rotate. Returns two tables (before + rows * columns, head_dim). head_dim is a
+    multiple of 4. The first quarters of both halves rotate by row, the others by column. Code that pairs
+    channels within one half for rows and within the other for columns has the same model with reordered
+    channels.
     """
     frequency = 1.0 / theta ** (torch.arange(0, head_dim // 2, 2, dtype=dtype) / (head_dim // 2))
     row, column = torch.arange(rows, dtype=dtype), torch.arange(columns, dtype=dtype)
@@ -65,14 +66,14 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def launch_choice(head_dim: int) -> dict[str, int]:
-    """Rows of one position, each half a tile of about 4096 elements: 32 a thread, loaded 8 at once."""
+    """Rows of one position; each half is a tile of about 4096 elements: 32 per thread, loaded 8 at once."""
     BLOCK_H = max(16, triton.next_power_of_2(head_dim // 2))
     return {"HALF": head_dim // 2, "BLOCK_H": BLOCK_H, "BLOCK_M": max(1, 4096 // BLOCK_H), "num_warps": 4}
 
 
 @jit
 def rotate(x1, x2, cos, sin):
-    """The halves (x1, x2) turned by the angles of cos and sin; with -sin, turned back."""
+    """The halves (x1, x2) rotated by the angles of cos and sin; with -sin, rotated back."""
     return x1 * cos - x2 * sin, x2 * cos + x1 * sin
 
 
@@ -84,7 +85,7 @@ def _rope_kernel(
     WIDE: tl.constexpr, INVERSE: tl.constexpr, HALF: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    # Neighbouring programs take neighbouring positions, which lie side by side in memory.
+    # Consecutive programs process consecutive positions, which are adjacent in memory.
     position = (tl.program_id(0) % T).to(tl.int64)
     rows = (tl.program_id(0) // T).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     batch, head = rows // n, rows % n
@@ -136,7 +137,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, dy: Tensor) -> tuple[Tensor, None, None, None]:
-    # x is the only input that takes a gradient, so the backward runs only where it is asked for.
+    # x is the only input with a gradient, so the backward runs only if it is required.
     return _rope(dy, *ctx.saved_tensors, not ctx.inverse), None, None, None
 
 
@@ -144,7 +145,7 @@ _rope.register_autograd(_differentiate, setup_context=_save)
 
 
 def check_tables(op: str, cos: Tensor, sin: Tensor, length: int, head_dim: int, device: torch.device) -> None:
-    """Both tables are (length, head_dim), on the device, and take no gradient."""
+    """Checks that both tables are (length, head_dim), on the device, and without gradient."""
     for name, table in (("cos", cos), ("sin", sin)):
         check_shape(op, name, table, (length, head_dim))
         check_floating(op, **{name: table})
@@ -155,12 +156,12 @@ def check_tables(op: str, cos: Tensor, sin: Tensor, length: int, head_dim: int, 
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates head vectors by their positions' angles.
+    """Rotates head vectors by the angles of their positions.
 
-    x: (B, T, n, d), d even; n counts every head to rotate, so queries and keys go in together, as a view
-    of packed projections if that is where they are. cos, sin: (T, d) from `rope_tables`, constants.
-    Returns (B, T, n, d), contiguous, in x's dtype, computed in float32 (float64 for float64) and rounded
-    once. Raises ValueError or TypeError naming the argument. Source: Su et al. 2021 (arXiv 2104.09864).
+    x: (B, T, n, d), d even; n counts all heads to rotate, so queries and keys are passed together, possibly
+    as a view of packed projections. cos, sin: (T, d) from `rope_tables`, constants. Returns (B, T, n, d),
+    contiguous, in x's dtype, computed in float32 (float64 for float64) and rounded once. Raises ValueError or
+    TypeError naming the argument. Source: Su et al. 2021 (arXiv 2104.09864).
     """
     check_floating("rope", x=x)
     if x.dim() != 4 or x.shape[-1] % 2:

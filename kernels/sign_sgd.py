@@ -1,6 +1,6 @@
 """Sign-SGD with decoupled decay on the rows of a table that a batch used.
 
-For every identifier i of the batch, once however often it occurs:
+For every distinct identifier i of the batch:
 
     table[i] = table[i] (1 - lr wd) - lr sign(sum of grad[b] over all b with identifiers[b] = i)
 
@@ -24,7 +24,7 @@ def sign_sgd_reference(
     skip: Tensor | None = None,
 ) -> None:
     """The update in plain PyTorch, in place; see `sign_sgd`."""
-    # A product sums in a fixed order, alike on all ranks; every repeat takes its first occurrence's sum.
+    # A product sums in a fixed order, equal on all ranks; every repeat gets the sum of the first occurrence.
     same = identifiers[:, None] == identifiers[None, :]
     slot = same.int().argmax(dim=1)
     summed = (same.to(grad.dtype) @ grad)[slot]
@@ -34,10 +34,10 @@ def sign_sgd_reference(
 
 
 def launch_choice(batch: int) -> dict[str, int]:
-    """Narrow chunks of many rows, and all identifiers of a usual batch in one look.
+    """Narrow chunks of many rows, and one block for all identifiers of a usual batch.
 
-    Without puzzle identifiers every row has the same, and one program a chunk sums the whole batch: at 768
-    rows of 512, sixteen programs take six turns each, about a microsecond a turn.
+    If all rows have the same identifier, one program per chunk sums the whole batch: for 768 rows of 512,
+    sixteen programs run six iterations of about a microsecond.
     """
     return {"BLOCK_B": 128, "BLOCK_E": 32, "SCAN": max(16, min(1024, triton.next_power_of_2(batch)))}
 
@@ -59,7 +59,7 @@ def _sign_sgd_kernel(
         same = (tl.load(identifiers_ptr + index, mask=index < B, other=0) == row) & (index < B)
         first = tl.minimum(first, tl.min(tl.where(same, index, B), axis=0))
         last = tl.maximum(last, tl.max(tl.where(same, index, 0), axis=0))
-    # Only the first occurrence of an identifier sums and writes, so no two programs meet in a row.
+    # Only the first occurrence of an identifier sums and writes, so no two programs write the same row.
     if first < b:
         return
 
@@ -128,8 +128,8 @@ def sign_sgd(
     table: (N, E), float32 in training (its kernel takes no other dtype). identifiers: (B,) int32 or int64
     rows in 0..N-1, repeats allowed; grad: (B, E), their gradients; lr: (); both in the table's dtype. The
     gradients of equal identifiers are summed first, in a fixed order, so each row moves once: p = p * (1 -
-    lr wd) - lr sign(sum g), with 0 for the sign of 0 and of NaN. Other rows keep their bits, and where skip,
-    None or () bool on the table's device, is True, all do. Nothing crosses to the host. Raises ValueError or
+    lr wd) - lr sign(sum g), with 0 for the sign of 0 and of NaN. Other rows do not change. skip: None or ()
+    bool on the table's device; if True, no row changes. No value is copied to the host. Raises ValueError or
     TypeError naming the argument. Source: the official HRM code.
     """
     check_floating("sign_sgd", table=table, grad=grad, lr=lr)

@@ -1,6 +1,6 @@
 """Cross-entropies over a small vocabulary: stablemax and softmax, with or without label smoothing.
 
-Stablemax replaces exp by s(x) = x + 1 for x >= 0 and 1 / (1 - x) below, p = s / sum(s). Its logarithm is
+Stablemax replaces exp by s(x) = x + 1 for x >= 0 and 1 / (1 - x) otherwise; p = s / sum(s). Its logarithm is
 l(x) = log1p(x) for x >= 0 and -log1p(-x) below, so that p = softmax(l(x)): the loss is the softmax
 cross-entropy of l(x), and l'(x) = 1 / (1 + |x|).
 
@@ -9,15 +9,15 @@ Label smoothing e spreads a share of the target over all V words: target = (1 - 
 Forward:   loss = logsumexp(l) - sum(target * l);   an ignored label gives 0.
 Backward:  dlogits = dloss * (p - target) * l'(x) for stablemax, without l' for softmax.
 
-The stablemax kernel takes one logarithm a row: loss = log(sum(s) / s[label]), which needs no largest value,
-as s grows only like x; smoothing adds e times the mean of log(s[label] / s). Nothing is saved: the backward
-reads a row of logits whole and sums it again.
-Bytes, for M rows of V logits of e bytes: M * (V * e + 4) and the labels read forward, as many backward, with
-M * V * e written. Rows of 11 or 12 logits are padded to 16 in registers only, 128 rows to a program.
+The stablemax kernel computes one logarithm per row: loss = log(sum(s) / s[label]), which needs no maximum,
+because s grows only linearly; smoothing adds e times the mean of log(s[label] / s). Nothing is saved: the
+backward reads whole rows of logits and sums them again. Bytes, for M rows of V logits of e bytes: M * (V * e
++ 4) and the labels read forward, as many backward, with M * V * e written. Rows of 11 or 12 logits are padded
+to 16 in registers only, 128 rows per program.
 
 Precision: float32 arithmetic for inputs of 32 bits and fewer (float64 for float64). For logits up to 1e4
-in size l is at most 9.3 and a loss at most 23, whose units in the last place are 1e-6 and 2e-6: the
-error against float64 is below 4e-6, tested. The official code converts to float64 first.
+in size l is at most 9.3 and a loss at most 23, with ulps of 1e-6 and 2e-6; the tested error against float64
+is below 4e-6. The official code converts to float64 first.
 """
 
 import torch
@@ -60,7 +60,7 @@ def stablemax_cross_entropy_reference(
 
 
 def launch_choice(vocabulary: int) -> dict[str, int]:
-    """Whole rows in one tile of about 2048 logits, 16 to a thread; 8 warps for rows beyond 4096."""
+    """Tiles of whole rows with about 2048 logits, 16 per thread; 8 warps for rows beyond 4096."""
     BLOCK_V = max(16, triton.next_power_of_2(vocabulary))
     BLOCK_M = max(1, 2048 // BLOCK_V)
     return {"BLOCK_M": BLOCK_M, "BLOCK_V": BLOCK_V, "num_warps": 8 if BLOCK_M * BLOCK_V > 4096 else 4}
@@ -96,7 +96,7 @@ def token_losses(logits, labels, V, STABLEMAX: tl.constexpr, SMOOTHING: tl.const
 def _without_target(p, cols, labels, V, SMOOTHING: tl.constexpr):
     """p minus the target, 0 beyond column V."""
     if SMOOTHING > 0:
-        # In p's dtype: a quotient of scalars would be a float32.
+        # Compute in p's dtype: a quotient of scalars would be float32.
         p = tl.where(cols < V, p - tl.full([1, 1], SMOOTHING, p.dtype) / V, 0.0)
     return tl.where(cols == labels[:, None], p - (1.0 - SMOOTHING), p)
 
@@ -151,7 +151,7 @@ def _cross_entropy_backward_kernel(
     labels = tl.load(labels_ptr + rows * labels_stride_m, mask=rows < M, other=0)
     dlosses = tl.load(dlosses_ptr + rows * dlosses_stride_m, mask=rows < M, other=0.0)
     gradients = token_gradients(logits.to(WIDE), labels, V, STABLEMAX, SMOOTHING) * dlosses[:, None]
-    # Chosen, not multiplied by 0: logits that are not finite give an ignored label no gradient either.
+    # Select instead of multiplying by 0, so that ignored labels have no gradient even for non-finite logits.
     dlogits = tl.where((labels == ignore_index)[:, None], 0.0, gradients).to(dlogits_ptr.dtype.element_ty)
     tl.store(dlogits_ptr + rows[:, None] * dlogits_stride_m + cols[None, :], dlogits, mask=mask)
 
@@ -232,20 +232,20 @@ _cross_entropy.register_autograd(_differentiate, setup_context=_save)
 
 
 def check_labels(op: str, labels: Tensor, shape: tuple[int, ...]) -> None:
-    """The labels are integers of the expected shape."""
+    """Checks that the labels are integers of the expected shape."""
     if labels.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: labels must be int32 or int64, got {labels.dtype}")
     check_shape(op, "labels", labels, shape)
 
 
 def check_smoothing(op: str, smoothing: float) -> None:
-    """The smoothing leaves the label a share."""
+    """Checks that the smoothing is in [0, 1)."""
     if not 0 <= smoothing < 1:
         raise ValueError(f"{op}: smoothing must be at least 0 and less than 1, got {smoothing}")
 
 
 def _fits(op: str, logits: Tensor, labels: Tensor, smoothing: float) -> bool:
-    """Checks the arguments; whether the kernel takes them."""
+    """Checks the arguments; returns whether the kernel runs."""
     check_floating(op, logits=logits)
     check_labels(op, labels, tuple(logits.shape[:-1]))
     check_smoothing(op, smoothing)
@@ -261,9 +261,9 @@ def stablemax_cross_entropy(
 
     logits: (..., V); labels: (...), int32 or int64 in 0..V-1 or ignore_index. smoothing: in [0, 1), the share
     of the target that is spread over all V words, the label included. Returns (...), float32 (float64 for
-    float64 logits), 0 where ignored. Raises ValueError or TypeError naming the argument. Any
-    other label is an error of the reference and a NaN of the kernel, which cannot raise.
-    Precision: see the top of this file; the kernel wants logits below 1e18 in size.
+    float64 logits), 0 where ignored. Raises ValueError or TypeError naming the argument. Any other label is
+    an error in the reference and gives NaN in the kernel, which cannot raise. Precision: see the top of this
+    file; the kernel requires logits below 1e18 in magnitude.
     Source: Prieto et al. 2025 (arXiv 2501.04697).
     """
     if _fits("stablemax_cross_entropy", logits, labels, smoothing):

@@ -3,7 +3,7 @@
 Forward:    y = silu(gate) * up, with silu(g) = g * sigmoid(g)
 Backward:   dup = dy * silu(gate);  dgate = dy * up * sigmoid(gate) * (1 + gate * (1 - sigmoid(gate)))
 
-Saved: the packed input alone; the sigmoid is recomputed.
+Saved: only the packed input; the sigmoid is recomputed.
 Bytes, in elements for N outputs: 2N read and N written forward; 3N read and 2N written backward.
 """
 
@@ -22,7 +22,7 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
 
 
 def launch_variants(width: int) -> list[Tile]:
-    """Half and twice as many outputs in a tile."""
+    """Variants with half and twice as many outputs per tile."""
     BLOCK_N = min(512, max(16, triton.next_power_of_2(width)))
     tried = ((1024, 4), (2048, 8), (4096, 8))
     return [{"BLOCK_M": size // BLOCK_N, "BLOCK_N": BLOCK_N, "num_warps": w} for size, w in tried]
@@ -30,7 +30,7 @@ def launch_variants(width: int) -> list[Tile]:
 
 @tunable(launch_variants)
 def launch_choice(width: int) -> Tile:
-    """Tiles of 2048 outputs, 16 a thread: at most 512 wide, so that 1536 columns fill theirs."""
+    """Tiles of 2048 outputs, 16 per thread, at most 512 wide, so that 1536 columns fill whole tiles."""
     BLOCK_N = min(512, max(16, triton.next_power_of_2(width)))
     return {"BLOCK_M": 2048 // BLOCK_N, "BLOCK_N": BLOCK_N, "num_warps": 4}
 
@@ -42,7 +42,7 @@ def _swiglu_forward_kernel(
     gate_up_stride_m, y_stride_m,
     WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # Tiles of the same rows are neighbours, so that memory is read in its order.
+    # Tiles of the same rows are consecutive, so that memory is read in order.
     tile = tl.program_id(0)
     tiles_n = tl.cdiv(N, BLOCK_N)
     rows = (tile // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -1,17 +1,17 @@
-"""The feed-forward half of a block where a gradient is wanted: both products and SwiGLU between them.
+"""The feed-forward half of a block with gradient: both products and the SwiGLU between them.
 
 Forward:    [g | u] = x @ gate_up_weight^T;  y = silu(g) * u;  out = y @ down_weight^T
 Backward:   dy = dout @ down_weight;  du = dy * silu(g);  dg = dy * u * s * (1 + g * (1 - s)), s = sigmoid(g)
             dx = [dg | du] @ gate_up_weight;  dgate_up_weight = [dg | du]^T @ x;  ddown_weight = dout^T @ y
 
-Saved: x, the weights, [g | u] and y. Nothing is recomputed but the sigmoid. `kernels.linear_swiglu` activates
-in the epilogue of the first product. dy is used in the epilogue of its own product and never stored. The
-library makes the other products.
-Bytes of the backward's kernel, in elements for M rows: MK + KI + 2MI read, 2MI written; with dy apart another
-2MI.
+Saved: x, the weights, [g | u] and y. Only the sigmoid is recomputed. `kernels.linear_swiglu` computes the
+activation in the epilogue of the first product. dy is used in the epilogue of its product and never stored.
+The library computes the other products. Bytes of the backward's kernel, in elements for M rows: MK + KI + 2MI
+read, 2MI written; a stored dy would add 2MI.
 
-A tile's columns are finished in four pieces: gate, up and both gradients of a whole tile would spill. With no
-more than 128 registers a thread two programs share a multiprocessor, and one multiplies while the other ends.
+The epilogue processes a tile's columns in four pieces: gate, up and both gradients of a whole tile would
+spill. With at most 128 registers per thread two programs share a multiprocessor, and one multiplies while the
+other runs its epilogue.
 """
 
 import torch
@@ -30,7 +30,7 @@ def swiglu_mlp_reference(x: Tensor, gate_up_weight: Tensor, down_weight: Tensor)
 
 
 def launch_variants(dtype: torch.dtype, N: int, K: int) -> list[Tile]:
-    """Fewer warps with smaller tiles, and more stages."""
+    """Variants with fewer warps and smaller tiles, and with more stages."""
     if dtype.itemsize > 2 or K % 16 or N % 16:
         return []
     names = "BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"
@@ -93,7 +93,7 @@ def _swiglu_mlp_backward_kernel(
     near_rows = tl.minimum(rows, rows_left - 1)
     dout_ptrs = dout_ptr + row * dout_stride_m + (near_rows[:, None] * dout_stride_m + k[None, :])
     weight_ptrs = weight_ptr + col + (k[:, None] * weight_stride_k + cols[None, :])
-    # Masked, since clamped columns would be loaded one by one.
+    # Use a mask, because clamped columns would be loaded one by one.
     inside = (cols < cols_left)[None, :]
     dy = tl.zeros((BLOCK_M, BLOCK_N), dtype=WIDE)
     for start in range(0, K, BLOCK_K):
@@ -106,7 +106,7 @@ def _swiglu_mlp_backward_kernel(
         dy = tl.dot(dout.to(DOT), weight.to(DOT), dy, input_precision="ieee", out_dtype=dy.dtype)
         dout_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K * weight_stride_k
-    # Rounded as where it is stored, it waits in half the registers.
+    # Round it as when it is stored; it takes half the registers.
     dy = dy.to(dgate_up_ptr.dtype.element_ty)
     gate_up_ptr += row * gate_up_stride_m + col
     dgate_up_ptr += row * dgate_up_stride_m + col
@@ -183,7 +183,7 @@ def _(dout: Tensor, down_weight: Tensor, gate_up: Tensor) -> Tensor:
 def _save(ctx, inputs, output) -> None:
     _, y, gate_up = output
     ctx.mark_non_differentiable(y, gate_up)
-    # Without this, autograd would write zeros as the gradients of y and gate_up.
+    # Otherwise autograd would write zero gradients for y and gate_up.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, y, gate_up)
 
@@ -194,7 +194,7 @@ def _differentiate(ctx, dout: Tensor | None, *_: None) -> tuple[Tensor | None, T
     x, gate_up_weight, down_weight, y, gate_up = ctx.saved_tensors
     wants_x, wants_gate_up, wants_down = ctx.needs_input_grad
     dx = dgate_up_weight = ddown_weight = None
-    # The library multiplies, where the compiler sees it.
+    # The library computes these products, visible to the compiler.
     if wants_x or wants_gate_up:
         dgate_up = _swiglu_mlp_backward(dout, down_weight, gate_up)
         dx = dgate_up @ gate_up_weight if wants_x else None
@@ -211,9 +211,9 @@ def swiglu_mlp(x: Tensor, gate_up_weight: Tensor, down_weight: Tensor) -> Tensor
     """SwiGLU between two products: (silu(g) * u) @ down_weight^T with [g | u] = x @ gate_up_weight^T.
 
     x: (..., K); gate_up_weight: (2*I, K), gate first; down_weight: (N, I), all of one dtype. Returns (..., N)
-    in that dtype. Sums and activates in float32 and rounds [g | u], their product, its gradient and theirs
-    once each. Without a gradient it is `linear_swiglu` and a product. Raises ValueError or TypeError naming
-    the argument. Source: Shazeer 2020 (arXiv 2002.05202).
+    in that dtype. Sums and activates in float32 and rounds [g | u], y, dy and [dg | du] once each. Without a
+    gradient it is `linear_swiglu` and a product. Raises ValueError or TypeError naming the argument. Source:
+    Shazeer 2020 (arXiv 2002.05202).
     """
     check_product("swiglu_mlp", x, gate_up_weight, None)
     check_floating("swiglu_mlp", x=x, down_weight=down_weight)

@@ -68,7 +68,7 @@ def test_imports_run_one_way(module):
     assert not is_command(module) or not [name for name, _ in imports(module) if is_command(name)]
 
 
-def test_no_circle():
+def test_there_are_no_import_cycles():
     graph = {module: {name for name, _ in imports(module) if name in FILES} for module in FILES}
     assert len(list(TopologicalSorter(graph).static_order())) == len(FILES)
 

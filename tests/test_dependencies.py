@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from bench import versions
 from tests.support.paths import ROOT
 
-COLUMNS = ["package", "what for", "why it is kept", "licence", "through"]
+COLUMNS = ["package", "purpose", "reason to keep it", "licence", "through"]
 # Asked for by extras, and left to who asks.
 NOT_PINNED = {"flash-attn", "wandb"}
 
@@ -72,7 +72,7 @@ def test_every_package_has_a_line_and_no_line_is_left_over():
         assert all(row[column] for column in COLUMNS[:4]), name
 
 
-def test_all_that_is_asked_for_is_pinned_to_what_it_allows():
+def test_every_requirement_is_pinned_to_an_allowed_version():
     assert asked().keys() - pinned().keys() == NOT_PINNED
     for name, version in pinned().items():
         assert name not in asked() or asked()[name].specifier.contains(version), name
@@ -86,7 +86,7 @@ def test_no_pin_is_without_use():
 
 
 @pytest.mark.parametrize("name", sorted(told()))
-def test_what_comes_along_is_asked_for_by_what_the_line_says(name):
+def test_indirect_dependencies_are_required_by_the_given_package(name):
     through = told()[name]["through"]
     try:
         needs = importlib.metadata.requires(through) if through else None

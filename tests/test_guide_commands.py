@@ -233,7 +233,7 @@ def test_the_builder_of_data(workplace):
     assert cells.shape == (4 * (1 + 3), 81)
 
 
-def test_typed_one_after_the_other_no_command_meets_another_ones_run(workplace):
+def test_consecutive_commands_use_different_runs(workplace):
     configs: dict[tuple[str, str], Config] = {}
     for command in TRAINING:
         words = [word for word in workplace.typed(command) if not word.startswith("checkpoint_path=")]

@@ -23,7 +23,7 @@ def test_the_measured_tables_are_those_of_the_results():
     assert report.with_measured(results, report.table()) == results
 
 
-def test_the_tree_names_what_is_there():
+def test_the_tree_lists_existing_folders():
     tree = README.split("## The tree")[1].split("```")[1]
     for name in re.findall(r"\b[a-z_]+\.py\b", tree):
         assert any((ROOT / folder / name).is_file() for folder in ("", "hrm", "tests/support")), name

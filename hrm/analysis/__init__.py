@@ -1,1 +1,1 @@
-"""Looking into a trained model: what is measured, what the measurements say, and the page that shows it."""
+"""Analysis of a trained model: measurements, findings and the page that shows them."""

@@ -1,4 +1,4 @@
-"""The plots of an analysis: curves with their intervals, bars, reliability, boards, trajectories."""
+"""The plots of an analysis: curves with intervals, bars, reliability diagrams, boards, trajectories."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ def curves(
     logarithmic: bool = False,
     x_label: str = "ACT steps",
 ) -> Drawing:
-    """Estimates along x, each name a curve with its interval as a band. mark: an x with a vertical line."""
+    """A curve for each name, with its interval as a band. mark: the x of a vertical line."""
 
     def draw(ax: "Axes") -> None:
         from matplotlib.ticker import FuncFormatter, NullFormatter
@@ -69,7 +69,7 @@ def curves(
 
 
 def bars(title: str, named: Mapping[str, Estimate]) -> Drawing:
-    """A share for each name, with its interval as a whisker."""
+    """A bar for each name, with its interval as an error bar."""
 
     def draw(ax: "Axes") -> None:
         from matplotlib.ticker import FuncFormatter
@@ -97,7 +97,7 @@ def bars(title: str, named: Mapping[str, Estimate]) -> Drawing:
 
 
 def reliability(title: str, found: Calibration) -> Drawing:
-    """Accuracy by confidence against a calibrated judge's diagonal, and how many puzzles each bin has."""
+    """A reliability diagram: accuracy by confidence, the diagonal, and the number of puzzles in each bin."""
 
     def draw(ax: "Axes") -> None:
         from matplotlib.ticker import FuncFormatter
@@ -140,7 +140,7 @@ def reliability(title: str, found: Calibration) -> Drawing:
 
 
 def board(title: str, values: np.ndarray, most: float, label: str) -> Drawing:
-    """A value for each cell of a board (rows, cols), from 0 to most; with numbers on small boards."""
+    """A heat map of a board (rows, cols), values from 0 to most; small boards also show the numbers."""
 
     def draw(ax: "Axes") -> None:
         ax.set_title(title, loc="left")
@@ -152,7 +152,7 @@ def board(title: str, values: np.ndarray, most: float, label: str) -> Drawing:
                     column + 0.5, row + 0.5, f"{value:.3g}", color=ink, ha="center", va="center", fontsize=8
                 )
         ax.set_xlim(0, values.shape[1])
-        # Row 0 on top.
+        # Draw row 0 at the top.
         ax.set_ylim(values.shape[0], 0)
         ax.set_aspect("equal")
         ax.set_xticks([])

@@ -13,7 +13,7 @@ from hrm.study.plots import Drawing
 class Finding:
     """The result of a section.
 
-    sentence: the finding, with numbers and intervals. table: its numbers. numbers: the same for programs.
+    sentence: the finding, with numbers and intervals. table: its numbers. numbers: the same, as JSON values.
     """
 
     sentence: str
@@ -24,9 +24,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Section:
-    """A question to a model.
+    """A section: a question about a model.
 
-    reason: why it does not apply to a study, empty where it does.
+    reason: why it does not apply to a study; empty if it applies.
     """
 
     name: str

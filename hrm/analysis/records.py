@@ -1,4 +1,4 @@
-"""The measurements that an analysis rests on: a model's predictions under each condition, kept in files.
+"""The records of an analysis: a model's predictions under each condition, stored in files.
 
 Shapes: N puzzles, T ACT steps, S cells, K paths. Files are .npz archives without pickles.
 """
@@ -26,9 +26,9 @@ Record = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Examples:
-    """N puzzles with known answers, of all sets of a split, in the order of the sets.
+    """N puzzles with known answers from all sets of a split, in the order of the sets.
 
-    taken: their increasing numbers, by set. inputs, labels: (N, S) int32, labels -100 where unknown.
+    taken: their ascending indices, by set. inputs, labels: (N, S) int32, labels -100 where unknown.
     identifiers: (N,) int32.
     """
 
@@ -41,18 +41,18 @@ class Examples:
         return len(self.inputs)
 
     def right(self, predictions: np.ndarray) -> np.ndarray:
-        """Which answers (N, ..., S) are right in every cell with a label, (N, ...) bool."""
+        """A mask of the answers (N, ..., S) that are right in every cell with a label, (N, ...) bool."""
         return np.asarray(self.cells_right(predictions).all(axis=-1))
 
     def cells_right(self, predictions: np.ndarray) -> np.ndarray:
-        """Which cells of answers (N, ..., S) are right; a cell without a label counts as right."""
+        """A mask of the right cells of answers (N, ..., S); a cell without a label counts as right."""
         shape = (len(self), *[1] * (predictions.ndim - 2), -1)
         labels = self.labels.reshape(shape)
         return np.asarray((predictions == labels) | (labels == IGNORE_LABEL))
 
 
 def read_examples(dataset: PuzzleDataset, taken: Mapping[str, np.ndarray]) -> Examples:
-    """The examples of these numbers that have a label in some cell."""
+    """The examples at these indices that have at least one label."""
     kept: dict[str, np.ndarray] = {}
     parts: list[tuple[np.ndarray, ...]] = []
     for name, numbers in taken.items():
@@ -70,14 +70,14 @@ def read_examples(dataset: PuzzleDataset, taken: Mapping[str, np.ndarray]) -> Ex
 
 
 class Runs:
-    """Runs a model from its own start on puzzles, step by step, in batches of one size."""
+    """Runs a model on puzzles step by step, in batches of one size, from the model's usual initial state."""
 
     def __init__(self, model: HRM, batch_size: int, mode: Mode, token_type: Any) -> None:
-        """token_type: the integer type that predictions are kept in."""
+        """token_type: the integer type of stored predictions."""
         self.model, self.batch_size, self.mode, self._type = model, batch_size, mode, token_type
 
     def of_size(self, batch_size: int) -> "Runs":
-        """The same with batches of another size."""
+        """A copy with another batch size."""
         return Runs(self.model, batch_size, self.mode, self._type)
 
     def trajectories(
@@ -132,7 +132,7 @@ class Runs:
         *,
         before: Before | None = None,
     ) -> Record:
-        """The last step alone: predictions (N, S) and q_halt (N,). before: called between ACT steps."""
+        """The last step: predictions (N, S) and q_halt (N,). before: called before each ACT step."""
         N, S = inputs.shape
         found: Record = {"predictions": np.zeros((N, S), self._type), "q_halt": np.zeros(N, np.float32)}
         for rows, count, step, ends, runner in self._walk(
@@ -165,9 +165,10 @@ class Runs:
         each: bool = True,
         gates: bool = False,
     ) -> Iterator[tuple[int, int, int, Ends, StepByStep]]:
-        """First row, number of rows, step (from 0), their state after it and the runner, for each batch.
+        """Yields for each batch: first row, number of rows, step (from 0), the state after the step, and the
+        runner.
 
-        each: after every step, not the last alone.
+        each: yield after every step, not only after the last.
         """
         N, S = inputs.shape
         B = self.batch_size
@@ -176,7 +177,7 @@ class Runs:
             runner = StepByStep(self.model, B, S, mode=self.mode, sees_gates=gates)
             for first in range(0, N, B):
                 count = min(B, N - first)
-                # The last batch is filled up with its first rows.
+                # Pad the last batch with its first rows.
                 rows = first + np.arange(B) % count
                 batch = Batch(inputs[rows], np.full((B, S), IGNORE_LABEL), identifiers[rows])
                 for depth, ends in zip(depths, runner.at_depths(batch, depths), strict=True):
@@ -188,14 +189,14 @@ class Runs:
 
 
 def write_record(path: Path, record: Mapping[str, np.ndarray], key: str) -> None:
-    """Writes a record atomically. key: what it depends on. Raises OSError."""
+    """Writes a record atomically. key: everything that it depends on. Raises OSError."""
     with new_file(path) as file, open(file, "wb") as whole:
         arrays: dict[str, Any] = {**record, "key": np.array(key)}
         np.savez_compressed(whole, **arrays)
 
 
 def read_record(path: Path, key: str) -> Record | None:
-    """The record in a file; None where there is none, it is damaged or was made for another key."""
+    """The record in a file; None if the file is missing, damaged or made for another key."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             if str(archive["key"]) != key:

@@ -9,15 +9,15 @@ import numpy as np
 from hrm.common.intervals import t_quantile
 from hrm.evaluation.selection import CONFIDENCE, share
 
-# Equal parts of [0, 1] in which confidence and accuracy are compared.
+# Number of bins of equal width for calibration.
 BINS = 10
-# Draws of the outcomes that a calibrated judge would see.
+# Number of draws of a calibrated model's outcomes.
 DRAWS = 2000
 Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 
 
 class Estimate(NamedTuple):
-    """A mean over n puzzles and its interval of CONFIDENCE; NaN without puzzles."""
+    """A mean over n puzzles and its confidence interval of level CONFIDENCE; NaN without puzzles."""
 
     value: float
     low: float
@@ -58,12 +58,12 @@ def change_of(before: np.ndarray, after: np.ndarray) -> Estimate:
 
 
 class Calibration(NamedTuple):
-    """How confidences (n,) compare with outcomes.
+    """Compares confidences (n,) with outcomes.
 
     counts, confidence, accuracy: by bin, (BINS,); means are NaN in an empty bin. error: the expected
     calibration error (ECE), the mean over puzzles of |accuracy - confidence| of their bin. by_chance: the
-    mean ECE of a calibrated judge with the same confidences. excess: error - by_chance with the interval that
-    the spread of that judge's ECE gives, cut off at 0; it starts at 0 where calibration cannot be refuted.
+    mean ECE of a calibrated model with the same confidences. excess: error - by_chance, with an interval from
+    the spread of that model's ECE, clipped at 0; it starts at 0 if the model may be calibrated.
     """
 
     counts: np.ndarray
@@ -77,7 +77,7 @@ class Calibration(NamedTuple):
 def calibration(confidence: np.ndarray, right: np.ndarray, seed: int = 0) -> Calibration:
     """The calibration of confidences (n,) in [0, 1] for outcomes (n,) bool.
 
-    Finite samples make the ECE of a calibrated judge positive, so it is compared with DRAWS of outcomes that
+    Finite samples make the ECE of a calibrated model positive, so it is compared with DRAWS of outcomes that
     follow the confidences (consistency resampling: Bröcker and Smith 2007).
     """
     n = len(confidence)
@@ -102,10 +102,8 @@ def calibration(confidence: np.ndarray, right: np.ndarray, seed: int = 0) -> Cal
 
 
 def principal_plane(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The coordinates (n, 2) of points (n, F) on their first two principal components, and their shares (2,).
-
-    The shares are those of the variance. The sign of a component makes its largest coordinate positive.
-    Missing components are 0.
+    """The coordinates (n, 2) of points (n, F) on their first two principal components, and their shares (2,)
+    of the variance. The sign of a component makes its largest coordinate positive. Missing components are 0.
     """
     centred = np.asarray(points, np.float64)
     centred = centred - centred.mean(axis=0)
@@ -122,7 +120,7 @@ def principal_plane(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return plane * np.where(largest < 0, -1.0, 1.0), shares
 
 
-# --- in words
+# --- as text
 
 
 def percent(estimate: Estimate, digits: int = 1) -> str:

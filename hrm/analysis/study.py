@@ -1,4 +1,5 @@
-"""A model under analysis: its puzzles, its options, and its records, measured once and then read back."""
+"""A model under analysis: its puzzles, its options, and its records, measured once and then read from
+files."""
 
 import hashlib
 import json
@@ -22,26 +23,27 @@ from hrm.engine.modes import EAGER, Mode
 from hrm.evaluation.paths import Plan, differences, evaluate_paths
 from hrm.evaluation.selection import Rule
 
-# Puzzles where nothing else is asked for, and the fewest.
+# Default and minimum number of puzzles.
 MOST_SAMPLES, LEAST_SAMPLES = 500, 16
-# ACT steps that are timed.
+# Number of timed ACT steps.
 TIMED_STEPS = 2
-# Trajectories in the plane of the principal components, right and wrong ones, and the memory of their states.
+# Number of trajectories in the principal plane, half right and half wrong, and the memory limit of their
+# states.
 SHOWN = 12
 STATE_BYTES = 1 << 28
-# Blank cells of the easiest puzzles.
+# Numbers of blank cells in the easiest puzzles.
 FEW_BLANKS = (1, 2, 4, 8)
-# Augmented puzzles that vote, as a multiple of the puzzles of other sections.
+# Number of augmented puzzles for voting, as a multiple of the puzzles of other sections.
 VOTES = 20
 
 
 @dataclass
 class Study:
-    """A model and what it is asked.
+    """A model with the puzzles and options of its analysis.
 
-    trained, dataset, kind: as evaluation takes them. examples: the puzzles. steps: ACT steps as in training.
-    depth: multiple of them for the longest trajectories. paths: of a puzzle, from other starts and under
-    other symmetries. folder: of the records. identity: all that a record depends on, but its own options.
+    trained, dataset, kind: as in evaluation. examples: the puzzles. steps: ACT steps in training. depth:
+    length of the longest trajectories, in multiples of steps. paths: number of paths per puzzle. folder: of
+    the records. identity: everything that a record depends on except its own options.
     """
 
     name: str
@@ -72,7 +74,7 @@ class Study:
     # --- records
 
     def record(self, name: str) -> Record:
-        """The record of this name, from its file or else measured now and written."""
+        """The record of this name, read from its file, or measured and written."""
         if name in self._records:
             return self._records[name]
         options = [self.identity, self._chosen(), name, self.steps, self.depth, self.paths, self.seed]
@@ -89,16 +91,16 @@ class Study:
         return found
 
     def _chosen(self) -> str:
-        """The digest of the numbers of the puzzles."""
+        """The digest of the puzzles' indices."""
         numbers = [(name, own.tolist()) for name, own in self.examples.taken.items()]
         return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()
 
     def forget(self) -> None:
-        """Frees the records but for the trajectories, which comparisons read."""
+        """Frees all records except the trajectories, which comparisons need."""
         self._records = {name: own for name, own in self._records.items() if name == "deep"}
 
     def _measure_deep(self) -> Record:
-        """Every step of every puzzle, up to depth times as many as in training."""
+        """Every step of every puzzle, for depth times the number of steps in training."""
         examples = self.examples
         gates = self.trained.model.arch.use_gating
         found = self.runs.trajectories(
@@ -128,7 +130,7 @@ class Study:
         seen: dict[tuple[str, int], int] = {}
 
         def listen(name: str, answers: Answers) -> None:
-            # The answers to a group of puzzles come path by path.
+            # Answers to a group of puzzles are ordered by path.
             first = int(answers.places[0])
             path = seen[name, first] = seen.get((name, first), -1) + 1
             places = offsets[name] + answers.places
@@ -148,7 +150,7 @@ class Study:
         return found
 
     def _offsets(self) -> list[int]:
-        """The first place of each set among the examples."""
+        """The index of each set's first example."""
         sizes = [len(numbers) for numbers in self.examples.taken.values()]
         return [0, *np.cumsum(sizes)[:-1].tolist()]
 
@@ -182,14 +184,14 @@ class Study:
         return {**joined(found), "names": np.array(list(kinds))}
 
     def foreign_identifiers(self) -> np.ndarray:
-        """For each puzzle the identifier of another one, of ARC that of another task, (N,) int32."""
+        """For each puzzle the identifier of another puzzle (for ARC, of another task), (N,) int32."""
         own = self.examples.identifiers
         groups = own.astype(np.int64)
         if self.kind.name == "arc":
             tasks = [task_of(name) for name in read_names(self.dataset.folder.parent)]
             groups = np.unique(tasks, return_inverse=True)[1][own]
-        # In the order of groups, the puzzle as many places further on as the largest group has members is of
-        # another group, if that group is not the majority.
+        # In an order sorted by group, a shift by the size of the largest group reaches another group, unless
+        # one group is the majority.
         shift = int(np.unique(groups, return_counts=True)[1].max())
         if 2 * shift <= len(own):
             order = np.argsort(groups, kind="stable")
@@ -201,19 +203,19 @@ class Study:
         return np.asarray(own[following])
 
     def _measure_parts(self) -> Record:
-        """The answers of the model without a part: (parts, N, S)."""
+        """The answers of the model with each part removed: (parts, N, S)."""
         model, examples, found = self.trained.model, self.examples, []
         parts = removable(model)
         for part in parts:
             with without(model, part) as before:
-                # A level that counts its calls cannot be captured.
+                # A graph cannot capture a level that counts its calls.
                 runs = self._runs(EAGER)
                 answers = runs.answers(part, examples.inputs, examples.identifiers, self.steps, before=before)
             found.append(answers)
         return {**joined(found), "names": np.array(parts)}
 
     def _measure_states(self) -> Record:
-        """z_H of a few puzzles, half of them right in the end where there are as many."""
+        """z_H of a few puzzles, half of them right at the end if possible."""
         deep = self.record("deep")
         right = self.examples.right(deep["predictions"][:, self.steps - 1])
         steps = 2 * self.steps
@@ -263,16 +265,16 @@ class Study:
 
 
 def identity_of(weights: Path, dataset: PuzzleDataset, options: dict[str, Any]) -> str:
-    """A text that identifies records: the digests of the weights and of the data, and the options."""
+    """The identity of records as text: the digests of the weights and the data, and the options."""
     with open(weights, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return json.dumps([digest, fingerprint(dataset), options], sort_keys=True)
 
 
 def affordable(study: Study, seconds: float) -> int:
-    """The number of the study's puzzles whose records take at most so long, at least LEAST_SAMPLES.
+    """The number of puzzles, at least LEAST_SAMPLES, whose records take at most the given time.
 
-    It is measured by two ACT steps and kept, so that the same command takes the same puzzles.
+    It is estimated from two ACT steps and stored, so that the same command uses the same puzzles.
     """
     path = study.folder / "samples.npz"
     key = hashlib.sha256(json.dumps([study.identity, seconds, study.depth, study.paths]).encode()).hexdigest()
@@ -288,7 +290,7 @@ def affordable(study: Study, seconds: float) -> int:
         runs.answers("timing", inputs, identifiers, TIMED_STEPS)
         taken.append(time.perf_counter() - start)
     each_step = taken[-1] / (TIMED_STEPS * len(inputs))
-    # Trajectories, other starts and symmetries, few blanks, identifiers, parts, votes.
+    # Trajectories, other initial states and symmetries, few blanks, identifiers, parts, votes.
     steps = study.depth + 2 * study.paths + len(FEW_BLANKS) + 2 + 5 + VOTES * (study.kind.name == "arc")
     samples = max(LEAST_SAMPLES, int(seconds / (each_step * study.steps * steps)))
     study.folder.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""Checkpoints: written whole or not at all, read without running their code."""
+"""Checkpoints: written atomically, and read without running code from them."""

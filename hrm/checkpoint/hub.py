@@ -18,10 +18,10 @@ _Path = PurePosixPath
 def fetch_checkpoint(source: str, world: World | None = None) -> Path:
     """The local folder or file of a checkpoint on the hub, downloaded if it is not in the cache.
 
-    source: `hub:OWNER/NAME`, with `@REVISION` or `/PATH`, a folder or file of it, where needed. Only weights,
-    configurations and puzzle names are downloaded. world: the ranks that call this together; one on each
-    machine downloads, the others wait. Raises HubError as `hrm.common.hub.fetch` does, and CheckpointError
-    for a repository that holds no checkpoint or several.
+    source: `hub:OWNER/NAME`, optionally with `@REVISION` and `/PATH`, a folder or file of the repository.
+    Only weights, configurations and puzzle names are downloaded. world: the ranks that call this together;
+    one rank per machine downloads, the others wait. Raises HubError as `hrm.common.hub.fetch` does, and
+    CheckpointError for a repository that holds no checkpoint or several.
     """
     world = world or World()
     downloads = world.size == 1 or place().local_rank == 0
@@ -32,14 +32,14 @@ def fetch_checkpoint(source: str, world: World | None = None) -> Path:
     # The ranks of one machine share its cache.
     if not downloads:
         root, files = fetch(source, "model", chosen, None)
-    # The folder of a version is named after its commit.
+    # The client names a version's folder by its commit.
     world.check_equal({source: root.name})
     first = root / files[0]
     return first.parent if first.name == MANIFEST else first
 
 
 def _files(source: str, names: Collection[str], path: str) -> list[str]:
-    """The files that a checkpoint needs; first the manifest of this trainer, or the weights of another."""
+    """The files of a checkpoint; the first is this trainer's manifest, or another trainer's weights file."""
     chosen = _checkpoint(source, names, path)
     if str(chosen) in names:
         files, folder, beside = [str(chosen)], chosen.parent, {*CONFIG_FILES, IDENTIFIERS, NAMES}
@@ -47,13 +47,13 @@ def _files(source: str, names: Collection[str], path: str) -> list[str]:
         own = sorted(p.name for p in map(_Path, names) if p.parent == chosen)
         own = [name for name in own if name == TRAINING or TENSORS_NAME.fullmatch(name)]
         files, folder, beside = [str(chosen / name) for name in (MANIFEST, *own)], chosen, set(CONFIG_FILES)
-    # A configuration may stand beside the folder of the weights.
+    # A configuration may be next to the folder of the weights.
     near = {str(place / name) for place in (folder, folder.parent) for name in beside} & set(names)
     return files + sorted(near - set(files))
 
 
 def _checkpoint(source: str, names: Collection[str], path: str) -> PurePosixPath:
-    """The weights file that a path in a repository stands for, or the folder of this trainer's checkpoint."""
+    """The weights file, or the folder of this trainer's checkpoint, at a path in a repository."""
     base = _Path(path)
     if path in names:
         return base

@@ -48,7 +48,7 @@ AVERAGE = "ema.safetensors"
 
 STEP_NAME = re.compile(r"step_(\d{1,18})(\.old)?")
 _MANIFEST_LIMIT = 1 << 20
-# A plain name, which cannot lead out of the folder.
+# A plain file name, which cannot lead out of the folder.
 TENSORS_NAME = re.compile(r"\w[\w.-]*\.safetensors")
 
 
@@ -89,7 +89,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
 
 
 def latest_checkpoint(run_dir: str | Path) -> tuple[Path | None, list[str]]:
-    """The run's newest undamaged checkpoint, or None, and a line for each damaged one skipped."""
+    """The run's newest undamaged checkpoint, or None, and a line for each damaged one that was skipped."""
     folder, _, notes = _newest(Path(run_dir))
     return folder, notes
 
@@ -113,7 +113,7 @@ def best_checkpoint(run_dir: str | Path) -> Path | None:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder, verified by itself but not against the files."""
+    """The manifest of a checkpoint folder; its own digest is verified, the files are not."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: not a complete checkpoint; use another one")
@@ -139,7 +139,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 def differences(manifest: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
     """Each field in which `run` differs from the checkpoint's run, with both values.
 
-    run: as given to `save_checkpoint`: nested mappings of JSON values such as architecture, data and seed.
+    run: the `run` of `save_checkpoint`: nested mappings of JSON values such as architecture, data and seed.
     """
     saved, now = _flat(manifest["run"]), _flat(json.loads(to_json(run)))
     return [
@@ -151,7 +151,7 @@ def differences(manifest: Mapping[str, Any], run: Mapping[str, Any]) -> list[str
 
 
 def choose(path: Path) -> tuple[Path, dict[str, Any], list[str]]:
-    """The verified checkpoint folder that a path stands for, its manifest, and a line for each one skipped.
+    """The verified checkpoint folder at a path, its manifest, and a line for each one that was skipped.
 
     path: a checkpoint's folder, or a run's folder for its newest undamaged one. Raises CheckpointError.
     """
@@ -178,7 +178,8 @@ def _newest(run_dir: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
 
 
 def folders(run_dir: Path) -> list[tuple[Path, dict[str, Any] | None]]:
-    """Checkpoint folders with manifests, newest first; those with an unreadable manifest (None) in front."""
+    """Checkpoint folders with manifests, newest first; folders with an unreadable manifest (None) come
+    before."""
     found: list[tuple[Path, dict[str, Any] | None]] = []
     for entry in run_dir.iterdir() if run_dir.is_dir() else ():
         match = STEP_NAME.fullmatch(entry.name)
@@ -192,7 +193,7 @@ def folders(run_dir: Path) -> list[tuple[Path, dict[str, Any] | None]]:
 
 
 def by_score(run_dir: Path) -> list[Path]:
-    """The checkpoints with a score, best first, equals oldest first."""
+    """The checkpoints with a score, best first; among equal scores the oldest first."""
     scored = [
         (manifest["score"], -manifest["serial"], folder)
         for folder, manifest in folders(run_dir)
@@ -221,7 +222,7 @@ def _verified(folder: Path) -> dict[str, Any]:
 
 
 def _intact(manifest: dict[str, Any]) -> bool:
-    """Whether a manifest has its right digest, which is removed, and every field it needs."""
+    """Whether a manifest has every required field and the right digest, which is removed."""
     return manifest.pop("digest", None) == digest(manifest) and _well_formed(manifest)
 
 

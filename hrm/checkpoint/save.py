@@ -1,7 +1,7 @@
-"""Saves checkpoints atomically; see `hrm.checkpoint.read` for their contents.
+"""Saves checkpoints atomically; `hrm.checkpoint.read` describes their contents.
 
-A save writes into `.tmp_step_*`, syncs and renames, so a folder `step_<N>` is always complete, and a process
-killed at any moment leaves earlier checkpoints intact.
+A save writes into `.tmp_step_*`, syncs and renames. So a folder `step_<N>` is always complete, and a kill at
+any moment leaves earlier checkpoints intact.
 """
 
 import errno
@@ -59,9 +59,10 @@ class Saver:
         self._error: BaseException | None = None
 
     def save(self, step: int, **state: Any) -> Path:
-        """Starts to save `step`; returns the future folder. state: see `save_checkpoint`.
+        """Starts to save `step`; returns the folder that the checkpoint will have. state: see
+        `save_checkpoint`.
 
-        Waits for the checkpoint before, so that memory holds one copy, and raises its CheckpointError.
+        Waits for the previous save, so that memory holds one copy, and raises its CheckpointError.
         """
         self.wait()
         write = _prepared(self.run_dir, step, keep=self._keep, keep_best=self._keep_best, **state)
@@ -94,7 +95,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        # Do not hide another error.
+        # Do not mask another error.
         with suppress(*[] if kind is None else [CheckpointError]):
             self.wait()
 
@@ -132,7 +133,7 @@ def _prepared(
     for name in extra or ():
         if not TENSORS_NAME.fullmatch(name) or name == WEIGHTS:
             raise ValueError(f"extra: {name!r} is not the name of a further .safetensors file")
-    # Copy now: all that is written must belong to one step.
+    # Copy now: all files must belong to the same step.
     tensors = {
         name: {key: compact(tensor) for key, tensor in group.items()}
         for name, group in {WEIGHTS: weights, **(extra or {})}.items()
@@ -173,7 +174,7 @@ def _write(
         cause = os_error(error)
         if cause is None:
             raise
-        # before the message reports the free space
+        # Free the space before the message reports it.
         shutil.rmtree(temp, ignore_errors=True)
         raise _save_error(run_dir, nbytes(tensors) + nbytes(state), cause) from error
     finally:
@@ -200,8 +201,8 @@ def _write_files(
 
 
 def _swap_in(temp: Path, final: Path) -> None:
-    # A rename cannot replace a folder, so move the old one aside. If a kill comes in between, readers
-    # find `step_<N>.old` and the next save restores it.
+    # A rename cannot replace a folder, so move the old one aside. After a kill in between, readers find
+    # `step_<N>.old` and the next save restores it.
     old = final.with_name(final.name + ".old")
     if final.is_dir():
         _discard(old)

@@ -1,1 +1,1 @@
-"""Errors, files and text that every part shares."""
+"""Errors, files and text shared by all packages."""

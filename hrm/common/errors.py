@@ -1,4 +1,4 @@
-"""The mistakes a user of the commands can make, and how every command answers them."""
+"""User errors, and how every command reports them."""
 
 import errno
 import os
@@ -11,26 +11,26 @@ from contextlib import contextmanager
 from hrm.common.streams import CLOSED_STATUS, OutputClosed, OutputFailed, watched
 from hrm.common.text import printable, with_sources
 
-# Errors of a place that cannot be written. Those of a full disk come without the file's name.
+# Errors when writing fails. The error of a full disk has no file name.
 _UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
-# Seconds that torchrun may take on a busy machine to end a node's ranks after one of them has failed.
+# Seconds that torchrun may need on a busy machine to end a node's ranks after one has failed.
 ENDING = 5.0
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: a key, a value, a file.
+    """A mistake in the user's input: a key, a value, a file.
 
-    Its text is one line that names the thing, says what was expected, and gives the remedy.
+    Its text is one line with the name, the expected value and a remedy.
     """
 
     status = 2
 
 
 class Stopped(BaseException):
-    """Ends the work after a signal or a time limit; code: which, a key of `hrm.training.signals.REASONS`.
+    """Ends the work after a signal or a time limit. code: a key of `hrm.training.signals.REASONS`.
 
-    No Exception, so that no library takes it for a failure of its own.
+    Not a subclass of Exception, so that no library handles it as its own failure.
     """
 
     def __init__(self, code: int) -> None:
@@ -39,7 +39,7 @@ class Stopped(BaseException):
 
 
 class RankLost(UserError):
-    """Another rank has ended, or does not come: this one cannot continue."""
+    """Another rank has ended or does not respond, so this rank cannot continue."""
 
     status = 1
 
@@ -47,13 +47,14 @@ class RankLost(UserError):
 def run_command(
     command: Callable[[], int | None], interrupted: str = "the lines printed so far are valid"
 ) -> int:
-    """Runs a command; returns its status: its own, 2 after a mistake, 130 after Ctrl-C, 143 after SIGTERM.
+    """Runs a command; returns its exit status: its own, 2 after a mistake, 130 after Ctrl-C, 143 after
+    SIGTERM.
 
     A mistake is printed in one line. interrupted: the line after Ctrl-C, or after SIGTERM within
-    `interrupted_by_sigterm`. A file that the system refuses (no permission, a full or damaged disk) is the
-    user's to mend as well; any other error is ours and keeps its traceback. Output that nobody reads any more
-    ends the command quietly with CLOSED_STATUS, also within argparse's help. Under torchrun an error that
-    every rank meets is printed once for each node, and Ctrl-C by rank 0 alone; the process then ends at once.
+    `interrupted_by_sigterm`. A file error of the system (no permission, a full or damaged disk) counts as the
+    user's mistake; any other error is a bug and keeps its traceback. If the reader of the output is gone, the
+    command ends silently with CLOSED_STATUS, also within argparse's help. Under torchrun an error of all
+    ranks is printed once per node, and Ctrl-C only by rank 0; the process then ends immediately.
     """
     try:
         with watched():
@@ -66,7 +67,7 @@ def run_command(
 
 @contextmanager
 def interrupted_by_sigterm() -> Iterator[None]:
-    """Treats SIGTERM, as a scheduler sends it, like Ctrl-C: what is unfinished is cleaned up."""
+    """Treats SIGTERM, which schedulers send, like Ctrl-C: unfinished files are removed."""
 
     def interrupt(number: int, _: object) -> None:
         raise KeyboardInterrupt(signal.Signals(number))
@@ -109,13 +110,14 @@ def _mistake(text: str, status: int = UserError.status) -> int:
 
 
 def _let_first_speak() -> None:
-    """On all but a node's first rank, waits for torchrun to end this process after that rank's error."""
+    """On all ranks but a node's first, waits until torchrun ends this process after the first rank's
+    error."""
     if local_rank := _number("LOCAL_RANK"):
         time.sleep(ENDING + local_rank / 4)
 
 
 def _end(status: int) -> int:
-    """Returns the status; ends one of several ranks here, for gloo's threads may wait for a lost rank."""
+    """Returns the status; a rank of a group exits here, because gloo's threads may wait for a lost rank."""
     if _is_joined():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -124,12 +126,12 @@ def _end(status: int) -> int:
 
 
 def _is_joined() -> bool:
-    # Commands that need no PyTorch do not wait for its import.
+    # Import late: not every command needs PyTorch.
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_initialized()
 
 
 def _number(name: str) -> int:
-    """A rank's number in the environment that torchrun sets; 0 for a process alone."""
+    """This rank's number in torchrun's environment; 0 without torchrun."""
     text = os.environ.get(name, "")
     return int(text) if os.environ.get("WORLD_SIZE", "1") != "1" and text.isdecimal() else 0

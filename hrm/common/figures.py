@@ -1,4 +1,5 @@
-"""The only door to matplotlib, an optional package: figures without pyplot, under fixed settings."""
+"""The only module that imports matplotlib, an optional package: figures without pyplot, with fixed
+settings."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +7,7 @@ from typing import Any
 
 from hrm.common.errors import UserError
 
-# Text and lines, and the grid behind them.
+# Colours of text and lines, and of the grid.
 INK, GRID = "#24292f", "#d8dee4"
 
 
@@ -35,14 +36,14 @@ def figures(svg_salt: str | None = None) -> Iterator[Any]:
         "grid.linewidth": 0.6,
         "grid.color": GRID,
         "legend.frameon": False,
-        # A run's name may contain dollar signs.
+        # A run's name may contain dollar signs, which start a formula.
         "text.parse_math": False,
         "svg.fonttype": "none",
         "svg.hashsalt": svg_salt,
         **{f"{part}.color": INK for part in ("text", "xtick", "ytick")},
         **{f"axes.{part}color": INK for part in ("edge", "label")},
     }
-    # A matplotlibrc of the user's would change colours that the HTML page replaces.
+    # The user's matplotlibrc would change colours that the HTML page replaces.
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(settings)

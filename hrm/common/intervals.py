@@ -10,9 +10,9 @@ MOST_FREEDOM = 10_000
 
 @cache
 def t_quantile(confidence: float, freedom: int) -> float:
-    """The t that Student's distribution stays within, either side of 0, with probability `confidence`.
+    """The two-sided quantile of Student's t distribution: |T| <= t with probability `confidence`.
 
-    confidence: in (0, 1). freedom: degrees, a whole number >= 1. By bisection of the distribution's finite
+    confidence: in (0, 1). freedom: degrees of freedom, an integer >= 1. By bisection of the distribution's finite
     series, to twelve digits; above MOST_FREEDOM the normal distribution's. Raises ValueError for other
     arguments.
     """

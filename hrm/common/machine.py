@@ -1,4 +1,4 @@
-"""The machine that results come from."""
+"""Describes the machine that produces results."""
 
 import platform
 
@@ -6,5 +6,5 @@ from kernels.cpu import cpuinfo
 
 
 def processor() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name, as the system reports it."""
     return cpuinfo("model name") or platform.processor()

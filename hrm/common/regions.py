@@ -1,6 +1,6 @@
-"""Named ranges in a training step, for profilers. A range costs one comparison while no profile is taken.
+"""Named ranges in a training step, for profilers. Without a profiler, a range costs one comparison.
 
-Code under torch.compile opens no ranges; the compiler's own kernels show there.
+Compiled code opens no ranges; profiles show the compiler's kernels instead.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Standard output and standard error that nobody reads any more, or that cannot be written."""
+"""Handles standard streams whose reader is gone or that cannot be written."""
 
 import errno
 import os
@@ -11,12 +11,12 @@ from typing import Any, TextIO, cast
 # The status of a process that SIGPIPE ends.
 CLOSED_STATUS = 141
 _CLOSED = {errno.EPIPE, errno.ECONNRESET, errno.EBADF, getattr(errno, "ESHUTDOWN", errno.EPIPE)}
-# Called in place of raising an error, with a line for the user.
+# Called with a line for the user instead of raising an error.
 _instead: list[Callable[[str], None]] = []
 
 
 class OutputClosed(SystemExit):
-    """A standard stream has no reader left. The command ends quietly with CLOSED_STATUS."""
+    """A standard stream has no reader left. The command ends silently with CLOSED_STATUS."""
 
     def __init__(self) -> None:
         super().__init__(CLOSED_STATUS)
@@ -28,10 +28,10 @@ class OutputFailed(Exception):
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Within it, a write to a standard stream raises OutputClosed or OutputFailed where it would fail.
+    """Within this context, a failing write to a standard stream raises OutputClosed or OutputFailed.
 
-    The failed stream discards what follows. At its end the streams are flushed, so that the interpreter's
-    exit has nothing left to write.
+    The failed stream discards further output. The context flushes the streams at its end, so that the
+    interpreter writes nothing at exit.
     """
     before = sys.stdout, sys.stderr
     streams = [_Stream(stream, name) for stream, name in zip(before, _NAMES, strict=True)]
@@ -48,7 +48,7 @@ def watched() -> Iterator[None]:
 
 @contextmanager
 def on_failure(call: Callable[[str], None]) -> Iterator[None]:
-    """Within it, a stream that fails calls `call` with one line in place of raising an error."""
+    """Within this context, a failing stream calls `call` with one line instead of raising an error."""
     _instead.append(call)
     try:
         yield
@@ -60,7 +60,7 @@ _NAMES = ("standard output", "standard error")
 
 
 class _Stream:
-    """A standard stream; None, where the process has none, discards all."""
+    """A standard stream. It discards all output if the process has no such stream (None)."""
 
     def __init__(self, stream: TextIO | None, name: str) -> None:
         self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
@@ -85,7 +85,7 @@ class _Stream:
     def _fail(self, error: OSError) -> None:
         descriptor = self._stream.fileno()
         closed = error.errno in _CLOSED or (
-            # A terminal that is gone answers so, and a damaged disk.
+            # A closed terminal or a damaged disk gives this error.
             error.errno == errno.EIO and not stat.S_ISREG(os.fstat(descriptor).st_mode)
         )
         null = os.open(os.devnull, os.O_WRONLY)

@@ -1,11 +1,11 @@
-"""Tables of texts, as terminals and reports show them."""
+"""Text tables for terminals and reports."""
 
 from dataclasses import dataclass
 
 
 @dataclass
 class Table:
-    """A title, the names of the columns, rows of as many texts, and a note below."""
+    """A title, column names, rows of equal length, and a note below."""
 
     title: str
     columns: list[str]

@@ -1,9 +1,9 @@
-"""Text from users and files, made safe and short for one line; sizes in units."""
+"""Makes untrusted text safe and short for one line; formats sizes with units."""
 
 import re
 from typing import Any
 
-# The folder of a version of a repository, as huggingface_hub lays out its cache.
+# A version's folder in the cache of huggingface_hub.
 _CACHED = re.compile(r"[^\s'\"]*(?:model|dataset)s--([\w.-]+?)--([\w.-]+)/snapshots/\w+")
 
 
@@ -13,7 +13,8 @@ def printable(text: str) -> str:
 
 
 def one_line(value: str | BaseException, limit: int = 200) -> str:
-    """A text, or an error's message, printable and cut to `limit` characters; an empty message: its type."""
+    """A text or an error's message as printable text of at most `limit` characters; the error's type if it is
+    empty."""
     if isinstance(value, BaseException):
         value = " ".join(str(value).split()) or type(value).__name__
     # Cut before escaping: the text may be a whole file.
@@ -22,7 +23,7 @@ def one_line(value: str | BaseException, limit: int = 200) -> str:
 
 
 def literal(value: Any, limit: int = 60) -> str:
-    """A value read from a file, as Python writes it, in one line of at most `limit` characters."""
+    """The repr of a value from a file, in one line of at most `limit` characters."""
     try:
         return one_line(repr(value), limit)
     # Python refuses to write an integer of thousands of digits.
@@ -36,7 +37,7 @@ def error_text(error: BaseException, limit: int = 120) -> str:
 
 
 def counted(number: int, what: str) -> str:
-    """A number of things in words, such as "1 field" and "2 fields". what: one of them."""
+    """A number with its noun, such as "1 field" and "2 fields". what: the singular."""
     return f"{number} {what}{'s' * (number != 1)}"
 
 
@@ -50,5 +51,5 @@ def size_text(count: float) -> str:
 
 
 def with_sources(text: str) -> str:
-    """A text with `hub:OWNER/NAME` in place of the folder in which the hub's client caches a repository."""
+    """A text in which `hub:OWNER/NAME` replaces the cache folder of a repository."""
     return _CACHED.sub(r"hub:\1/\2", text)

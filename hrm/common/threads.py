@@ -1,4 +1,4 @@
-"""Processor threads: how many this process may use, and how they wait for each other.
+"""CPU threads: how many this process may use, and how they wait.
 
 `configure` runs when `hrm` is imported, because OpenMP reads its environment once, when PyTorch loads.
 """
@@ -29,11 +29,11 @@ def usable_cpus(root: Path = _ROOT) -> int:
 
 
 def configure(environ: MutableMapping[str, str] = os.environ, root: Path = _ROOT) -> None:
-    """Sets what OpenMP and the compiler read at their start, where the user has not chosen.
+    """Sets the environment variables of OpenMP and the compiler that the user has not set.
 
-    Threads sleep at a barrier. Spinning ones take the processor from the thread that all wait for as soon as
-    another process is busy, and steps become several times slower. The number of threads follows a cgroup's
-    quota and, under torchrun, this rank's share of the machine; otherwise PyTorch chooses it.
+    Threads sleep at a barrier. If another process is busy, spinning threads take CPU time from the thread
+    that all wait for, and steps become several times slower. The number of threads follows a cgroup's quota
+    and, under torchrun, this rank's share of the machine; otherwise PyTorch chooses it.
     """
     environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = environ.get("LOCAL_WORLD_SIZE", "1")
@@ -49,28 +49,29 @@ def configure(environ: MutableMapping[str, str] = os.environ, root: Path = _ROOT
 
 
 def threads_of_each(processes: int) -> dict[str, str]:
-    """Environment that shares the CPUs among processes; empty for one, or where the user chose."""
+    """Environment variables that divide the CPUs among processes; empty for one process or a user's
+    choice."""
     if processes == 1 or os.environ.get("OMP_NUM_THREADS", "") != _configured[0]:
         return {}
     return {"OMP_NUM_THREADS": str(max(1, usable_cpus() // processes))}
 
 
 def threads_note(threads: int) -> str:
-    """The threads of this process in words, with the reason where a choice or a limit made them fewer."""
+    """A text with this process's number of threads, and the reason if a setting or a limit reduced it."""
     cpus, present = usable_cpus(), os.cpu_count() or 1
     limit = f" ({cpus} of {present} CPUs may be used)" if cpus < present else ""
     return f"{threads} thread{'s' * (threads != 1)}{limit}"
 
 
 def _launched_with_threads(root: Path) -> bool:
-    """Whether the launcher was started with OMP_NUM_THREADS in its environment, as a user's choice is."""
+    """Whether the user set OMP_NUM_THREADS in the launcher's environment."""
     with suppress(OSError):
         return b"OMP_NUM_THREADS=" in (root / f"proc/{os.getppid()}/environ").read_bytes()
     return True
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """The CPU quotas that hold for this process, in CPUs: cgroup v2's cpu.max, v1's cpu.cfs_quota_us."""
+    """The CPU quotas of this process, in CPUs: cgroup v2's cpu.max, v1's cpu.cfs_quota_us."""
     with suppress(OSError, ValueError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -84,7 +85,7 @@ def _quotas(root: Path) -> Iterator[float]:
 
 
 def _quota(folder: Path) -> Iterator[float]:
-    """A cgroup's quota in CPUs; nothing where it has none."""
+    """Yields a cgroup's quota in CPUs, or nothing without a quota."""
     with suppress(OSError, ValueError):
         quota, period = (folder / "cpu.max").read_text().split()
         if quota != "max":

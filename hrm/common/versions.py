@@ -1,8 +1,8 @@
-"""Versions of packages, and what a rank computes with: all ranks need the same.
+"""Versions of packages and a rank's software and hardware, which must be equal on all ranks.
 
-Each rank updates its own copy of the weights and nothing brings the copies together again, so a difference of
-one rounding lets them drift apart unseen. Sources, libraries, the kind of processor and settings can make
-one; a driver's version, a GPU's name and the amount of memory cannot.
+Each rank updates its own copy of the weights, and the copies are never synchronised, so a single rounding
+difference makes them diverge unnoticed. Sources, libraries, the processor type and settings can cause one; a
+driver's version, a GPU's name and the memory size cannot.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-# The folder of `hrm` and `kernels`, in a checkout and installed.
+# The folder that contains `hrm` and `kernels`, in a checkout or installed.
 ROOT = Path(__file__).parents[2]
 # Environment variables that choose between implementations or precisions.
 SETTINGS = (
@@ -26,14 +26,14 @@ SETTINGS = (
 )
 
 
-# Differing names, and characters of a value, in one message.
+# Maximum number of differing names, and of characters per value, in one message.
 NAMES, CHARACTERS = 5, 60
 
 
 def versions(device: torch.device | str = "cpu") -> dict[str, str]:
     """This rank's software and device by name, as short values for `World.check_equal`.
 
-    Each source file has an entry of its own, so that a message names the file that differs.
+    Each source file has its own entry, so that a message can name the file that differs.
     """
     target = torch.device(device)
     libraries = {name: installed(name) for name in ("numpy", "triton", "numba")}
@@ -58,7 +58,7 @@ def _cuda(device: torch.device) -> dict[str, str]:
 
 
 def _processor() -> dict[str, str]:
-    # Sums are cut into as many parts as there are threads.
+    # The number of threads determines how sums are split.
     return {
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads (OMP_NUM_THREADS)": str(torch.get_num_threads()),
@@ -66,13 +66,13 @@ def _processor() -> dict[str, str]:
 
 
 def _sources() -> Iterator[tuple[str, str]]:
-    """The names of this project's sources, where they were imported from, with 12 digits of a sha256."""
+    """This project's source files, from where they were imported, each with 12 digits of its sha256."""
     for path in sorted([*ROOT.glob("hrm/**/*.py"), *ROOT.glob("kernels/**/*.py"), *ROOT.glob("train.py")]):
         yield path.relative_to(ROOT).as_posix(), hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def package_versions(*packages: str) -> dict[str, str]:
-    """Versions of torch and of those of these packages that are installed."""
+    """Versions of torch and of the installed ones among these packages."""
     found = {name: installed(name) for name in packages}
     return {"torch": str(torch.__version__)} | {
         name: found[name] for name in packages if found[name] != "none"
@@ -80,7 +80,7 @@ def package_versions(*packages: str) -> dict[str, str]:
 
 
 def installed(package: str) -> str:
-    """The version of a package, "none" where there is none."""
+    """The version of a package; "none" if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -88,9 +88,9 @@ def installed(package: str) -> str:
 
 
 def differences(given: Sequence[Mapping[str, str]]) -> str:
-    """The names whose values differ between ranks, each with who holds what; empty if all are equal.
+    """The names whose values differ between ranks, each with the values by rank; empty if all are equal.
 
-    given: each rank's values by name. Long values are shortened; of many names the first few are listed.
+    given: each rank's values by name. Long values are shortened; at most NAMES names are listed.
     """
     names = dict.fromkeys(name for values in given for name in values)
     found = [
@@ -102,7 +102,7 @@ def differences(given: Sequence[Mapping[str, str]]) -> str:
 
 
 def _difference(values: list[str]) -> str:
-    """Which ranks hold which value, the commonest last; empty if all hold the same."""
+    """The values by rank, the most common last; empty if all are equal."""
     holders: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
         holders.setdefault(value, []).append(rank)
@@ -120,5 +120,5 @@ def _have(ranks: list[int]) -> str:
 def _short(value: str) -> str:
     if len(value) <= CHARACTERS:
         return value
-    # The digest tells long values apart that begin alike.
+    # The digest distinguishes long values with the same beginning.
     return f"{value[: CHARACTERS - 12]}… ({hashlib.sha256(value.encode()).hexdigest()[:8]})"

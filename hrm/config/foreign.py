@@ -1,4 +1,4 @@
-"""Keys and architectures of the official HRM code, of TRM and of their forks, and how to write them here."""
+"""Keys and architectures of the official HRM code, TRM and their forks, with their equivalents here."""
 
 from collections.abc import Container
 from typing import Any
@@ -18,7 +18,7 @@ _RENAMED = {
     "subsample_size": "sudoku.num_train",
     "arch.loss.loss_type": "loss.loss_type",
     "data_paths": "data_path",
-    # The first name of this key in hrm.evaluate.
+    # An earlier name of this key in hrm.evaluate.
     "halt_max_steps": "depth",
     "dataset.data_path": "data_path",
     "grad_accum_steps": "gradient_accumulation",
@@ -46,7 +46,7 @@ _SWITCHES = {
 }
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
-# Keys without a counterpart: the values that change nothing here.
+# Keys without an equivalent: the values that have no effect here.
 _NONE = ("null", "~")
 _IDLE: dict[str, tuple[str, ...]] = {
     "evaluators": ("[]",),
@@ -81,9 +81,9 @@ _LOGGED = "leave it out; log_interval=STEPS sets how often metrics are logged"
 _RANK_WAIT = "leave it out; rank_timeout=SECONDS bounds how long ranks wait"
 _WANDB = "write tracker=wandb; the package reads WANDB_ENTITY and WANDB_MODE"
 _PATHS = f"leave it out; {_JUDGE} paths=K evaluates many paths of a puzzle"
-_HALTING = "leave it out; evaluation takes every step, and eval_act=true also stops early"
+_HALTING = "leave it out; evaluation runs every step, and eval_act=true also stops early"
 _BOARD = "leave it out; the shape of a board is the data set's"
-# Keys that change no weight: a file's value is left out with a note.
+# Keys that do not affect the weights: a file's value is ignored with a note.
 _ASIDE = {
     "evaluators": f"leave it out; {_JUDGE} lets ARC's augmentations vote",
     "data_paths_test": f"leave it out; {_JUDGE} data_path=DIR evaluates on other data",
@@ -92,8 +92,8 @@ _ASIDE = {
     "min_eval_interval": "leave it out; the first evaluation follows eval_interval epochs",
     "eval_interval_steps": "write eval_interval=EPOCHS, between evaluations",
     "load_strict": "leave it out; every tensor of a checkpoint must fit",
-    "load_optimizer_state": "leave it out; resume= takes the whole state, checkpoint_path= the weights",
-    "load_weights_only": "write checkpoint_path=PATH, which takes the weights alone",
+    "load_optimizer_state": "leave it out; resume= loads the whole state, checkpoint_path= only the weights",
+    "load_weights_only": "write checkpoint_path=PATH, which loads only the weights",
     "gradient_checkpoint": "leave it out; gradient_accumulation=PARTS saves memory",
     "checkpoint": "write checkpoint_path=PATH, which starts from its weights",
     "retain_graph": "leave it out; no graph is kept here",
@@ -131,14 +131,14 @@ HARMLESS = frozenset(_ASIDE)
 _REMEDIES = {
     **_ASIDE,
     "dataset.evaluators": _ASIDE["evaluators"],
-    "freeze_weights": "write optimizer=adam_atan2 lr=0 puzzle_emb_lr=VALUE, which trains the puzzle table "
-    "alone",
+    "freeze_weights": "write optimizer=adam_atan2 lr=0 puzzle_emb_lr=VALUE, which trains only the puzzle "
+    "embeddings",
     "use_muon": "write optimizer=muon",
-    "optimizer_kwargs": "leave it out; beta1, beta2 and weight_decay are keys of their own",
+    "optimizer_kwargs": "leave it out; set beta1, beta2 and weight_decay instead",
     "arch.attn_dropout": "models have no dropout here",
     "arch.mlp_dropout": "models have no dropout here",
-    "arch.H_init_std": "the first states have a deviation of 1 here",
-    "arch.L_init_std": "the first states have a deviation of 1 here",
+    "arch.H_init_std": "initial states have a standard deviation of 1 here",
+    "arch.L_init_std": "initial states have a standard deviation of 1 here",
     "arch.name": "choose the architecture by --arch NAME",
     "cuda": "write device=cuda",
     "cpu": "write device=cpu",
@@ -149,13 +149,13 @@ _REMEDIES = {
     "hydra.output_subdir": "write output_dir=DIR project_name=NAME run_name=NAME",
 }
 
-# Their models by class, and what makes them of the defaults.
+# Official models by class, with the options that turn the defaults into them.
 _TRM = {"arch.share_levels": True, "arch.gradient": "last_cycle"}
 _EQR = {**_TRM, "arch.q_continue": False, "arch.puzzle_emb_ndim": 0}
 CLASSES: dict[str, dict[str, Any]] = {
     "HierarchicalReasoningModel_ACTV1": {},
     "TinyRecursiveReasoningModel_ACTV1": _TRM,
-    # URM's copy of TRM, and EqR's, which has no puzzle embeddings.
+    # The copies of TRM in URM and in EqR, which has no puzzle embeddings.
     "TRM": _TRM,
     "TRMModel": _EQR,
     "URM": {
@@ -167,19 +167,19 @@ CLASSES: dict[str, dict[str, Any]] = {
     "EqRModel": {**_EQR, "arch.init": "random"},
 }
 
-# Architectures of TRM's code that do not exist here; the nearest name is another model.
+# Architectures of TRM's code that do not exist here; a similar name means another model.
 ARCHITECTURES = ("trm_hier6", "trm_singlez", "transformers_baseline")
 
 
 def translate(name: str, text: str, keys: Container[str]) -> tuple[str | None, str, str]:
-    """The word `name=text` in the spelling used here: key, value and a note, empty if nothing changes.
+    """The argument `name=text` in this project's spelling: key, value and a note, empty if nothing changes.
 
-    The key is None for a word that has no effect here. A word whose meaning is unclear stays as it is.
+    The key is None for an argument without effect here. An unknown argument is returned unchanged.
     """
     bare, value = name.lstrip("+"), text.strip().lower()
     given = f"{name}={one_line(text)}"
     if value in _IDLE.get(bare, ()):
-        return None, text, f"{given} is left out: it changes nothing here"
+        return None, text, f"{given} is ignored: it has no effect here"
     key, true, false = _SWITCHES.get(bare, ("", "", ""))
     if key in keys and value in _TRUE + _FALSE:
         value = true if value in _TRUE else false
@@ -194,7 +194,7 @@ def translate(name: str, text: str, keys: Container[str]) -> tuple[str | None, s
 
 
 def remedy(name: str, keys: Container[str]) -> str | None:
-    """The words that replace a foreign key; None for an unknown one."""
+    """The arguments that replace a foreign key; None for an unknown key."""
     key, true, false = _SWITCHES.get(name, ("", "", ""))
     if key in keys:
         return f"write {key}={true} for true, {key}={false} for false"
@@ -202,5 +202,5 @@ def remedy(name: str, keys: Container[str]) -> str | None:
 
 
 def is_known(name: str) -> bool:
-    """Whether the table has a key of theirs."""
+    """Whether a key is one of the foreign keys."""
     return any(name in table for table in (_RENAMED, _SWITCHES, _IDLE, _REMEDIES))

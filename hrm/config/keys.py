@@ -1,4 +1,4 @@
-"""A key of a configuration: a field of a pydantic dataclass, its values in words, its value from a text."""
+"""Configuration keys: fields of pydantic dataclasses, with a description and a parser of their values."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
@@ -19,20 +19,20 @@ _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 def key(default: Any, help: str, *, form: str | None = None, shown: str | None = None, **limits: Any) -> Any:
-    """Declare a field of a pydantic dataclass as a key of the configuration.
+    """Declares a field of a pydantic dataclass as a configuration key.
 
-    limits: pydantic's ge, gt, le, lt, pattern. form: what the pattern allows, in words. shown: replaces the
-    default in the help where the default depends on other keys.
+    limits: pydantic's ge, gt, le, lt, pattern. form: describes the pattern. shown: replaces the default in
+    the help if the default depends on other keys.
     """
     return Field(default, description=help, json_schema_extra={"form": form, "shown": shown}, **limits)
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key as its field declares it.
+    """A configuration key.
 
-    name: dotted, as on the command line. kind: its type without null. choices: its values by their text, for
-    a key with few. items: the dataclass of a list's entries. default, allowed: in words.
+    name: dotted, as on the command line. kind: the type without null. choices: for a key with a few values,
+    the values by their text. items: the dataclass of a list's entries. default, allowed: descriptions.
     """
 
     name: str
@@ -46,11 +46,11 @@ class Key:
     allowed: str
 
     def parse(self, text: str, where: str = "") -> Any:
-        """The value that a text gives. Raises ConfigError, which starts with `where`."""
+        """Parses the text of a value. Raises ConfigError, whose message starts with `where`."""
         if not text.strip():
             raise ConfigError(f"{where}{self.name} has no value: give {self.allowed}")
         shown = f"{where}{self.name}={one_line(text)}"
-        # OmegaConf reads these as a reference to another value and as a missing value.
+        # OmegaConf treats these as a reference to another value and as a missing value.
         if "${" in text or text == "???":
             raise ConfigError(
                 f"{shown}: a value cannot hold ${{...}} or be ???; give {self.allowed}, or leave it out"
@@ -93,7 +93,7 @@ def _key(name: str, info: FieldInfo) -> Key:
 
 
 def keys_of(group: Any, prefix: str = "") -> dict[str, Key]:
-    """All keys of a configuration dataclass and its groups, by dotted name, in the declared order."""
+    """All keys of a configuration dataclass and its groups, by dotted name, in the order of declaration."""
     keys: dict[str, Key] = {}
     for name, info in group.__pydantic_fields__.items():
         if is_dataclass(info.annotation):
@@ -104,7 +104,7 @@ def keys_of(group: Any, prefix: str = "") -> dict[str, Key]:
 
 
 def find_key(name: str, keys: Mapping[str, Key], where: str = "") -> Key:
-    """The key of that name. Raises ConfigError with the key that is meant, or the nearest one."""
+    """The key of that name. Raises ConfigError with the equivalent or most similar key."""
     if name in keys:
         return keys[name]
     if remedy := foreign.remedy(name, keys):
@@ -117,7 +117,7 @@ def find_key(name: str, keys: Mapping[str, Key], where: str = "") -> Key:
 
 
 def help_keys(keys: Mapping[str, Key], groups: Mapping[str, Any]) -> Iterator[str]:
-    """The help page's list of keys: default, meaning, values. groups: each one's dataclass by its prefix."""
+    """The help page's list of keys: default, meaning, values. groups: dataclasses by prefix."""
     for group, declared in groups.items():
         yield f"\n{declared.__doc__}"
         for name, k in keys.items():

@@ -1,4 +1,5 @@
-"""The configuration of a run in layers: defaults, preset, architecture, --config file, key=value words.
+"""Loads a run's configuration from layers: defaults, preset, architecture, --config file, key=value
+arguments.
 
 Each layer overrides those before it. `hrm.config.schema` declares the keys.
 """
@@ -48,20 +49,20 @@ usage: python train.py [--arch NAME|FILE.yaml] [--config FILE.yaml] [--print-con
 Trains on built-in Sudoku, or on the data set in data_path.
 
   --arch NAME|FILE.yaml  the architecture; arch=NAME is the same. A file holds arch.* keys without the prefix
-                         and, in `defaults: [NAME]`, what it starts from (else v1)
-  --config FILE.yaml     start from a saved configuration or one of the official code; key=value words beat
-                         it. FILE.yaml alone is the same
+                         and, in `defaults: [NAME]`, its base (else v1)
+  --config FILE.yaml     start from a saved configuration or one of the official code; key=value arguments
+                         override it. FILE.yaml without --config is the same
   --print-config         print the resulting configuration as YAML, and exit
 """
 
 
 def parse_args(argv: Sequence[str]) -> Config:
-    """The configuration of the command line `argv` (without the program's name), checked and resolved.
+    """The checked and resolved configuration of the command line `argv` (without the program's name).
 
-    Its `preset` is never auto; its `notes` give each choice made for the user in one line. preset=auto is
-    full with data_path, on any machine, so that one command trains one model everywhere; else full on a CUDA
-    device and quick elsewhere. PyTorch is imported only to look for such a device.
-    --help and --print-config print, then exit with status 0. Raises ConfigError for any mistake.
+    Its `preset` is never auto; its `notes` describe each automatic choice in one line. preset=auto is full
+    with data_path, on any machine, so that a command trains the same model everywhere; otherwise it is full
+    on a CUDA device and quick elsewhere. PyTorch is imported only to find such a device. --help and
+    --print-config print, then exit with status 0. Raises ConfigError for any mistake.
     """
     args = split_arguments(argv, KEYS)
     if "--help" in args.flags:
@@ -87,13 +88,13 @@ def to_yaml(config: Config) -> str:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """The value of every key, by dotted name, as JSON holds it."""
+    """The value of every key as a JSON value, by dotted name."""
     values = {name: attrgetter(name)(config) for name in KEYS}
     return {**values, "stages": asdict(config)["stages"]}
 
 
 def validate(config: Config) -> None:
-    """Check the keys against each other; each one's own type and range always hold.
+    """Checks combinations of keys; types and ranges are already checked.
 
     Raises ConfigError that reports every conflict.
     """
@@ -123,8 +124,8 @@ def validate(config: Config) -> None:
         )
     if is_remote(config.resume):
         faults.append(
-            f"resume={one_line(config.resume)}: a run continues from a folder of this machine "
-            "alone; checkpoint_path=hub:NAME starts a new run from the weights there"
+            f"resume={one_line(config.resume)}: a run resumes only from a local folder; "
+            "checkpoint_path=hub:NAME starts a new run from the weights there"
         )
     faults.raise_any()
 
@@ -139,7 +140,7 @@ def _conflicts(arch: ArchConfig, loss: LossConfig) -> Iterator[str]:
         yield f"{width} is not a multiple of {heads}: change one"
     elif arch.pos_encodings == "rope2d" and not arch.mlp_t and arch.hidden_size // arch.num_heads % 4:
         yield (
-            f"{width} over {heads} gives heads whose width is no multiple of 4, which rope2d cannot rotate: "
+            f"{width} over {heads} gives heads of a width not divisible by 4, which rope2d cannot rotate: "
             "change one, or set arch.pos_encodings=learned"
         )
     elif arch.pos_encodings == "rope" and not arch.mlp_t and arch.hidden_size // arch.num_heads % 2:
@@ -149,11 +150,11 @@ def _conflicts(arch: ArchConfig, loss: LossConfig) -> Iterator[str]:
         )
     if arch.chains > 1 and arch.init == "random":
         yield (
-            f"arch.chains={arch.chains} gives each chain a start of its own, which arch.init=random would "
+            f"arch.chains={arch.chains} gives each chain its own initial state, which arch.init=random would "
             "replace: leave one out"
         )
     if arch.chains > 1 and arch.hidden_size <= 10:
-        yield f"{width} is too narrow for the starts of arch.chains={arch.chains}: raise it above 10"
+        yield f"{width} is too narrow for the initial states of arch.chains={arch.chains}: raise it above 10"
     if arch.gradient != "last_n" and arch.gradient_updates != ArchConfig.gradient_updates:
         yield (
             f"arch.gradient_updates={arch.gradient_updates} is for arch.gradient=last_n, not for "
@@ -169,7 +170,7 @@ def _conflicts(arch: ArchConfig, loss: LossConfig) -> Iterator[str]:
             "loss.feudal_loss_weight=0"
         )
     if arch.swiglu == "conv" and arch.mlp_t:
-        yield "arch.swiglu=conv mixes neighbouring tokens, and arch.mlp_t=true all of them: change one"
+        yield "arch.swiglu=conv mixes neighbouring tokens, and arch.mlp_t=true mixes all tokens: change one"
     if arch.use_gating and int(arch.gate_hidden_ratio * arch.hidden_size) < 1:
         ratio = f"arch.gate_hidden_ratio={arch.gate_hidden_ratio}"
         yield f"{ratio} of {width} leaves the gate network no units: raise one"
@@ -202,16 +203,16 @@ def _conflicts(arch: ArchConfig, loss: LossConfig) -> Iterator[str]:
 
 
 def resolve_device(name: str) -> str:
-    """The device that `device=name` means on this machine: cpu, cuda, cuda:N or mps.
+    """Resolves `device=name` on this machine to cpu, cuda, cuda:N or mps.
 
-    auto is cuda if there is a CUDA GPU, else cpu, for which a run may take mps (`hrm.engine.device_choice`).
-    Raises ConfigError for a device that is not there. Imports PyTorch unless the name is cpu.
+    auto is cuda if there is a CUDA GPU, else cpu; a run may replace cpu by mps (`hrm.engine.device_choice`).
+    Raises ConfigError for a missing device. Imports PyTorch unless the name is cpu.
     """
     if name == "cpu":
         return name
     import torch
 
-    remedy = "use device=cpu, or device=auto to take what there is"
+    remedy = "use device=cpu, or device=auto to use an available one"
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return "cuda" if found else "cpu"
@@ -226,7 +227,7 @@ def resolve_device(name: str) -> str:
 
 
 def help_text() -> str:
-    """The help page: usage, architectures, presets and every key, made from the declarations."""
+    """The help page, generated from the declarations: usage, architectures, presets and every key."""
     groups = {
         "": Config,
         "arch": ArchConfig,
@@ -246,7 +247,7 @@ def _resolve(args: Arguments) -> Config:
         if is_official(node):
             official = read_official(node, file, KEYS)
             saved, notes = _official_values(official, file, args), official.notes + notes
-            # Their models have no gates unless the file says so.
+            # Official models have no gates unless the file sets them.
             arch = arch or _official_base(official.base, file) or "v1"
         else:
             saved = read_file(node, file, KEYS)
@@ -270,7 +271,7 @@ def _resolve(args: Arguments) -> Config:
     arch = arch or PRESET_ARCHITECTURES.get(name, DEFAULT_ARCHITECTURE)
     arch_name, arch_fields = architecture(arch, KEYS, known)
     if name in PRESET_ARCHITECTURES:
-        # Its recipe is of that architecture, and says more than the architecture does.
+        # The preset's recipe includes its architecture's values and overrides some of them.
         values = {"run_name": name, **arch_fields, **preset, **given}
     else:
         values = {"run_name": arch_name, **preset, **arch_fields, **given}
@@ -294,7 +295,7 @@ def _resolve(args: Arguments) -> Config:
 
 
 def _official_values(official: Official, file: str, args: Arguments) -> dict[str, Any]:
-    """The values of an official file, with its data set unless the command line names one."""
+    """The values of an official file, with its data set unless the command line gives one."""
     if args.values.get("data_path") is not None:
         return official.values
     if len(official.data_paths) != 1:
@@ -304,14 +305,14 @@ def _official_values(official: Official, file: str, args: Arguments) -> dict[str
 
 
 def _official_base(base: str | None, file: str) -> str | None:
-    """The architecture that a file starts from: where Hydra finds it, or one of this name here."""
+    """The base architecture of a file: Hydra's file, or the architecture of this name here."""
     folder = os.path.dirname(file)
     paths = [os.path.join(folder, *up, "arch", f"{base}.yaml") for up in ([], [os.pardir])]
     return next((path for path in paths if base is not None and os.path.isfile(path)), base)
 
 
 def config_of(values: Mapping[str, Any]) -> Config:
-    """The configuration with these values, by dotted name, and defaults for the rest.
+    """The configuration with these values, by dotted name, and defaults for other keys.
 
     A value `${key}` follows that key.
     """
@@ -321,7 +322,7 @@ def config_of(values: Mapping[str, Any]) -> Config:
         OmegaConf.update(
             tree, name, [asdict(stage) for stage in value] if KEYS[name].items and value else value
         )
-    # Only the command line and files are strict: here a mapping may stand for a group.
+    # The command line and files are strict; here a mapping may give a group.
     config: Config = _CONFIG.validate_python(OmegaConf.to_container(tree, resolve=True), strict=False)
     if "project_name" not in values:
         config.project_name = project_name(config.data_path, config.sudoku.size)
@@ -332,7 +333,7 @@ _CONFIG = TypeAdapter(Config)
 
 
 def _preset(given: Mapping[str, Any]) -> tuple[str, str]:
-    """The preset's name, and a line that says which one and why."""
+    """The preset's name, and a note with the reason."""
     device, data_path = given.get("device", "auto"), given.get("data_path")
     asked = given.get("preset", "auto")
     if asked == "auto" and data_path is None:
@@ -345,7 +346,7 @@ def _preset(given: Mapping[str, Any]) -> tuple[str, str]:
     else:
         why = "as asked"
     if asked == "quick":
-        return asked, f"preset quick ({why}): a small model and a short run; preset=full is the full one"
+        return asked, f"preset quick ({why}): a small model and a short run; preset=full is full-size"
     if asked in PRESET_ARCHITECTURES:
         return asked, f"preset {asked} ({why}): a published Sudoku recipe"
     if data_path is None:

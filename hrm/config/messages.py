@@ -1,4 +1,4 @@
-"""The words of messages about configurations: mistakes, the nearest key, the layout of the help page."""
+"""Configuration messages: mistakes, the most similar key, the layout of the help page."""
 
 import difflib
 import textwrap
@@ -8,7 +8,7 @@ from typing import Any
 
 from hrm.common.errors import UserError
 
-# Characters of a message that lists several mistakes.
+# Maximum length of a message that lists several mistakes.
 _LONGEST = 500
 
 
@@ -17,18 +17,18 @@ class ConfigError(UserError):
 
 
 class Faults(list[str]):
-    """The mistakes found so far, for one message that reports all of them."""
+    """Collects mistakes, to report all of them in one message."""
 
     @contextmanager
     def collect(self) -> Iterator[None]:
-        """Append the text of the ConfigError that the block raises."""
+        """Collects the ConfigError of the block."""
         try:
             yield
         except ConfigError as error:
             self.append(str(error))
 
     def raise_any(self) -> None:
-        """Raise one ConfigError for all mistakes, if there are any."""
+        """Raises one ConfigError for all mistakes, if there are any."""
         if not self:
             return
         kept = [text for n, text in enumerate(self) if n == 0 or sum(map(len, self[: n + 1])) < _LONGEST]
@@ -44,12 +44,12 @@ def typed(value: Any) -> str:
 
 
 def alternatives(texts: Sequence[str]) -> str:
-    """The texts as in "a, b or c"."""
+    """Joins texts as "a, b or c"."""
     return " or ".join(", ".join(texts).rsplit(", ", 1))
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known dotted name whose last word is most like that of `name`, if one is close.
+    """The known dotted name whose last part is most similar to that of `name`, if one is close.
 
     A name in the same group wins a tie.
     """

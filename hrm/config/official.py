@@ -1,4 +1,4 @@
-"""Configuration files of the official HRM code, of TRM, URM and EqR: the values that they set here.
+"""Reads configuration files of the official HRM code, TRM, URM and EqR.
 
 Such a file is `all_config.yaml`, which their runs save, one of `config/arch/`, or a `config/cfg_*.yaml`.
 """
@@ -15,20 +15,20 @@ from hrm.config.keys import Key
 from hrm.config.messages import ConfigError, nearest
 from hrm.config.read import Reader, mapping_items, scalar
 
-# Keys of an architecture's file that belong to the trainer, as in URM's.
+# Trainer keys that may be in an architecture file, as in URM's.
 TRAINERS = ("eval_interval", "checkpoint_every_eval", "checkpoint_path", "ema", "ema_rate", "profile")
-# No other mapping is looked into: an alias may lead a mapping back to itself.
+# Do not read other nested mappings: an alias may lead a mapping back to itself.
 _NULL = ("null", "~", "")
 _GROUPS = ("arch", "arch.loss", "arch.subgoal_head", "dataset", "wandb")
-# The value that follows another key, which it does here by itself.
+# A value that refers to another key, which is the default here.
 _FOLLOWS = {"arch.puzzle_emb_ndim": "${.hidden_size}"}
 
 
 @dataclass
 class Official:
-    """The contents of a file: values by key, notes on other readings, the architecture it starts from.
+    """The contents of a file: values by key, notes on differing spellings, the base architecture.
 
-    data_paths: every data set that it names.
+    data_paths: every data set in it.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -38,7 +38,8 @@ class Official:
 
 
 def is_official(node: yaml.Node | None) -> bool:
-    """Whether a YAML file is one of theirs: it names a model's class, or Hydra's defaults for one."""
+    """Whether a YAML file is an official one: it names a model class, or an architecture in Hydra's
+    defaults."""
     if not isinstance(node, yaml.MappingNode):
         return False
     top = {name.value: value for name, value in node.value if isinstance(name, yaml.ScalarNode)}
@@ -48,7 +49,7 @@ def is_official(node: yaml.Node | None) -> bool:
 
 
 def official_arch(node: yaml.Node | None) -> yaml.Node | None:
-    """An architecture's file of theirs, which names a class, as the group `arch`; None for another file."""
+    """An official architecture file, which names a class, as the group `arch`; None for any other file."""
     if not isinstance(node, yaml.MappingNode):
         return None
     for name, value in node.value:
@@ -63,8 +64,8 @@ def read_official(
 ) -> Official:
     """The contents of a file.
 
-    taken: the keys beside arch that count; None for all. Raises ConfigError that reports every mistake: a key
-    of the model that is not known, or a value that changes training and does not exist here.
+    taken: the keys to read besides arch; None for all. Raises ConfigError that reports every mistake: an
+    unknown model key, or a value that affects training and does not exist here.
     """
     found, reader = Official(), Reader(keys)
     for name, child, where in _leaves(node, path):
@@ -80,10 +81,10 @@ def read_official(
             elif name.startswith("arch.") or taken is None or name in taken:
                 _add(found, reader, name, child, where)
             elif name not in keys and not foreign.is_known(name):
-                found.notes.append(f"{where}{one_line(name)} is not known here and changes nothing")
+                found.notes.append(f"{where}{one_line(name)} is unknown and has no effect here")
     found.values |= reader.result()
     if found.values.get("arch.share_levels"):
-        # Their files of one stack say H_layers: 0.
+        # Official files of single-stack models set H_layers: 0.
         found.values.pop("arch.H_layers", None)
     return found
 
@@ -95,7 +96,7 @@ def _add(found: Official, reader: Reader, name: str, child: yaml.Node, where: st
         return
     if name == "arch.loss.name" or (name in reader.keys and text in _NULL and not reader.keys[name].nullable):
         return
-    # There it is the folder that a run saves in.
+    # In official files this is the folder that a run saves in.
     if name == "checkpoint_path":
         return
     own, given, _ = foreign.translate(name, text, reader.keys)
@@ -115,15 +116,15 @@ def _add(found: Official, reader: Reader, name: str, child: yaml.Node, where: st
         what = (
             f"={one_line(text)} does not exist here"
             if foreign.is_known(name)
-            else " is not known here and changes the model"
+            else " is unknown and would change the model"
         )
         raise ConfigError(f"{where}{one_line(name)}{what}; {hint}")
     else:
-        found.notes.append(f"{where}{one_line(name)} is not known here and changes nothing")
+        found.notes.append(f"{where}{one_line(name)} is unknown and has no effect here")
 
 
 def _class_values(text: str, where: str, keys: Mapping[str, Key]) -> dict[str, Any]:
-    """The keys that a model's class stands for."""
+    """The options of a model class."""
     module, _, name = text.rpartition("@")
     if module.rpartition(".")[2] in foreign.ARCHITECTURES:
         raise ConfigError(f"{where}arch.name={one_line(text)}: that model of TRM's code does not exist here")

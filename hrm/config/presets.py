@@ -1,4 +1,4 @@
-"""The named choices of a configuration: architectures, a user's files of them, and presets.
+"""Architectures, architecture files and presets.
 
 A preset is written with the keys of the command line; `${lr}` follows that key.
 """
@@ -70,7 +70,7 @@ ARCHITECTURES["urm"] = {
 ARCHITECTURE_ALIASES = {"hrm": "v1", "hrm_v1": "v1", "hrm_v1_gated": "gated", "hrm_v1_balanced": "balanced"}
 DEFAULT_ARCHITECTURE = "gated"
 
-# A run that shows the whole system learning on a CPU within minutes.
+# Trains a small model on a CPU within minutes.
 QUICK: dict[str, Any] = {
     "sudoku.size": 4,
     "sudoku.num_train": 20_000,
@@ -81,15 +81,15 @@ QUICK: dict[str, Any] = {
     "arch.num_heads": 4,
     "arch.H_layers": 2,
     "arch.L_layers": 2,
-    # Rotations tell the distance of two cells in the row of all cells, and not their row, column and box.
+    # Rotary encodings give the distance of two cells in reading order, but not their rows, columns and boxes.
     "arch.pos_encodings": "learned",
     "arch.halt_max_steps": 8,
-    # Two steps solve such a small puzzle; more exploration trains the other six, which evaluation takes.
+    # Two steps solve such a small puzzle; more exploration trains the other six, which evaluation also runs.
     "arch.halt_exploration_prob": 0.5,
     "global_batch_size": 64,
     "epochs": 2,
     "eval_interval": 1,
-    # Two and a half times fewer steps than adam_atan2 to the same accuracy; see bench/NOTES.md.
+    # Muon needs 2.5 times fewer steps than adam_atan2 for the same accuracy; see bench/NOTES.md.
     "optimizer": "muon",
     "lr": 1e-3,
     "lr_warmup_steps": 100,
@@ -98,8 +98,8 @@ QUICK: dict[str, Any] = {
     "puzzle_emb_lr": "${lr}",
 }
 
-# The architectures on top of QUICK: balanced halves its eight steps; 16 puzzle tokens would equal the cells;
-# an average of rate 0.999 would still hold a third of the first weights at the end.
+# Changes of the architectures to QUICK: balanced halves its eight steps; 16 puzzle tokens would be as many as
+# the cells; an average of rate 0.999 would still contain a third of the initial weights at the end.
 QUICK_ARCHITECTURES: dict[str, dict[str, Any]] = {
     **ARCHITECTURES,
     "balanced": {"arch.halt_max_steps": 4},
@@ -145,8 +145,8 @@ RECORD: dict[str, Any] = {
     "ema_start": 5000,
 }
 
-# Curriculum-guided adaptive recursion (arXiv 2511.08653) on TRM's Sudoku recipe: a supervision that decays
-# with the ACT steps, and depth by progress: up to which share of the epochs, H_cycles, L_cycles.
+# Curriculum-guided adaptive recursion (arXiv 2511.08653) on TRM's Sudoku recipe: a token loss that decays
+# over the ACT steps, and a depth schedule: end as a share of the epochs, H_cycles, L_cycles.
 CGAR_DEPTHS = ((0.3, 1, 2), (0.6, 2, 4), (1.0, 3, 6))
 CGAR: dict[str, Any] = {
     "sudoku.size": 9,
@@ -164,12 +164,12 @@ CGAR: dict[str, Any] = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {"quick": QUICK, "full": FULL_SUDOKU, "record": RECORD, "cgar": CGAR}
-# The architecture of a preset where --arch names none.
+# The architecture of a preset without --arch.
 PRESET_ARCHITECTURES = {"record": "sic", "cgar": "trm"}
 
 
 def cgar_stages(epochs: int) -> list[dict[str, int]]:
-    """The stages of preset=cgar over a number of epochs; one whose share is no whole epoch is left out."""
+    """The stages of preset=cgar for a number of epochs; a stage of less than one epoch is left out."""
     stages: list[dict[str, int]] = []
     start = 0
     for share, H_cycles, L_cycles in CGAR_DEPTHS:
@@ -183,10 +183,10 @@ def cgar_stages(epochs: int) -> list[dict[str, int]]:
 def architecture(
     name: str, keys: Mapping[str, Key], known: Mapping[str, Mapping[str, Any]], where: str = ""
 ) -> tuple[str, dict[str, Any]]:
-    """The name of an architecture and its values, from its name or from a user's YAML file.
+    """The name and the values of an architecture, from its name or from a user's YAML file.
 
-    known: the named architectures. A file's fields, those of arch, override its `defaults`. where: starts the
-    message of an unknown base. Raises ConfigError for an unknown name or a bad file.
+    known: the named architectures. A file's fields, which are keys of arch, override its `defaults`. where:
+    start of the message for an unknown base. Raises ConfigError for an unknown name or a bad file.
     """
     named = ARCHITECTURE_ALIASES.get(name, name)
     if named in known:
@@ -226,7 +226,7 @@ def _names_known(name: str, known: Mapping[str, Any], where: str) -> str:
 
 
 def _bases(node: yaml.Node, where: str) -> list[str]:
-    """The architectures in a file's `defaults`, without Hydra's `_self_`, which stands for the file."""
+    """The architectures in a file's `defaults`, without Hydra's `_self_`, which means the file itself."""
     if not isinstance(node, yaml.SequenceNode):
         raise ConfigError(
             f"{where}defaults: expected a list of architectures, as in [{DEFAULT_ARCHITECTURE}]"
@@ -236,7 +236,7 @@ def _bases(node: yaml.Node, where: str) -> list[str]:
 
 
 def folder_name(text: str) -> str:
-    """The text as the name of a run's folder."""
+    """The text as a valid folder name."""
     return re.sub(r"[^\w .+=@,()-]", "-", text)[:80].strip(" .") or "run"
 
 

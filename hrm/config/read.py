@@ -1,7 +1,7 @@
-"""Reads configurations: the words of a command line, and YAML files, whose scalars stay text.
+"""Reads configurations from command lines and YAML files; scalars stay text.
 
-YAML is composed into nodes and never constructed: no tag makes an object, no value refers to another one, and
-a mistake has its line.
+YAML is composed into nodes but never constructed: tags create no objects, values cannot refer to other
+values, and mistakes are reported with their line.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,14 +16,15 @@ from hrm.config import foreign
 from hrm.config.keys import Key, find_key, keys_of
 from hrm.config.messages import ConfigError, Faults, nearest
 
-# Bytes of a file (a saved one has 4 KiB) and entries of a list, for reading within a second or two.
+# Maximum bytes of a file (a saved one has 4 KiB) and entries of a list, so that reading takes a second or
+# two.
 MOST_BYTES, MOST_ITEMS = 1 << 16, 1000
 _FLAGS = {"--arch": "NAME", "--config": "FILE.yaml", "--print-config": "", "--help": ""}
 
 
 @dataclass
 class Arguments:
-    """A command line taken apart: the flags, the values of the keys, and a note for each foreign spelling."""
+    """A parsed command line: the flags, the values of the keys, and a note for each foreign spelling."""
 
     flags: dict[str, str] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
@@ -33,9 +34,9 @@ class Arguments:
 def split_arguments(
     argv: Sequence[str], keys: Mapping[str, Key], known: Sequence[str] = tuple(_FLAGS)
 ) -> Arguments:
-    """Take a command line apart: the known flags and `key=value` words, in any order.
+    """Parses a command line of known flags and `key=value` arguments, in any order.
 
-    `arch=NAME` is --arch NAME. With --help the other words are ignored. Raises ConfigError that reports
+    `arch=NAME` is --arch NAME. With --help the other arguments are ignored. Raises ConfigError that reports
     every mistake.
     """
     if "--help" in argv or "-h" in argv:
@@ -82,7 +83,7 @@ def _instead_of(flag: str, keys: Mapping[str, Key], known: Sequence[str]) -> str
 
 
 class Reader:
-    """Reads the values of keys, one after the other, and collects the mistakes."""
+    """Reads the values of keys one by one, and collects the mistakes."""
 
     def __init__(self, keys: Mapping[str, Key]) -> None:
         self.keys, self.faults = keys, Faults()
@@ -90,7 +91,7 @@ class Reader:
         self._values: dict[str, Any] = {}
 
     def add(self, name: str, given: str | yaml.Node, where: str) -> None:
-        """Read one key's value from a text or a YAML node. where: starts the message of a mistake."""
+        """Reads one key's value from a text or a YAML node. where: start of the message for a mistake."""
         with self.faults.collect():
             k = find_key(name, self.keys, where)
             other = self._given.setdefault(name, given)
@@ -103,7 +104,7 @@ class Reader:
             )
 
     def add_mapping(self, node: yaml.Node | None, path: str, prefix: str = "") -> None:
-        """Read the keys of a YAML mapping below `prefix`, nested or dotted."""
+        """Reads the keys of a YAML mapping below `prefix`, nested or dotted."""
         with self.faults.collect():
             for name, child, where in mapping_items(node, path):
                 if any(k.startswith(f"{prefix}{name}.") for k in self.keys):
@@ -159,14 +160,14 @@ def read_yaml(path: str) -> yaml.Node | None:
 
 
 def compose(text: str, where: str) -> yaml.Node | None:
-    """The node tree of a YAML text. where: what messages call the text."""
+    """The node tree of a YAML text. where: the name of the text in messages."""
     try:
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         problem = one_line(error.problem or error.context or "cut short")
         raise ConfigError(f"{where}{line}: not valid YAML: {problem}") from None
-    # The scanner raises the last two for numbers that are too large, in an escape or a version.
+    # The scanner raises the last two for too large numbers in an escape or a version.
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError):
         problem = "nested too deeply, or characters YAML does not allow"
         raise ConfigError(f"{where}: not valid YAML: {problem}") from None
@@ -188,7 +189,7 @@ def mapping_items(node: yaml.Node | None, path: str) -> Iterator[tuple[str, yaml
 
 
 def scalar(node: str | yaml.Node, name: str, where: str) -> str:
-    """The text of a YAML scalar. Raises ConfigError for lists, mappings and tags that ask for objects."""
+    """The text of a YAML scalar. Raises ConfigError for lists, mappings and tags of objects."""
     if isinstance(node, str):
         return node
     plain = isinstance(node, yaml.ScalarNode) and node.tag.startswith("tag:yaml.org,2002:")

@@ -1,4 +1,4 @@
-"""The schedule of a run in epochs: its intervals between evaluations and its stages."""
+"""The schedule of a run in epochs: evaluation intervals and stages."""
 
 import math
 from bisect import bisect_right
@@ -9,7 +9,7 @@ from hrm.config.schema import ArchConfig, Config
 
 
 def interval_epochs(config: Config) -> int:
-    """Epochs from one evaluation to the next."""
+    """Epochs between evaluations."""
     return config.eval_interval or config.epochs
 
 
@@ -28,7 +28,7 @@ def stage_arch(config: Config, epoch: int) -> ArchConfig:
 
 
 def later_archs(config: Config, epoch: int) -> list[ArchConfig]:
-    """The architectures of the stages after the one that trains `epoch`, in their order, each once."""
+    """The different architectures of the stages after the stage that trains `epoch`, in order."""
     found: list[ArchConfig] = [stage_arch(config, epoch)]
     for end in stage_ends(config)[:-1]:
         arch = stage_arch(config, max(end, epoch))
@@ -38,7 +38,7 @@ def later_archs(config: Config, epoch: int) -> list[ArchConfig]:
 
 
 def fitting_interval(config: Config, longest: int) -> int:
-    """The longest interval, at most `longest`, that fits into the run and that every stage ends with."""
+    """The longest interval, at most `longest`, that divides the end of every stage."""
     common = math.gcd(*stage_ends(config)[:-1])
     if not common:
         return min(longest, config.epochs)

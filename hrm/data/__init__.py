@@ -1,1 +1,1 @@
-"""Puzzle data sets: the layout on disk, its reader, and the builders (`python -m hrm.data`)."""
+"""Puzzle data sets: the file format, its reader, and the builders (`python -m hrm.data`)."""

@@ -1,4 +1,4 @@
-"""Boards of puzzles, and what the rules of each kind of puzzle have in common: reading and writing boards."""
+"""Boards of puzzles, and the base class of puzzle rules, which reads and writes boards."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,13 +12,13 @@ from hrm.common.text import counted
 
 Tokens = Sequence[int] | np.ndarray
 
-# Terminal codes for a cell that the answer filled in, for one that it changed, and for the end of either.
+# Terminal codes for a filled-in cell, for a changed cell, and to reset.
 FILLED, CHANGED, PLAIN = "\x1b[1;36m", "\x1b[1;31m", "\x1b[0m"
 
 
 @dataclass(frozen=True)
 class Boards:
-    """Boards of rows x cols cells, S = rows * cols, over a vocabulary. name: of their kind."""
+    """The shape and vocabulary of boards: rows x cols = S cells. name: the kind of puzzle."""
 
     name: str
     rows: int
@@ -26,19 +26,19 @@ class Boards:
     vocab_size: int = 256
 
     def board(self, tokens: Tokens) -> np.ndarray:
-        """The tokens as (S,) int64. Raises ValueError for any other number of them."""
+        """The tokens as (S,) int64. Raises ValueError for another number of tokens."""
         board = np.asarray(tokens)
         if board.shape != (self.rows * self.cols,):
             raise ValueError(f"tokens of shape {board.shape}, expected ({self.rows * self.cols},)")
         return board.astype(np.int64)
 
     def at(self, cell: int) -> str:
-        """The place of a cell in words, with rows and columns counted from 1."""
+        """The row and column of a cell as text, counted from 1."""
         return f"row {cell // self.cols + 1}, column {cell % self.cols + 1}"
 
 
 class Rules(ABC):
-    """The characters of one kind's tokens, and its rules. Tokens are arrays (S,) int64."""
+    """The characters and rules of one kind of puzzle. Tokens are arrays (S,) int64."""
 
     symbols: ClassVar[str] = ""
     # Further spellings of a character.
@@ -48,10 +48,10 @@ class Rules(ABC):
 
     @abstractmethod
     def expected(self, boards: Boards) -> str:
-        """The values that a cell may have, in words."""
+        """A description of a cell's allowed values."""
 
     def parse(self, boards: Boards, text: str) -> np.ndarray:
-        """See `Kind.parse`, as for the methods below."""
+        """See `Kind.parse`; `Kind` also describes the methods below."""
         return self.read(boards, [line for line in text.splitlines() if line])
 
     def text(self, boards: Boards, board: np.ndarray, question: np.ndarray | None, color: bool) -> str:
@@ -64,13 +64,13 @@ class Rules(ABC):
     def impossible(self, boards: Boards, question: np.ndarray) -> Iterator[str]: ...
 
     def malformed(self, boards: Boards, question: np.ndarray) -> Iterator[str]:
-        """The faults of a question that show without solving it."""
+        """The faults of a question that can be found without solving it."""
         return self.impossible(boards, question)
 
     def shown(
         self, boards: Boards, board: np.ndarray, question: np.ndarray | None, color: bool
     ) -> list[list[str]]:
-        """The character of every cell, by rows; with color, changed cells are coloured."""
+        """The characters of the cells, row by row; color marks changed cells."""
         cells = [self.symbol(token) for token in board.tolist()]
         if color and question is not None:
             for cell in np.nonzero(board != question)[0]:
@@ -82,7 +82,7 @@ class Rules(ABC):
         return self.symbols[token] if 0 <= token < len(self.symbols) else "?"
 
     def read(self, boards: Boards, lines: Sequence[str]) -> np.ndarray:
-        """Tokens (S,) uint8 from one line with all cells, or from a line for each row."""
+        """Tokens (S,) uint8 from one line with all cells, or from one line per row."""
         cells = boards.rows * boards.cols
         if len(lines) == 1 and len(lines[0]) == cells:
             lines = [lines[0][first : first + boards.cols] for first in range(0, cells, boards.cols)]

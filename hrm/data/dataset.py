@@ -1,7 +1,8 @@
-"""A split of a data set: opened and checked as a whole, fingerprinted, and read in batches.
+"""A split of a data set: checks it completely, computes its fingerprint, and reads it in batches.
 
-A seed fixes the order of training, which can restart at any batch; a test split is read once, in order. Each
-read checks first that the files have not changed since they were opened, then that tokens are valid.
+The seed determines the order of training, which can restart at any batch; a test split is read once, in
+order. Each read first checks that the files have not changed since they were opened, then that tokens are
+valid.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -35,12 +36,12 @@ from hrm.data.order import Drawn, draw
 
 
 class PuzzleDataset:
-    """One split of a data set, checked completely when it is opened, against its checksums if it has any.
+    """One split of a data set. Opening it checks all values, and the checksums if there are any.
 
     path, split: the data set's folder and the split in it ("train", "test"). metadata: the description, with
     the totals of the arrays. sets: PuzzleSet by name in the order of dataset.json; inputs and labels are
-    memory maps. notes: totals that dataset.json has otherwise. Raises DatasetError with the file, the first
-    bad row, its value and what was expected.
+    memory maps. notes: lines about wrong totals in dataset.json. Raises DatasetError with the file, the first
+    bad row, its value and the expected values.
     """
 
     def __init__(self, path: str | Path, split: str) -> None:
@@ -75,7 +76,8 @@ class PuzzleDataset:
         return contents
 
     def has_fingerprint(self, value: object) -> bool:
-        """Whether this is the split's fingerprint, now or in versions that counted the declared kind."""
+        """Whether this is the split's fingerprint, in this version or in versions that included the declared
+        kind."""
         now = self.contents.fingerprint
         return value == now or value == read_contents(self._files, with_kind=True).fingerprint
 
@@ -96,7 +98,7 @@ class PuzzleDataset:
 
 
 def _missing(path: Path, split: str) -> str:
-    """The error message for a split without a folder, with the place where it may be."""
+    """The error message for a missing split folder, with a likely place."""
     if not path.exists():
         return (
             f"{path / split}: no such folder, expected a data set's {split} split (dataset.json and its "
@@ -120,7 +122,7 @@ def _missing(path: Path, split: str) -> str:
 
 
 def check_same_task(train: PuzzleDataset, test: PuzzleDataset) -> None:
-    """Raise DatasetError unless one model fits both splits: same cells, vocabulary and puzzle identifiers."""
+    """Raises DatasetError unless both splits have the same cells, vocabulary and puzzle identifiers."""
     for key in ("seq_len", "vocab_size", "num_puzzle_identifiers"):
         here, there = getattr(train.metadata, key), getattr(test.metadata, key)
         if here != there:
@@ -131,7 +133,7 @@ def check_same_task(train: PuzzleDataset, test: PuzzleDataset) -> None:
 
 
 def fingerprint(dataset: PuzzleDataset) -> str:
-    """SHA-256 (hex) over a split's dataset.json without its kind and all its arrays, in a fixed order."""
+    """SHA-256 (hex) over all arrays of a split and its dataset.json without the kind, in a fixed order."""
     return dataset.contents.fingerprint
 
 
@@ -157,7 +159,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class TrainBatch(Batch):
-    """A Batch with its place in the run, `index`, and the place of the next batch, `position`.
+    """A Batch with its position in the run, `index`, and the position of the next batch, `position`.
 
     Both are (iteration, number in it); after the last batch of an iteration, position is (iteration + 1, 0).
     `batch_members` takes an index, and `train_batches` a position as its `start`.
@@ -180,14 +182,14 @@ class Members(NamedTuple):
 
 # Replaces this rank's rows of a global batch by symmetric ones; see `hrm.data.symmetries`.
 Augment = Callable[[Batch, Drawn, slice], Batch]
-# The numbers of some groups, by set.
+# Indices of groups, by set.
 Groups = Mapping[str, np.ndarray]
 
 
 def steps_in(
     dataset: PuzzleDataset, epochs: int, global_batch_size: int, groups: Groups | None = None
 ) -> int:
-    """The official code's estimate of the steps of a run, which also sets its schedule's length."""
+    """The number of steps of a run by the official code's estimate, which is also the schedule's length."""
     metadata = dataset.metadata
     count = metadata.total_groups if groups is None else sum(map(len, groups.values()))
     return int(epochs * count * metadata.mean_puzzle_examples / global_batch_size)
@@ -212,13 +214,13 @@ def train_batches(
     permutes the groups and takes one random puzzle of each group, and of that puzzle as many random examples
     as fit into the global batch. The last, partial batch of an iteration is dropped. Several sets follow one
     another within an iteration. Rank r gets rows [r*b, (r+1)*b) with b = global_batch_size // world_size. The
-    order depends on (seed, iteration) alone.
+    order depends only on (seed, iteration).
 
     Groups and puzzles come in the official reader's order for the same seed, epochs_per_iter and global
-    batch size. The examples inside a puzzle come from a generator of their own; the official reader uses
-    NumPy's global one. Skipping to `start` reads no example. groups: the groups of each set that train, None
-    for all. augment: applied to every batch. Raises DatasetError if world_size does not divide the batch, an
-    iteration has no full batch, or `start` is not in the run.
+    batch size. The examples within a puzzle come from a separate generator; the official reader uses NumPy's
+    global one. Skipping to `start` reads no example. groups: the training groups of each set, None for all.
+    augment: applied to every batch. Raises DatasetError if world_size does not divide the batch, an iteration
+    has no full batch, or `start` is not in the run.
     """
     local = _local_batch_size(global_batch_size, rank, world_size)
     rows = slice(rank * local, (rank + 1) * local)
@@ -255,7 +257,7 @@ def batch_members(
     position: tuple[int, int],
     groups: Groups | None = None,
 ) -> Members:
-    """The contents of the training batch at a place of a run, drawn again from the seed.
+    """The contents of the training batch at a position of a run, drawn again from the seed.
 
     position: the `index` of the batch; other arguments and errors: see `train_batches`.
     """
@@ -286,7 +288,7 @@ def test_batches(
 ) -> Iterator[tuple[str, Batch, int]]:
     """Iterate over every example of every set once, in order: (set name, this rank's rows, valid rows).
 
-    examples: by set, increasing numbers of the examples to take, as `subset` draws them; None for all. The
+    examples: by set, ascending indices of the examples to read, as from `subset`; None for all. The
     third value counts the examples in the GLOBAL batch; the last batch of a set is padded with pad_id, label
     -100 and the blank identifier. Raises DatasetError if world_size does not divide the batch.
     """
@@ -307,11 +309,12 @@ def test_batches(
 def subset(
     dataset: PuzzleDataset, samples: int, seed: int, examples: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, np.ndarray]:
-    """A random part of a split, fixed by the seed: increasing numbers of examples by set, for `test_batches`.
+    """A random sample of a split, fixed by the seed: ascending indices of examples by set, for
+    `test_batches`.
 
-    examples: by set, the increasing numbers to choose from, None for all. Each set gets its share of
-    `samples`, rounded by the largest remainders; fewer examples are all taken. Raises DatasetError for
-    samples < 1.
+    examples: by set, the ascending indices to choose from, None for all. Each set gets a proportional number
+    of `samples`, rounded by largest remainders. If there are no more than `samples` examples, all are used.
+    Raises DatasetError for samples < 1.
     """
     if samples < 1:
         raise DatasetError(f"{dataset.folder}: samples is {samples}, expected at least 1")
@@ -366,7 +369,7 @@ def _batch(
 
 
 def _tokens(dataset: PuzzleDataset, name: str, array: str, examples: np.ndarray) -> np.ndarray:
-    """Rows of a memory-mapped array, int32, checked again to lie in the vocabulary."""
+    """Rows of a memory-mapped array, int32; checks again that they are in the vocabulary."""
     metadata = dataset.metadata
     values = getattr(dataset.sets[name], array)[examples]
     also = ignored_labels(metadata.ignore_label_id) if array == "labels" else ()

@@ -1,4 +1,4 @@
-"""The bad items of a source: all of them in one error, or left out and listed."""
+"""Invalid items of a source: reported in one error, or skipped and listed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,12 +6,12 @@ from typing import Any
 
 from hrm.common.errors import UserError
 
-# Most faults that are written out, in an error and in a list of what was left out.
+# Maximum number of faults in an error or in a list of skipped items.
 MOST = 10
 
 
 class Faults:
-    """Collects the faults of a source. skip: leave bad items out instead of refusing the source.
+    """Collects the faults of a source. skip: skip invalid items instead of rejecting the source.
 
     error: the type that `check` raises. Memory does not grow with the number of faults.
     """
@@ -22,12 +22,12 @@ class Faults:
         self.count = 0
 
     def add(self, where: Any, what: str) -> None:
-        """Records one bad item: its place, and what is wrong with it."""
+        """Records an invalid item: its place and its fault."""
         self._record(f"{where}: {what}")
 
     @contextmanager
     def item(self) -> Iterator[None]:
-        """Records the error of an item that is read in the block, which ends there."""
+        """Records an error that ends the block, which reads one item."""
         try:
             yield
         except self._error as fault:
@@ -39,7 +39,7 @@ class Faults:
             self.first.append(fault)
 
     def check(self, remedy: str = "--skip-bad leaves them out") -> None:
-        """Raises an error with the first faults and their number, unless bad items are left out."""
+        """Raises an error with the first faults and their number, unless invalid items are skipped."""
         if self.skip or not self.count:
             return
         if self.count == 1:
@@ -52,7 +52,7 @@ class Faults:
         return "; ".join([*self.first, *more])
 
     def notes(self) -> list[str]:
-        """Lines about what was left out: how much, where, and why."""
+        """Lines about the skipped items: number, places and faults."""
         if not self.count:
             return []
         more = [f"  and {self.count - MOST:,} more"] if self.count > MOST else []

@@ -1,4 +1,5 @@
-"""The order of training: which examples make up each global batch or are held out, from the seed alone."""
+"""The order of training: derives the examples of each global batch, and the held-out examples, from the
+seed."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -8,15 +9,15 @@ import numpy as np
 
 from hrm.data.format import DatasetError, PuzzleSet
 
-# The stream of random numbers that divides the groups of training.
+# Random stream of the division of training groups.
 _HELD_OUT = 5
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A global batch before it is read: its set, its examples and their puzzles, each (B,) int64.
+    """A global batch before it is read: its set, and its examples and their puzzles, each (B,) int64.
 
-    index: its place in the run, (iteration, number in it); position: the place of the next batch.
+    index: its position in the run, (iteration, batch in the iteration); position: that of the next batch.
     """
 
     set_name: str
@@ -39,8 +40,8 @@ def draw(
 ) -> Iterator[Drawn]:
     """The global batches of a run from `start`, as `dataset.train_batches` describes; reads no example.
 
-    folder: of the split with these sets, for messages. groups: the numbers of the groups to draw from in each
-    set, None for all. Raises DatasetError.
+    folder: of the split, for messages. groups: the indices of the groups to draw from in each set, None for
+    all. Raises DatasetError.
     """
     if epochs < 1 or epochs_per_iter < 1 or seed < 0:
         raise DatasetError(
@@ -59,7 +60,7 @@ def draw(
             plan: list[tuple[str, np.ndarray]] = []
             most = 0
             for number, (name, part) in enumerate(sets.items()):
-                # The official reader counts one iteration for each set.
+                # The official reader counts one iteration per set.
                 count = iteration * len(sets) + number + 1
                 rng = np.random.Generator(np.random.Philox(seed=seed + count))
                 puzzles = _draw_puzzles(part, groups[name], rng, span)
@@ -87,11 +88,11 @@ def draw(
 def held_out(
     folder: Path, sets: Mapping[str, PuzzleSet], fraction: float, seed: int
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Divides the groups of a split at random: those that train, and the examples to validate on, by set.
+    """Divides the groups of a split at random: the training groups and the validation examples, by set.
 
-    About `fraction` of each set's groups are held out, at least one and not all; the seed fixes them. A
-    group's first puzzle stands for it, as the others are its augmentations. folder: of the split with these
-    sets, for messages. Raises DatasetError for a set of one group.
+    About `fraction` of each set's groups are held out, at least one and not all; the seed fixes them.
+    Validation uses only a group's first puzzle, as the others are its augmentations. folder: of the split,
+    for messages. Raises DatasetError for a set of one group.
     """
     training: dict[str, np.ndarray] = {}
     examples: dict[str, np.ndarray] = {}
@@ -112,9 +113,9 @@ def held_out(
 
 
 def _draw_puzzles(part: PuzzleSet, groups: np.ndarray, rng: np.random.Generator, epochs: int) -> np.ndarray:
-    """One puzzle of each of the groups for every epoch in training order, (epochs * groups,) int64."""
+    """One puzzle per group and epoch, in training order, (epochs * groups,) int64."""
     order = np.concatenate([groups[rng.permutation(len(groups))] for _ in range(epochs)])
-    # Bounds as arrays draw the same numbers as one call for each group; pieces bound the memory.
+    # Array bounds draw the same numbers as one call per group; chunks limit the memory.
     for first in range(0, len(order), 1 << 20):
         piece = order[first : first + (1 << 20)]
         piece[:] = rng.integers(part.group_indices[piece], part.group_indices[piece + 1])
@@ -122,9 +123,9 @@ def _draw_puzzles(part: PuzzleSet, groups: np.ndarray, rng: np.random.Generator,
 
 
 def _pack(ends: np.ndarray, global_batch_size: int) -> Iterator[tuple[int, int]]:
-    """The first and last + 1 puzzle of every full batch. ends: running total of the puzzles' examples.
+    """The first and last + 1 puzzle of every full batch. ends: cumulative number of the puzzles' examples.
 
-    A puzzle that overfills its batch is cut, and the next batch begins with the next puzzle.
+    A puzzle that overfills its batch is truncated, and the next batch begins with the next puzzle.
     """
     first, taken = 0, 0
     while (last := int(np.searchsorted(ends, taken + global_batch_size))) < len(ends):
@@ -135,7 +136,7 @@ def _pack(ends: np.ndarray, global_batch_size: int) -> Iterator[tuple[int, int]]
 def _draw_examples(
     part: PuzzleSet, puzzles: np.ndarray, key: tuple[int, int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """All examples of the puzzles, shuffled inside each puzzle, and each example's puzzle."""
+    """All examples of the puzzles, shuffled within each puzzle, and each example's puzzle."""
     begins = part.puzzle_indices[puzzles].astype(np.int64)
     sizes = part.puzzle_indices[puzzles + 1] - begins
     if (sizes == 1).all():
@@ -147,7 +148,7 @@ def _draw_examples(
 
 
 def _most_examples(part: PuzzleSet, groups: np.ndarray) -> int:
-    """The most examples that one epoch can give: those of the largest puzzle of each of the groups."""
+    """The maximum number of examples in an epoch: the sum over groups of their largest puzzle."""
     return int(np.maximum.reduceat(np.diff(part.puzzle_indices), part.group_indices[:-1])[groups].sum())
 
 

@@ -1,4 +1,4 @@
-"""Rows of puzzle tables: delimiter and columns found by the names in the header."""
+"""Rows of puzzle tables; the header determines delimiter and columns."""
 
 import csv
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from hrm.common.text import counted, literal
 
-# Names of columns by meaning, in lower case; the first one that a header has counts.
+# Column names by meaning, in lower case; the first one in the header is used.
 QUESTIONS = (
     "question",
     "questions",
@@ -29,7 +29,7 @@ MOST_QUOTED = 64
 
 
 class Row(NamedTuple):
-    """One puzzle of a file: its line, question, and answer and rating where there are any."""
+    """One puzzle of a file: its line, question, and answer and rating if present."""
 
     line: int
     question: str
@@ -54,7 +54,7 @@ class Header(NamedTuple):
 
 
 def header_of(text: str) -> Header | None:
-    """The columns that a first line names; None if it names no column of questions."""
+    """The columns in a header; None if it has no column of questions."""
     for delimiter in DELIMITERS:
         names = [name.lower() for name in fields(text, delimiter)]
         places = [_place(names, known) for known in (QUESTIONS, ANSWERS, RATINGS)]
@@ -64,7 +64,7 @@ def header_of(text: str) -> Header | None:
 
 
 def fields(text: str, delimiter: str | None) -> list[str]:
-    """The fields of a row, without spaces around them; a row that is no CSV is one field."""
+    """The stripped fields of one row; a row that is not CSV is one field."""
     if delimiter is None:
         return text.split()
     # Parse each row by itself: an unclosed quote must not swallow the file.
@@ -95,9 +95,9 @@ def unnamed(text: str) -> str:
 
 
 def content(lines: Iterator[tuple[int, str]], comment: str | None) -> Iterator[tuple[int, str]]:
-    """The lines that hold something, without line ends; a quoted field of several lines makes them one.
+    """The non-empty lines, without line ends; the lines of a quoted field are joined.
 
-    comment: begins what is left out of a line.
+    comment: the start of a comment.
     """
     held = _without_comments(lines, comment)
     while (line := next(held, None)) is not None:
@@ -125,6 +125,6 @@ def _without_comments(lines: Iterator[tuple[int, str]], comment: str | None) -> 
 
 
 def file_of(folder: Path, split: str) -> Path:
-    """The file of a split in a folder of puzzles: a .csv if there is one, else one in another form."""
+    """The file of a split in a folder of puzzles: a .csv file, else a file in another format."""
     names = [folder / f"{split}{suffix}" for suffix in (".csv", ".txt", ".tsv", ".sdm", ".sdk", ".ss")]
     return next((path for path in names if path.is_file()), names[0])

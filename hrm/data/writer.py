@@ -1,4 +1,4 @@
-"""Writing data sets atomically, and caching built ones for all processes."""
+"""Writes data sets atomically, and caches them for all processes."""
 
 import json
 import os
@@ -31,7 +31,7 @@ STAMP = "fingerprints.json"
 
 @dataclass(frozen=True)
 class Shape:
-    """The properties that all examples of a split share; see `format.Metadata`."""
+    """The common properties of a split's examples; see `format.Metadata`."""
 
     seq_len: int
     vocab_size: int
@@ -45,8 +45,8 @@ class Shape:
 class SplitWriter:
     """A split written group by group, in constant memory.
 
-    `close` writes dataset.json and checksums.json and so completes the split. Sets keep the order in which
-    they first got an example.
+    `close` completes the split: it writes dataset.json and checksums.json. Sets are in the order of their
+    first example.
     """
 
     def __init__(self, folder: Path, shape: Shape) -> None:
@@ -72,7 +72,7 @@ class SplitWriter:
         if files.keys() != arrays.keys():
             raise ValueError(f"set {set_name}: difficulty is given for some parts of it and not for others")
         for array, counted in (("puzzle_indices", "inputs"), ("group_indices", "puzzle_identifiers")):
-            # Indices continue those of earlier parts; only the first part keeps its leading 0.
+            # Indices continue from earlier parts; only the first part keeps its leading 0.
             offset, indices = len(files[counted]), arrays[array]
             if offset + int(indices[-1]) > np.iinfo(indices.dtype).max:
                 raise DatasetError(f"set {set_name}: more than {np.iinfo(indices.dtype).max} {counted}")
@@ -84,7 +84,7 @@ class SplitWriter:
         self.examples += len(part.inputs)
 
     def close(self, num_puzzle_identifiers: int) -> Metadata:
-        """Writes the split's description and checksums; ends the writing."""
+        """Writes the split's description and checksums, and closes its files."""
         paths = [self._folder / "dataset.json"]
         for name, files in self._files.items():
             for array, file in files.items():
@@ -98,7 +98,7 @@ class SplitWriter:
             sets=list(self._files),
         )
         values = asdict(metadata)
-        # Leave out what the official layout does not have, unless it says something.
+        # Leave out fields that the official format lacks, unless they are set.
         for key in ("kind", "columns"):
             if values[key] is None:
                 del values[key]
@@ -115,7 +115,7 @@ class SplitWriter:
 
 
 class DatasetWriter:
-    """A data set in a hidden folder while it is written; see `new_dataset`."""
+    """A data set in a hidden folder until it is complete; see `new_dataset`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -144,7 +144,7 @@ class DatasetWriter:
 
 @contextmanager
 def new_dataset(folder: str | Path) -> Iterator[DatasetWriter]:
-    """A data set to fill and close; it appears in `folder` when the block succeeds, and is removed otherwise.
+    """A data set to fill and close; it appears in `folder` if the block succeeds, and is removed otherwise.
 
     Replaces a data set in `folder`. Raises DatasetError if the folder holds anything else or cannot be
     written.
@@ -160,7 +160,7 @@ def new_dataset(folder: str | Path) -> Iterator[DatasetWriter]:
 
 
 class _GrowingArray:
-    """A .npy file that grows by rows; its header, whose size is fixed, is written again at the end."""
+    """A .npy file that grows by rows; its header of fixed size is rewritten at the end."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
@@ -186,7 +186,7 @@ class _GrowingArray:
         self._file.close()
 
     def abandon(self) -> None:
-        # The disk may be full; the buffered rest is not needed.
+        # The disk may be full; the buffered data is not needed.
         with suppress(OSError):
             self._file.close()
 
@@ -203,11 +203,11 @@ def check_output(folder: str | Path) -> None:
 
 
 def cached(name: str, build: Callable[[Path], None]) -> Path:
-    """Folder of a data set that `build(folder)` writes, built on first use and found again afterwards.
+    """The cached folder of a data set, which `build(folder)` writes on first use.
 
     The cache is $HRM_CACHE, else $XDG_CACHE_HOME/hrm, else ~/.cache/hrm, or `data/` in the working directory
-    if that is not writable. `name` must identify the data set. Processes may build one concurrently: the
-    first to finish wins, the others discard theirs. A damaged data set is built again.
+    if that is not writable. `name` must identify the data set. Processes may build it concurrently: the first
+    to finish wins, the others discard theirs. A damaged data set is rebuilt.
     """
     roots = [*_cache_root(), Path("data").absolute()]
     for root in roots:
@@ -271,7 +271,7 @@ def _build_into(folder: Path, build: Callable[[Path], None]) -> Path:
 
 @contextmanager
 def _new_folder(folder: Path, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
-    """A folder to fill beside `folder`; it replaces `folder` if the block succeeds, else it is removed."""
+    """A folder to fill next to `folder`; it replaces `folder` if the block succeeds, else it is removed."""
     # Replace the folder that a link points to, not the link.
     folder = folder.resolve()
     _check_replaceable(folder, replaceable)
@@ -294,7 +294,7 @@ def _check_replaceable(folder: Path, replaceable: Callable[[Path], bool]) -> Non
 
 
 def _is_split(folder: Path) -> bool:
-    # The checksums tell the builders' data sets from those of other writers, which nothing may replace.
+    # Only builders write checksums; data sets of other programs must not be replaced.
     return all((folder / name).is_file() for name in ("dataset.json", CHECKSUMS)) and all(
         path.name in ("dataset.json", CHECKSUMS) or path.suffix == ".npy" for path in folder.iterdir()
     )
@@ -311,7 +311,7 @@ def _beside(folder: Path) -> Path:
 
 
 def _discard(folder: Path) -> None:
-    # Rename first: the name is free at once and never holds half a data set.
+    # Rename first: the name is free immediately and never holds half a data set.
     aside = folder.rename(_beside(folder))
     shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
 

@@ -1,4 +1,4 @@
-"""A fixed-shape part of a step: called directly, or captured in a CUDA graph after a warm-up and replayed."""
+"""Runs a fixed-shape part of a step, directly or from a CUDA graph captured after a warm-up."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,16 +7,16 @@ import torch
 
 Body = Callable[[], None]
 
-# Direct calls before a capture, in which kernels compile and libraries choose kernels and workspaces.
+# Direct calls before a capture, during which kernels compile and libraries choose kernels and workspaces.
 WARM_UP = 3
 
 
 class Program:
     """A function without arguments that reads and writes tensors at fixed addresses.
 
-    captured: on CUDA, record its launches at the call after WARM_UP and replay them from then on, without
-    running its Python. The function must then depend on those tensors alone and must not wait for the
-    device. Every call has the effect of one, including warm-up and capture.
+    captured: on CUDA, the call after WARM_UP records its launches, and later calls replay them without
+    running its Python. The function must then depend only on those tensors and must not wait for the device.
+    Every call has the effect of exactly one run, including warm-up and capture.
     """
 
     def __init__(self, body: Body, device: torch.device, *, captured: bool) -> None:
@@ -33,12 +33,12 @@ class Program:
             self._calls += 1
             aside(self._body, self._device)
         else:
-            # A capture records without running.
+            # A capture records without running, so replay once.
             self._replay = capture(self._body, self._device)
             self._replay()
 
 
-# By the device's number: `cuda` and `cuda:0` are one device.
+# Keyed by the device's index: `cuda` and `cuda:0` are one device.
 _streams: dict[int, torch.cuda.Stream] = {}
 _pools: dict[int, Any] = {}
 
@@ -48,7 +48,7 @@ def _index(device: torch.device) -> int:
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of warm-up and capture on a device: one, so that autograd sees a single stream."""
+    """The stream of warm-up and capture on a device; a single one, so that autograd sees one stream."""
     index = _index(device)
     if index not in _streams:
         _streams[index] = torch.cuda.Stream(index)
@@ -56,7 +56,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _pool(device: torch.device) -> Any:
-    """The memory that all graphs of a device share."""
+    """The memory pool shared by all graphs of a device."""
     index = _index(device)
     if index not in _pools:
         _pools[index] = torch.cuda.graph_pool_handle()
@@ -75,12 +75,13 @@ def aside(body: Callable[[], object], device: torch.device) -> None:
 def capture(body: Body, device: torch.device) -> Body:
     """Records a body's launches as a CUDA graph; returns the function that replays them.
 
-    All graphs of a device share one memory pool: they run one after the other, and nothing in the pool is
-    read after the replay that wrote it.
+    All graphs of a device share one memory pool: they run one at a time, and no replay reads data of another
+    replay from the pool.
     """
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize(device)
-    # Only this thread's calls count: another one's, as of NCCL's watchdog, must not end the capture.
+    # Check only this thread's calls: a call of another thread, such as NCCL's watchdog, must not end the
+    # capture.
     mode = "thread_local"
     with torch.cuda.graph(graph, pool=_pool(device), stream=_stream(device), capture_error_mode=mode):
         body()

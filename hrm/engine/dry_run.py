@@ -1,7 +1,7 @@
-"""A dry run of the engine's training step: on meta tensors, with the operations that a device would run.
+"""Runs the engine's training step on meta tensors, with the operations that a device would run.
 
-Shapes and the choice of implementations determine the memory and the launches of a step, so neither the
-device nor much time is needed to find them. A dry run is eager, launch by launch.
+Shapes and the choice of implementations determine the memory and the launches of a step, so finding them
+needs neither the device nor much time. A dry run is eager.
 """
 
 from collections.abc import Iterator
@@ -23,18 +23,18 @@ from hrm.engine.engine import Engine
 from hrm.engine.modes import resolve_dtype
 from kernels.backend import Launch, explained, recorded
 
-# The dispatch key of a custom operation's implementation, which its fake hides on meta, and of the PyTorch
-# operations that are kernels of their own.
+# The dispatch key of a custom operation's implementation, which its fake hides on meta, and of PyTorch
+# operations with their own kernel.
 _CPU = torch._C.DispatchKey.CPU
 _IMPLEMENTATION = torch._C.DispatchKeySet(_CPU)
-# On meta, backends that need a device are replaced by one that allocates the same.
+# On meta, backends that need a device are replaced by a backend that allocates the same.
 _ATTENTION = {"flash": "sdpa", "triton": "auto"}
 
 
 class Observer(TorchDispatchMode):
     """Receives every operation of a dry run, including those inside this project's kernels.
 
-    regions: the named ranges of the step that are open, outermost first.
+    regions: the open named ranges of the step, outermost first.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Observer(TorchDispatchMode):
         kwargs = kwargs or {}
         with self:
             if func.namespace == "hrm_kernels":
-                # Run the implementation: its fake would hide workspaces and launches.
+                # Run the real implementation: the fake would hide workspaces and launches.
                 with recorded() as launches:
                     out = func.redispatch(_IMPLEMENTATION, *args, **kwargs)
                 for launch in launches:
@@ -59,10 +59,10 @@ class Observer(TorchDispatchMode):
         return out
 
     def called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """After each ATen operation."""
+        """Called after each ATen operation."""
 
     def launched(self, launch: Launch) -> None:
-        """At each launch of one of this project's kernels."""
+        """Called at each launch of one of this project's kernels."""
 
     @contextmanager
     def region(self, name: str) -> Iterator[None]:
@@ -74,7 +74,8 @@ class Observer(TorchDispatchMode):
 
 
 class _LibraryAttention(TorchFunctionMode):
-    """PyTorch's choice of attention on a device; on meta it would choose the one that keeps all scores."""
+    """PyTorch's choice of attention on a device; on meta it would choose the backend that stores all
+    scores."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -93,15 +94,15 @@ class _LibraryAttention(TorchFunctionMode):
 
 @contextmanager
 def rehearsed(device: torch.device, observer: Observer) -> Iterator[None]:
-    """Within it, operations on meta tensors run as on `device` and are reported to the observer."""
+    """Within this context, operations on meta tensors run as on `device` and are reported to the observer."""
     with explained(device), _LibraryAttention(device), opened_by(observer.region), observer:
         yield
 
 
 class Rehearsal:
-    """An engine on meta tensors in place of tensors on `device`, with an observer of its operations.
+    """An engine on meta tensors that represent tensors on `device`, with an observer of its operations.
 
-    It covers the computation of a step: no other rank, no evaluation, no copy from the host.
+    It covers only the computation of a step: no other ranks, evaluation or copies from the host.
     """
 
     def __init__(self, config: Config, metadata: Metadata, device: torch.device, observer: Observer) -> None:
@@ -118,6 +119,6 @@ class Rehearsal:
             self._engine = Engine(config, metadata, total_steps=1, device="meta")
 
     def step(self) -> None:
-        """One training step."""
+        """Runs one training step."""
         with rehearsed(self.device, self.observer):
             self._engine.train_step(self._batch)

@@ -1,7 +1,7 @@
-"""A run's model on one device: training steps, their log, evaluation, and the state that a run resumes from.
+"""A run's model on one device: training steps, metrics, evaluation, and the state for resumption.
 
-Everything random in a step is a function of (seed, step) and its sums stay on the device, so the state is
-the tensors in `weights` and `training_state` and a step number.
+Random numbers in a step are a function of (seed, step), and its sums stay on the device, so the state is the
+tensors in `weights` and `training_state` and a step number.
 """
 
 import math
@@ -32,7 +32,7 @@ from hrm.model.chains import with_states
 from hrm.model.gating import gate_loss_scale, gate_statistics
 from hrm.model.hrm import HRM
 
-# Sequences of the carry whose gates are measured for a line of the log.
+# Number of sequences in the carry whose gates are measured for a log line.
 GATES_SEEN = 16
 
 
@@ -48,7 +48,7 @@ class Engine:
         world: World | None = None,
         compilation: Compilation | None = None,
     ) -> None:
-        """total_steps: the schedule's length. compilation: what surrounds the compiler.
+        """total_steps: the schedule's length. compilation: announces and interrupts the compiler.
 
         Every rank builds the same model from config.seed.
         """
@@ -57,7 +57,7 @@ class Engine:
         self._compilation, self._is_prepared = compilation or Compilation(), False
         self._mode = resolve_mode(config.mode, self.device)
         if self._mode is None and config.deterministic:
-            # A measurement may choose another mode the next time.
+            # A measurement may choose another mode next time.
             self._mode = EAGER._replace(note="deterministic=true measures none")
         self.model = HRM.from_config(config, metadata, resolve_dtype(config, self.device))
         self.model = self.model.to(self.device)
@@ -72,13 +72,14 @@ class Engine:
 
     @property
     def mode(self) -> Mode:
-        """How steps run; on a CPU, mode=auto measures it at the first access, which may raise Stopped."""
+        """The mode in which steps run. On a CPU, the first access with mode=auto measures it and may raise
+        Stopped."""
         if self._mode is None:
             self._mode = self._measured_mode()
         return self._mode
 
     def _measured_mode(self) -> Mode:
-        """The faster mode for the remaining steps, measured by the main rank without any update."""
+        """The faster mode for the remaining steps; the main rank measures it without updating anything."""
         mode, program = EAGER, self.program
 
         def measure() -> None:
@@ -93,7 +94,7 @@ class Engine:
         return mode if self.world.is_main else (COMPILE if compiles else EAGER)
 
     def _together(self, work: Callable[[], None]) -> None:
-        """Does work that a stop may end by raising Stopped; all ranks then raise it."""
+        """Runs work that a stop may end by raising Stopped; all ranks then raise it."""
         code = 0
         try:
             work()
@@ -105,11 +106,11 @@ class Engine:
     # ------------------------------------------------------------------------------------------ training
 
     def prepare(self, later: Sequence[ArchConfig] = ()) -> None:
-        """Compiles the step, if its mode asks for it and it is not; all ranks call it together.
+        """Compiles the step if its mode requires it; all ranks call it together.
 
-        later: the architectures of the stages to come, whose steps are compiled as well, so that none of them
-        stops the run. A mode that captures also captures them all, without any change of the state. Raises
-        Stopped, and has changed no state, if a stop ends the compilation.
+        later: the architectures of later stages, whose steps are compiled as well, so that no later
+        compilation interrupts the run. A mode that captures also captures all of them, without changing the
+        state. If a stop ends the compilation, it raises Stopped without changing the state.
         """
         if later and (self.mode.compiled or self.mode.captured):
             present = self.config.arch
@@ -147,14 +148,14 @@ class Engine:
             self.program.run(mode)
 
     def _keys(self) -> np.ndarray | int:
-        """The keys of the step's fresh rows: the seed, the row's number in the whole run, path 1."""
+        """The keys of the step's new rows: the seed, the row's index in the whole run, path 1."""
         if not self.program.randomness.key_words:
             return 0
         size = self.config.global_batch_size
         return training_keys(self.config.seed, self.step, size)[self.world.rows(size)]
 
     def learning_rate(self, base_lr: float) -> float:
-        """The learning rate of the current step, for lr, puzzle_emb_lr or muon_lr as base_lr."""
+        """The learning rate of the current step. base_lr: lr, puzzle_emb_lr or muon_lr."""
         config = self.config
         return learning_rate(
             self.step,
@@ -165,9 +166,10 @@ class Engine:
         )
 
     def pop(self) -> Interval:
-        """The steps since the last call, over all ranks; the only place where training waits for the device.
+        """The metrics of the steps since the last call, over all ranks. Training waits for the device only
+        here.
 
-        Metrics are means over halted sequences, all sequences or steps, without skipped steps; those of
+        Metrics are means over halted sequences, all sequences or steps, without skipped steps; means over
         halted sequences are missing if none has halted.
         """
         steps, skipped, in_a_row, sums, losses, norms = self.program.tally.read(self.world)
@@ -184,7 +186,7 @@ class Engine:
         return Interval(metrics, [loss / batch_size for loss in losses], norms, in_a_row)
 
     def diagnosis(self) -> str:
-        """The tensors of the last step that are not finite, and the largest weight."""
+        """A text with the non-finite tensors of the last step and the largest weight."""
         found = [] if bool(torch.isfinite(self.program.tally.loss)) else ["the loss"]
         gradients = self.parameters.views(self.parameters.grad)
         names = [name for name, grad in gradients.items() if not bool(torch.isfinite(grad).all())]
@@ -202,7 +204,7 @@ class Engine:
         )
 
     def _puzzle_metrics(self) -> dict[str, float]:
-        """For the puzzle rows of the last step: the mean of their norms, and the norm of all gradients."""
+        """For the puzzle rows of the last step: their mean norm, and the norm of all their gradients."""
         table, row_grads = self.model.puzzle_emb, self.program.row_grads
         if table is None or row_grads is None:
             return {}
@@ -215,7 +217,7 @@ class Engine:
 
     @torch.no_grad()
     def gate_metrics(self) -> dict[str, float]:
-        """Statistics of the gates, from one more forward of GATES_SEEN sequences; empty without gates."""
+        """Gate statistics from an additional forward pass of GATES_SEEN sequences; empty without gates."""
         if not self.config.arch.use_gating:
             return {}
         carry, fresh, puzzle_rows, *_ = self.program.inputs(slice(min(GATES_SEEN, self.program.rows)))
@@ -231,7 +233,7 @@ class Engine:
     # ---------------------------------------------------------------------------------------- evaluation
 
     def inference(self, batch_size: int) -> Inference:
-        """The program that solves `batch_size` sequences at a time, with the weights of each call.
+        """The program that solves batches of `batch_size` sequences, with the current weights at each call.
 
         Raises Stopped if a stop ends its compilation.
         """
@@ -252,10 +254,10 @@ class Engine:
     def evaluate(self, batches: Iterable[tuple[str, Batch, int]]) -> dict[str, dict[str, float]]:
         """Runs every sequence for halt_max_steps steps; returns each set's means over its sequences.
 
-        batches: (set name, this rank's padded rows, ...) as `test_batches` yields them. The carry of training
+        batches: (set name, this rank's padded rows, ...) as `test_batches` yields them. The training carry
         does not change.
         """
-        # float32 cannot count the sequences of a large set; MPS has no float64.
+        # float32 cannot represent the counts of a large set; MPS has no float64.
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         totals: dict[str, Tensor] = {}
         rows, part_rows = self.program.rows, self.program.part_rows
@@ -273,12 +275,12 @@ class Engine:
         return results
 
     def enter(self, arch: ArchConfig) -> None:
-        """Continues with the architecture of another stage, which has the same weights; keeps all state."""
+        """Switches to the architecture of another stage, which has the same weights; keeps all state."""
         if arch == self.config.arch:
             return
         self.config = replace(self.config, arch=arch)
         self.model.arch = arch
-        # Compiled code and graphs hold the earlier stage's numbers as constants.
+        # Compiled code and graphs hold the earlier stage's values as constants.
         self.program.reset(self.config)
         self._inferences, self._is_prepared = {}, False
 
@@ -301,7 +303,7 @@ class Engine:
     def agree(self) -> None:
         """Broadcasts the main rank's weights and checks that all ranks start from the same state.
 
-        Raises UserError with the ranks that differ, for instance because they read another checkpoint.
+        Raises UserError with the ranks that differ, for example because they read another checkpoint.
         """
         if self.world.size == 1:
             return
@@ -316,13 +318,14 @@ class Engine:
         self.world.check_equal({name: digest(tensor) for name, tensor in state.items()})
 
     def training_state(self) -> dict[str, Any]:
-        """All that the next step depends on except the weights, with the carry in global-batch order."""
+        """Everything that the next step depends on except the weights, with the carry in global-batch
+        order."""
         carry = {name: self.world.all_gather(tensor) for name, tensor in self.carry._asdict().items()}
         state = {"step": self.step, "carry": carry, "optimizer": self.optimizer.state_dict()}
         return {**state, "tally": self.program.tally.state_dict(self.world), "compiled": self.mode.compiled}
 
     def load_training_state(self, state: dict[str, Any], *, carry: bool = True) -> None:
-        """Continues from a `training_state`; carry=False starts with fresh sequences instead of its carry."""
+        """Continues from a `training_state`; carry=False starts new sequences instead."""
         rows = self.world.rows(self.config.global_batch_size)
         self.step = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -332,5 +335,5 @@ class Engine:
         if carry and "tally" in state:
             self.program.tally.load_state_dict(state["tally"], self.world)
         if self._mode is None and "compiled" in state:
-            # The mode of the first measurement keeps the rounding, and so the run, the same.
+            # Keep the measured mode, because another mode rounds differently.
             self._mode = COMPILE if state["compiled"] and not compiler_fault(self.device) else EAGER

@@ -1,4 +1,4 @@
-"""Solves batches of fixed size: every sequence for halt_max_steps ACT steps, or each until it halts."""
+"""Solves batches of fixed size: each sequence for halt_max_steps ACT steps, or until it halts."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -35,11 +35,11 @@ class Answers(NamedTuple):
 
 
 class Inference:
-    """The model at one batch size, without gradient: eager, compiled or captured, by mode.
+    """Runs the model at one batch size, without gradient: eager, compiled or captured, by mode.
 
     `run` and `solve` set predictions (B, S) int32 and q_halt (B,); `run` also sets sums, the metric sums of
-    `act_loss` in float32 in the order of `names`. Weights are read in place, so each call uses the present
-    ones.
+    `act_loss` in float32 in the order of `names`. Weights are read in place, so each call uses the current
+    weights.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Inference:
         loss: LossConfig,
         randomness: Randomness = PLAIN,
     ) -> None:
-        """randomness: what differs between the paths of a puzzle; any model takes any, PLAIN has none."""
+        """randomness: differences between the paths of a puzzle; any model supports any; PLAIN has none."""
         device = model.H_init.device
         self.model, self.loss, self.randomness = model, loss, randomness
         self._feed = Feed(batch_size, seq_len, device, key_words=randomness.key_words)
@@ -65,14 +65,14 @@ class Inference:
         self._step = compiled(self._act_step) if mode.compiled else self._act_step
         self._mode = mode
         self._judging = Program(self._judge, device, captured=mode.captured)
-        # An answer alone needs no loss, whose many small operations weigh in the latency of one sequence.
+        # An answer needs no loss, whose many small operations would add to the latency of a single sequence.
         self._solving = Program(self._answer, device, captured=mode.captured)
 
     def _act_step(self, carry: Carry, puzzle_rows: Tensor | None) -> tuple[Carry, Outputs]:
         return act_step(self.model, carry, puzzle_rows, None, randomness=self.randomness)
 
     def prepare(self, compilation: Compilation) -> None:
-        """Compiles the step, if its mode asks for it; the first run would do so unannounced."""
+        """Compiles the step if its mode requires it; otherwise the first run would compile without notice."""
         _prepare(
             lambda: self._step(*self._start()),
             "the evaluation",
@@ -83,7 +83,7 @@ class Inference:
         )
 
     def _start(self) -> tuple[Carry, Tensor | None]:
-        """Carry and puzzle rows of the sequences in the feed, before their first step."""
+        """Carry and puzzle rows of the sequences in the feed, before the first step."""
         fresh, table = self._feed.fresh, self.model.puzzle_emb
         carry = replace_halted(self.model, self._blank, fresh, randomness=self.randomness)
         return carry, None if table is None else table(carry.puzzle_identifiers)
@@ -112,8 +112,8 @@ class Inference:
     def run(self, batch: Batch, keys: np.ndarray | int = 0) -> None:
         """Solves a batch and sums its metrics; does not wait for the device.
 
-        keys: of a program with randomness, (B, 3) int32, the seed, example and path of each row, as `keys_of`
-        makes them; 0 puts every row on path 0.
+        keys: for a program with randomness, (B, 3) int32, the seed, example and path of each row, see
+        `keys_of`; 0 is path 0 for every row.
         """
         self._feed.push(batch, keys=keys)
         self._judging()
@@ -125,7 +125,7 @@ class Inference:
         Waits for the device. Raises ValueError for arrays of other shapes.
         """
         inputs, puzzle_identifiers = np.asarray(inputs), np.asarray(puzzle_identifiers)
-        # Writing to the feed would broadcast other shapes.
+        # The feed would broadcast other shapes.
         B, S = self.predictions.shape
         if inputs.shape != (B, S) or puzzle_identifiers.shape != (B,):
             raise ValueError(
@@ -152,7 +152,7 @@ class Inference:
 def _prepare(
     step: Callable[[], object], what: str, model: HRM, feed: Feed, mode: Mode, compilation: Compilation
 ) -> None:
-    """Takes a step for the first time, if its mode compiles it."""
+    """Runs the first step if its mode compiles it."""
     if not mode.compiled:
         return
     inputs = feed.fresh.inputs
@@ -177,11 +177,11 @@ class Waiting(NamedTuple):
 
 
 class Ends(NamedTuple):
-    """The ends of n sequences, as `Answers` and, each (n,), what a choice among paths needs.
+    """The final states of n sequences: `Answers`, and arrays (n,) for the choice among paths.
 
-    halts_at: int32, the first ACT step at which the sequence wishes to halt, at least NEVER if at none.
-    residual: float32, the mean over at most three last steps of the change of the logits, as a norm over the
-    vocabulary averaged over the cells; infinite after one step.
+    halts_at: int32, the first ACT step at which the sequence would halt by choice, at least NEVER if it would
+    not. residual: float32, the change of the logits (norm over the vocabulary, averaged over the cells),
+    averaged over at most the last three steps; infinite after one step.
     """
 
     places: np.ndarray
@@ -193,16 +193,16 @@ class Ends(NamedTuple):
     residual: np.ndarray
 
 
-# The steps over which a residual is averaged.
+# Number of steps over which a residual is averaged.
 _CHANGES = 3
 
 
 class StepByStep:
-    """The model one ACT step at a time at one batch size, without gradient: eager, compiled or captured.
+    """Runs the model step by step at one batch size, without gradient: eager, compiled or captured.
 
-    A sequence wishes to halt as in training without exploration: when q_halt is above q_continue (above 0
-    without one). Weights are read in place. carry: the state after the last step. gates: (B, 5) float32, the
-    mean gates of that step, those of L before those of H; (B, 0) unless sees_gates.
+    A sequence halts by choice as in training without exploration: if q_halt is above q_continue (above 0
+    without q_continue). Weights are read in place. carry: the state after the last step. gates: (B, 5)
+    float32, the mean gates of that step, L before H; (B, 0) unless sees_gates.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class StepByStep:
         self._changes = torch.zeros(batch_size, _CHANGES, dtype=wide, device=device)
         self._step = compiled(self._act_step) if mode.compiled else self._act_step
         self._mode = mode
-        # Random starts take longer to draw than to keep, so only a turn after a change of rows begins them.
+        # Drawing random initial states takes long, so start sequences only in steps after rows have changed.
         self._begin = Program(self._replace, device, captured=mode.captured)
         self._program = Program(self._turn, device, captured=mode.captured)
 
@@ -245,7 +245,8 @@ class StepByStep:
         )
 
     def prepare(self, compilation: Compilation) -> None:
-        """Compiles the step, if its mode asks for it; the first step would do so unannounced."""
+        """Compiles the step if its mode requires it; otherwise the first step would compile without
+        notice."""
         _prepare(self._take_step, "the single step", self.model, self._feed, self._mode, compilation)
 
     def _replace(self) -> None:
@@ -283,12 +284,12 @@ class StepByStep:
 
     @torch.no_grad()
     def take_turn(self) -> None:
-        """One ACT step, of fresh sequences from the feed where those before have halted; does not wait."""
+        """Runs one ACT step; sequences from the feed replace halted ones. Does not wait for the device."""
         self._begin()
         self._program()
 
     def _ends(self, rows: np.ndarray, places: np.ndarray, labels: np.ndarray) -> Ends:
-        """The present state of some rows. Waits for the device."""
+        """The current state of some rows. Waits for the device."""
         held = (self._predictions, self._q_halt, self.carry.steps, self._halts_at, self._changes.sum(dim=1))
         predictions, q_halt, steps, halts_at, changes = (of.cpu().numpy()[rows] for of in held)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -298,10 +299,9 @@ class StepByStep:
 
     @torch.no_grad()
     def at_depths(self, batch: Batch, depths: Sequence[int], keys: np.ndarray | int = 0) -> Iterator[Ends]:
-        """The state of all rows of a batch after each of `depths`, without halting before the last.
+        """The state of all rows of a batch after each of `depths`, without early halting.
 
-        depths: increasing numbers of ACT steps, the last of them arch.halt_max_steps. keys: as in
-        `Inference.run`.
+        depths: ascending numbers of ACT steps; the last is arch.halt_max_steps. keys: see `Inference.run`.
         """
         self._feed.push(batch, min_halt_steps=NEVER, keys=keys)
         self.carry.halted.fill_(True)
@@ -316,18 +316,19 @@ class StepByStep:
     def until_halted(
         self, waiting: Iterator[Waiting], goes_on: Callable[[int, int], bool] = lambda place, steps: True
     ) -> Iterator[Ends]:
-        """The ends of sequences that each stop when they halt, in the order in which they do.
+        """The final states of sequences with early halting, in the order of halting.
 
-        The row of a sequence that has ended takes the next one, so shapes and the cost of a step stay; at the
-        end some rows stand idle. goes_on: asked after every step for the place of each sequence that runs,
-        with its steps; False drops it without an end. The host reads after every step which have halted.
+        The next sequence takes the row of an ended one, so shapes and the cost of a step stay constant; at
+        the end some rows are idle. goes_on: called after every step with the place and steps of each running
+        sequence; False drops the sequence without a result. The host reads after every step which sequences
+        have halted.
         """
         B, S = self._predictions.shape
         held = Batch(
             np.zeros((B, S), np.int32), np.full((B, S), IGNORE_LABEL, np.int32), np.zeros(B, np.int32)
         )
         keys = np.zeros((B, self._feed.key_words), np.int32)
-        # The index of the sequence in each row, -1 for none.
+        # Index of the sequence in each row, -1 for none.
         places = np.full(B, -1)
         free = np.ones(B, bool)
         while True:
@@ -340,7 +341,7 @@ class StepByStep:
             if (places < 0).all():
                 return
             if free.any():
-                # Dropped sequences have not halted by themselves.
+                # Dropped sequences have not halted by choice.
                 self.carry.halted.copy_(torch.from_numpy(free))
                 self._feed.push(held, keys=keys)
                 self._begin()
@@ -354,10 +355,10 @@ class StepByStep:
 
 
 class EarlyExit(StepByStep):
-    """Each sequence stops when it halts, at the latest after halt_max_steps; see `until_halted`."""
+    """Solves batches with early halting, at the latest after halt_max_steps; see `until_halted`."""
 
     def answers(self, batches: Iterable[tuple[Batch, int]]) -> Iterator[Answers]:
-        """The answers to batches as in `Inference.answers`, in the order in which sequences halt."""
+        """The answers to batches, see `Inference.answers`, in the order of halting."""
         rows = ((batch, row) for batch, count in batches for row in range(count))
         waiting = (
             Waiting(place, batch.inputs[row], batch.labels[row], batch.puzzle_identifiers[row])

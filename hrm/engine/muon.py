@@ -18,9 +18,9 @@ UPDATES: dict[str, Callable[..., None]] = {"adam_atan2": adam_atan2, "adamw": ad
 
 
 class Stack(NamedTuple):
-    """Matrices of one shape that lie one after the other in flat parameters.
+    """Consecutive matrices of the same shape in flat parameters.
 
-    start, end: their place. weights: how many, each of `parts` matrices of (rows, columns).
+    start, end: their range. weights: number of weights, each of `parts` matrices of (rows, columns).
     """
 
     start: int
@@ -37,7 +37,7 @@ class Stack(NamedTuple):
         return whole.unflatten(1, (self.parts, self.rows, self.columns))
 
     def share(self, rank: int, ranks: int) -> slice:
-        """The matrices, of weights * parts, that a rank makes orthogonal."""
+        """The indices, among weights * parts matrices, that a rank orthogonalises."""
         matrices = self.weights * self.parts
         return slice(rank * matrices // ranks, (rank + 1) * matrices // ranks)
 
@@ -45,9 +45,9 @@ class Stack(NamedTuple):
 class Muon:
     """Muon for the first weights of flat parameters and AdamW for the others; see `kernels.muon`.
 
-    Each rank makes its share of the matrices orthogonal, and `exchange` gives every rank all of them, so that
-    ranks stay equal to the bit. The products run in the dtype that the model computes in. Source: Jordan et
-    al. 2024; the recipe of arXiv 2601.19085.
+    Each rank orthogonalises its share of the matrices, and `exchange` distributes them to all ranks, so that
+    ranks stay bit-identical. The products run in the dtype that the model computes in. Source: Jordan et al.
+    2024; the recipe of arXiv 2601.19085.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class Muon:
         world: World,
         adam: Mapping[str, float],
     ) -> None:
-        """parts: the matrices along the rows of each weight, in the order of the buffers.
+        """parts: number of matrices along the rows of each weight, in the order of the buffers.
 
-        lr: () float32 on the device, of the matrices. steps: of Newton-Schulz. adam: beta1, beta2 and
-        weight_decay of AdamW.
+        lr: () float32 on the device, the learning rate of the matrices. steps: of Newton-Schulz. adam: beta1,
+        beta2 and weight_decay of AdamW.
         """
         self.parameters, self.lr, self.world = parameters, lr, world
         self.mu, self.steps, self.weight_decay = momentum, steps, weight_decay
@@ -91,11 +91,11 @@ class Muon:
 
     @torch.no_grad()
     def propose(self, skip: Tensor | None = None) -> None:
-        """Momentum of every matrix, and the orthogonal update of this rank's share."""
+        """Computes the momentum of all matrices and the orthogonal update of this rank's share."""
         grad = self.parameters.grad[: len(self.momentum)]
         muon_momentum(grad, self.momentum, self.update, mu=self.mu, skip=skip)
         for index, stack in enumerate(self.stacks):
-            # Another rank begins at each stack, as some have fewer matrices than there are ranks.
+            # Start each stack at another rank, as some stacks have fewer matrices than there are ranks.
             rank = (self.world.rank + index) % self.world.size
             mine, updates = stack.share(rank, self.world.size), stack.of(self.update)
             proposed = orthogonalize(updates.flatten(0, 1)[mine], self.steps)
@@ -106,12 +106,12 @@ class Muon:
             updates.copy_(proposed.unflatten(0, (stack.weights, stack.parts)))
 
     def exchange(self) -> None:
-        """Gives every rank the updates of all matrices: each is zero on all ranks but one."""
+        """Sums the updates over the ranks: each is zero on all ranks but one."""
         self.world.all_reduce(self.update)
 
     @torch.no_grad()
     def step(self, lr: Tensor, skip: Tensor | None = None) -> None:
-        """One update of all parameters after `propose`; see `Adam.step`. lr: of AdamW."""
+        """Updates all parameters after `propose`; see `Adam.step`. lr: of AdamW."""
         data, copy = self.parameters.data, self.parameters.copy
         for stack in self.stacks:
             place = slice(stack.start, stack.end)
@@ -145,7 +145,7 @@ class Muon:
 
 
 def in_stacks(parts: Mapping[str, int], shapes: Mapping[str, torch.Size]) -> dict[str, int]:
-    """Weights by the matrices along their rows, in an order where those of one shape follow one another."""
+    """The number of matrices in each weight, ordered so that weights of the same shape are consecutive."""
     order = sorted(parts, key=lambda name: (shapes[name], parts[name]))
     return {name: parts[name] for name in order}
 
@@ -153,7 +153,7 @@ def in_stacks(parts: Mapping[str, int], shapes: Mapping[str, torch.Size]) -> dic
 def make_optimizer(
     config: Config, parameters: FlatParameters, parts: Mapping[str, int], muon_lr: Tensor, world: World
 ) -> Adam | Muon:
-    """The optimiser of a configuration. parts: see `Muon`, which alone takes them and muon_lr."""
+    """The optimiser of a configuration. parts, muon_lr: only for `Muon`."""
     adam = {"beta1": config.beta1, "beta2": config.beta2, "weight_decay": config.weight_decay}
     if config.optimizer != "muon":
         return Adam(parameters, update=UPDATES[config.optimizer], start=0, **adam)

@@ -1,8 +1,8 @@
 """Optimisers and the learning-rate schedule.
 
-All dense parameters live in one flat float32 buffer, their gradients in another: one optimiser pass, one
-all-reduce, one norm, no loop in Python. The puzzle table has an optimiser of its own that updates only the
-rows of the batch.
+All dense parameters are in one flat float32 buffer and their gradients in another, so a step needs one
+optimiser pass, one all-reduce and one norm, without a Python loop. The puzzle table has a separate optimiser,
+which updates only the rows of the batch.
 """
 
 import math
@@ -15,20 +15,20 @@ from torch import Tensor, nn
 
 from kernels import adam_atan2
 
-# Each parameter starts on a 64-byte boundary, for vector loads and for kernels that assume alignment.
+# Align each parameter to 64 bytes, for vector loads and for kernels that assume alignment.
 ALIGNMENT = 16
 
 
 class FlatParameters:
-    """Moves a module's parameters into one buffer, with another one for their gradients.
+    """Moves a module's parameters into one buffer, and allocates another for their gradients.
 
-    data, grad: (N,) float32 (the parameters' dtype), N counting the zeros of the alignment gaps. The
-    module's parameters become views of `data`. Their `.grad` is not used: `collect` takes what
-    `torch.autograd.grad` returns for `leaves`, so that no gradient is added to zeros first.
+    data, grad: (N,) float32 (the parameters' dtype), N includes the zeros in alignment gaps. The
+    module's parameters become views of `data`. Their `.grad` is not used: `collect` takes the results of
+    `torch.autograd.grad` for `leaves`, so that no gradient is added to zeros.
 
-    With a narrower `dtype` the module computes with copies instead: all its parameters but those named in
-    `wide` become views of `copy` (N,), which an update writes beside `data`, so that no weight is cast at
-    its use. Their gradients come in that dtype.
+    With a narrower `dtype` the module computes with copies instead: all its parameters except those named in
+    `wide` become views of `copy` (N,), which an update writes together with `data`, so that no weight is cast
+    at its use. The gradients of these parameters have that dtype.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class FlatParameters:
         wide: Sequence[str] = (),
         first: Sequence[str] = (),
     ) -> None:
-        """first: the parameters that the buffers start with, in this order."""
+        """first: the first parameters in the buffers, in this order."""
         named = dict(module.named_parameters())
         named = {name: named[name] for name in dict.fromkeys((*first, *named))}
         own = next(iter(named.values()))
@@ -63,7 +63,7 @@ class FlatParameters:
     def views(self, flat: Tensor, start: int = 0) -> dict[str, Tensor]:
         """Each parameter's part of a buffer laid out like `data[start:]`, by name, in the parameter's shape.
 
-        A shorter buffer has the first parameters from there on.
+        A shorter buffer holds only the first parameters from there.
         """
         return {
             name: flat[offset - start : offset - start + shape.numel()].view(shape)
@@ -72,15 +72,15 @@ class FlatParameters:
         }
 
     def refresh_copy(self) -> None:
-        """Updates the copies after `data` was written by anything but an optimiser step."""
+        """Updates the copies after any write to `data` other than an optimiser step."""
         if self.copy is not None:
             self.copy.copy_(self.data)
 
     @torch.no_grad()
     def collect(self, grads: Sequence[Tensor | None], *, adds: bool = False) -> None:
-        """Writes the gradients of `leaves` into `grad`, or adds them to it.
+        """Writes the gradients of `leaves` to `grad`, or adds them.
 
-        grads: one for each leaf, in the leaf's shape and dtype; None for a leaf that was not used.
+        grads: one for each leaf, in the leaf's shape and dtype; None for an unused leaf.
         """
         by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for view, grad in zip(self.views(self.grad).values(), grads, strict=True):
@@ -90,7 +90,7 @@ class FlatParameters:
                 given.append(grad)
             elif not adds:
                 view.zero_()
-        # One launch for many tensors, if all of a list have one dtype.
+        # One launch for many tensors, if all have the same dtype.
         for views, given in by_dtype.values():
             (torch._foreach_add_ if adds else torch._foreach_copy_)(views, given)
 
@@ -120,7 +120,7 @@ class MovingAverage:
         )
 
     def restart(self) -> None:
-        """Sets the average to the present parameters."""
+        """Sets the average to the current parameters."""
         self.data.copy_(self.parameters.data)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -128,14 +128,14 @@ class MovingAverage:
         return self.parameters.views(self.data)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Loads a `state_dict`; parameters that are missing keep their average."""
+        """Loads a `state_dict`; missing parameters keep their average."""
         for name, view in self.state_dict().items():
             if name in state:
                 view.copy_(state[name])
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within it, the module computes with the average instead of its parameters."""
+        """Within this context, the module computes with the average instead of its parameters."""
         own = self.parameters.data.clone()
         try:
             self._set(self.data)
@@ -149,7 +149,7 @@ class MovingAverage:
 
 
 class Adam:
-    """AdamATan2 or AdamW over flat parameters, or those from `start` on; see `kernels.adam_atan2`.
+    """AdamATan2 or AdamW over flat parameters from `start` on; see `kernels.adam_atan2`.
 
     Its step count lives on the device.
     """
@@ -174,16 +174,17 @@ class Adam:
         self.count = torch.zeros((), dtype=torch.int64, device=parameters.data.device)
 
     def propose(self, skip: Tensor | None = None) -> None:
-        """The part of an update before `exchange`: nothing."""
+        """Does the part of an update before `exchange`: nothing."""
 
     def exchange(self) -> None:
         """Exchanges parts of an update between ranks: nothing."""
 
     @torch.no_grad()
     def step(self, lr: Tensor, skip: Tensor | None = None) -> None:
-        """One update from the present gradients. lr: () float32, skip: () bool, both on the device.
+        """Updates the parameters from the current gradients. lr: () float32, skip: () bool, both on the
+        device.
 
-        Where skip is True, parameters, copies and moments keep their bits, and the step is not counted.
+        If skip is True, parameters, copies and moments do not change, and the step is not counted.
         """
         flat, start = self.parameters, self.start
         self.count += 1 if skip is None else ~skip
@@ -220,7 +221,7 @@ class Adam:
 
 
 def load_moments(moments: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
-    """Loads the moments of a `state_dict`. Those that it lacks, as another optimiser's does, become 0."""
+    """Loads the moments of a `state_dict`. Missing ones, as in another optimiser's state, become 0."""
     for kind, views in moments.items():
         for parameter, view in views.items():
             if parameter in state.get(kind, {}):

@@ -20,8 +20,8 @@ class Profile:
     nsys and ncu: cudaProfilerStart and cudaProfilerStop around those steps and NVTX ranges within, for a run
     under `nsys profile --capture-range=cudaProfilerApi` or `ncu --profile-from-start off`. torch: a trace for
     chrome://tracing or Perfetto and a table of the operations that took longest, in `run_dir`/profile.
-    captured: steps are replayed from a CUDA graph, which shows its kernels only; a note says so. Raises
-    UserError for a kind of profile that this device or installation cannot take.
+    captured: steps are replayed from a CUDA graph, of which a profile shows only the kernels; a note says so.
+    Raises UserError for a kind of profile that this device or installation does not support.
     """
 
     def __init__(
@@ -59,13 +59,13 @@ class Profile:
             self._stop()
 
     def before_step(self) -> None:
-        """Starts the profile when its first step is next."""
+        """Starts the profile before its first step."""
         self.steps += 1
         if self.kind != "none" and self.steps == self.first:
             self._start()
 
     def after_step(self) -> None:
-        """Ends the profile when its last step is done."""
+        """Ends the profile after its last step."""
         if self.kind != "none" and self.steps == self.last:
             self._stop()
 

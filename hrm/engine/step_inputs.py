@@ -1,4 +1,4 @@
-"""The inputs of a step from the host: one buffer at a fixed address, filled by one copy a step."""
+"""The inputs of a step from the host: one buffer at a fixed address, filled by one copy per step."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ from torch import Tensor
 from hrm.data.dataset import Batch
 from hrm.model.act import Sequences
 
-# Numbers in front of the data.
+# Scalars in front of the data.
 _NUMBERS = 4
-# Each tensor starts on a 64-byte boundary, in int32 words: generated code then loads vectors. The numbers fit
-# into the first 64 bytes, as float64 too.
+# Alignment of each tensor in int32 words, 64 bytes, for vector loads in generated code. The scalars fit into
+# the first 64 bytes, also as float64.
 _ALIGNMENT = 16
 
 
@@ -27,12 +27,12 @@ class _Slot:
 
 
 class Feed:
-    """Fresh sequences, minimum ACT steps and learning rates, at the addresses that a replayed program reads.
+    """New sequences, minimum ACT steps and learning rates, at the addresses that a replayed program reads.
 
     fresh: inputs, labels (B, S), puzzle_identifiers (B,) and keys (B, key_words); min_halt_steps: (B,); all
     int32. lr, puzzle_emb_lr, gate_loss_scale, muon_lr: () in rate_dtype. On CUDA a batch is copied from
-    pinned memory on a stream of its own, while the step before runs; the host waits only when it is two
-    batches ahead.
+    pinned memory on a separate stream during the previous step; the host waits only if it is two batches
+    ahead.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Feed:
                 staged = torch.empty_like(self._buffer)
                 host = torch.zeros(self._buffer.shape, dtype=torch.int32, pin_memory=True)
                 self._slots.append(_Slot(host, staged, torch.cuda.Event(), torch.cuda.Event()))
-        # On a CPU the host writes to the buffer itself.
+        # On a CPU the host writes to the buffer directly.
         self._host = self._buffer if device.type == "cpu" else torch.zeros_like(self._buffer, device="cpu")
 
     def push(
@@ -73,10 +73,10 @@ class Feed:
         keys: np.ndarray | int = 0,
         muon_lr: float = 0.0,
     ) -> None:
-        """Writes the values of the next step, in order with the work of the current stream.
+        """Writes the values of the next step, ordered with the work of the current stream.
 
         batch: B rows of S cells. min_halt_steps: (B,), or one number for all. keys: (B, key_words) int32, see
-        `Carry`; 0 puts every row on path 0, which is deterministic.
+        `Carry`; 0 is path 0 for every row, which is deterministic.
         """
         numbers = lr, puzzle_emb_lr, gate_loss_scale, muon_lr
         if not self._slots:
@@ -111,7 +111,7 @@ class Feed:
             np.copyto(target.numpy(), value)
 
     def _split(self, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Inputs, labels, puzzle identifiers, fewest steps and keys in a buffer."""
+        """Views of a buffer: inputs, labels, puzzle identifiers, minimum steps and keys."""
         padded = buffer[_ALIGNMENT:].split([_aligned(size) for size in self._sizes])
         inputs, labels, identifiers, steps, keys = (
             part[:size] for part, size in zip(padded, self._sizes, strict=True)
@@ -121,5 +121,5 @@ class Feed:
 
 
 def _aligned(words: int) -> int:
-    """As many words, and those up to the next boundary."""
+    """Rounds a number of words up to the next boundary."""
     return -(-words // _ALIGNMENT) * _ALIGNMENT

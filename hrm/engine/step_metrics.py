@@ -1,7 +1,7 @@
-"""The metrics of training steps: summed on the device, read once for each line of the log.
+"""The metrics of training steps: summed on the device, read once per log line.
 
-The device alone decides whether a step is skipped, for a loss or gradient that is not finite; the host learns
-of it with the next line of the log.
+The device decides whether to skip a step with a non-finite loss or gradient; the host finds out at the next
+log line.
 """
 
 import math
@@ -13,20 +13,21 @@ from torch import Tensor
 
 from hrm.distributed import World
 
-# The most steps whose own loss and gradient norm are kept.
+# Maximum number of steps whose individual loss and gradient norm are kept.
 LONGEST = 4096
-# Sums that are divided by the halted sequences; all others are divided by all sequences.
+# Sums that are divided by the number of halted sequences; all others are divided by the number of sequences.
 PER_HALTED = ("accuracy", "exact_accuracy", "q_halt_accuracy", "steps")
-# Rows and columns of the gates' statistics.
+# Rows and columns of the gate statistics.
 GATES = ("L/primary", "L/secondary", "L/input", "H/primary", "H/secondary")
 GATE_STATISTICS = ("mean", "std", "low", "high", "contribution")
 
 
 class Interval(NamedTuple):
-    """The steps between two lines of the log.
+    """The metrics between two log lines.
 
     metrics: by their names in the log. losses, norms: mean loss and gradient norm of each of the last steps,
-    oldest first; one of them is not finite for a skipped step. skipped_in_a_row: skipped steps at the end.
+    oldest first; for a skipped step at least one is not finite. skipped_in_a_row: number of skipped steps at
+    the end.
     """
 
     metrics: dict[str, float]
@@ -36,11 +37,11 @@ class Interval(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """The steps since the last reading.
+    """The sums since the last reading.
 
-    sums: over all ranks and all steps that were not skipped, `grad_norm` included. losses, norms: of each of
-    the last steps, oldest first, skipped ones included; a loss is the sum over all ranks. in_a_row: skipped
-    steps at the end.
+    sums: over all ranks and all steps that were not skipped, including `grad_norm`. losses, norms: of each of
+    the last steps, oldest first, including skipped ones; a loss is the sum over all ranks. in_a_row: number
+    of skipped steps at the end.
     """
 
     steps: int
@@ -58,15 +59,15 @@ class Tally:
     """
 
     def __init__(self, device: torch.device, steps: int) -> None:
-        """steps: between two readings; the last LONGEST of them keep their own loss and norm."""
+        """steps: number of steps between two readings; the loss and norm of the last LONGEST are kept."""
         self._length = min(steps, LONGEST)
         self._names: list[str] = []
         self._step_sums: Tensor | None = None
-        # This rank's sums; the norm is that of the whole gradient, equal on all ranks.
+        # This rank's sums; the norm is of the whole gradient, equal on all ranks.
         self._sums: Tensor | None = None
         self._loaded = False
         self._norm_sum = torch.zeros(1, dtype=torch.float32, device=device)
-        # Ring buffers: step n since the last reading is at n modulo the length.
+        # Ring buffers: step n since the last reading is at index n modulo the length.
         self._losses, self._norms = torch.zeros(2, self._length, dtype=torch.float32, device=device)
         self._slots = torch.arange(self._length, device=device)
         self._count, self._skipped, self._in_a_row = torch.zeros(3, 1, dtype=torch.int64, device=device)
@@ -77,10 +78,10 @@ class Tally:
             self._step_sums.zero_()
 
     def add(self, sums: dict[str, Tensor]) -> None:
-        """Adds the metric sums of a part, `loss` included; all parts have the same names."""
+        """Adds the metric sums of a part, including `loss`; all parts have the same names."""
         vector = torch.stack([value.to(torch.float32) for value in sums.values()])
         if self._step_sums is None or self._names != list(sums):
-            # A new stage may have other metrics; the sums of the earlier one have been read.
+            # A new stage may have other metrics; the earlier sums have been read.
             fits = self._loaded and self._sums is not None and self._sums.shape == vector.shape
             self._names, self._step_sums = list(sums), torch.zeros_like(vector)
             self._sums = self._sums if fits else torch.zeros_like(vector)
@@ -99,7 +100,7 @@ class Tally:
         return self._sums
 
     def keep(self) -> Callable[[], None]:
-        """Remembers all sums; the function that it returns puts them back, in place where possible."""
+        """Saves all sums; returns a function that restores them, in place if possible."""
         fields = self._names, self._step_sums, self._sums, self._loaded
         tensors = [self._norm_sum, self._losses, self._norms, self._count, self._skipped, self._in_a_row]
         tensors += [] if self._sums is None else [self._sums]
@@ -119,7 +120,7 @@ class Tally:
         """Ends a step. norm: (), of the whole gradient. skip: () bool, whether the step is skipped."""
         assert self._step_sums is not None and self._sums is not None
         norm = norm.to(torch.float32).reshape(1)
-        # A deterministic write by index may wait for the device.
+        # A deterministic indexed write may wait for the device.
         here = self._slots == self._count % self._length
         self._losses.copy_(torch.where(here, self.loss, self._losses))
         self._norms.copy_(torch.where(here, norm, self._norms))
@@ -142,12 +143,13 @@ class Tally:
         return Reading(steps, skipped, in_a_row, {**sums, "grad_norm": norm_sum}, of_all[len(sums) :], norms)
 
     def _places(self) -> Tensor:
-        """The slots of the last steps in the ring buffers, oldest step first."""
+        """The indices of the last steps in the ring buffers, oldest first."""
         steps = int(self._count.item())
         return self._slots.roll(-steps) if steps > self._length else self._slots[:steps]
 
     def state_dict(self, world: World) -> dict[str, Any]:
-        """The sums of all ranks since the last reading, as tensors and numbers; all call it together."""
+        """The sums of all ranks since the last reading, as tensors and numbers; all ranks call it
+        together."""
         places = self._places()
         return {
             "sums": None if self._sums is None else world.all_gather(self._sums[None]),
@@ -158,7 +160,7 @@ class Tally:
         }
 
     def load_state_dict(self, state: dict[str, Any], world: World) -> None:
-        """Continues from a `state_dict`; if the number of ranks differs, rank 0 takes the sums of all."""
+        """Continues from a `state_dict`; if the number of ranks differs, rank 0 gets the sums of all."""
 
         def mine(gathered: Tensor) -> Tensor:
             if len(gathered) == world.size:
@@ -169,7 +171,7 @@ class Tally:
             counter.fill_(count)
         gathered, self._loaded = state["sums"], True
         if self._sums is not None and (gathered is None or gathered.shape[1:] == self._sums.shape):
-            # In place, as a captured step adds to this address.
+            # Write in place, because a captured step adds to this address.
             self._sums.copy_(torch.zeros_like(self._sums) if gathered is None else mine(gathered))
         elif gathered is not None:
             self._sums = mine(gathered).to(self._count.device, copy=True)
@@ -197,7 +199,7 @@ def means(sums: dict[str, float], sequences: float) -> dict[str, float]:
 
 
 def gate_metrics(table: Tensor) -> dict[str, float]:
-    """The statistics of the gates (5, 5), rows as in GATES, by their names in the log."""
+    """The gate statistics (5, 5), rows as in GATES, by their names in the log."""
     return {
         f"gates/{gate}/{statistic}": value
         for gate, row in zip(GATES, table.tolist(), strict=True)

@@ -29,12 +29,12 @@ from kernels.backend import BackendError
 
 
 class StepProgram:
-    """The buffers of a training step, at addresses that stay, and the computation on them.
+    """The static buffers of a training step, and the computation on them.
 
-    A step takes its inputs from `feed` and reads no value back to the host, so a CUDA graph can replay it.
-    rows: this rank's sequences; part_rows: those of one part with gradient_accumulation. parameters,
-    optimizer, average, carry: its state. row_grads: gradient of each row's puzzle embedding, (rows,
-    puzzle_emb_ndim) float32, all_row_grads the same of all ranks, both None without a puzzle table.
+    A step takes its inputs from `feed` and copies no value to the host, so a CUDA graph can replay it. rows:
+    number of this rank's sequences; part_rows: of one part with gradient_accumulation. parameters, optimizer,
+    average, carry: the state. row_grads: gradient of each row's puzzle embedding, (rows, puzzle_emb_ndim)
+    float32; all_row_grads: the same for all ranks; both None without a puzzle table.
     """
 
     def __init__(self, config: Config, model: HRM, seq_len: int, device: torch.device, world: World) -> None:
@@ -59,7 +59,7 @@ class StepProgram:
             self.rows, seq_len, self.device, self.parameters.data.dtype, self.randomness.key_words
         )
         self.optimizer = make_optimizer(config, self.parameters, parts, self.feed.muon_lr, world)
-        # The norm of the gradient and whether to skip, from one program to another.
+        # Passes the gradient norm and the skip flag between programs.
         self._judged: tuple[Tensor, Tensor] | None = None
         if self.optimizer.exchanges:
             norm = self.parameters.grad.new_zeros(())
@@ -86,19 +86,19 @@ class StepProgram:
         self.tally = Tally(self.device, config.log_interval)
         self.compiled, self._is_compiled = compiled(self.forward), False
         self._programs: list[Callable[[], None]] = []
-        # With the metric sums that its graph adds to; another stage may have other metrics.
+        # Keep the metric sums that its graph adds to; another stage may have other metrics.
         self._captured: list[tuple[ArchConfig, list[Callable[[], None]], Tensor | None]] = []
 
     def run(self, mode: Mode) -> None:
-        """One step on what was pushed to `feed`; the mode is that of the first call."""
+        """Runs one step on the data in `feed`; the mode is that of the first call."""
         self._programs = self._programs or self._build(mode)
         for program in self._programs:
             program()
 
     def reset(self, config: Config) -> None:
-        """Continues with another architecture of the same shapes.
+        """Switches to another architecture with the same shapes.
 
-        Its step is compiled and captured anew, unless `capture` has captured it.
+        Its step is compiled and captured again, unless `capture` has captured it.
         """
         self.config = config
         torch.compiler.reset()
@@ -108,10 +108,9 @@ class StepProgram:
                 self._is_compiled, self._programs = True, programs
 
     def capture(self, mode: Mode) -> None:
-        """Captures the step of this architecture, to be replayed whenever it is entered; keeps the state.
+        """Captures the step of this architecture for later stages; keeps the state.
 
-        Warm steps come first, on the buffers as they are and with learning rates of 0. What they change is
-        put back.
+        Warm-up steps run first, on the current buffers with learning rates of 0. Their changes are undone.
         """
         if self._programs:
             return
@@ -126,7 +125,7 @@ class StepProgram:
         kept, put_back = [buffer.clone() for buffer in buffers], self.tally.keep()
         for rate in (self.feed.lr, self.feed.puzzle_emb_lr, self.feed.muon_lr):
             rate.zero_()
-        # The last call captures.
+        # The last call captures the step.
         for _ in range(WARM_UP + 1):
             self.run(mode)
         captured = self.config.arch, self._programs, self.tally.place
@@ -136,7 +135,7 @@ class StepProgram:
         self._captured.append(captured)
 
     def rehearse(self, forward: Callable[..., Any]) -> None:
-        """A step's forward and backward on the buffers as they are, without an update."""
+        """Runs a step's forward and backward on the current buffers, without an update."""
         inputs = self.inputs(slice(self.part_rows))
         self.differentiate(forward(*inputs)[1], inputs[2])
         self._is_compiled |= forward is self.compiled
@@ -148,7 +147,7 @@ class StepProgram:
         return compilation.of("the training step", *shape)
 
     def prepare(self, mode: Mode, compilation: Compilation) -> None:
-        """Compiles forward and backward, unless they are; changes no state."""
+        """Compiles forward and backward if necessary; changes no state."""
         if self._is_compiled:
             return
         rehearse = partial(self.rehearse, self.compiled)
@@ -159,7 +158,7 @@ class StepProgram:
                 rehearse()
 
     def _build(self, mode: Mode) -> list[Callable[[], None]]:
-        """A step's parts in their order: one program, or several around the exchanges between ranks."""
+        """The parts of a step in order: one program, or several with the exchanges between ranks."""
         forward = self.compiled if mode.compiled else self.forward
         program = partial(Program, device=self.device, captured=mode.captured)
 
@@ -206,13 +205,13 @@ class StepProgram:
         fresh = Sequences(*(tensor[part] for tensor in self.feed.fresh))
         puzzle_rows = None
         if self.model.puzzle_emb is not None:
-            # A leaf outside of forward: only these rows get a gradient, not the whole table.
+            # Make the rows a leaf outside forward, so that only they get a gradient, not the whole table.
             identifiers = torch.where(carry.halted, fresh.puzzle_identifiers, carry.puzzle_identifiers)
             puzzle_rows = self.model.puzzle_emb(identifiers).requires_grad_()
         return carry, fresh, puzzle_rows, self.feed.min_halt_steps[part], self.feed.gate_loss_scale
 
     def compute(self, forward: Callable[..., Any]) -> None:
-        """Gradients of the sequences in `feed`, the carry after them, and their metric sums."""
+        """Computes gradients, the new carry and the metric sums for the sequences in `feed`."""
         self.tally.begin()
         for first in range(0, self.rows, self.part_rows):
             part = slice(first, first + self.part_rows)
@@ -230,13 +229,14 @@ class StepProgram:
             self.tally.add({**sums, "loss": loss.detach() * self.config.global_batch_size})
             # Free these tensors before the next part allocates its own.
             del after, loss, sums, puzzle_rows, grads, row_grads
-        # Through the gradient, a loss that is not finite reaches every rank.
+        # Include the loss, so that a non-finite loss reaches every rank through the gradient.
         self.parameters.grad[:1].add_(self.tally.loss * 0)
 
     def differentiate(
         self, loss: Tensor, puzzle_rows: Tensor | None
     ) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
-        """Gradients of the loss by the parameters' leaves, and by the puzzle rows if there are any."""
+        """Gradients of the loss with respect to the parameters' leaves, and to the puzzle rows if there are
+        any."""
         rows = () if puzzle_rows is None else (puzzle_rows,)
         grads = torch.autograd.grad(loss, (*self.parameters.leaves, *rows), allow_unused=True)
         return (grads[:-1], grads[-1]) if rows else (grads, None)
@@ -250,7 +250,7 @@ class StepProgram:
                 self.all_row_grads.copy_(self.world.all_gather(self.row_grads))
 
     def update(self) -> None:
-        """Updates parameters, average and puzzle table, or none of them if the gradient is not finite."""
+        """Updates parameters, average and puzzle table, unless the gradient is not finite."""
         with region("optimiser"):
             norm, skip = self._judge()
             self.optimizer.propose(skip)
@@ -297,14 +297,14 @@ class StepProgram:
                 self.config.puzzle_emb_weight_decay,
                 skip,
             )
-        # The states of a skipped step may hold NaN: replace its sequences by fresh ones.
+        # The states of a skipped step may hold NaN: replace its sequences.
         self.carry.halted.logical_or_(skip)
         self.carry.gates.copy_(torch.where(skip, 0, self.carry.gates))
         self.tally.end(norm, skip)
 
 
 def check_kernels(config: Config, model: HRM, seq_len: int) -> None:
-    """Steps one sequence, if implementations are chosen by name; raises UserError if one cannot run here."""
+    """Tests one sequence if implementations are selected by name; raises UserError if one cannot run here."""
     try:
         named = get_backend() == "triton" or config.attention.backend != "auto"
     except ValueError as error:

@@ -1,1 +1,1 @@
-"""Metrics of a trained model and the voting over ARC augmentations."""
+"""Metrics of a trained model, many paths per puzzle, and voting over ARC augmentations."""

@@ -29,11 +29,11 @@ from hrm.engine.step_metrics import PER_HALTED, means
 from hrm.evaluation.arc_voting import Votes, read_tests, submission
 from hrm.evaluation.ranks import answers_in_order, own_early_answers
 
-# Degrees of difficulty in a set, with about as many examples in each.
+# Number of difficulty levels in a set, with about equal numbers of examples.
 BUCKETS = 5
-# Examples rated by a solver if the data set gives no difficulty.
+# Number of examples to rate by a solver if the data set has no difficulty.
 RATED = 10_000
-# Numbers of answers to an ARC test, those of the official evaluations.
+# Numbers of answers per ARC test, as in the official evaluations.
 ATTEMPTS = (1, 2, 5, 10, 100, 1000)
 
 # Metrics by name; "difficulty" and "eval_act" hold metrics of parts and of early halting.
@@ -43,7 +43,7 @@ Listener = Callable[[str, Answers], None]
 
 
 class Scores:
-    """The results of `count` sequences by place, in the few bytes that metrics need."""
+    """The results of `count` sequences by place, reduced to the bytes that metrics need."""
 
     def __init__(self, count: int) -> None:
         self.exact, self.q_right, self.counted = (np.zeros(count, bool) for _ in range(3))
@@ -63,13 +63,13 @@ class Scores:
     def share(self, world: World, device: torch.device) -> None:
         """Adds the results of all ranks, whose sequences differ."""
         held: list[np.ndarray] = [self.exact, self.q_right, self.counted, self.accuracy, self.steps]
-        # float32 holds every value, and each place has one rank's value.
+        # float32 is exact here, and each place has a value on only one rank.
         sums = torch.from_numpy(np.stack([values.astype(np.float32) for values in held])).to(device)
         for values, total in zip(held, world.all_reduce(sums).cpu().numpy(), strict=True):
             values[:] = total
 
     def metrics(self, chosen: np.ndarray | None = None) -> Metrics:
-        """Means over the sequences at the places `chosen`, or over all; ignores those without labels."""
+        """Means over the sequences at the places `chosen`, or over all; ignores sequences without labels."""
         places = np.flatnonzero(self.counted)
         if chosen is not None:
             places = chosen[self.counted[chosen]]
@@ -102,10 +102,10 @@ def evaluate(
 
     examples: the examples of each set to evaluate, None for all. eval_act: add under "eval_act" the results
     with early halting: the same metrics, steps_histogram (sequences by steps, from 1), steps_saved (share).
-    "difficulty" holds metrics by degree of difficulty, if known. seconds: time without compiling, for either
-    way. compilation: what surrounds the compiler. listeners receive the answers of the full steps; places
-    count the set's examples. world: the ranks that share the batches; each gets the whole results. Memory
-    grows by about ten bytes per example. Raises UserError if a batch does not fit into memory.
+    "difficulty" holds metrics by difficulty level, if known. seconds: time without compilation. compilation:
+    announces and interrupts the compiler. listeners receive the answers after all steps; places are indices
+    of the set's examples. world: the ranks that share the batches; all get the results. Memory grows by about
+    ten bytes per example. Raises UserError if a batch does not fit into memory.
     """
     world = world or World()
     model, seq_len = trained.model, dataset.metadata.seq_len
@@ -159,7 +159,7 @@ def evaluate(
 def taken_of(
     dataset: PuzzleDataset, examples: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, np.ndarray]:
-    """The increasing numbers of the evaluated examples of each set that has any."""
+    """The ascending indices of the evaluated examples, for each set that has any."""
     if examples is None:
         return {name: np.arange(len(part.inputs)) for name, part in dataset.sets.items()}
     return {name: examples[name] for name in dataset.sets if len(examples[name])}
@@ -185,7 +185,7 @@ def progress_bar(name: str, total: int) -> tqdm:
 def difficulty(dataset: PuzzleDataset, name: str, taken: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The difficulty of examples of a set, (n,) integers, and their places (n,) in `taken`; empty if unknown.
 
-    It comes from the data set, or for Sudoku from the solver's guesses on a random part of at most RATED.
+    It comes from the data set, or for Sudoku from the solver's guesses on a random sample of at most RATED.
     """
     known = read_difficulty(dataset.folder, name, len(dataset.sets[name].inputs))
     places = np.arange(len(taken))
@@ -204,15 +204,16 @@ def difficulty(dataset: PuzzleDataset, name: str, taken: np.ndarray) -> tuple[np
 
 
 def by_difficulty(dataset: PuzzleDataset, name: str, taken: np.ndarray, scores: Scores) -> dict[str, Metrics]:
-    """The metrics of the scored sequences by degree of difficulty, from easy to hard; empty if unknown."""
+    """The metrics of the scored sequences by difficulty level, from easy to hard; empty if unknown."""
     values, places = difficulty(dataset, name, taken)
     return {label: scores.metrics(places[chosen]) for label, chosen in degrees(values)}
 
 
 def degrees(values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """The degrees of difficulty of values (n,), from easy to hard: the range and indices of each.
+    """The difficulty levels of values (n,), from easy to hard: the range and indices of each.
 
-    Degrees have about as many values, and equal values share one; yields nothing for a single degree.
+    Levels have about equal numbers of values, and equal values share a level; yields nothing for a single
+    level.
     """
     # The number of easier values, for each value.
     easier = np.searchsorted(np.sort(values), values)
@@ -243,7 +244,7 @@ class Voting:
         self._dataset.check_unchanged(name)
         examples = self._taken[name][answers.places]
         identifiers = part.puzzle_identifiers[_puzzles(part, examples)]
-        # The sigmoid in a form that does not overflow.
+        # A sigmoid without overflow.
         q_halt = 0.5 * (1 + np.tanh(0.5 * answers.q_halt.astype(np.float64)))
         for identifier, example, prediction, q in zip(
             identifiers, examples, answers.predictions, q_halt, strict=True
@@ -257,7 +258,7 @@ class Voting:
         return {name: {str(k): part for k, part in parts.items()} for name, parts in solved.items()}
 
     def write_submission(self, path: Path) -> None:
-        """Writes the two best answers to every test in Kaggle's form."""
+        """Writes the two best answers to every test in Kaggle's format."""
         write_whole(path, json.dumps(submission(self._votes)) + "\n")
 
 
@@ -267,8 +268,8 @@ def predictions_file(
 ) -> Iterator[Listener]:
     """A listener whose answers become the .npz file `path` if the block succeeds.
 
-    For every set it holds, under names as in the set's own files: predictions (n, S), q_halt (n,), steps
-    (n,), puzzle_identifiers (n,) and examples (n,), their numbers in the set. The arrays grow on disk, not in
+    For every set it holds, named like the set's files: predictions (n, S), q_halt (n,), steps (n,),
+    puzzle_identifiers (n,) and examples (n,), their indices in the set. The arrays grow on disk, not in
     memory. Raises UserError if the file cannot be written.
     """
     kind = np.min_scalar_type(dataset.metadata.vocab_size - 1)
@@ -309,7 +310,7 @@ def _puzzles(part: PuzzleSet, examples: np.ndarray) -> np.ndarray:
 def dataset_of(found: Found, data_path: str | None, split: str) -> PuzzleDataset:
     """A split of the data set in data_path, or of the one that the run was trained on if data_path is None.
 
-    Raises UserError if there is none, and what `PuzzleDataset` raises.
+    Raises UserError if there is none, and the errors of `PuzzleDataset`.
     """
     folder = data_folder(found.config) if data_path is None else Path(data_path)
     if not folder.is_dir():
@@ -318,7 +319,7 @@ def dataset_of(found: Found, data_path: str | None, split: str) -> PuzzleDataset
 
 
 def describe(trained: Trained, mode: str, dataset: PuzzleDataset) -> str:
-    """One line on what is judged."""
+    """One line that describes the model and the data."""
     model = trained.model
     count = sum(parameter.numel() for parameter in model.parameters())
     return (

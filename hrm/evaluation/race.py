@@ -1,4 +1,4 @@
-"""The paths of one puzzle while they run, until no open one can change the choice among them."""
+"""Tracks the running paths of a puzzle until none can change the choice among them."""
 
 import math
 
@@ -12,12 +12,13 @@ from hrm.engine.inference import Answers, Ends
 from hrm.evaluation.selection import Rule, choose, unfinished, useful_steps
 from hrm.evaluation.views import View
 
-# Kinds whose rules tell a right answer from a wrong one.
+# Kinds whose rules identify right answers.
 RULED = ("sudoku", "maze")
 
 
 def compared(kind: Kind, answers: np.ndarray) -> np.ndarray:
-    """Answers (n, S) as votes compare them: of an ARC canvas the grid alone, for no label trains the rest."""
+    """Answers (n, S) in the form that votes compare: for ARC only the grid, because labels do not train the
+    rest."""
     if kind.name != "arc":
         return answers
     found, side = np.zeros_like(answers), math.isqrt(answers.shape[1])
@@ -28,7 +29,7 @@ def compared(kind: Kind, answers: np.ndarray) -> np.ndarray:
 
 
 class Judge:
-    """Compares the answers of paths with the labels, the rules and each other."""
+    """Compares the answers of paths with labels, rules and each other."""
 
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
@@ -45,7 +46,7 @@ class Judge:
 
 
 class Race:
-    """The paths of one puzzle while they run. open: how many have neither ended nor been dropped."""
+    """The running paths of a puzzle. open: number of paths that have neither ended nor been dropped."""
 
     def __init__(
         self, select: Rule, judge: Judge, view: View, inputs: np.ndarray, labels: np.ndarray
@@ -59,11 +60,11 @@ class Race:
         self._compared = np.zeros_like(self._predictions)
         self._steps = np.zeros(paths, np.int64)
         self._ended = np.zeros(paths, bool)
-        # The steps after which no path changes the choice.
+        # Number of steps after which no path changes the choice.
         self._useful = useful_steps(select, self._outcomes.head(0), self._steps[:0], paths)
 
     def goes_on(self, path: int, steps: int) -> bool:
-        """Whether a path that has taken so many steps may still change the choice; if not, it is dropped."""
+        """Whether a path after `steps` steps may still change the choice; if not, it is dropped."""
         self._steps[path] = steps
         if steps < self._useful:
             return True
@@ -71,7 +72,7 @@ class Race:
         return False
 
     def end(self, path: int, ends: Ends, index: int) -> None:
-        """Takes the end of a path."""
+        """Records the end of a path."""
         outcomes, answer = self._outcomes, self._predictions[path]
         answer[:] = self._view.answers(ends.predictions[index][None], np.array([path]))[0]
         right, lawful = self._judge.answers(answer[None], self._inputs, self._labels)
@@ -90,9 +91,9 @@ class Race:
         self._useful = useful_steps(self._select, ended, self._steps[self._ended], running)
 
     def answers(self, place: int) -> Answers:
-        """The chosen answer, as that of the sequence at this place."""
+        """The chosen answer, as the answer of the sequence at this place."""
         if self._outcomes.lawful is not None and self._select == "rules":
-            # In step with the others, a later path would not have been waited for.
+            # If all paths ran in parallel, a path that ends later would have been dropped.
             self._outcomes.lawful[0] &= self._steps <= self._useful
         path = int(choose(self._select, self._outcomes)[0])
         return Answers(

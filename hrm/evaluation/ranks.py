@@ -1,7 +1,7 @@
-"""Evaluation shared by ranks: whole batches go to the ranks in turn, and their answers come back in order.
+"""Distributes whole batches among ranks, and gathers their answers in order.
 
-A batch is computed as one process computes it, in the same shape with the same rows, and sums are added in
-the order of batches. So the results do not depend on the number of ranks, to the last digit.
+A batch has the same shape and rows as in a single process, and sums are added in the order of batches. So the
+results are identical for any number of ranks.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,13 +17,13 @@ from hrm.engine.inference import Answers, EarlyExit, Inference
 def answers_in_order(
     full: Inference, batches: Iterable[tuple[Batch, int]], world: World
 ) -> Iterator[tuple[Answers, np.ndarray]]:
-    """The answers to every batch on every rank, with the batch's metric sums as float64.
+    """The answers to all batches, on every rank, with each batch's metric sums as float64.
 
-    batches: the same on every rank, each with the number of its valid rows.
+    batches: equal on every rank, each with its number of valid rows.
     """
     source, first = iter(batches), 0
     while turn := list(islice(source, world.size)):
-        # In the last turn, a rank without a batch repeats one, for the others wait for it.
+        # In the last round, a rank without a batch repeats one, because the others wait for it.
         full.run(turn[min(world.rank, len(turn) - 1)][0])
         outputs = (full.predictions, full.q_halt, full.sums)
         gathered = [world.all_gather(output).cpu().numpy().copy() for output in outputs]
@@ -42,7 +42,7 @@ def answers_in_order(
 def own_early_answers(
     early: EarlyExit, batches: Iterable[tuple[Batch, int]], batch_size: int, world: World
 ) -> Iterator[Answers]:
-    """The answers with early halting to this rank's batches, with the places of all ranks' sequences."""
+    """The answers with early halting to this rank's batches, with places among the sequences of all ranks."""
     for answers in early.answers(islice(batches, world.rank, None, world.size)):
         turn, row = np.divmod(answers.places, batch_size)
         yield answers._replace(places=(turn * world.size + world.rank) * batch_size + row)

@@ -1,1 +1,1 @@
-"""The mathematics: architectures, ACT step, losses."""
+"""The mathematics of the models: architectures, ACT step, losses."""

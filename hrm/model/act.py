@@ -21,11 +21,10 @@ from kernels.noise import KEY_WORDS
 class Carry(NamedTuple):
     """The state of a batch of sequences between two ACT steps.
 
-    z_H, z_L: (B, T, D) in the model's dtype; with K chains z_L is (B, K, T, D), with a single state it is
-    (B, 0, D). steps: (B,) int32, ACT steps taken. halted: (B,) bool, to be replaced at the next step. inputs,
-    labels: (B, S) int32, the data being worked on, labels -100 where they do not count. puzzle_identifiers:
-    (B,) int32. keys: (B, 3) int32, the seed, example and path that random numbers are a function of; (B, 0)
-    where nothing is random.
+    z_H, z_L: (B, T, D) in the model's dtype; with K chains z_L is (B, K, T, D), with a single state it is (B,
+    0, D). steps: (B,) int32, ACT steps taken. halted: (B,) bool, to be replaced at the next step. inputs,
+    labels: (B, S) int32, the current data; ignored labels are -100. puzzle_identifiers: (B,) int32. keys: (B,
+    3) int32, the seed, example and path that determine random numbers; (B, 0) without randomness.
     """
 
     z_H: Tensor
@@ -42,9 +41,9 @@ class Carry(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """Fresh sequences to work on. inputs, labels: (B, S) int32. puzzle_identifiers: (B,) int32.
+    """New sequences. inputs, labels: (B, S) int32. puzzle_identifiers: (B,) int32.
 
-    keys: (B, 3) int32, see `Carry`; read only where something is random.
+    keys: (B, 3) int32, see `Carry`; read only with randomness.
     """
 
     inputs: Tensor
@@ -54,11 +53,12 @@ class Sequences(NamedTuple):
 
 
 class Randomness(NamedTuple):
-    """The random parts of a program's recurrence; their numbers are a function of the carry's keys.
+    """The randomness of a recurrence; its random numbers are a function of the carry's keys.
 
-    starts: z_H and z_L start at truncated normals of deviation 1, drawn for every token and channel, in place
-    of H_init and L_init. noise: the deviation of the normal noise that every update adds. Both spare path 0,
-    which is deterministic. Training takes `of` its architecture; evaluation of any model may take another.
+    starts: z_H and z_L start at truncated normals of standard deviation 1, drawn for every token and channel,
+    instead of H_init and L_init. noise: the standard deviation of the normal noise in every update. Neither
+    applies to path 0, which is deterministic. Training uses `of` its architecture; evaluation may use another
+    with any model.
     """
 
     starts: bool = False
@@ -71,7 +71,7 @@ class Randomness(NamedTuple):
 
     @property
     def key_words(self) -> int:
-        """The width of the keys: 0 where nothing is random."""
+        """The width of the keys; 0 without randomness."""
         return KEY_WORDS if self.starts or self.noise else 0
 
 
@@ -81,8 +81,8 @@ PLAIN = Randomness()
 class Subgoal(NamedTuple):
     """The inputs of the feudal loss, with gradient.
 
-    z_L: (B, T, D). goal: (B, G), gate: (B,), those of this step, computed from its z_H where `renewed` (B,)
-    and the carried ones elsewhere.
+    z_L: (B, T, D). goal: (B, G), gate: (B,), computed from this step's z_H where `renewed` (B,), otherwise
+    carried over.
     """
 
     z_L: Tensor
@@ -94,9 +94,9 @@ class Subgoal(NamedTuple):
 class Outputs(NamedTuple):
     """The outputs of one ACT step.
 
-    answer: (B, S, D), the states of z_H that the head reads; their logits are the loss's business, which
-    does not keep them. q_*: (B,), the target None when not asked for. subgoal: None without a subgoal head.
-    gated: the modules' gates, L first, when asked for.
+    answer: (B, S, D), the part of z_H that the head reads; the loss computes the logits and does not keep
+    them. q_*: (B,), the target None if not requested. subgoal: None without a subgoal head. gated: the
+    modules' gates, L first, if requested.
     """
 
     answer: Tensor
@@ -117,10 +117,10 @@ def initial_carry(
     randomness: Randomness = PLAIN,
     chains: int = 1,
 ) -> Carry:
-    """A carry whose sequences have all halted, so that the first step replaces every one of them.
+    """A carry whose sequences have all halted, so that the first step replaces all of them.
 
-    keeps_gates: with room for the gates of a step, for the stability loss. randomness: that of the steps to
-    come, whose keys it then has. chains: states z_L of each sequence, see `hrm.model.chains`.
+    keeps_gates: allocate the gates of a step, for the stability loss. randomness: of later steps; allocates
+    their keys. chains: number of states z_L per sequence, see `hrm.model.chains`.
     """
     arch = model.arch
     state = torch.zeros(batch_size, model.length, arch.hidden_size, dtype=model.dtype, device=device)
@@ -131,7 +131,7 @@ def initial_carry(
     goal_dim = arch.subgoal_head.goal_dim if model.subgoal_head is not None else 0
     gates = state.new_zeros(batch_size, 0)
     if keeps_gates:
-        # Three sources of L and two of H, gated by channel or by token.
+        # Three sources of L and two of H, with gates per channel or per token.
         width = 1 if arch.gating_type == "attention" else arch.hidden_size
         gates = state.new_zeros(batch_size, model.length, 5, width)
     if arch.single_state:
@@ -154,7 +154,7 @@ def initial_carry(
 
 
 def replace_halted(model: HRM, carry: Carry, fresh: Sequences, *, randomness: Randomness = PLAIN) -> Carry:
-    """Puts fresh sequences where the carry's have halted, with initial states, steps 0 and no subgoal.
+    """Replaces halted sequences by new ones, with initial states, 0 steps and no subgoal.
 
     Chains start at the model's L_init and L_chains.
     """
@@ -172,7 +172,7 @@ def replace_halted(model: HRM, carry: Carry, fresh: Sequences, *, randomness: Ra
     else:
         z_H = torch.where(per_state, model.H_init.to(carry.z_H.dtype), carry.z_H)
         z_L = carry.z_L if L_init is None else torch.where(per_state, L_init.to(carry.z_L.dtype), carry.z_L)
-    # Every field by keyword: Dynamo of torch 2.11 traces `_replace` to an empty tuple.
+    # Pass every field by keyword: Dynamo of torch 2.11 traces `_replace` to an empty tuple.
     return Carry(
         z_H=z_H,
         z_L=z_L,
@@ -189,11 +189,11 @@ def replace_halted(model: HRM, carry: Carry, fresh: Sequences, *, randomness: Ra
 
 
 def draw_min_halt_steps(arch: ArchConfig, seed: int, step: int, batch_size: int) -> np.ndarray:
-    """Exploration: the fewest steps each sequence must take before it may halt by choice, (B,) int32.
+    """Exploration: the minimum number of steps before each sequence may halt by choice, (B,) int32.
 
-    Uniform in [2, halt_max_steps] with probability halt_exploration_prob, otherwise 0. Drawn for the whole
-    global batch from (seed, step) alone, so it is the same however many ranks share the batch and needs no
-    state to resume.
+    Uniform in [2, halt_max_steps] with probability halt_exploration_prob, otherwise 0. It is drawn for the
+    whole global batch from (seed, step), so it does not depend on the number of ranks and needs no state for
+    resumption.
     """
     if arch.halt_max_steps < 2:
         return np.zeros(batch_size, dtype=np.int32)
@@ -203,14 +203,15 @@ def draw_min_halt_steps(arch: ArchConfig, seed: int, step: int, batch_size: int)
 
 
 def keys_of(seed: int, examples: np.ndarray, path: np.ndarray | int) -> np.ndarray:
-    """The keys of sequences, (B, 3) int32: the low 32 bits of seed, example (B,) and path (B,) or one."""
+    """The keys of sequences, (B, 3) int32: the low 32 bits of seed, example (B,) and path (B,) or ()."""
     columns = np.broadcast_arrays(np.uint64(seed), examples, path)
     words = np.stack([column.astype(np.uint64) for column in columns], axis=1)
     return (words & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.int32)
 
 
 def training_keys(seed: int, step: int, batch_size: int) -> np.ndarray:
-    """The keys of the rows of a step's global batch, (B, 3) int32; each row of a run is an example."""
+    """The keys of the rows of a step's global batch, (B, 3) int32; each row of the run is a separate
+    example."""
     return keys_of(seed, step * batch_size + np.arange(batch_size), 1)
 
 
@@ -227,10 +228,10 @@ def act_step(
     """One ACT step on a carry without halted sequences.
 
     puzzle_rows: (B, puzzle_emb_ndim), the rows of carry.puzzle_identifiers, or None without a puzzle table.
-    min_halt_steps: (B,) while training; None evaluates, where sequences halt at halt_max_steps only and no
-    target is computed. sees_gates: to have the gates in the outputs. with_target: False where sequences halt
-    by choice but nothing is learnt, which saves the target's pass. randomness: of the noise, by the carry's
-    keys; the target's pass takes the numbers of the step after. The new carry is detached.
+    min_halt_steps: (B,) while training; None for evaluation: sequences halt only at halt_max_steps and no
+    target is computed. sees_gates: include the gates in the outputs. with_target: False for halting by choice
+    without training, which saves the target pass. randomness: of the noise, by the carry's keys; the target
+    pass uses the random numbers of the next step. The new carry is detached.
     """
     arch, head = model.arch, model.subgoal_head
     noise = Noise(randomness.noise, carry.keys, carry.steps) if randomness.noise else None
@@ -257,7 +258,7 @@ def act_step(
         is_last = steps >= arch.halt_max_steps
         halted = is_last
         if min_halt_steps is not None and arch.halt_max_steps > 1:
-            # Without a continue head in use, stopping is worth it when it is likelier right than wrong.
+            # Without q_continue, halt if the answer is more likely right than wrong.
             wants_to_halt = q_halt > (q_continue if arch.q_continue else 0)
             halted = is_last | (wants_to_halt & (steps >= min_halt_steps))
             if arch.q_continue and with_target:
@@ -271,7 +272,7 @@ def act_step(
         gates = carry.gates
         if seen and gates.shape[1:].numel():
             gates = pack([gated.gates for gated in seen])
-    # Every field by keyword, as in `replace_halted`.
+    # Pass every field by keyword, as in `replace_halted`.
     carry = Carry(
         z_H=z_H,
         z_L=z_L,

@@ -1,8 +1,8 @@
-"""Winner takes all: a sequence has several latent states z_L in training, and the best of them learns.
+"""Winner-takes-all training: a sequence has several latent states z_L, and only the best one learns.
 
 The chains of a sequence share z_H. An ACT step runs every chain without gradient, then the chain with the
-least token loss once more with gradient. The winner's z_H becomes the sequence's; each chain keeps its own
-z_L. Evaluation has one chain, which starts at L_init as the first does. Source: arXiv 2601.19085.
+lowest token loss again with gradient. The sequence takes the winner's z_H; each chain keeps its z_L.
+Evaluation has one chain, which starts at L_init like the first chain. Source: arXiv 2601.19085.
 
 Shapes: K chains; B, T and D as in `hrm.model.hrm`.
 """
@@ -51,15 +51,15 @@ def chains_step(
 
 
 def with_states(carry: Carry, z_L: Tensor, keys: Tensor) -> Carry:
-    """The carry with other states z_L and the keys that go with them."""
+    """The carry with other states z_L and their keys."""
     # By keyword: Dynamo of torch 2.11 traces `_replace` to an empty tuple.
     return Carry(**{**dict(zip(Carry._fields, carry, strict=True)), "z_L": z_L, "keys": keys})
 
 
 def _of_every_chain(carry: Carry) -> Carry:
-    """The carry of B * K sequences, one for each chain."""
+    """The carry as B * K sequences, one per chain."""
     K = carry.z_L.shape[1]
-    # The gates of the step before are for the winner alone.
+    # Only the winner uses the gates of the previous step.
     fields = {"z_L": carry.z_L.flatten(0, 1), "gates": carry.gates[:0]}
     for name, value in zip(Carry._fields, carry, strict=True):
         if name not in fields:
@@ -70,7 +70,7 @@ def _of_every_chain(carry: Carry) -> Carry:
 
 
 def _keys(keys: Tensor, chains: Tensor) -> Tensor:
-    """The keys (n, 3) of chains (n,): each draws the random numbers of a path of its own."""
+    """The keys (n, 3) of chains (n,): each chain has its own path number."""
     if not keys.shape[1]:
         return keys
     return torch.cat([keys[:, :2], keys[:, 2:] + chains[:, None].to(keys.dtype)], dim=1)

@@ -1,11 +1,11 @@
-"""The gated architecture's additions: a gate network for each reasoning module, its losses and statistics.
+"""The additions of the gated architecture: a gate network per reasoning module, gate losses and statistics.
 
 Shapes: B batch, T tokens, D hidden size, R = gate_hidden_ratio * D the width of a gate network, n the number
-of sources: primary state z, secondary state o and, for L, the input x, in this order. W is D where every
-channel has its own gate, 1 where a token's channels share one. What belongs to an absent x is not computed,
-and its weights get a gradient of zero.
+of sources: primary state z, secondary state o and, for L, the input x, in this order. W is D if every channel
+has its own gate, 1 if a token's channels share a gate. Terms of an absent x are not computed, and its weights
+get a zero gradient.
 
-Source: the gated fork of HRM; its saturation loss with the sign turned round.
+Source: the gated fork of HRM; its saturation loss with the opposite sign.
 """
 
 import math
@@ -20,31 +20,31 @@ from hrm.model.layers import Linear
 from kernels import gate_mix, linear
 from kernels.checks import accumulate_dtype
 
-# The first bias of the gates of z, o and x; -2.2 opens a gate by 0.1, -3 by 0.05, -1 by 0.27.
+# Initial biases of the gates of z, o and x; -2.2 opens a gate by 0.1, -3 by 0.05, -1 by 0.27.
 STRATEGIES = {
     "balanced": (-2.2, -2.2, -2.2),
     "input_focused": (-3.0, -3.0, -1.0),
     "hierarchy_focused": (-1.0, -1.0, -3.0),
 }
-# Gates below count as this in the entropy, whose slope has no limit at zero.
+# Lower bound for gates in the entropy, whose slope is infinite at zero.
 LEAST_GATE = 1e-12
 
 # Bounds beyond which the statistics count a gate as saturated.
 LOW, HIGH = 0.1, 0.9
 
-# The gates of one module, one (B, T, W) for each source that is present.
+# The gates of one module, one (B, T, W) for each present source.
 Gates = tuple[Tensor, ...]
 
 
 def initial_biases(arch: ArchConfig) -> tuple[float, float, float]:
-    """The first biases of the gates of z, o and x: by gate_init_strategy, else gate_init_bias for all."""
+    """The initial biases of the gates of z, o and x: by gate_init_strategy, else gate_init_bias for all."""
     if arch.gate_init_strategy is None:
         return (arch.gate_init_bias,) * 3
     return STRATEGIES[arch.gate_init_strategy]
 
 
 def sources_of(z: Tensor, o: Tensor, x: Tensor | None) -> tuple[Tensor, ...]:
-    """The sources that are present, in the order of their gates."""
+    """The present sources, in the order of their gates."""
     return (z, o) if x is None else (z, o, x)
 
 
@@ -61,7 +61,7 @@ def mix(gates: Gates, sources: Sequence[Tensor]) -> Tensor:
 class GatingNetwork(nn.Module):
     """A gate for every channel from an MLP over the sources (gating_type=standard); see `kernels.gate_mix`.
 
-    It takes the place of the sum of a reasoning module's sources. gate_proj: Linear(3D, R), SiLU,
+    It replaces the sum of a reasoning module's sources. gate_proj: Linear(3D, R), SiLU,
     Linear(R, 3D), under the names of the gated fork's checkpoints. Parameters are cast to z's dtype at use.
     """
 
@@ -71,16 +71,16 @@ class GatingNetwork(nn.Module):
         self._build(arch.hidden_size, int(arch.gate_hidden_ratio * arch.hidden_size))
 
     def _build(self, D: int, R: int) -> None:
-        """Makes the layers, which each type has of its own."""
+        """Creates the layers of this gate type."""
         self.gate_proj = _mlp(D, R)
 
     def _openers(self) -> list[nn.Module]:
-        """The layers whose biases open the gates: a third, or one, for each source."""
+        """The layers whose biases open the gates: a third of a layer, or one layer, per source."""
         return [self.gate_proj[2]]
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """Truncated LeCun normal weights and zero biases, but for those that open the gates."""
+        """Truncated LeCun normal weights and zero biases, except the biases that open the gates."""
         for layer in self.modules():
             if isinstance(layer, Linear):
                 layer.reset_parameters(generator)
@@ -89,13 +89,14 @@ class GatingNetwork(nn.Module):
                 nn.init.constant_(part, bias)
 
     def hold(self, z: Tensor, o: Tensor, x: Tensor | None) -> Tensor | None:
-        """Values computed once an H-cycle and passed as `held` to its calls: none here."""
+        """Values computed once per H-cycle and passed as `held` to its calls: none here."""
         return None
 
     def gates(self, z: Tensor, o: Tensor, x: Tensor | None, held: Tensor | None = None) -> Gates:
-        """z, o, x: (B, T, D), x may be None. Returns the gates of `forward`, n times (B, T, W) in z's dtype.
+        """z, o, x: (B, T, D), x may be None. Returns the gates used in `forward`, n times (B, T, W) in z's
+        dtype.
 
-        The fused kernel's own gates are not rounded to that dtype.
+        The fused kernel does not round its gates to that dtype.
         """
         sources = sources_of(z, o, x)
         return torch.sigmoid(_logits(self.gate_proj, sources)).chunk(len(sources), dim=-1)
@@ -107,7 +108,7 @@ class GatingNetwork(nn.Module):
 
 
 class AttentionGating(GatingNetwork):
-    """One gate for each token and source, from the primary state's attention over the sources.
+    """One gate per token and source, from the primary state's attention over the sources.
 
     With q = Wq z, k_i = Wk s_i, v_i = Wv s_i, all R wide, and a = softmax_i(q . k_i / sqrt(R)):
     g = sigmoid(Wg sum_i a_i v_i + b). q_proj: Wq; kv_proj: Wk, then Wv; out_proj: Wg and b. Scores, softmax
@@ -137,11 +138,12 @@ class AttentionGating(GatingNetwork):
 
 
 class HierarchicalGating(GatingNetwork):
-    """A gate for every channel from two MLPs: one of the present sources, one of those of an H-cycle's start.
+    """A gate per channel from two MLPs: one over the current sources, one over the sources at the start of
+    the H-cycle.
 
-    gate_proj and slow_proj: as gate_proj in GatingNetwork. combine: Linear(6, 3), the same for all channels,
-    from a channel's six logits (z, o, x fast, then slow) to the three of its gates. It starts as the mean of
-    fast and slow, so that the gates start as open as either.
+    gate_proj and slow_proj: as gate_proj in GatingNetwork. combine: Linear(6, 3), shared by all channels,
+    from a channel's six logits (z, o, x fast, then slow) to the logits of its three gates. It starts as the
+    mean of fast and slow, so that the gates start as open as either.
     """
 
     def _build(self, D: int, R: int) -> None:
@@ -159,18 +161,18 @@ class HierarchicalGating(GatingNetwork):
         self.combine.weight.copy_(torch.cat((half, half), dim=1))
 
     def hold(self, z: Tensor, o: Tensor, x: Tensor | None) -> Tensor:
-        """The slow logits (B, T, nD), to be held for the calls of one H-cycle."""
+        """The slow logits (B, T, nD) for the calls of one H-cycle."""
         return _logits(self.slow_proj, sources_of(z, o, x))
 
     def gates(self, z: Tensor, o: Tensor, x: Tensor | None, held: Tensor | None = None) -> Gates:
-        """As in GatingNetwork; without `held` the slow logits are those of the same states."""
+        """As in GatingNetwork; without `held` the slow logits are computed from the same states."""
         sources = sources_of(z, o, x)
         n, slow = len(sources), self.hold(z, o, x) if held is None else held
         fast = _logits(self.gate_proj, sources)
         logits = torch.stack((*fast.chunk(n, dim=-1), *slow.chunk(n, dim=-1)))  # (2n, B, T, D)
         weight, bias = (p.to(z.dtype) for p in self.combine.parameters())
         weight = weight.view(3, 2, 3)[:n, :, :n].reshape(n, 2 * n)
-        # The channels last, so that one product combines all of them.
+        # Move the channels last, so that one product combines all of them.
         combined = torch.addmm(bias[:n, None], weight, logits.flatten(1))
         return torch.sigmoid(combined).view(n, *z.shape).unbind()
 
@@ -186,17 +188,17 @@ GATING_TYPES: dict[str, type[GatingNetwork]] = {
 
 
 def make_gating(arch: ArchConfig) -> GatingNetwork:
-    """The gate network of one reasoning module, of arch.gating_type; its parameters are not yet drawn."""
+    """The gate network of a reasoning module, by arch.gating_type, with uninitialised parameters."""
     return GATING_TYPES[arch.gating_type](arch)
 
 
 def _mlp(D: int, R: int) -> nn.Sequential:
-    # `_logits` or the kernel apply the activation; it stands here to give the layers their names.
+    # `_logits` or the kernel apply the activation; here it only determines the layers' names.
     return nn.Sequential(Linear(3 * D, R, bias=True), nn.SiLU(), Linear(R, 3 * D, bias=True))
 
 
 def _logits(mlp: nn.Sequential, sources: tuple[Tensor, ...]) -> Tensor:
-    """The MLP over the sources side by side, (B, T, nD), with the weights of those present alone."""
+    """The MLP over the concatenated sources, (B, T, nD), with only the weights of present sources."""
     w1, b1, w2, b2 = (p.to(sources[0].dtype) for p in mlp.parameters())
     joined = torch.cat(sources, dim=-1)
     width = joined.shape[-1]
@@ -206,14 +208,14 @@ def _logits(mlp: nn.Sequential, sources: tuple[Tensor, ...]) -> Tensor:
 def saturation_loss(gates: Sequence[Gates]) -> Tensor:
     """(2g - 1)^2 = 1 - 4g(1 - g): 1 for gates at 0 or 1, 0 for half-open ones.
 
-    gates: of each module, n times (B, T, W). Returns (B,) in float32 (float64 for float64): the mean over
+    gates: for each module, n times (B, T, W). Returns (B,) in float32 (float64 for float64): the mean over
     tokens, channels and sources, then over the modules.
     """
     return _mean([(2 * module - 1).square() for module in _stacked(gates)])
 
 
 def entropy_loss(gates: Sequence[Gates]) -> Tensor:
-    """1 - H / log(n) with H the entropy of p_i = g_i / sum(g) over the n sources: 0 where all are alike.
+    """1 - H / log(n) with H the entropy of p_i = g_i / sum(g) over the n sources: 0 if all are equal.
 
     gates: of each module, n times (B, T, W). Returns (B,) in float32 (float64 for float64): the mean over
     tokens and channels, then over the modules.
@@ -227,9 +229,9 @@ def entropy_loss(gates: Sequence[Gates]) -> Tensor:
 
 
 def stability_loss(gates: Sequence[Gates], previous: Tensor, fresh: Tensor) -> Tensor:
-    """The squared change of the gates since the sequence's previous ACT step, 0 where it has none.
+    """The squared change of the gates since the sequence's previous ACT step, 0 if there is none.
 
-    gates: of each module, n times (B, T, W). previous: (B, T, K, W), that step's gates by `pack`, not read
+    gates: of each module, n times (B, T, W). previous: (B, T, K, W), that step's gates from `pack`, ignored
     where fresh: (B,) bool. Returns (B,) in float32 (float64 for float64): the mean over tokens, channels and
     sources, then over the modules.
     """
@@ -240,12 +242,13 @@ def stability_loss(gates: Sequence[Gates], previous: Tensor, fresh: Tensor) -> T
 
 
 def pack(gates: Sequence[Gates]) -> Tensor:
-    """All modules' gates for the carry, without gradient: (B, T, K, W), K = 5 for L's three and H's two."""
+    """Packs all modules' gates for the carry, without gradient: (B, T, K, W), K = 5 for L's three and H's
+    two."""
     return torch.stack([gate for module in gates for gate in module], dim=2).detach()
 
 
 def gate_loss_scale(step: int, warmup_steps: int, ramp_steps: int) -> float:
-    """The share of their weight that the gate losses have at a step: 0 in warm-up, then linear to 1."""
+    """The factor of the gate losses' weights at a step: 0 in the warm-up, then linear to 1."""
     if step < warmup_steps:
         return 0.0
     return min(1.0, (step - warmup_steps) / ramp_steps) if ramp_steps else 1.0
@@ -253,7 +256,7 @@ def gate_loss_scale(step: int, warmup_steps: int, ramp_steps: int) -> float:
 
 @torch.no_grad()
 def gate_statistics(gates: Gates, sources: Sequence[Tensor]) -> Tensor:
-    """Statistics of one module's gates, of which each scales one source.
+    """Statistics of one module's gates, each of which scales one source.
 
     gates: n times (B, T, W). sources: n times (B, T, D). Returns (n, 5) float32, without gradient: mean,
     standard deviation of all gates, shares below 0.1 and above 0.9, and the mean contribution

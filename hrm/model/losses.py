@@ -1,4 +1,4 @@
-"""The loss of an ACT step and the sums its metrics are made of."""
+"""The loss of an ACT step and its metric sums."""
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,9 @@ LOSSES = {"stablemax_cross_entropy": lm_head_stablemax, "softmax_cross_entropy":
 
 
 def token_losses(config: LossConfig, head: Linear, answer: Tensor, labels: Tensor) -> HeadLoss:
-    """The token loss of each sequence under lm_head, with predictions and counts; see `lm_head_stablemax`.
+    """The token loss of each sequence with lm_head, predictions and counts; see `lm_head_stablemax`.
 
-    answer: (B, S, D), the states that the head reads. labels: (B, S).
+    answer: (B, S, D), the input of the head. labels: (B, S).
     """
     weight, cross_entropy = head.weight.to(answer.dtype), LOSSES[config.loss_type]
     bias = None if head.bias is None else head.bias.to(answer.dtype)
@@ -36,18 +36,17 @@ def act_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """lm + w * q_halt + 0.5 * q_continue + extras, summed over the batch, and the metric sums.
 
-    head: lm_head. carry: after the step. previous_gates: those of the carry before it, for the stability
-    loss. gate_loss_scale: (), of the gate losses, which without it are not computed.
-    lm is a sequence's mean token loss over its valid tokens, with config.label_smoothing; at ACT step t it
-    weighs config.step_decay^(t - 1), which the metric lm_loss leaves out (Qasim and Zhang 2025, arXiv
-    2511.08653, who divide by the sum of the weights). w is config.q_halt_weight. q_halt is taught whether
-    every valid token is right, q_continue its target, both by binary cross-entropy with logits. The extras
-    are the feudal loss and the gate losses, each by its weight.
-    Returns the loss () and sums (), over sequences that halted at this step: count, accuracy,
-    exact_accuracy, q_halt_accuracy, steps; over the batch: lm_loss, q_halt_loss and, with a target,
-    q_continue_loss; the losses and metrics of what a variant adds. A sequence without labels, such as
-    padding, counts as right in q_halt_loss. Float32 (float64 for float64 states). Source: the official HRM
-    code.
+    head: lm_head. carry: after the step. previous_gates: from the carry before the step, for the stability
+    loss. gate_loss_scale: (), scale of the gate losses; None disables them. lm is a sequence's mean token
+    loss over its valid tokens, with config.label_smoothing; at ACT step t it weighs config.step_decay^(t -
+    1), which the metric lm_loss leaves out (Qasim and Zhang 2025, arXiv 2511.08653, who divide by the sum of
+    the weights). w is config.q_halt_weight. The target of q_halt is whether every valid token is right;
+    q_continue has its own target; both have a binary cross-entropy loss with logits. The extras are the
+    weighted feudal loss and gate losses. Returns the loss () and sums (), over sequences that halted at this
+    step: count, accuracy, exact_accuracy, q_halt_accuracy, steps; over the batch: lm_loss, q_halt_loss and,
+    with a target, q_continue_loss; the losses and metrics of what a variant adds. A sequence without labels,
+    such as padding, counts as right in q_halt_loss. Float32 (float64 for float64 states). Source: the
+    official HRM code.
     """
     answer, q_halt, q_continue, target, subgoal, gated = outputs
     lm = token_losses(config, head, answer, carry.labels)
@@ -78,7 +77,7 @@ def act_loss(
         added, metrics = _subgoal_loss(subgoal, lm.valid_count > 0)
         loss, sums = loss + config.feudal_loss_weight * added, sums | metrics
     if gated is not None and gate_loss_scale is not None:
-        # Fresh sequences have no gates of a step before.
+        # New sequences have no gates of a previous step.
         losses = _gate_losses(config, [module.gates for module in gated], previous_gates, carry.steps == 1)
         for name, (weight, added) in losses.items():
             loss = loss + gate_loss_scale * weight * added
@@ -87,7 +86,7 @@ def act_loss(
 
 
 def _subgoal_loss(subgoal: Subgoal, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The feudal loss summed over the sequences that are no padding, and the metrics of the subgoals."""
+    """The feudal loss summed over all sequences except padding, and the subgoal metrics."""
     loss, alignment = feudal_loss(subgoal.z_L, subgoal.goal, subgoal.gate)
     loss = torch.where(real, loss, 0).sum()
     with torch.no_grad():
@@ -105,7 +104,7 @@ def _subgoal_loss(subgoal: Subgoal, real: Tensor) -> tuple[Tensor, dict[str, Ten
 def _gate_losses(
     config: LossConfig, gates: list[Gates], previous: Tensor | None, fresh: Tensor
 ) -> dict[str, tuple[float, Tensor]]:
-    """The gate losses whose weight is not 0, by name, with the weight, summed over the batch."""
+    """The gate losses with nonzero weight, by name: the weight and the sum over the batch."""
     losses = {}
     if config.gate_saturation_weight:
         losses["gate_saturation_loss"] = config.gate_saturation_weight, saturation_loss(gates).sum()

@@ -1,6 +1,7 @@
-"""The feudal architecture's addition: a head by which the high-level state sets goals for the next steps.
+"""The addition of the feudal architecture: a head with which the high-level state sets goals for the next
+steps.
 
-Source: Vezhnevets et al. 2017, FeUdal Networks (arXiv 1703.01161), carried over to the states of an HRM.
+Source: Vezhnevets et al. 2017, FeUdal Networks (arXiv 1703.01161), adapted to the states of an HRM.
 """
 
 import torch
@@ -11,15 +12,15 @@ from hrm.config.schema import ArchConfig
 from hrm.model.layers import Linear
 from kernels.checks import accumulate_dtype
 
-# A vector shorter than this counts as this long when it is normalised: none at all stays 0.
+# Minimum norm when a vector is normalised, so that 0 stays 0.
 LEAST_LENGTH = 1e-6
 
 
 class SubgoalHead(nn.Module):
-    """Goals from z_H, how far to commit to each, and what a goal adds to the input of both modules.
+    """Computes goals from z_H, a gate for each goal, and the bias of both modules' input.
 
     goal_proj: W_g (G, D) and b_g; gate_proj: w (1, D) and b, absent without gating; input_proj: V_L (D, G).
-    G is goal_dim. `wide` names the parameters that compute in float32 whatever the dtype of the states.
+    G is goal_dim. `wide` names the parameters that compute in float32 for any dtype of the states.
     """
 
     def __init__(self, arch: ArchConfig) -> None:
@@ -33,15 +34,15 @@ class SubgoalHead(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """Truncated LeCun normal weights, zero biases: a gate starts near one half."""
+        """Truncated LeCun normal weights, zero biases, so that a gate starts near one half."""
         for layer in self.children():
             assert isinstance(layer, Linear)
             layer.reset_parameters(generator)
 
     def forward(self, z_H: Tensor) -> tuple[Tensor, Tensor]:
-        """Goals and gates of the present states.
+        """Goals and gates of the current states.
 
-        z_H: (B, T, D), of which the first token is the manager m. Returns, in float32 (float64 for float64),
+        z_H: (B, T, D); the first token is the manager m. Returns, in float32 (float64 for float64),
         goal_scale * normalize(W_g m + b_g) as (B, G) and sigmoid((w m + b) / temperature) as (B,), ones
         without gating.
         """
@@ -52,31 +53,31 @@ class SubgoalHead(nn.Module):
         return goal, torch.sigmoid(self.gate_proj(manager)[:, 0] / self.temperature)
 
     def bias(self, goal: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
-        """gate * V_L goal, which both modules add to their input at every token.
+        """gate * V_L goal, the input bias of both modules at every token.
 
-        goal: (B, G), gate: (B,), as carried; zero for a fresh sequence. Returns (B, 1, D) in `dtype`, the
-        product computed in it.
+        goal: (B, G), gate: (B,), as carried; zero for a fresh sequence. Returns (B, 1, D), computed in
+        `dtype`.
         """
         return self.input_proj((gate[:, None] * goal).to(dtype))[:, None]
 
 
 def refreshes(steps: Tensor, manager_period: int) -> Tensor:
-    """Where a sequence takes a new goal: (B,) bool. steps: (B,), ACT steps taken, this one included."""
+    """Whether each sequence gets a new goal: (B,) bool. steps: (B,), ACT steps taken, including this one."""
     return (steps % manager_period == 0) | (steps == 1)
 
 
 def feudal_loss(z_L: Tensor, goal: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """gate * (1 - cos(mean over the tokens of z_L, goal)) of each sequence: how little it follows its goal.
+    """gate * (1 - cos(mean over the tokens of z_L, goal)) of each sequence.
 
-    z_L: (B, T, D). goal: (B, G), gate: (B,), those in force after the step. With G < D the mean's first G
+    z_L: (B, T, D). goal: (B, G), gate: (B,), after the step. With G < D the mean's first G
     channels are compared. A goal of 0, which nothing can follow, has cosine 0.
     Returns the loss (B,) and, without gradient, the cosine (B,), in float32 (float64 for float64 states).
 
-    How it teaches: a goal refreshed in this step, and its gate, are computed from the present z_H with
-    gradient, which reaches W_g, b_g, w and b, and through z_H the updates of this step. Elsewhere goal and
-    gate are the carried, detached ones, and the loss teaches through z_L alone. V_L learns from all losses
-    of the steps after, through the input of the updates that carry gradient. A closing gate lowers the loss
-    as a followed goal does.
+    Gradients: a goal refreshed in this step, and its gate, are computed from the current z_H with gradient,
+    which reaches W_g, b_g, w and b, and through z_H the updates of this step. Otherwise goal and gate are
+    carried over and detached, and the gradient flows only through z_L. V_L gets gradients from all losses of
+    later steps, through the input of the updates with gradient. Closing the gate lowers the loss, as does
+    following the goal.
     """
     worker = z_L.mean(1, dtype=accumulate_dtype(z_L.dtype))[:, : goal.shape[-1]]
     worker, goal = (F.normalize(v, dim=-1, eps=LEAST_LENGTH) for v in (worker, goal))

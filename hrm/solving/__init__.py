@@ -1,1 +1,1 @@
-"""One puzzle solved and shown step by step."""
+"""Solves single puzzles and shows each step."""

@@ -26,14 +26,15 @@ def learn_embedding(
     seed: int = 0,
     report: Callable[[int, float], None] | None = None,
 ) -> Tensor:
-    """One row of the puzzle table for a new task, (puzzle_emb_ndim) in the table's dtype; the model is kept.
+    """Learns a row of the puzzle table for a new task, (puzzle_emb_ndim) in the table's dtype; the model is
+    frozen.
 
-    inputs, labels: (N, S) integers, the task's demonstrations; label -100 carries no loss. All demonstrations
-    are in every batch and take ACT steps as in training: halting and exploration by `seed`, a loss at each
-    step (deep supervision), and a restart of each demonstration that halts. steps: updates. The row starts at
-    zero and moves by the puzzle table's sign-SGD, so lr * steps must reach the size of trained entries.
-    report: receives each step, from 1, and its loss, the mean over demonstrations. Gate losses are left out.
-    Raises UserError for a model without a puzzle table or a loss that is not finite.
+    inputs, labels: (N, S) integers, the task's demonstrations; label -100 carries no loss. Every batch
+    contains all demonstrations, which take ACT steps as in training: halting and exploration by `seed`, a
+    loss at each step (deep supervision), and a restart of halted demonstrations. steps: number of updates.
+    The row starts at zero and is updated by the puzzle table's sign-SGD, so lr * steps must reach the size of
+    trained entries. report: called with each step, from 1, and its mean loss over the demonstrations. Gate
+    losses are omitted. Raises UserError for a model without a puzzle table or a loss that is not finite.
     """
     if model.puzzle_emb is None:
         raise UserError(
@@ -64,7 +65,7 @@ def learn_embedding(
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient in the context, so none is computed."""
+    """Within this context no parameter requires a gradient."""
     taught = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in taught:

@@ -1,1 +1,1 @@
-"""Many runs compared: campaigns, statistics, plots and pages."""
+"""Comparison of runs: campaigns, statistics, plots and pages."""

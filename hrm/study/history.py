@@ -1,4 +1,4 @@
-"""The metrics of a run as series over steps, and its configuration, read from its folder."""
+"""Reads a run's metrics, as series over steps, and its configuration from its folder."""
 
 import json
 from array import array
@@ -15,7 +15,7 @@ from hrm.common.files import open_bounded, read_text
 from hrm.common.text import printable
 from hrm.training.run_folder import LONGEST_LINE, METRICS
 
-# Limits that bound memory: metrics of a file, points kept of one, bytes of a configuration (usually 3,000).
+# Memory limits: metrics per file, points per metric, bytes of a configuration (usually 3,000).
 MOST_METRICS = 2**10
 MOST_POINTS = 2**16
 CONFIG_LIMIT = 2**17
@@ -29,7 +29,7 @@ _EMPTY: Series = (np.empty(0, np.int64), np.empty(0))
 class History:
     """The metrics and configuration of a run, finished or not.
 
-    name: for reports. config: the nested values of config.yaml, or None. last_step: the last step in
+    name: in reports. config: the nested values of config.yaml, or None. last_step: the last step in
     metrics.jsonl. metrics: ascending steps (n,) int64 and values (n,) float64 of each key.
     """
 
@@ -46,13 +46,14 @@ class History:
     def series(self, key: str) -> Series:
         """Steps (n,) int64, ascending, and values (n,) float64 of a metric; empty if it was never logged.
 
-        null, which stands for a value that was not finite, becomes NaN.
+        null, which replaces a value that is not finite, becomes NaN.
         """
         return self.metrics.get(key, _EMPTY)
 
     @property
     def seconds_per_step(self) -> float:
-        """Median of train/seconds_per_step, in seconds; NaN without one. The first interval may compile."""
+        """Median of train/seconds_per_step, in seconds; NaN without a value. The first interval may include
+        compilation."""
         values = self.series("train/seconds_per_step")[1]
         values = values[np.isfinite(values)]
         return float(np.median(values)) if len(values) else float("nan")
@@ -87,7 +88,7 @@ class History:
         for name in self.eval_sets:
             counts = dict(zip(*self.series(f"{prefix}/{name}/count"), strict=True))
             for step, value in zip(*self.series(f"{prefix}/{name}/{metric}"), strict=True):
-                # Floats of Python overflow without a warning.
+                # Python floats overflow without a warning.
                 weight = float(counts.get(step, 1.0))
                 total, weights = totals.get(int(step), (0.0, 0.0))
                 totals[int(step)] = (total + weight * float(value), weights + weight)
@@ -100,10 +101,10 @@ class History:
 def read_history(folder: str | Path, name: str | None = None) -> History:
     """The history of the run in `folder`, finished or not.
 
-    name: for reports; None for the folder's name. Unprintable characters are escaped. A last line without a
-    newline is still being written and is skipped. The later of two values for a key and step counts. Memory
-    is bounded: a metric with more than 65,536 points keeps every second, fourth, ... and the last. Raises
-    UserError if there is no run, or for contents that no run writes.
+    name: in reports; None for the folder's name. Unprintable characters are escaped. A last line without a
+    newline is incomplete and skipped. The later of two values for a key and step is used. Memory is limited:
+    a metric with more than 65,536 points keeps every second, fourth, ... point and the last. Raises UserError
+    if there is no run, or for invalid contents.
     """
     folder = Path(folder)
     path = folder / METRICS
@@ -129,9 +130,9 @@ def read_history(folder: str | Path, name: str | None = None) -> History:
 
 
 def read_histories(folders: Sequence[str | Path]) -> list[History]:
-    """The runs in these folders, each once, under unique names.
+    """The different runs in these folders, with unique names.
 
-    A run has the name of its folder, with as much of the path in front as makes it unique.
+    A run's name is the shortest unique end of its path.
     Raises UserError as `read_history` does.
     """
     paths = {Path(folder).resolve(): folder for folder in folders}
@@ -142,7 +143,7 @@ def read_histories(folders: Sequence[str | Path]) -> list[History]:
 
 
 class _Points:
-    """The points of one metric in arrays; beyond MOST_POINTS it drops every second one but the last."""
+    """The points of a metric in arrays; beyond MOST_POINTS it drops every second point except the last."""
 
     def __init__(self) -> None:
         self.steps, self.values = array("q"), array("d")
@@ -165,13 +166,13 @@ class _Points:
         last = [] if self.left_out is None else [self.left_out]
         steps = np.array([*self.steps, *(step for step, _ in last)], np.int64)
         values = np.array([*self.values, *(value for _, value in last)], np.float64)
-        # np.unique keeps the first of equal steps, which in reverse is the last.
+        # np.unique keeps the first of equal steps; in reverse order this is the last.
         steps, first = np.unique(steps[::-1], return_index=True)
         return steps, values[::-1][first]
 
 
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The lines of a metrics file, from number 1: JSON objects with a step."""
+    """The numbered lines of a metrics file: JSON objects with a step."""
     with open_bounded(path) as file:
         number = 0
         while line := file.readline(LONGEST_LINE + 1):
@@ -219,7 +220,7 @@ def _config(path: Path) -> dict[str, Any] | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader that refuses aliases, because nested aliases can expand beyond any memory."""
+    """A SafeLoader that rejects aliases, because nested aliases can exhaust memory."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -237,7 +238,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _where_runs_are(folder: Path) -> str:
-    """The remedy for a folder that is no run: a run nearby, if there is one."""
+    """The remedy for a folder without a run: a run in a subfolder, if there is one."""
     if not folder.is_dir():
         return "give the folder of a run, such as checkpoints/sudoku-4x4/gated"
     inside = next(

@@ -1,4 +1,4 @@
-"""Panels drawn by matplotlib: each as SVG with the page's colours, and all of them as one PNG."""
+"""Draws panels with matplotlib: each as SVG with the page's colours, and all as one PNG."""
 
 import io
 import re
@@ -15,7 +15,7 @@ from hrm.study.panels import Panel, Section, mean_and_range, single_values, thin
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# For light and dark ground: contrast of 3:1 or better, and distinct under any colour blindness.
+# For light and dark backgrounds: contrast of at least 3:1, and distinct under any colour blindness.
 COLOURS = (
     ("#115193", "#cfe3fd"),
     ("#d97502", "#c83404"),
@@ -24,19 +24,19 @@ COLOURS = (
     ("#6d4701", "#fbcb23"),
     ("#9584a4", "#6d6a6a"),
 )
-# With six colours they distinguish thirty groups.
+# Markers; with six colours they distinguish thirty groups.
 MARKERS = "os^Dv"
 # Inches.
 PANEL_SIZE = (4.2, 2.7)
 COLUMNS = 3
 LONGEST_LABEL = 22
-# Distances of ticks are these times a power of ten.
+# Tick distances are these values times a power of ten.
 ROUND = (1, 2, 2.5, 5, 10)
 
 
 @dataclass(frozen=True)
 class Style:
-    """A group's colour, as an index in COLOURS, and marker in every panel."""
+    """A group's marker and colour (an index in COLOURS) in all panels."""
 
     colour: int
     marker: str
@@ -48,7 +48,8 @@ class Style:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Shares by row and column, values (rows, columns) from 0 to 1; labels name the axes and their places."""
+    """A heat map of shares, values (rows, columns) from 0 to 1; labels are those of the axes and their
+    ticks."""
 
     title: str
     row_label: str
@@ -60,7 +61,7 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A plot of its own: `draw` fills the axes. words: describe it. size: inches."""
+    """A custom plot: `draw` fills the axes. words: its text description. size: in inches."""
 
     title: str
     draw: Callable[["Axes"], None]
@@ -75,10 +76,10 @@ def styles(groups: Sequence[str]) -> dict[str, Style]:
 
 
 def svg(panel: Panel, look: Mapping[str, Style], prefix: str) -> str:
-    """A panel as an `<svg>` element, hidden from screen readers, so describe it in words beside it.
+    """A panel as an `<svg>` element. It is hidden from screen readers, so add a text description.
 
-    prefix: starts its identifiers; unique within a page. Text is `currentColor`; the page defines `--grid`
-    and the groups' `--c0`, `--c1`, ... Raises UserError if matplotlib is missing.
+    prefix: of its identifiers; must be unique within a page. Text is `currentColor`; the page defines
+    `--grid` and the groups' `--c0`, `--c1`, ... Raises UserError if matplotlib is missing.
     """
     return drawing_svg(Drawing(panel.title, lambda ax: _draw(ax, panel, look), ""), prefix)
 
@@ -100,7 +101,7 @@ def drawing_svg(drawing: Drawing, prefix: str) -> str:
 
 
 def drawings_png(title: str, drawings: Sequence[Drawing]) -> bytes:
-    """Drawings beside each other as one PNG on white. Raises UserError as `svg`."""
+    """Drawings side by side as one PNG on white. Raises UserError as `svg`."""
     with figures() as figure:
         widths, heights = zip(*(drawing.size for drawing in drawings), strict=True)
         canvas = figure(figsize=(sum(widths), max(heights) + 0.4), layout="constrained", dpi=110)
@@ -114,7 +115,7 @@ def drawings_png(title: str, drawings: Sequence[Drawing]) -> bytes:
 
 
 def heat_maps_png(title: str, heat_maps: Sequence[HeatMap]) -> bytes:
-    """Heat maps below each other as one PNG on white. Raises UserError as `svg`."""
+    """Heat maps in a column as one PNG on white. Raises UserError as `svg`."""
     with figures() as figure:
         width, height = _heat_map_size(heat_maps)
         canvas = figure(figsize=(width, height * len(heat_maps) + 0.4), layout="constrained", dpi=110)
@@ -133,11 +134,11 @@ def _heat_map_size(heat_maps: Sequence[HeatMap]) -> tuple[float, float]:
 
 
 def _heat(ax: "Axes", heat_map: HeatMap) -> None:
-    """A cell for each value, with the value in it."""
+    """Draws a cell for each value, labelled with the value."""
     ax.set_title(heat_map.title, loc="left")
     ax.pcolormesh(heat_map.values, cmap="Blues", vmin=0, vmax=1, edgecolor="white", linewidth=0.5)
     for (row, column), value in np.ndenumerate(heat_map.values):
-        # Fixed colours: the cell's own stays the same on a dark page.
+        # Use fixed text colours, because cell colours do not change on a dark page.
         ink = "#ffffff" if value > 0.6 else "#08306b"
         text = f"{100 * value:.1f}"
         ax.text(column + 0.5, row + 0.5, text, color=ink, ha="center", va="center", fontsize=8.5)
@@ -149,8 +150,8 @@ def _heat(ax: "Axes", heat_map: HeatMap) -> None:
 
 
 def _embedded(text: str, prefix: str) -> str:
-    """matplotlib's SVG as an element of a page, with the page's colours and unique identifiers."""
-    # Remove the prologue, metadata and style of a file, which the page replaces.
+    """Converts matplotlib's SVG to an element of a page, with the page's colours and unique identifiers."""
+    # Remove the file's prologue, metadata and style, which the page replaces.
     text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
@@ -165,7 +166,7 @@ def png(title: str, sections: Sequence[Section], look: Mapping[str, Style]) -> b
     """The sections as one PNG on white, under the title and the groups' legend. Raises UserError as `svg`."""
     with figures() as figure:
         rows = [-(-len(section.panels) // COLUMNS) for section in sections]
-        # Inches of the head, with its legend's lines, and of a section's heading.
+        # Height in inches of the title with the legend, and of a section heading.
         legend_rows = -(-len(look) // (2 * COLUMNS))
         heights = [0.5 + 0.25 * legend_rows, *(0.35 + PANEL_SIZE[1] * count for count in rows)]
         canvas = figure(figsize=(COLUMNS * PANEL_SIZE[0], sum(heights)), layout="constrained", dpi=110)
@@ -196,7 +197,8 @@ def _draw(ax: "Axes", panel: Panel, look: Mapping[str, Style]) -> None:
 
 
 def _lines(ax: "Axes", panel: Panel, look: Mapping[str, Style]) -> None:
-    """Each group's mean as a thick line, the range of its runs as a band, and the runs as thin lines."""
+    """Draws each group's mean as a thick line, the range of its runs as a band, and the runs as thin
+    lines."""
     for curve in panel.curves:
         style = look[curve.group]
         line = "--" if curve.dashed else "-"
@@ -230,7 +232,7 @@ def _vertical_scale(ax: "Axes", panel: Panel, least: float, most: float) -> None
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
     elif panel.unit == "log" and least > 0 and most > 10 * least:
         ax.set_yscale("log")
-        # Plain numbers: the default labels are formulas, which the settings do not parse.
+        # Use plain numbers: the default labels are formulas, which these settings do not parse.
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.yaxis.set_minor_formatter(NullFormatter())
 
@@ -246,7 +248,7 @@ def _horizontal_scale(ax: "Axes", panel: Panel, most: float) -> None:
     ax.set_xlabel(unit)
     right = 1.03 * most or 1.0
     ax.set_xlim(-0.02 * right, right)
-    # Ticks at round numbers of the unit.
+    # Place ticks at round numbers of the unit.
     ticks = np.array(MaxNLocator(5, steps=ROUND).tick_values(0, right / divisor)) * divisor
     ax.set_xticks(ticks[ticks <= right])
     thousands = panel.x == "steps" and most >= 1e4
@@ -256,7 +258,7 @@ def _horizontal_scale(ax: "Axes", panel: Panel, most: float) -> None:
 
 
 def _bars(ax: "Axes", panel: Panel, look: Mapping[str, Style]) -> None:
-    """A bar for each group's mean over its runs, and a point for each run."""
+    """Draws a bar for each group's mean over its runs, and a point for each run."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     for place, curve in enumerate(panel.curves):
@@ -275,7 +277,7 @@ def _bars(ax: "Axes", panel: Panel, look: Mapping[str, Style]) -> None:
         ax.annotate(text, (values.max(), place), xytext=(4, 0), textcoords="offset points", va="center")
     size = min(9.5, 95 / len(panel.curves))
     ax.set_yticks(range(len(panel.curves)), [_label(curve.group) for curve in panel.curves], fontsize=size)
-    # The first bar on top; a single bar must not fill the panel.
+    # Put the first bar at the top; a single bar must not fill the panel.
     middle, half = (len(panel.curves) - 1) / 2, max(3, len(panel.curves)) / 2
     ax.set_ylim(middle + half, middle - half)
     ax.set_xlim(0, 1.35 * max(single_values(curve).max() for curve in panel.curves) or 1)
@@ -293,6 +295,6 @@ def _handle(style: Style) -> Any:
 
 
 def _label(name: str) -> str:
-    """A name of at most LONGEST_LABEL characters; a longer one loses its middle."""
+    """A name of at most LONGEST_LABEL characters; the middle of a longer one is removed."""
     half = LONGEST_LABEL // 2
     return name if len(name) <= LONGEST_LABEL else f"{name[:half]}…{name[1 - half :]}"

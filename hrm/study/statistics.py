@@ -11,9 +11,9 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Summary:
-    """n >= 1 values in their own unit: their mean, deviation (divided by n - 1) and the mean's interval.
+    """A summary of n >= 1 values: their mean, sample deviation (divisor n - 1) and the mean's interval.
 
-    deviation and interval are None for one value, which says nothing about the spread.
+    deviation and interval are None for a single value.
     """
 
     n: int
@@ -44,9 +44,9 @@ def summarise(values: Sequence[float]) -> Summary:
 
 
 def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Summary | None:
-    """Summary of value - baseline over the seeds that both have; None where they share none.
+    """Summary of value - baseline over the common seeds; None without a common seed.
 
-    A seed sets the weights' draws and the data's order of both, so that what it does to both falls out.
+    Both runs of a seed share initial weights and data order, so pairing removes the seed's common effect.
     """
     differences = [value - baseline[seed] for seed, value in values.items() if seed in baseline]
     return summarise(differences) if differences else None

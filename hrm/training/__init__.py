@@ -1,1 +1,1 @@
-"""A run around the step: log, health, signals, resumption."""
+"""The training run: log, health, signals, resumption."""

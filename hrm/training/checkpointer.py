@@ -1,4 +1,4 @@
-"""When and what a run saves: its whole state, written in the background by the main rank."""
+"""Decides when a run saves; the main rank writes the whole state in the background."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,7 @@ from hrm.training.signals import StopSignals
 
 
 class Checkpointer:
-    """Saves a run's checkpoints in `run_dir`; a context that ends once the last one is on the disk.
+    """Saves a run's checkpoints in `run_dir`; a context that waits at its end for the last one.
 
     All ranks call its methods together, except `raise_if_failed`.
     """
@@ -28,7 +28,7 @@ class Checkpointer:
         self._saver = Saver(run_dir, keep=config.keep_checkpoints, keep_best=config.keep_best)
 
     def save(self, progress: Progress) -> None:
-        """Starts to save the present state. Raises CheckpointError if the save before it failed."""
+        """Starts to save the current state. Raises CheckpointError if the previous save failed."""
         engine = self.engine
         engine.world.barrier()
         # Every rank contributes its part of the state.
@@ -53,7 +53,7 @@ class Checkpointer:
         self.stop.saved()
 
     def _extra(self) -> dict[str, dict[str, Tensor]]:
-        """The average of the weights, and the names of the puzzle table's rows if it has several."""
+        """The average of the weights, and the names of the puzzle table's rows if there are several."""
         engine = self.engine
         extra = {} if engine.average is None else {AVERAGE: engine.average.state_dict()}
         table = engine.model.puzzle_emb
@@ -62,16 +62,16 @@ class Checkpointer:
         return extra
 
     def save_if_due(self, progress: Progress) -> None:
-        """Saves a state that is not saved yet, if the clock or `checkpoint_interval` asks for it.
+        """Saves an unsaved state if the clock or `checkpoint_interval` requires it.
 
-        Raises CheckpointError if the save before it failed.
+        Raises CheckpointError if the previous save failed.
         """
         self.raise_if_failed()
         if progress.checkpoint_due:
             self.save_if_unsaved(progress)
 
     def save_if_unsaved(self, progress: Progress) -> None:
-        """Saves a state that is not saved yet."""
+        """Saves an unsaved state."""
         if progress.unsaved:
             self.save(progress)
 
@@ -89,7 +89,7 @@ class Checkpointer:
         self.engine.world.barrier()
 
     def before(self, step: int, progress: Progress) -> Checkpoint | None:
-        """The newest checkpoint of this run from before `step`, the same on every rank; None without one."""
+        """The newest checkpoint of this run before `step`, the same on every rank; None without one."""
         self.wait_for_all()
         checkpoint = checkpoint_before(self.run_dir, step, progress.identity)
         self.engine.world.check_equal({"checkpoint": str(checkpoint and checkpoint.path)})

@@ -1,4 +1,4 @@
-"""The best evaluation so far, and when a run stops for lack of a better one."""
+"""The best evaluation so far, and the decision to stop a run early."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ LOSSES = ("lm_loss",)
 
 
 def score(results: Mapping[str, Mapping[str, float]], metric: str) -> float:
-    """The score of an evaluation by one metric; higher is better, so a loss changes its sign.
+    """The score of an evaluation by one metric; higher is better, so a loss is negated.
 
     results: metrics by set, as `Engine.evaluate` returns them. Returns the mean over all sequences of all
     sets; NaN without sequences.
@@ -44,7 +44,7 @@ class Best:
         return improved
 
     def should_stop(self, patience: int | None) -> bool:
-        """Whether the last `patience` evaluations brought no new best; never if patience is None."""
+        """Whether the last `patience` evaluations had no new best; never if patience is None."""
         return patience is not None and self.stale >= patience
 
     def state_dict(self) -> dict[str, Any]:
@@ -52,5 +52,5 @@ class Best:
         return {"score": self.score, "step": self.step, "stale": self.stale}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a `state_dict`; keeps the present `min_delta`."""
+        """Continues from a `state_dict`; keeps the current `min_delta`."""
         self.score, self.step, self.stale = state["score"], state["step"], state["stale"]

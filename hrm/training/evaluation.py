@@ -1,4 +1,4 @@
-"""Evaluation within a run, of the weights and of their average: valid, a sample, or the whole test split."""
+"""Evaluation within a run, of the weights and their average, on valid, a sample or the whole test split."""
 
 from collections.abc import Callable, Iterator
 
@@ -17,9 +17,9 @@ Draw = Callable[[World], Iterator[tuple[str, Batch, int]]]
 
 
 class Evaluator:
-    """Evaluates a run, logs the results and saves the checkpoints that follow from them.
+    """Evaluates a run, logs the results and saves the resulting checkpoints.
 
-    All ranks call its methods together. They raise Stopped after a signal, at the next batch.
+    All ranks call its methods together. After a signal they raise Stopped at the next batch.
     """
 
     def __init__(
@@ -35,12 +35,12 @@ class Evaluator:
         self.log, self.checkpoints, self.stop = log, checkpoints, stop
 
     def evaluate(self, progress: Progress) -> None:
-        """The evaluation that is due; at the end also that of the whole test split."""
+        """Runs the due evaluation; at the end also evaluates the whole test split."""
         config, is_whole = self.config, self.data.is_ranked_by_all_tests
         progress.results = self.measure(progress, self.data.ranking_batches)
-        # The score is always that of the same examples, so that evaluations can be compared.
+        # The score always uses the same examples, so that evaluations are comparable.
         progress.score = score(progress.results["eval_ema" if config.ema else "eval"], config.best_metric)
-        # Without a known answer there is nothing to compare, nor to stop early for.
+        # Without known answers there is no score.
         is_scored = any(metrics["count"] for metrics in progress.results["eval"].values())
         is_better = is_scored and progress.best.update(progress.step, progress.score)
         if progress.at_end and not is_whole:
@@ -54,10 +54,10 @@ class Evaluator:
         self.log.resume_clock()
 
     def finish(self, progress: Progress) -> None:
-        """Makes sure that the run ends with an evaluation of the whole test split.
+        """Ensures that the run ends with an evaluation of the whole test split.
 
-        One may be missing: the data can end a few steps before the schedule, and a resumed run that was over
-        has no results in memory.
+        It may be missing: the data may end a few steps before the schedule, and a resumed run that was
+        complete has no results in memory.
         """
         if not (progress.is_whole and progress.results):
             self._measure_tests(progress)
@@ -67,7 +67,7 @@ class Evaluator:
     def measure(self, progress: Progress, draw: Draw) -> Evaluations:
         """The metrics by set under `eval`, and with ema=true those of the average under `eval_ema`.
 
-        draw: the batches for a World.
+        draw: returns the batches for a World.
         """
         engine = self.engine
         engine.world.barrier()
@@ -78,7 +78,7 @@ class Evaluator:
         return results
 
     def _measure_tests(self, progress: Progress) -> None:
-        """Measures the whole test split, beside the results of `valid` if there are any."""
+        """Evaluates the whole test split, and keeps the results of `valid` if there are any."""
         valid = progress.results if self.data.valid is not None else {}
         found = self.measure(progress, self.data.test_batches)
         progress.results = {kind: {**valid.get(kind, {}), **sets} for kind, sets in found.items()}
@@ -86,7 +86,7 @@ class Evaluator:
     def _batches(self, progress: Progress, draw: Draw) -> Iterator[tuple[str, Batch, int]]:
         for batch in draw(self.engine.world):
             self.checkpoints.raise_if_failed()
-            # max_seconds does not interrupt an evaluation: one longer than that would never end.
+            # max_seconds does not interrupt an evaluation: a longer evaluation would never end.
             progress.save_due |= self.stop.check(self.engine.world, HANG_UP)
             yield batch
 

@@ -1,4 +1,4 @@
-"""Where metrics go: always metrics.jsonl, a tracker if configured, a bar or lines on the terminal."""
+"""Destinations of metrics: metrics.jsonl, an optional tracker, a bar or lines on the terminal."""
 
 import importlib
 import json
@@ -25,11 +25,11 @@ from hrm.training.run_folder import LONGEST_LINE, METRICS
 
 
 class MetricsFile:
-    """The run's metrics.jsonl: one JSON object a line, `{"step": n, "train/loss": ..., ...}`.
+    """The run's metrics.jsonl: one JSON object per line, `{"step": n, "train/loss": ..., ...}`.
 
     run_dir: created if missing. resume_step: None starts an empty file; n keeps the lines up to step n and
-    removes later and partial ones, so that a resumed run ends with the same file as an uninterrupted one.
-    evaluations: how many evaluations of step n to keep; None keeps all. Every line is strict JSON; a value
+    removes later and partial ones, so that a resumed run ends with the same file as an uninterrupted run.
+    evaluations: number of evaluations of step n to keep; None keeps all. Every line is strict JSON; a value
     that is not finite is written as null. Raises UserError if the file cannot be written.
     """
 
@@ -46,7 +46,7 @@ class MetricsFile:
             raise self._failure(error) from error
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Appends one line and flushes it to the system, so that a killed process loses none."""
+        """Appends a line and flushes it, so that a killed process loses no line."""
         try:
             self._file.write(to_json({"step": step, **metrics}) + "\n")
             self._file.flush()
@@ -62,7 +62,7 @@ class MetricsFile:
     def _cut(self, last_step: int, evaluations: int | None) -> None:
         judged = 0
         with new_file(self.path) as cut, open_bounded(self.path) as old, open(cut, "wb") as new:
-            # An overlong line comes in pieces, none of which has a step.
+            # An overlong line is read in pieces without a step.
             while line := old.readline(LONGEST_LINE):
                 step = _step_of(line)
                 is_judged = step == last_step and b'"eval' in line
@@ -90,7 +90,7 @@ def _step_of(line: bytes) -> float:
 
 
 class Tracker(Protocol):
-    """A further destination for metrics."""
+    """An additional destination of metrics."""
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None: ...
 
@@ -108,8 +108,8 @@ def make_tracker(
 ) -> Tracker:
     """The tracker `none`, `tensorboard` or `wandb`, with its files under run_dir.
 
-    project, run, config: shown by wandb. resume_step: None for a new run, else the step that metrics continue
-    after. Raises UserError if its package is missing or it cannot start.
+    project, run, config: shown by wandb. resume_step: None for a new run, else the last step to keep. Raises
+    UserError if its package is missing or it cannot start.
     """
     run_dir = Path(run_dir)
     if name == "none":
@@ -132,7 +132,7 @@ class _NoTracker:
 class _TensorBoard:
     def __init__(self, run_dir: Path, resume_step: int | None) -> None:
         module = _import("torch.utils.tensorboard", "tensorboard")
-        # Steps after resume_step are logged again; purge_step hides their first version.
+        # Steps after resume_step are logged again; purge_step hides the earlier versions.
         purge = None if resume_step is None else resume_step + 1
         self._writer = module.SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
 
@@ -220,10 +220,11 @@ _SHOWN = (
 
 
 class ProgressBar:
-    """A progress bar on a terminal; for a file or a pipe, a plain line at the first step and then by time.
+    """A progress bar on a terminal; in a file or a pipe, a plain line at the first step and then at
+    intervals.
 
-    total, initial: steps of the whole run, and steps done before this process. seconds: between two plain
-    lines; the last step always has one. file: standard error when None.
+    total, initial: steps of the whole run, and steps before this process. seconds: between plain lines; the
+    last step always has one. file: None for standard error.
     """
 
     def __init__(
@@ -235,14 +236,14 @@ class ProgressBar:
         self._start, self._next = time.monotonic(), 0.0
         self._bar = None
         if _can_draw(self._file):
-            # The bar fills the columns that the text leaves.
+            # The bar fills the remaining columns.
             form = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} {remaining} left{postfix}"
             self._bar = tqdm(
                 total=total, initial=initial, file=self._file, bar_format=form, dynamic_ncols=True
             )
 
     def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
-        """Shows `step` as done, with the last given loss, accuracies, ACT steps and samples per second."""
+        """Shows that `step` is done, with the latest loss, accuracies, ACT steps and samples per second."""
         if metrics:
             known = [(form, metrics[name]) for name, form in _SHOWN if metrics.get(name) is not None]
             words = [form.format(float(value)) for form, value in known]
@@ -258,7 +259,8 @@ class ProgressBar:
             print(self._line(now - self._start), file=self._file, flush=True)
 
     def resume_clock(self) -> None:
-        """Excludes the time so far, such as an evaluation's, from the estimate of the time left."""
+        """Excludes the time so far, such as that of an evaluation, from the estimate of the remaining
+        time."""
         self._initial, self._start = self._step, time.monotonic()
 
     def write(self, line: str) -> None:
@@ -269,7 +271,7 @@ class ProgressBar:
             print(line, file=self._file, flush=True)
 
     def close(self) -> None:
-        """Ends the bar and leaves it on the screen."""
+        """Finishes the bar and leaves it on the screen."""
         if self._bar is not None:
             self._bar.close()
 
@@ -287,7 +289,7 @@ def evaluation_line(step: int, results: Mapping[str, Mapping[str, Mapping[str, f
     lines = [
         f"{name}{averaged[kind]}: {metrics['exact_accuracy']:.1%} exact, {metrics['accuracy']:.1%} of cells "
         f"right, on {metrics['count']:.0f} {'held-out' if name.startswith('valid') else 'test'} puzzles"
-        # Without a sequence to score there are no shares.
+        # Without scored sequences there are no shares.
         if metrics["count"]
         else f"{name}{averaged[kind]}: no known answers, nothing to score"
         for kind, sets in results.items()
@@ -297,13 +299,13 @@ def evaluation_line(step: int, results: Mapping[str, Mapping[str, Mapping[str, f
 
 
 class MetricsLog:
-    """Every destination of a run's metrics; a context that closes them. A muted log only checks for symptoms.
+    """All destinations of a run's metrics; a context that closes them. A muted log only checks for symptoms.
 
-    The pace is measured between two lines of training, or from the last `resume_clock`.
+    The speed is measured between log lines, or from the last `resume_clock`.
     """
 
     def __init__(self, config: Config, run_dir: Path, progress: Progress, *, mute: bool = False) -> None:
-        """progress: a new run starts the log, a resumed one continues it after its step."""
+        """progress: a new run starts the log, a resumed run continues it after its step."""
         self._config, self._run_dir, self._total_steps = config, run_dir, progress.total_steps
         self._mute = mute
         self._open(None if progress.checkpoint is None else progress.step, progress.evaluations)
@@ -330,21 +332,21 @@ class MetricsLog:
         self._bar = ProgressBar(self._total_steps, self._step)
 
     def rewind(self, progress: Progress) -> None:
-        """Drops what was logged after the step that the run went back to."""
+        """Drops the log after the step to which the run returned."""
         self.close()
         self._open(progress.step, progress.evaluations)
 
     def facts(self, facts: Mapping[str, float]) -> None:
-        """Logs the constants of a run as the line of step 0."""
+        """Logs the constants of a run as a line of step 0."""
         self._log(facts, 0)
 
     def advance(self, step: int) -> None:
-        """Shows that a step is done; the last one waits for its metrics."""
+        """Shows that a step is done; the last step is shown with its metrics."""
         if self._bar is not None and step < self._total_steps:
             self._bar.update(step)
 
     def training(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Logs means over the steps since the last call, with the pace of these steps."""
+        """Logs means over the steps since the last call, with their speed."""
         seconds = (time.perf_counter() - self._time) / (step - self._step)
         pace = {"seconds_per_step": seconds, "samples_per_second": self._config.global_batch_size / seconds}
         named = {f"train/{name}": value for name, value in {**metrics, **pace}.items()}
@@ -367,7 +369,7 @@ class MetricsLog:
             self._bar.write(evaluation_line(step, results))
 
     def resume_clock(self) -> None:
-        """Excludes the time since the last `training`, such as an evaluation's, from the pace."""
+        """Excludes the time since the last `training`, such as that of an evaluation, from the speed."""
         self._time = time.perf_counter()
         if self._bar is not None:
             self._bar.resume_clock()

@@ -1,4 +1,4 @@
-"""Checks the steps behind each line of the log: skipped updates and loss spikes; and rewinds."""
+"""Checks the steps of each log line for skipped updates and loss spikes, and rewinds the run."""
 
 import math
 from pathlib import Path
@@ -20,12 +20,12 @@ from hrm.training.spikes import Spike
 
 
 class Monitor:
-    """Logs training, and records and handles what goes wrong in single steps.
+    """Logs training, and records and handles incidents in single steps.
 
     The main rank appends one line to incidents.jsonl for each incident: its step, its `kind` (skipped, spike
     or rewind), and the batch of that step: `iteration` and `batch` number, `set`, and the `examples` as rows
-    of the arrays. A skipped update and a spike have `loss` and `grad_norm`, a rewind `to_step`. A resumed run
-    that repeats a step may record it again.
+    of the arrays. A skipped update and a spike have `loss` and `grad_norm`; a rewind has `to_step`. A resumed
+    run that repeats a step may record it again.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Monitor:
         spike = self._record(progress, interval)
         if interval.skipped_in_a_row >= config.max_skipped_steps:
             self.checkpoints.save(progress)
-            # Another rank that raised earlier would end the job while the main one still writes.
+            # A rank that raised earlier would end the job while the main rank still writes.
             self.checkpoints.wait_for_all()
             raise UserError(
                 f"{interval.skipped_in_a_row} updates in a row were skipped up to step {progress.step}: "
@@ -80,7 +80,7 @@ class Monitor:
         progress.rewind(checkpoint)
         self.log.rewind(progress)
         engine.enter(progress.arch)
-        # A run that is killed from here on must not resume from a later checkpoint, after the spike.
+        # A run killed from here on must not resume from a checkpoint after the spike.
         self.checkpoints.save(progress)
         self.checkpoints.wait()
 
@@ -119,7 +119,7 @@ class Monitor:
             ) from error
 
     def _batch(self, progress: Progress, step: int) -> dict[str, Any]:
-        """The batch of a step, drawn again from the seed; empty for a step of too long ago."""
+        """The batch of a step, drawn again from the seed; empty for a step that is no longer remembered."""
         index = next(((it, number) for at, it, number in progress.batches if at == step), None)
         if index is None:
             return {}

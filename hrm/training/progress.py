@@ -1,4 +1,4 @@
-"""How far a run is: the state of the training loop apart from the engine's tensors."""
+"""The state of the training loop, without the engine's tensors."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -21,17 +21,19 @@ Evaluations = dict[str, dict[str, dict[str, float]]]
 
 @dataclass
 class Progress:
-    """All that the training loop knows between two steps; `state_dict` is its part of a checkpoint.
+    """The state of the training loop between two steps; `state_dict` is its part of a checkpoint.
 
-    total_steps: length of the run. identity: what a checkpoint must share with the run that resumes it.
-    step: updates so far. position: (iteration, batch) of the next batch. checkpoint: the newest one, or None;
-    unsaved: whether the state differs from it, or it lies in another run's folder. save_due: whether the
-    clock asks for a checkpoint. evaluation_due: whether the last step ended an interval that is not evaluated
-    yet. evaluations: how many of this step's evaluations are logged, None if unknown; is_whole: whether the
-    last one used the whole test split. results, score: of this step's last evaluation. best: for early
-    stopping. watch, batches, rewinds: losses so far, [step, iteration, batch] of the last steps, and how
-    often the run returned to an earlier checkpoint. kernels: the measured choice of implementations, as
-    `choose_kernels` returns it.
+    total_steps: length of the run. identity: settings that a checkpoint must share with the run that resumes
+    it. step: updates so far. position: (iteration, batch) of the next batch. checkpoint: the newest one, or
+    None;
+    unsaved: whether the state differs from it, or it is in another run's folder. save_due: whether the clock
+    requires a checkpoint. evaluation_due: whether the last step ended an interval that is not yet evaluated.
+    evaluations: number of logged evaluations of this step, None if unknown; is_whole: whether the last
+    evaluation used the whole test split. results, score: of this step's last evaluation. best: for early
+    stopping.
+    watch, batches, rewinds: losses so far, [step, iteration, batch] of the last steps, and the number of
+    returns to an earlier checkpoint. kernels: the measured choice of implementations, as `choose_kernels`
+    returns it.
     """
 
     config: Config
@@ -78,33 +80,33 @@ class Progress:
 
     @property
     def is_over(self) -> bool:
-        """Whether no step is left to do."""
+        """Whether no steps remain."""
         return self.step >= self.total_steps or self.stopped_early
 
     @property
     def log_due(self) -> bool:
-        """Whether the step ends a line of the log."""
+        """Whether a log line is due after this step."""
         return self.step % self.config.log_interval == 0 or self.evaluation_due
 
     @property
     def checkpoint_due(self) -> bool:
-        """Whether the clock or `checkpoint_interval` asks for a checkpoint."""
+        """Whether the clock or `checkpoint_interval` requires a checkpoint."""
         interval = self.config.checkpoint_interval
         return self.save_due or (interval is not None and self.step % interval == 0)
 
     @property
     def arch(self) -> ArchConfig:
-        """The architecture of the present stage; the evaluation at its end belongs to it."""
+        """The architecture of the current stage, which includes the evaluation at its end."""
         return stage_arch(self.config, self._epoch)
 
     @property
     def later_archs(self) -> list[ArchConfig]:
-        """The architectures of the stages to come."""
+        """The architectures of later stages."""
         return later_archs(self.config, self._epoch)
 
     @property
     def _epoch(self) -> int:
-        """The first epoch of the present interval."""
+        """The first epoch of the current interval."""
         iteration, batch = self.position
         if self.evaluation_due and batch == 0:
             iteration -= 1
@@ -129,13 +131,13 @@ class Progress:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a `state_dict`. Entries that an older version did not write keep their defaults."""
+        """Continues from a `state_dict`. Entries missing in older versions keep their defaults."""
         self.step = state["step"]
         iteration, batch = state["position"]
         self.position = (iteration, batch)
         self.evaluation_due = state.get("evaluation_due", False)
         self.evaluations = state.get("evaluations")
-        # An older version saved nothing between an evaluation of a sample and the one of the whole split.
+        # An older version saved nothing between the evaluations of a sample and of the whole split.
         self.is_whole = state.get("is_whole", True)
         self.score = state.get("score")
         self.kernels = state.get("kernels", "")
@@ -149,7 +151,8 @@ class Progress:
             self.rewinds = incidents["rewinds"]
 
     def rewind(self, checkpoint: Checkpoint) -> None:
-        """Returns to the state of a checkpoint, except for the position: the next batches follow."""
+        """Returns to the state of a checkpoint, except the position: training continues with the next
+        batches."""
         position, rewinds = self.position, self.rewinds + 1
         self.batches.clear()
         self.load_state_dict(checkpoint.training)

@@ -1,4 +1,4 @@
-"""Loss spikes: steps with a loss far above the usual one of the run."""
+"""Loss spikes: steps with a loss far above the usual loss of the run."""
 
 import math
 from collections import deque
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-# The usual loss is that of the last WINDOW steps; LEAST steps are needed to judge one.
+# The usual loss is the median of the last WINDOW steps; a spike needs at least LEAST earlier steps.
 WINDOW, LEAST = 200, 50
-# The standard deviation of a normal distribution over its median absolute deviation.
+# Ratio of a normal distribution's standard deviation to its median absolute deviation.
 NORMAL = 1.4826
-# The spread is at least this share of the usual loss and this many nats: when a model has nearly learnt its
-# task, losses spread little, and a hard batch exceeds them by many times their spread.
+# Minimum spread, as a share of the usual loss and in nats: when a model has nearly learnt its task, losses
+# hardly vary, and a hard batch would exceed them by many times their spread.
 SHARE, NATS = 0.05, 0.05
-# Usual losses in a row that end a spike; the next high loss is a new spike.
+# Number of consecutive usual losses that end a spike; the next high loss is a new spike.
 CALM = 20
 
 
@@ -38,15 +38,14 @@ class LossWatch:
 
     A loss is a spike if it exceeds the median of the last WINDOW losses by more than `threshold` times their
     spread, the median absolute deviation scaled to a normal distribution's standard deviation. A few outliers
-    change neither; a level that lasts for half of the window becomes the usual one. Losses that are not
-    finite are ignored.
-    Measured on small v1, gated and TRM runs with batches of 16 and 64: healthy losses deviate by at most 6.5
-    spreads, batches with shuffled labels by at least 17.7, runs at 30 times the learning rate by 11.8 and
-    14.3. In batches of 4, a single sequence can cause a deviation of 20.
+    change neither; a level that lasts for half of the window becomes the usual level. Losses that are not
+    finite are ignored. Measured on small v1, gated and TRM runs with batches of 16 and 64: healthy losses
+    deviate by at most 6.5 spreads, batches with shuffled labels by at least 17.7, runs at 30 times the
+    learning rate by 11.8 and 14.3. In batches of 4, a single sequence can cause a deviation of 20.
     """
 
     def __init__(self, threshold: float | None) -> None:
-        """threshold: in spreads; None to find no spikes."""
+        """threshold: in spreads; None disables the search."""
         self.threshold = threshold
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._calm = 0
@@ -54,8 +53,8 @@ class LossWatch:
     def check(self, steps: Sequence[int], losses: Sequence[float]) -> Spike | None:
         """Records the losses of consecutive steps; returns the first new spike among them.
 
-        losses: mean over the sequences of each step, in nats. The result does not depend on how losses are
-        split into calls.
+        losses: mean over the sequences of each step, in nats. The result does not depend on the division into
+        calls.
         """
         if self.threshold is None:
             return None
@@ -84,6 +83,6 @@ class LossWatch:
         return {"losses": list(self._losses), "calm": self._calm}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a `state_dict`; keeps the present `threshold`."""
+        """Continues from a `state_dict`; keeps the current `threshold`."""
         self._losses = deque(state["losses"], maxlen=WINDOW)
         self._calm = state["calm"]

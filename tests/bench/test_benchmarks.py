@@ -95,7 +95,7 @@ def test_the_official_code_is_within_the_bounds_too(program):
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
-def test_the_straight_line_model_in_parts_is_the_whole(program):
+def test_the_straight_line_model_gives_equal_results_in_parts(program):
     config, data = setting(quick("gated", 8), PLAIN)
     parts, whole = (program.results(Plain(config, data, CPU, part)) for part in (3, None))
     for name, error in errors(parts, whole).items():
@@ -124,7 +124,7 @@ def test_losses_see_the_update_and_the_halting():
 @pytest.mark.parametrize(
     "name", ["puzzle_emb.weights", "q_head.weight", "lm_head.weight", "L_level.layers.1.mlp.down_proj.weight"]
 )
-def test_a_weight_that_is_slightly_off_is_found(program, name, monkeypatch):
+def test_a_slightly_wrong_weight_is_detected(program, name, monkeypatch):
     model = quick("v1", 8)
     truth = results(program, model, PLAIN)
 
@@ -139,7 +139,7 @@ def test_a_weight_that_is_slightly_off_is_found(program, name, monkeypatch):
         check(results(program, model, OURS), truth, "float32")
 
 
-def test_the_reference_row_runs_without_kernels_and_leaves_the_choice_as_it_was():
+def test_the_reference_row_runs_without_kernels_and_restores_the_choice():
     config, data = setting(quick("v1", 1), OURS)
     before = implementations.kernels.get_backend()
     for name, backend in (("reference", "reference"), ("ours", "auto")):
@@ -230,7 +230,7 @@ def test_launches_of_a_trace():
 # ------------------------------------------------------------------------------------------- what runs where
 
 
-def test_what_does_not_run_says_why(monkeypatch):
+def test_skipped_rows_report_the_reason(monkeypatch):
     cuda, small = published("v1", 96, 81), quick("gated", 64)
     monkeypatch.setattr(rows, "CUDA", False)
     monkeypatch.setattr(rows, "compiler", lambda: None)
@@ -267,7 +267,7 @@ def test_every_row_makes_a_configuration():
 
 
 @pytest.mark.slow
-def test_rows_are_chosen_by_words_and_tell_why_they_are_skipped():
+def test_rows_are_selected_by_name_and_report_skips():
     command = [sys.executable, "-m", "pytest", "bench/test_step.py", "bench/test_inference.py"]
     chosen = "(v1 and B768 and graph) or (gated and quick and B1 and eager)"
     done = subprocess.run(
@@ -288,7 +288,7 @@ def test_rows_are_chosen_by_words_and_tell_why_they_are_skipped():
 
 
 @pytest.mark.parametrize("program", ["TRAINING", "EVALUATION", "INFERENCE"])
-def test_a_row_says_what_it_is(program, cpu_alone):
+def test_a_row_describes_itself(program, cpu_alone):
     benchmark = Benchmark()
     program = getattr(rows, program)
     time_row(benchmark, program, "small", quick("gated", 4), OURS)
@@ -303,7 +303,7 @@ def test_a_row_says_what_it_is(program, cpu_alone):
     assert not info.keys() & {"launches", "host_share", "roofline_share"}
 
 
-def test_nothing_is_timed_that_is_wrong(cpu_alone, monkeypatch):
+def test_wrong_results_are_not_timed(cpu_alone, monkeypatch):
     monkeypatch.setattr(rows, "expected", lambda *_: {"losses": np.array([1.0, 1.0, 1.0])})
     benchmark = Benchmark()
     with pytest.raises(AssertionError, match="losses: off by"):
@@ -311,7 +311,7 @@ def test_nothing_is_timed_that_is_wrong(cpu_alone, monkeypatch):
     assert benchmark.calls == 0
 
 
-def test_what_does_not_fit_is_skipped_and_other_mistakes_are_not(cpu_alone, monkeypatch):
+def test_only_out_of_memory_rows_are_skipped(cpu_alone, monkeypatch):
     def failing(error):
         def fail(*_):
             raise error

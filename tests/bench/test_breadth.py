@@ -39,7 +39,7 @@ def test_a_run_is_judged_and_the_tables_compare_by_seed(tiny_sudoku, tmp_path, m
     assert models.rows[0] == ["one path", "37.5 ±158.8", "75.0 ±0.0", "+37.5 ±158.8"]
 
 
-def test_without_seeds_the_tables_are_printed_alone(tmp_path, capsys):
+def test_without_seeds_only_the_tables_are_printed(tmp_path, capsys):
     with pytest.raises(SystemExit):
         breadth.main([])
     file = tmp_path / "none.json"

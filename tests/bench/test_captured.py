@@ -75,21 +75,21 @@ def test_nodes_are_counted_by_part_and_origin(records):
     assert found["bytes"] == 2000 + 500 + 264 + 30 + 176 + 40 + 64 + 28 + 200
 
 
-def test_a_kernel_without_a_count_is_said_to_be_uncounted(records):
+def test_a_kernel_without_a_count_is_marked_uncounted(records):
     found = account(records, {})
     assert found["parts"]["forward"]["inductor"] == {"launches": 2, "bytes": 0, "uncounted": 2}
     assert found["parts"]["update"]["aten"] == {"launches": 1, "bytes": 0, "uncounted": 1}
     assert found["uncounted"] == 7
 
 
-def test_kernels_of_one_name_are_apart_by_part(records):
+def test_kernels_are_counted_separately_by_part(records):
     found = launches_by_kernel(records)
     assert found["forward", "inductor", "triton_poi_fused_add_0"] == 2
     assert found["backward", "inductor", "triton_poi_fused_add_0"] == 1
     assert sum(found.values()) == 9
 
 
-def test_this_projects_kernels_are_counted_as_launch_by_launch():
+def test_this_projects_kernels_have_the_eager_counts():
     found = predicted("v1", 4, 81)
     rows = launches.step("v1", 4, 81, MACHINES["H200"])
     both = [row for row in rows if row.kernel == "_linear_swiglu_forward_kernel"]
@@ -100,7 +100,7 @@ def test_this_projects_kernels_are_counted_as_launch_by_launch():
     assert found["update", "aten"] == sum(row.bytes for row in rest) > 0
 
 
-def test_phases_are_summed_and_short_ones_left_out():
+def test_phases_are_summed_and_short_ones_omitted():
     times = {"Scheduler.codegen": [1.0, 0.55], "bytecode_tracing": [20.0], "small": [0.5, 0.4]}
     assert list(phases(times).items()) == [("bytecode_tracing", 20.0), ("Scheduler_codegen", 1.6)]
 
@@ -126,4 +126,4 @@ def test_rows_are_kept_by_label_and_the_latest_is_shown(monkeypatch, tmp_path, r
 def test_the_command_needs_a_cuda_build(capsys):
     with pytest.raises(SystemExit):
         main([])
-    assert "is no CUDA build; make cuda-host sets an environment up" in capsys.readouterr().err
+    assert "is no CUDA build; make cuda-host creates an environment" in capsys.readouterr().err

@@ -53,7 +53,7 @@ def test_a_cut_costs_one_stage(path):
     assert set(stages) == set(STAGES) and read(path, NOW) == stages
 
 
-def test_other_code_or_another_gpu_starts_anew(path):
+def test_other_code_or_another_gpu_starts_again(path):
     run_all(path, ["ceilings"], NOW, Runner())
     assert (
         read(path, NOW) and not read(path, {**NOW, "commit": "b"}) and not read(path, {**NOW, "gpu": "H100"})
@@ -62,7 +62,7 @@ def test_other_code_or_another_gpu_starts_anew(path):
     assert read(path, NOW) == {}
 
 
-def test_a_stage_that_hangs_or_dies_ends_alone(monkeypatch, tmp_path):
+def test_a_stage_that_hangs_or_dies_does_not_affect_others(monkeypatch, tmp_path):
     children = tmp_path / "children"
     program = f"""
 import pathlib, subprocess, time
@@ -87,7 +87,7 @@ time.sleep(60)
     assert found["status"] == "crashed" and found["reason"] == "exit status -6"
 
 
-def test_a_stage_says_how_it_ended():
+def test_a_stage_reports_its_outcome():
     def skip():
         raise Skipped("no GPU")
 
@@ -100,7 +100,7 @@ def test_a_stage_says_how_it_ended():
 
 
 @pytest.mark.parametrize("name", ["capture", "sanitizer", "choice"])
-def test_stages_that_need_a_gpu_say_so(name, monkeypatch):
+def test_stages_that_need_a_gpu_report_it(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert outcome(STAGES[name]) == {
         "status": "skipped",
@@ -109,7 +109,7 @@ def test_stages_that_need_a_gpu_say_so(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_device_without_values_is_no_measurement(name, monkeypatch):
+def test_a_device_that_computes_no_values_is_not_measured(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(first_light, "computes", lambda: False)
     # Without a process, which could only find the same.

@@ -73,7 +73,7 @@ def test_the_norms_add_the_gradient_of_the_residual():
     assert row.bytes == pytest.approx(16 * work.bytes + 14 * second, rel=5e-3)
 
 
-def test_swiglu_lies_in_products_where_a_gradient_is_wanted():
+def test_swiglu_is_fused_into_products_with_gradient():
     """Eight of the forward's blocks have one; the others write neither gate nor up."""
     rows, works = counted(), swiglu_mlp_launches(Shape(768))
     plain, taught = OPERATIONS["linear_swiglu"](Shape(768))["forward"], works["forward"][0]
@@ -139,7 +139,7 @@ def test_the_step_of_the_record_by_hand():
         assert rows["backward", kernel].launches == 2 * 20
 
 
-def test_what_a_call_moves():
+def test_bytes_of_a_call():
     x, y = (torch.empty(4, 8, device="meta") for _ in range(2))
     row = torch.empty(8, device="meta")
     with Launches() as seen:

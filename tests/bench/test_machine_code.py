@@ -90,7 +90,7 @@ def test_a_digest_changes_with_the_launch(tmp_path, monkeypatch):
     assert len(found | {digest_of(tmp_path, CODE)}) == len(changes) + 1
 
 
-def test_of_each_operation_a_row_is_compiled_always():
+def test_a_row_of_each_operation_is_always_compiled():
     rows = json.loads(RESULTS.read_text())["rows"]
     kept = kept_rows()
     left_out = {row["op"]: row["target"] for row in rows if (row["digest"], row["target"]) not in kept}

@@ -16,7 +16,7 @@ LOG = [
 ]
 
 
-def test_training_time_counts_steps_alone_and_the_first_to_reach_the_target_is_kept():
+def test_training_time_counts_only_steps_until_the_target():
     found = points(LOG)
     assert [(point.step, point.accuracy) for point in found] == [(80, 0.4), (100, 0.6)]
     assert [point.train_s for point in found] == pytest.approx([50 * 0.1 + 30 * 0.2, 21.0])
@@ -42,14 +42,19 @@ def test_every_recipe_is_a_configuration(recipe):
     assert config.optimizer == ("muon" if recipe == "sic" else "adam_atan2")
 
 
-def test_a_row_says_whose_word_its_figures_are():
+def test_a_row_names_the_source_of_its_figures():
     row = {
         "reached": None,
         "evaluations": [{"step": 9, "train_s": 60.0, "accuracy": 0.5, "flop": 10**12}],
         "gpus": [],
         "processor": "P",
         "commit": "abc",
-        "published": {"exact_accuracy": 0.855, "hours": 0.8, "gpu": "G", "source": "said by its authors: X"},
+        "published": {
+            "exact_accuracy": 0.855,
+            "hours": 0.8,
+            "gpu": "G",
+            "source": "reported by its authors: X",
+        },
     }
     *_, line = table({"sic": row}).splitlines()
     assert line == "| sic | 50.0% (best so far) | 1.0 min | 9 | 1e+12 | P | abc | 85.5% 0.8 h G (X) |"

@@ -105,7 +105,7 @@ def test_a_shared_cpu_has_rows_of_its_own(results):
     (results / "quick_busy_cpu.json").write_text(json.dumps({"runs": runs}))
     rows = cells(report.table(results))
     what, measured = (
-        "`make train` beside one busy process on 2 cores, 2 seeds",
+        "`make train` with one busy process on 2 cores, 2 seeds",
         "281 to 300 s; 98.0 to 99.0 % solved",
     )
     assert rows[4] == [what, measured, "quick_busy_cpu.json"]
@@ -130,7 +130,7 @@ def test_steps_are_grouped_by_program_and_compared_with_ours(results):
     assert solving[4:] == ["0.1 MiB", "", "", "", ""]
 
 
-def test_gpus_come_first_with_what_only_they_have(results):
+def test_gpus_come_first_with_their_additional_figures(results):
     base = {
         **{"gpu": "GPU X", "TFLOP/s": 512.4, "roofline_share": 0.654, "peak_memory_mib": 20480},
         **{"kernels": 650, "launches": 4},
@@ -184,23 +184,23 @@ def test_the_plot_is_as_long_as_the_ratios(results):
     assert heights == sorted(set(heights)) and heights[-1] + 14 <= float(root.get("height", 0))
 
 
-def test_what_a_file_says_is_escaped(results):
+def test_text_from_files_is_escaped(results):
     svg = report.plot(with_steps(results, row("training step", "a<b&c", "ours eager float32", 1.0)))
     texts = [element.text for element in ElementTree.fromstring(svg).iter() if element.text]
     assert any("a<b&c" in text for text in texts)
 
 
-def test_the_kept_plot_is_that_of_the_results():
+def test_the_stored_plot_matches_the_results():
     if report.step_files(report.RESULTS):
         assert report.PLOT.read_text(encoding="utf-8") == report.plot()
     else:
         assert not report.PLOT.exists()
 
 
-def test_statistics_of_the_gates_are_told_as_a_share(results):
+def test_gate_statistics_are_reported_as_a_share(results):
     info = {**CPU, "model": "gated-B2", "share": 0.00314}
     kept(results, "gates_cpu.json", [{"extra_info": info, "stats": {"median": 1}}])
-    line = "| statistics of the gates in the log of `gated-B2`, of the time of its steps | 0.31 % |"
+    line = "| gate statistics in the log of `gated-B2`, as a share of step time | 0.31 % |"
     assert f"{line} gates_cpu.json |" in report.table(results)
 
 
@@ -232,7 +232,7 @@ def test_a_comparison_has_a_row_for_each_candidate(results):
     assert report.table(results).endswith(image)
 
 
-def test_the_readme_takes_what_stands_between_its_markers():
+def test_only_text_between_the_markers_is_replaced():
     text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
     new = report.with_measured(text, "new | table")
     assert new == f"before\n{report.BEGIN}\nnew | table\n{report.END}\nafter\n"
@@ -247,7 +247,7 @@ def test_models_in_the_readme_can_be_chosen():
             assert re.fullmatch(r"[\w-]+", model)
 
 
-def test_what_faults_have_done_is_told(results):
+def test_fault_results_are_reported(results):
     soak = {"kills": 3, "kills_in_a_save": 2, "steps": 1234, "identical": True}
     whole = {**soak, "steps_lost_beyond_the_last_checkpoint": 0}
     (results / "soak.json").write_text(json.dumps(whole))
@@ -255,19 +255,20 @@ def test_what_faults_have_done_is_told(results):
     (results / "fuzz.json").write_text(json.dumps(fuzz))
     table = report.table(results)
     assert (
-        "| `make soak`: a run killed 3 times, 2 of them in a save, against one left alone | "
-        "0 steps lost beyond the last checkpoint; the same bits after 1,234 steps | soak.json |"
+        "| `make soak`: a run killed 3 times (2 during a save), compared with an uninterrupted run | "
+        "0 steps lost beyond the last checkpoint; identical bits after 1,234 steps | soak.json |"
     ) in table
     assert (
-        "| `make fuzz`: 2,000 hostile inputs to 2 readers | 1 tracebacks; refused in 7 places | fuzz.json |"
+        "| `make fuzz`: 2,000 malicious inputs to 2 readers | 1 tracebacks; "
+        "rejected in 7 places | fuzz.json |"
     ) in table
 
 
-def test_what_checkpoints_cost_is_told_as_a_share(results):
+def test_checkpoint_cost_is_reported_as_a_share(results):
     times = {"stall_seconds": 0.004, "foreground_seconds": 0.03}
     info = {**CPU, **times, "model": "gated-B2", "interval": 100, "share": 0.0043}
     kept(results, "saving_cpu.json", [{"extra_info": info, "stats": {"median": 1}}])
     assert (
-        "| a checkpoint every 100 steps of `gated-B2`, of the time of those | 0.4 %; "
+        "| a checkpoint every 100 steps of `gated-B2`, as a share of step time | 0.4 %; "
         "stops for 4 ms, 30 ms in the foreground | saving_cpu.json |"
     ) in report.table(results)

@@ -30,7 +30,7 @@ def test_a_step_of_the_published_model_in_numbers():
     assert sums["predicted_s"] == pytest.approx(56e-3, rel=0.03)
 
 
-def test_the_gains_of_fusion_are_those_of_the_kernels_left_out():
+def test_fusion_gains_equal_the_omitted_kernels():
     # Forty blocks have no gradient; every one of 48 has two norms and one rotation.
     for op, count, saved in (("swiglu", 40, 5.4e-3), ("rms_norm", 96, 4.3e-3), ("rope", 48, 2.9e-3)):
         work = OPERATIONS[op](FULL)["forward"]

@@ -23,9 +23,9 @@ def test_other_processes_are_counted_and_own_children_are_not(monkeypatch, tmp_p
     assert found.seconds == 10 and found.others == pytest.approx(1.0)
 
 
-def test_a_machine_that_is_not_idle_gives_no_figures(monkeypatch, tmp_path):
+def test_a_busy_machine_is_not_measured(monkeypatch, tmp_path):
     check_idle(0.1)
-    with pytest.raises(NotIdle, match=r"others take 0\.40 of its CPUs"):
+    with pytest.raises(NotIdle, match=r"others use 0\.40 of its CPUs"):
         check_idle(0.4)
     monkeypatch.setattr(beside, "STAT", tmp_path / "none")
     with Beside() as found:
@@ -35,6 +35,6 @@ def test_a_machine_that_is_not_idle_gives_no_figures(monkeypatch, tmp_path):
         check_idle(found.others)
 
 
-def test_ratios_are_of_the_fastest_setting_alone():
+def test_ratios_are_relative_to_the_fastest_setting():
     seconds = {"a": {0: [0.2, 0.1, 0.12], 1: [0.24, 9, 0.2]}, "b": {0: [0.1, 0.1, 3], 1: [0.5, 0.5, 0.5]}}
     assert ratios(seconds) == {"a": {0: 1.2, 1: 2.4}, "b": {0: 1.0, 1: 5.0}}

@@ -68,7 +68,7 @@ def test_names_that_further_tensors_cannot_have(tmp_path: Path, name: str) -> No
     assert names(tmp_path) == []
 
 
-def test_a_damaged_further_file_is_named_and_the_one_before_is_used(tmp_path: Path) -> None:
+def test_a_damaged_extra_file_is_reported_and_the_previous_checkpoint_is_used(tmp_path: Path) -> None:
     save_extra(tmp_path, 1, 1.0)
     damaged = save_extra(tmp_path, 2, 2.0) / EMA
     data, choose = damaged.read_bytes(), random.Random(0)
@@ -88,7 +88,7 @@ def test_a_damaged_further_file_is_named_and_the_one_before_is_used(tmp_path: Pa
     assert load_checkpoint(tmp_path).extra[EMA]["w"].eq(-2).all()
 
 
-def test_a_further_file_that_is_no_safetensors(tmp_path: Path) -> None:
+def test_an_extra_file_that_is_not_safetensors(tmp_path: Path) -> None:
     path = save_extra(tmp_path, 1, 1.0)
     (path / EMA).write_bytes(b"PK not tensors")
     reseal(path)
@@ -119,7 +119,7 @@ def test_the_best_survives_pruning(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "step_2")["score"] == 0.9
 
 
-def test_a_better_one_takes_its_place(tmp_path: Path) -> None:
+def test_a_better_checkpoint_replaces_the_best(tmp_path: Path) -> None:
     save_scored(tmp_path, 0.3, 0.2, -0.1)
     assert names(tmp_path) == ["step_1", "step_3"]
     save(tmp_path, 4, score=0.4, keep=1, keep_best=True)
@@ -128,7 +128,7 @@ def test_a_better_one_takes_its_place(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step_4", "step_5"]
 
 
-def test_of_equal_ones_the_first_is_the_best(tmp_path: Path) -> None:
+def test_the_first_of_equal_scores_is_the_best(tmp_path: Path) -> None:
     save_scored(tmp_path, 0.2, 0.5, 0.5, 0.5)
     assert names(tmp_path) == ["step_2", "step_4"]
     assert best_checkpoint(tmp_path) == tmp_path / "step_2"
@@ -137,19 +137,19 @@ def test_of_equal_ones_the_first_is_the_best(tmp_path: Path) -> None:
     assert best_checkpoint(tmp_path) == tmp_path / "step_2"
 
 
-def test_losses_turned_round_are_scores_too(tmp_path: Path) -> None:
+def test_negated_losses_are_scores(tmp_path: Path) -> None:
     save_scored(tmp_path, -3.0, -1.0, -2.0)
     assert names(tmp_path) == ["step_2", "step_3"]
 
 
-def test_the_best_stays_only_when_asked_for(tmp_path: Path) -> None:
+def test_the_best_is_kept_only_on_request(tmp_path: Path) -> None:
     for step, score in ((1, 0.9), (2, 0.1)):
         save(tmp_path, step, score=score, keep=1)
     assert names(tmp_path) == ["step_2"]
     assert best_checkpoint(tmp_path) == tmp_path / "step_2"
 
 
-def test_checkpoints_without_a_score_are_no_candidates(tmp_path: Path) -> None:
+def test_checkpoints_without_a_score_cannot_be_the_best(tmp_path: Path) -> None:
     save_scored(tmp_path, None, float("nan"), -5.0, float("inf"), None, keep=2)
     assert names(tmp_path) == ["step_3", "step_4", "step_5"]
     assert best_checkpoint(tmp_path) == tmp_path / "step_3"
@@ -186,7 +186,7 @@ def test_forged_scores(tmp_path: Path, score: Any) -> None:
     assert best_checkpoint(tmp_path) is None
 
 
-def test_a_damaged_best_is_passed_over(tmp_path: Path) -> None:
+def test_a_damaged_best_checkpoint_is_skipped(tmp_path: Path) -> None:
     save_scored(tmp_path, 0.9, 0.7, 0.8, keep=None)
     (tmp_path / "step_1" / "training.pt").write_bytes(b"")
     assert best_checkpoint(tmp_path) == tmp_path / "step_3"

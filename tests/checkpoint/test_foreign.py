@@ -148,7 +148,7 @@ def test_the_average_in_a_file(tmp_path):
         load_trained(tmp_path, device="cpu", metadata=METADATA, ema=True)
 
 
-def test_no_object_of_a_file_is_made(tmp_path):
+def test_no_object_of_a_file_is_constructed(tmp_path):
     bomb = Bomb(tmp_path / "ran")
     write(tmp_path, {"a.pth": eqr(python=bomb, extra={"b": bomb})})
     assert torch.equal(read_weights(tmp_path).weights["lm_head.weight"], WEIGHTS["lm_head.weight"])
@@ -159,7 +159,7 @@ def test_no_object_of_a_file_is_made(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_several_files_are_named(tmp_path):
+def test_several_files_are_listed_in_the_error(tmp_path):
     write(tmp_path, {"a.pt": WEIGHTS, "b.safetensors": WEIGHTS, "ema.safetensors": WEIGHTS})
     with pytest.raises(
         CheckpointError, match=r"holds several checkpoints: a\.pt, b\.safetensors; give one of"
@@ -174,7 +174,7 @@ def test_several_files_are_named(tmp_path):
         read_weights(tmp_path / "empty")
 
 
-def test_what_the_user_says_beats_the_file(tmp_path, tiny_sudoku, capsys):
+def test_command_line_keys_override_the_file(tmp_path, tiny_sudoku, capsys):
     """Data that the configuration does not name, or names twice."""
     cells = make_model(make_config({"puzzle_emb_ndim": 0}), METADATA)
     assert cells.puzzle_emb is None

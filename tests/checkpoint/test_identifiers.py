@@ -83,7 +83,7 @@ def test_an_augmentation_more_costs_no_learnt_embedding(data, trained, tmp_path,
 
 @pytest.mark.parametrize("way", ["resume", "checkpoint_path"])
 @pytest.mark.parametrize(("name", "known", "line"), [("three", 10, "9 of 12"), ("seed", 4, "3 of 9")])
-def test_training_takes_embeddings_by_name(way, name, known, line, data, trained, tmp_path, capsys):
+def test_training_matches_embeddings_by_name(way, name, known, line, data, trained, tmp_path, capsys):
     old = by_name(trained, data / "two")
     assert len({tuple(row) for row in old.values()}) >= 6
     source = f"{way}={trained}"
@@ -125,7 +125,7 @@ def test_rows_without_names_are_taken_by_number_with_a_warning(data, trained, tm
     assert evaluate(command) == 0 and "9 of 12 puzzles are known by name" in capsys.readouterr().out
 
 
-def test_a_forced_resumption_takes_names_from_beside_an_older_checkpoint(data, trained, tmp_path, capsys):
+def test_a_forced_resumption_reads_names_next_to_an_older_checkpoint(data, trained, tmp_path, capsys):
     saved = load_checkpoint(trained)
     path = save_checkpoint(
         tmp_path / "old",

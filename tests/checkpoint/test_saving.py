@@ -29,7 +29,7 @@ def begin(saver: Saver, step: int, weights: torch.Tensor, moments: torch.Tensor)
     return saver.save(step, weights={"w": weights}, training={"m": [moments, step]}, run={})
 
 
-def test_what_is_saved_is_the_state_at_the_call(tmp_path, gate):
+def test_a_save_has_the_state_at_its_call(tmp_path, gate):
     weights, moments = torch.zeros(1000), torch.zeros(10)
     with Saver(tmp_path) as saver:
         folder = begin(saver, 3, weights, moments)
@@ -56,7 +56,7 @@ def test_one_is_written_at_a_time_and_in_order(tmp_path, gate):
     assert load_checkpoint(tmp_path).step == 3
 
 
-def test_what_cannot_be_written_is_told_at_the_next_look(tmp_path, monkeypatch):
+def test_write_errors_are_reported_at_the_next_check(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -79,7 +79,7 @@ def test_what_cannot_be_written_is_told_at_the_next_look(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_1", "step_3"]
 
 
-def test_another_error_is_told_before_that_of_a_save(tmp_path, monkeypatch):
+def test_an_earlier_error_hides_that_of_a_save(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""How the commands answer mistakes."""
+"""The commands' answers to mistakes."""
 
 import pytest
 
@@ -35,6 +35,6 @@ def test_our_own_errors_keep_their_traceback(error):
         run_command(raiser(error), "")
 
 
-def test_a_command_that_ends_well_says_nothing(capsys):
+def test_a_successful_command_prints_nothing(capsys):
     assert run_command(lambda: None, "") == 0
     assert capsys.readouterr().err == ""

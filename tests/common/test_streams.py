@@ -55,7 +55,7 @@ def test_output_that_does_not_fit_is_one_line(words):
     assert (done.returncode, done.stderr) == (2, line)
 
 
-def test_violations_and_a_closed_pipe_are_told_apart(tiny_sudoku, unread):
+def test_violations_and_a_closed_pipe_have_different_statuses(tiny_sudoku, unread):
     assert run(["-m", "hrm.data", "inspect", str(tiny_sudoku)], unread).returncode == 141
 
 
@@ -71,7 +71,7 @@ def program(body: str) -> list[str]:
         "sys.exit(run_command(lambda: sys.stdout.write('text') and 1, ''))",
     ],
 )
-def test_what_is_still_in_the_buffer_counts(body, unread):
+def test_buffered_output_counts(body, unread):
     done = run(program(body), unread)
     assert (done.returncode, done.stderr) == (141, "")
 
@@ -81,7 +81,7 @@ def test_a_command_without_standard_output_runs():
     assert run(program(body), subprocess.DEVNULL).returncode == 7
 
 
-def test_a_terminal_that_is_gone_counts_as_closed():
+def test_a_lost_terminal_counts_as_closed():
     ours, its = os.openpty()
     os.close(ours)
     try:
@@ -91,7 +91,7 @@ def test_a_terminal_that_is_gone_counts_as_closed():
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_a_caller_can_be_told_once_and_go_on(unread):
+def test_a_callback_reports_a_failed_stream_once(unread):
     told: list[str] = []
     stream = os.fdopen(os.dup(unread), "w")
     with pytest.MonkeyPatch.context() as patch:

@@ -202,7 +202,7 @@ def test_quick_is_chosen_on_a_cpu_and_full_on_cuda(monkeypatch):
     assert config.notes[0].startswith("preset full (on cuda)")
 
 
-def test_recipes_bring_their_architecture_and_yield_to_words():
+def test_recipes_set_their_architecture_and_arguments_override_them():
     config = parse_args(["preset=record", "muon_lr=0.01"])
     assert (config.preset, config.run_name, config.optimizer, config.muon_lr) == (
         "record",
@@ -231,7 +231,7 @@ def test_full_preset_is_the_sudoku_recipe_without_a_data_path():
     assert parse_args(["preset=full", "lr=1e-3", "puzzle_emb_lr=0"]).puzzle_emb_lr == 0
 
 
-def test_quick_applies_to_a_data_set_only_when_asked_for():
+def test_quick_applies_to_a_data_set_only_on_request():
     assert parse_args(["data_path=x", "device=cpu"]).preset == "full"
     config = parse_args(["data_path=x", "preset=quick"])
     assert (config.arch.hidden_size, config.project_name) == (64, "x")
@@ -334,7 +334,7 @@ def test_numbers_that_are_too_large_for_yaml(tmp_path, text):
     assert error("--config", "a.yaml").startswith("a.yaml: not valid YAML: nested too deeply")
 
 
-def test_an_architecture_where_hydra_kept_it_is_pointed_to(tmp_path):
+def test_an_architecture_in_hydras_folder_is_suggested(tmp_path):
     (tmp_path / "config/arch").mkdir(parents=True)
     (tmp_path / "config/arch/mine.yaml").write_text("")
     assert "unknown architecture mine: did you mean config/arch/mine.yaml? The names are" in error(
@@ -419,7 +419,7 @@ def test_an_architecture_where_hydra_kept_it_is_pointed_to(tmp_path):
         ("resume=x checkpoint_path=y", "resume=PATH continues a run, checkpoint_path=PATH starts a new one"),
         (
             "resume=hub:a/b",
-            "resume=hub:a/b: a run continues from a folder of this machine alone; checkpoint_path=hub:NAME",
+            "resume=hub:a/b: a run resumes only from a local folder; checkpoint_path=hub:NAME",
         ),
         ("data_path=x sudoku.size=4", "sudoku.size is for the built-in data, which data_path replaces"),
     ],

@@ -51,17 +51,17 @@ def parsed(*words):
         ("load_checkpoint=runs/a", "checkpoint_path", "runs/a", "load_checkpoint is read as checkpoint_path"),
         ("data_paths=[data/x]", "data_path", "data/x", "data_paths=[data/x] is read as data_path=data/x"),
         ("data_paths=['a b']", "data_path", "a b", "data_paths=['a b'] is read as data_path=a b"),
-        ("evaluators=[]", "tracker", "none", "evaluators=[] is left out: it changes nothing here"),
+        ("evaluators=[]", "tracker", "none", "evaluators=[] is ignored: it has no effect here"),
         (
             "min_eval_interval=0",
             "tracker",
             "none",
-            "min_eval_interval=0 is left out: it changes nothing here",
+            "min_eval_interval=0 is ignored: it has no effect here",
         ),
-        ("freeze_weights=False", "lr", 1e-3, "freeze_weights=False is left out: it changes nothing here"),
+        ("freeze_weights=False", "lr", 1e-3, "freeze_weights=False is ignored: it has no effect here"),
     ],
 )
-def test_words_whose_meaning_is_plain(word, key, value, note):
+def test_foreign_arguments_with_an_equivalent(word, key, value, note):
     config = parsed(word)
     assert attrgetter(key)(config) == value
     assert note in config.notes
@@ -92,13 +92,13 @@ def test_words_whose_meaning_is_plain(word, key, value, note):
         ),
     ],
 )
-def test_words_without_a_counterpart_name_a_remedy(word, message):
+def test_foreign_arguments_without_an_equivalent_give_a_remedy(word, message):
     with pytest.raises(ConfigError) as caught:
         parsed(word)
     assert message in str(caught.value)
 
 
-def test_a_key_in_both_spellings_is_given_twice():
+def test_a_key_in_two_spellings_is_a_duplicate():
     with pytest.raises(ConfigError, match=r"^tracker is given twice, as none and wandb: leave one out$"):
         parsed("enable_wandb=false", "tracker=wandb")
 
@@ -181,7 +181,7 @@ def test_an_official_configuration_starts_a_run(tmp_path):
             "freeze_weights: true",
             r"line 24: freeze_weights=true does not exist here; w",
         ),
-        ("  mlp_t: false", "  mlp_q: false", r"line 12: arch.mlp_q is not known here .*; is it mlp_t\?"),
+        ("  mlp_t: false", "  mlp_q: false", r"line 12: arch.mlp_q is unknown .*; is it mlp_t\?"),
         (
             "recursive_reasoning.trm@",
             "recursive_reasoning.trm_singlez@",
@@ -189,10 +189,10 @@ def test_an_official_configuration_starts_a_run(tmp_path):
         ),
         ("trm@TinyRecursiveReasoningModel_ACTV1", "urm@URM2", "arch.name ends in URM2, expected one of Hier"),
         ("lr: 3.0e-05", "use_muon: true", "use_muon=true does not exist here; write optimizer=muon"),
-        ("  mlp_t: false", "  H_init_std: 0.5", "arch.H_init_std=0.5 does not exist here; the first states"),
+        ("  mlp_t: false", "  H_init_std: 0.5", "arch.H_init_std=0.5 does not exist here; initial states"),
     ],
 )
-def test_what_a_run_cannot_take_from_it(old, new, message, tmp_path):
+def test_unsupported_values_of_an_official_configuration(old, new, message, tmp_path):
     assert old in ALL_CONFIG
     (tmp_path / "a.yaml").write_text(ALL_CONFIG.replace(old, new))
     with pytest.raises(ConfigError, match=message):

@@ -76,7 +76,7 @@ def test_small_architectures_beside_the_quick_preset():
     assert quick["trm"].puzzle_emb_len == 0 and quick["trm"].share_levels and quick["trm"].L_cycles == 6
 
 
-def test_a_file_with_defaults_takes_all_that_they_bring(tmp_path):
+def test_a_file_inherits_the_values_of_its_defaults(tmp_path):
     (tmp_path / "mine.yaml").write_text(
         "defaults: [feudal]\nhidden_size: 128\nsubgoal_head:\n  manager_period: 2\n  goal_dim: 32\n"
     )
@@ -170,5 +170,5 @@ def test_stages_come_back_from_a_file(tmp_path):
         ),
     ],
 )
-def test_what_cannot_be(words, expected):
+def test_invalid_variants(words, expected):
     assert expected in error(*words)

@@ -32,7 +32,7 @@ def folder() -> Path:
 
 
 def fault() -> str | None:
-    """Why this environment cannot run programs on the stand-in, None if it can."""
+    """The reason why this environment cannot run programs on the stand-in; None if it can."""
     import torch
 
     if torch.version.cuda is None:
@@ -98,7 +98,7 @@ class StandIn:
 
     @property
     def violations(self) -> int:
-        """How often the process has broken a rule so far."""
+        """The number of broken rules so far."""
         return self._library.standin_violations()
 
     @property

@@ -69,7 +69,7 @@ class Steps:
         return [record for record in self.captured if record.graph]
 
     def custom_launches(self) -> Counter[tuple[str, str]]:
-        """How often the graph has each of this project's kernels, by part and name."""
+        """The number of launches of each of this project's kernels in the graph, by part and name."""
         kernels = [node for node in self.nodes if node.kind == "kernel" and node.origin == "custom"]
         return Counter((part_of(node.parts), node.name) for node in kernels)
 

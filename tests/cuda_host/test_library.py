@@ -114,13 +114,13 @@ def test_a_breach_is_a_violation(library, text, capfd):
     assert text in capfd.readouterr().err
 
 
-def test_what_is_allowed_is_no_violation(stand_in):
+def test_allowed_contents_are_not_violations(stand_in):
     captured(lambda x: forked(x, joins=True))
     # In this mode other threads' calls are their own business.
     captured(lambda x: in_thread(lambda: torch.empty(1 << 23, pin_memory=True)), mode="thread_local")
 
 
-def test_a_capture_that_was_broken_gives_no_graph(library):
+def test_a_failed_capture_gives_no_graph(library):
     with pytest.raises(RuntimeError):
         captured(lambda x: x.sum().item())
     captured(lambda x: x.mul_(2))

@@ -325,7 +325,7 @@ def test_puzzles_of_several_examples_are_packed_in_the_official_order(tmp_path: 
     assert chosen[6] == set(range(12, 19))
 
 
-def test_examples_of_a_puzzle_are_drawn_without_replacement_and_anew(tmp_path: Path) -> None:
+def test_examples_of_a_puzzle_are_drawn_without_replacement_in_each_epoch(tmp_path: Path) -> None:
     data = written(tmp_path, [[40]])
     batches = [
         examples_of(b) for b in train_batches(data, seed=0, epochs=6, epochs_per_iter=2, global_batch_size=9)
@@ -388,7 +388,7 @@ class Watched(np.ndarray):
 
 
 @pytest.mark.parametrize("sets", [([[1]] * 21,), (MIXED,), ([[1]] * 9, MIXED)])
-def test_a_run_goes_on_from_any_position(tmp_path: Path, sets: tuple[list[list[int]], ...]) -> None:
+def test_training_continues_from_any_position(tmp_path: Path, sets: tuple[list[list[int]], ...]) -> None:
     data = written(tmp_path, *sets)
     options: dict[str, Any] = {"seed": 7, "epochs": 7, "epochs_per_iter": 3, "global_batch_size": 6}
     whole = list(train_batches(data, **options))
@@ -499,7 +499,7 @@ def test_the_members_of_a_batch_are_drawn_again(tmp_path: Path, sets: tuple[list
         batch_members(data, **options, position=(1, count))
 
 
-def test_a_declared_kind_leaves_the_fingerprint_as_it_was(tmp_path: Path) -> None:
+def test_a_declared_kind_does_not_change_the_fingerprint(tmp_path: Path) -> None:
     plain, declared = written(tmp_path / "a", MIXED), written(tmp_path / "b", MIXED, kind="tokens")
     assert fingerprint(plain) == fingerprint(declared)
     # Runs of versions in between hold the fingerprint with the kind.

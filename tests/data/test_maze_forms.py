@@ -127,7 +127,7 @@ def faulty(tmp_path: Path) -> str:
     return str(tmp_path / "mazes.csv")
 
 
-def test_all_faulty_mazes_are_one_error_or_left_out(faulty: str, tmp_path: Path, capsys: Any) -> None:
+def test_invalid_mazes_are_one_error_or_skipped(faulty: str, tmp_path: Path, capsys: Any) -> None:
     words = ["--source", faulty, "--columns", "9", "--test-size", "0.5"]
     assert build(tmp_path, *words)[0] == 2
     assert capsys.readouterr().err.rpartition("\r")[2].strip() == (

@@ -41,7 +41,7 @@ def test_the_builder_names_the_line_and_the_reason(tmp_path):
     assert note == f"puzzles.txt: left out {counts}"
 
 
-def test_a_random_grid_is_found_although_a_search_gave_up(monkeypatch):
+def test_a_random_grid_is_found_after_a_failed_search(monkeypatch):
     tried = []
 
     def search(puzzle: np.ndarray, limit: int, random: int) -> tuple[np.ndarray, int]:

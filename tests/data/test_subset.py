@@ -47,7 +47,7 @@ def test_shares_are_in_proportion(dataset, samples):
 
 
 @pytest.mark.parametrize(("samples", "shares"), [(5, [4, 1, 0]), (12, [10, 2, 0]), (36, [28, 7, 1])])
-def test_what_is_left_over_goes_to_the_largest_remainders(dataset, samples, shares):
+def test_remainders_are_distributed_by_size(dataset, samples, shares):
     # Counts of 5: 3.95, 0.92 and 0.13; of 12: 9.47, 2.21 and 0.32; of 36: 28.42, 6.63 and 0.95.
     assert [len(examples) for examples in subset(dataset, samples, 0).values()] == shares
 
@@ -60,7 +60,7 @@ def test_the_seed_chooses(dataset):
     assert turns.min() > 0.5 * turns.mean() and turns.max() < 1.5 * turns.mean()
 
 
-def test_none_is_refused(dataset):
+def test_a_null_value_is_refused(dataset):
     with pytest.raises(DatasetError, match="expected at least 1"):
         subset(dataset, 0, 0)
 

@@ -102,7 +102,7 @@ SHIFTS = [[(3 * (row % 3) + row // 3 + column) % 9 + 1 for column in range(9)] f
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32), st.lists(st.integers(0, 80), min_size=1, max_size=80))
-def test_a_grid_with_symmetries_of_its_own_keeps_its_puzzles_apart(seed: int, blanks: list[int]) -> None:
+def test_puzzles_of_a_symmetric_grid_stay_different(seed: int, blanks: list[int]) -> None:
     """Where many rearrangements take the solution to its form, the question's is still one."""
     grid = np.array(SHIFTS, np.uint8).ravel()
     question = grid.copy()
@@ -115,7 +115,7 @@ def test_a_grid_with_symmetries_of_its_own_keeps_its_puzzles_apart(seed: int, bl
     assert ((puzzles == 0) | (puzzles == forms)).all() and (puzzles[0] > 0).sum() == (question > 0).sum()
 
 
-def test_what_the_splits_share_is_found() -> None:
+def test_overlap_of_splits_is_found() -> None:
     draw = np.random.default_rng(2)
     answers = np.array([random_grid(9, draw) for _ in range(600)])
     questions = np.array([random_puzzle(answer, draw, 30) for answer in answers])

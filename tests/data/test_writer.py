@@ -61,7 +61,7 @@ MIXED = [[1, 1], [3], [2, 4, 1], [7], [1], [2, 2], [5, 1], [1, 1, 1]]
 # --- part by part
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_written_files_are_read_back(tmp_path: Path) -> None:
     parts = {"all": a_set(MIXED), "more": a_set([[1], [2]], 1)}
     shape = Shape(CELLS, VOCAB, pad_id=3, ignore_label_id=None, blank_identifier_id=1)
     with new_dataset(tmp_path / "data") as data:
@@ -84,7 +84,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
 
-def test_parts_make_the_bytes_of_the_whole(tmp_path: Path) -> None:
+def test_parts_give_the_bytes_of_the_whole(tmp_path: Path) -> None:
     """Of np.save, too: index and row arrays of one part, of parts of one group, of two sets in turn."""
     whole, other = a_set(MIXED), a_set([[2], [3, 1]], 1)
     difficulty = np.arange(len(whole.inputs))
@@ -119,7 +119,7 @@ def test_parts_make_the_bytes_of_the_whole(tmp_path: Path) -> None:
     assert read is not None and read.tolist() == list(range(33))
 
 
-def test_what_is_in_memory_does_not_grow(tmp_path: Path) -> None:
+def test_memory_does_not_grow(tmp_path: Path) -> None:
     part = a_set([[1]] * 2000)
 
     def peak(parts: int) -> int:
@@ -139,7 +139,7 @@ def test_what_is_in_memory_does_not_grow(tmp_path: Path) -> None:
     assert len(PuzzleDataset(tmp_path / "200", "train").sets["all"].inputs) == 400_000
 
 
-def test_the_difficulty_is_of_every_example_or_of_none(tmp_path: Path) -> None:
+def test_difficulty_covers_all_examples_or_none(tmp_path: Path) -> None:
     part = a_set([[1], [2]])
 
     def two(first: np.ndarray | None, second: np.ndarray | None) -> None:
@@ -198,7 +198,7 @@ def test_indices_that_overflow_are_refused(tmp_path: Path) -> None:
 # --- whole or not at all
 
 
-def test_a_data_set_that_is_not_closed_is_none(tmp_path: Path) -> None:
+def test_an_unclosed_data_set_is_not_created(tmp_path: Path) -> None:
     write(tmp_path / "data", MIXED)
     before = digest(tmp_path / "data")
     with (
@@ -213,7 +213,7 @@ def test_a_data_set_that_is_not_closed_is_none(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_not_changed(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis.tex").write_text("years of work")

@@ -99,7 +99,7 @@ def assert_same(ours: Answers, expected: Answers, tolerance: float = 1e-6) -> No
 
 
 @pytest.mark.parametrize("name", ARCHS)
-def test_the_same_answers_as_alone(name):
+def test_paths_in_a_batch_equal_single_paths(name):
     model, rows = halting_model(**ARCHS[name]), random_rows(23)
     expected = alone(model, rows)
     if name != "one step":

@@ -107,7 +107,7 @@ def test_optimizer_state_survives_a_round_trip():
 
 
 @pytest.mark.parametrize("narrow", [None, torch.bfloat16])
-def test_skipped_updates_are_as_if_they_had_not_been(narrow):
+def test_skipped_updates_have_no_effect(narrow):
     """Parameters, copies, moments, count and average; and updates that are not are as without a flag."""
     runs = []
     for spoilt in (False, True):
@@ -142,7 +142,7 @@ def test_an_average_equals_the_weights_until_it_starts():
         assert torch.equal(average.data, flat.data if step <= 2 else before.lerp(flat.data, 0.25))
 
 
-def test_an_average_keeps_every_bit_in_either_precision():
+def test_a_round_trip_of_an_average_is_exact_in_either_precision():
     for dtype in (torch.float32, torch.float64):
         flat = FlatParameters(model().to(dtype))
         average = MovingAverage(flat, 0.999)
@@ -177,7 +177,7 @@ def test_opposite_gradients_of_one_identifier_cancel():
     assert torch.equal(table, torch.ones(2, 3))
 
 
-def test_a_million_rows_cost_the_table_and_no_more():
+def test_a_million_rows_need_only_the_tables_memory():
     """Nothing of the table's length is allocated: only a batch's rows are."""
     table = torch.zeros(1_000_000, 8)
     with torch.profiler.profile(

@@ -22,7 +22,7 @@ def step(tally: Tally, loss: float, norm: float, other: float = 1.0) -> None:
     tally.end(torch.tensor(norm), ~torch.isfinite(torch.tensor(norm)))
 
 
-def test_skipped_steps_are_counted_and_in_no_sum():
+def test_skipped_steps_are_counted_but_not_summed():
     found = Tally(CPU, 10)
     for loss, norm in ((1.0, 2.0), (math.nan, math.nan), (5.0, math.inf), (3.0, 4.0)):
         step(found, loss, norm)
@@ -42,7 +42,7 @@ def test_skipped_steps_are_counted_and_in_no_sum():
     assert found.read(ALONE).in_a_row == 0
 
 
-def test_of_many_steps_the_last_have_their_own_loss(monkeypatch):
+def test_only_the_last_steps_keep_their_loss(monkeypatch):
     monkeypatch.setattr(step_metrics, "LONGEST", 4)
     found = Tally(CPU, 1000)
     for n in range(11):
@@ -55,7 +55,7 @@ def test_of_many_steps_the_last_have_their_own_loss(monkeypatch):
 
 
 @pytest.mark.parametrize("length", [10, 3])
-def test_a_restored_one_goes_on(length):
+def test_a_restored_state_continues(length):
     straight, before = Tally(CPU, 10), Tally(CPU, 10)
     for n in range(5):
         for each in (straight, before):
@@ -95,7 +95,7 @@ def test_other_ranks_share_what_all_had_gathered():
         assert one.state_dict(ALONE)["sums"].tolist() == [[10.0 * (rank + 1), 1.0 + rank]]
 
 
-def test_loading_keeps_the_buffers_that_a_captured_step_adds_to():
+def test_loading_keeps_the_buffers_of_a_captured_step():
     found = Tally(CPU, 10)
     empty = copy.deepcopy(found.state_dict(ALONE))
     step(found, 1.0, 2.0)

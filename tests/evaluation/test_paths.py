@@ -75,7 +75,7 @@ def maze() -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", RULED)
-def test_a_view_keeps_the_rules_and_its_answer_comes_back(name, tiny_sudoku):
+def test_a_view_keeps_the_rules_and_maps_answers_back(name, tiny_sudoku):
     if name == "sudoku":
         kind, part = Kind("sudoku", 4, 4, 6), PuzzleDataset(tiny_sudoku, "test").sets["all"]
         question, answer = (np.asarray(array[3], np.int32) for array in (part.inputs, part.labels))
@@ -119,7 +119,7 @@ def test_arc_views(named):
     assert (views.of(empty, 1, 0, 4).inputs == 0).all()
 
 
-def test_of_arc_answers_the_grids_vote():
+def test_arc_votes_compare_only_grids():
     """Tokens outside the grid differ by chance; two of three equal grids decide a vote."""
     kind, grid = Kind("arc", 4, 4, 12), np.array([[3, 0]], np.uint8)
     boards = np.stack([canvas(grid, side=4)] * 3).astype(np.int32)
@@ -171,7 +171,7 @@ def test_an_official_checkpoint_takes_paths(run, runs, capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_evaluation_gives_the_answers_of_the_eager_one(runs, capsys, tmp_path):
+def test_a_compiled_evaluation_equals_the_eager_one(runs, capsys, tmp_path):
     argv = [f"paths={PATHS}", "by=init,noise", "batch_size=16", "eval_act=true"]
     found = []
     for mode in ("eager", "compile"):

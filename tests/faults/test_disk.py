@@ -99,7 +99,7 @@ def wait_between_saves(trainer: Trainer, run: Path) -> None:
     trainer.wait_for(lambda: newest(run) and not list(run.glob(".tmp_*")))
 
 
-def test_a_full_disk_ends_the_run_and_room_on_it_goes_on(tiny_sudoku, tmp_path, disk):
+def test_a_full_disk_ends_the_run_and_free_space_continues_it(tiny_sudoku, tmp_path, disk):
     """Under a checkpoint, then under the metrics, then from the start."""
     argv = words(tiny_sudoku, disk.path, "run_name=full", LONG, "log_interval=1")
     run, seen = (root / tiny_sudoku.name / "full" for root in (disk.path, disk.view))
@@ -134,7 +134,7 @@ def test_a_full_disk_ends_the_run_and_room_on_it_goes_on(tiny_sudoku, tmp_path, 
     assert_same_run(whole(tiny_sudoku, tmp_path, LONG, "log_interval=1"), seen)
 
 
-def test_a_file_that_cannot_grow_ends_the_run_and_room_goes_on(tiny_sudoku, tmp_path):
+def test_a_file_size_limit_ends_the_run_and_a_higher_limit_continues_it(tiny_sudoku, tmp_path):
     argv = words(tiny_sudoku, tmp_path, "run_name=full")
     run = tmp_path / tiny_sudoku.name / "full"
     assert train.main([*argv, "max_steps=12"]) == 0

@@ -49,6 +49,6 @@ def test_a_file_and_a_module(tmp_path, words):
     assert found[0] == found[1] and found[0][0] == 0
 
 
-def test_what_libraries_read_while_they_load_asks_for_a_new_process():
+def test_variables_read_at_import_need_a_new_process():
     program = start(["-c", ""], {**os.environ, "OMP_NUM_THREADS": "7"})
     assert isinstance(program, subprocess.Popen) and program.wait(60) == 0

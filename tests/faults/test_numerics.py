@@ -38,7 +38,7 @@ def assert_finite(run: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gradient", "loss", "carry"])
-def test_a_step_that_is_not_finite_is_skipped_and_told(tiny_sudoku, tmp_path, kind):
+def test_a_non_finite_step_is_skipped_and_reported(tiny_sudoku, tmp_path, kind):
     argv = words(tiny_sudoku, tmp_path, *EACH, "run_name=r", "max_steps=12")
     run = tmp_path / tiny_sudoku.name / "r"
     status, _, err = run_to_end([f"{kind}:8:8", *argv], program=[PROGRAM])
@@ -75,7 +75,7 @@ def test_steps_that_are_never_finite_end_the_run_with_a_good_state(tiny_sudoku, 
     assert newest(run) == 14
 
 
-def test_one_rank_alone_makes_all_skip(tiny_sudoku, tmp_path):
+def test_one_rank_makes_all_ranks_skip(tiny_sudoku, tmp_path):
     argv = words(tiny_sudoku, tmp_path, *EACH, "run_name=r", "max_steps=10")
     run = tmp_path / tiny_sudoku.name / "r"
     (ended,) = torchrun(2, PROGRAM, "gradient:5:5:1", *argv)

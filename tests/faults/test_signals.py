@@ -32,7 +32,7 @@ def whole(tiny_sudoku, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name, status", [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_ends_the_run_after_the_step_and_the_same_command_goes_on(
+def test_a_signal_ends_the_run_after_the_step_and_the_same_command_continues(
     tiny_sudoku, tmp_path, whole, name, status
 ):
     argv = words(tiny_sudoku, tmp_path, *LONG, "run_name=r")
@@ -98,7 +98,7 @@ def test_a_second_signal_ends_at_once(tiny_sudoku, tmp_path, second):
     assert newest(run) == 0 and last_step(run) == 0
 
 
-def test_a_signal_after_which_nothing_is_left_to_do_ends_as_if_none_had_come(tiny_sudoku, tmp_path, whole):
+def test_a_signal_after_the_last_step_has_no_effect(tiny_sudoku, tmp_path, whole):
     """The last step's checkpoint holds the whole run, whichever of them was met."""
     argv = words(tiny_sudoku, tmp_path, *LONG, "run_name=r")
     run = folder(tiny_sudoku, tmp_path, "r")
@@ -131,7 +131,7 @@ def test_a_terminal_that_closes_ends_the_run_with_a_checkpoint(tiny_sudoku, tmp_
     assert_same_run(whole, run)
 
 
-def test_a_pipe_that_nobody_reads_any_more_does_not_cost_the_checkpoint(tiny_sudoku, tmp_path, whole):
+def test_a_closed_pipe_does_not_lose_the_checkpoint(tiny_sudoku, tmp_path, whole):
     """As in `train.py 2>&1 | tee log`, where Ctrl-C ends tee as well."""
     run = folder(tiny_sudoku, tmp_path, "r")
     argv = words(tiny_sudoku, tmp_path, *LONG, "run_name=r")

@@ -79,7 +79,8 @@ class Refusal:
 
 
 def judge(target: Target, data: bytes) -> Refusal | None:
-    """Why the target refused the data, None where it took them. Raises Finding for anything else."""
+    """The reason why the target rejected the data; None if it accepted them. Raises Finding for anything
+    else."""
     before, refusal = _most_memory(), None
     try:
         with _quiet() as said, _clock():

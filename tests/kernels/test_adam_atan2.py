@@ -137,7 +137,7 @@ def test_angle_at_the_edges():
     assert distance(*angles(m, d)) <= 1e-7
 
 
-def test_a_parameter_without_gradient_comes_to_rest():
+def test_a_parameter_without_gradient_converges():
     """Its moments decay to the last numbers above 0, where rounding keeps them; it must not move for ever."""
     zero = torch.zeros(64, device=DEVICE)
     param, exp_avg, exp_avg_sq = zero + 1.0, zero + 5.6e-45, zero + 1.4e-44
@@ -170,7 +170,7 @@ def update(buffers: dict[str, Tensor], dtype: torch.dtype = torch.int64, **other
     )
 
 
-def test_gradients_that_are_not_finite_go_where_the_reference_lets_them():
+def test_non_finite_gradients_spread_as_in_the_reference():
     bad = {5: float("nan"), 2047: float("inf"), 2048: -float("inf"), 4096: float("nan")}
     results = []
     for name in ("triton", "reference"):
@@ -308,7 +308,7 @@ def test_bad_arguments_are_named(change, error, message):
         adam_atan2(*state(4).values(), beta1=0.9, beta2=0.95, weight_decay=0.1, **arguments)
 
 
-def test_what_the_kernel_does_not_take():
+def test_unsupported_arguments_of_the_kernel():
     constants = {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "step": torch.tensor(1, device=DEVICE)}
     double = [tensor.double() for tensor in state(4).values()]
     with pytest.raises(RuntimeError, match=r"takes float32, got torch\.float64; use 'auto'"):

@@ -129,7 +129,7 @@ def test_unwanted_gradients_are_neither_computed_nor_allocated():
     assert rows["dz_ptr"] is None and rows["do_ptr"] is None and rows["dx_ptr"] is None
 
 
-def test_two_sources_read_nothing_of_the_third():
+def test_two_sources_do_not_read_the_third():
     named = inputs((20,), 40, 16, sources=2)
     whole = [tensor for tensor in arguments(named) if tensor is not None]
     z, o, w1, b1, w2, b2 = whole

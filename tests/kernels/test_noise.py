@@ -111,7 +111,7 @@ def test_the_start_draws_the_bits_of_the_reference(shape, dtype):
     assert torch.equal(ours[2:], z[2:])
 
 
-def test_a_number_depends_on_its_key_and_place_alone():
+def test_a_number_depends_only_on_key_and_position():
     keys, steps = keys_of(6, paths=4) + torch.tensor([0, 0, 1], dtype=torch.int32, device=DEVICE), steps_of(6)
     f = torch.zeros(6, 5, 12, device=DEVICE)
     whole = noisy_update(f, f, noise=1.0, keys=keys, steps=steps, call=3)

@@ -202,7 +202,7 @@ def test_bad_arguments_are_named(change, error, message):
         )
 
 
-def test_what_the_kernel_does_not_take():
+def test_unsupported_arguments_of_the_kernel():
     table, identifiers = torch.zeros(6, 4, device=DEVICE), torch.zeros(3, dtype=torch.int32, device=DEVICE)
     lr = torch.tensor(0.1, device=DEVICE)
     with pytest.raises(RuntimeError, match=r"takes float32, got torch\.float64; use 'auto'"):

@@ -211,7 +211,7 @@ def test_bfloat16_states_give_bfloat16_close_to_float64(kind, n):
 
 
 @pytest.mark.slow
-def test_compiled_whole_they_equal_eager():
+def test_compiled_gates_equal_eager_ones():
     """The types with plain forwards: one with the input and held gates, one without, in one graph."""
     attention, hierarchical = gatings = [network(kind) for kind in ("attention", "hierarchical")]
     (z, o, x), start = states(3, seed=1), states(3, seed=2)

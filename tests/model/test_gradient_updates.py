@@ -48,7 +48,7 @@ def test_the_other_gradients_are_some_of_the_last_updates(variant, updates, same
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_more_updates_reach_further_until_all_are_taught():
+def test_more_updates_extend_the_gradient_to_all():
     # Two cycles of three L-updates and one H-update.
     all_of_them = gradients(gradient="last_n", gradient_updates=8)
     beyond = gradients(gradient="last_n", gradient_updates=99)

@@ -89,7 +89,7 @@ def test_closed_gates_silence_and_open_gates_sum_the_sources():
 
 @pytest.mark.parametrize("use_gating", [False, True])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_the_first_position_alone_equals_that_of_the_whole(use_gating, layers):
+def test_the_first_position_equals_that_of_a_full_pass(use_gating, layers):
     model = make(use_gating=use_gating, H_layers=layers, dtype=torch.float64).double()
     z_H, z_L, e = states(model)
     with torch.no_grad():

@@ -93,7 +93,7 @@ def test_training_steps(form):
             assert_same(actual, expected, "package")
 
 
-def test_single_state_learns_through_the_last_update_alone_if_asked():
+def test_single_state_can_learn_through_only_the_last_update():
     batch = random_batch(torch.Generator().manual_seed(1))
     gradients = []
     for changes in ({"gradient": "one_step", "L_cycles": 3}, {"gradient": "last_cycle", "L_cycles": 1}):
@@ -114,7 +114,7 @@ def test_single_state_learns_through_the_last_update_alone_if_asked():
         ("arch.mlp_t=true", "arch.swiglu=conv"),
     ],
 )
-def test_what_a_single_state_or_a_convolution_excludes(changes, message):
+def test_conflicts_of_a_single_state_or_a_convolution(changes, message):
     with pytest.raises(ConfigError, match=message):
         parse_args(["--arch", "urm", "data_path=x", changes])
 

@@ -158,7 +158,7 @@ def test_narrow_states_are_widened_once_and_the_bias_is_in_the_states_dtype():
     torch.testing.assert_close(bias.double(), expected_bias, rtol=2e-2, atol=5e-3)
 
 
-def test_a_fresh_sequence_has_no_goal_and_costs_no_nan():
+def test_a_fresh_sequence_has_no_goal_and_gives_no_nan():
     """Cosine 0, so the loss is the gate; the bias nothing; every gradient finite."""
     head = make()
     z_L = states(1).requires_grad_()
@@ -189,7 +189,7 @@ def test_states_without_a_mean_and_a_manager_of_zero():
         assert gradient is not None and gradient.isfinite().all()
 
 
-def test_the_least_length_is_where_normalising_ends():
+def test_vectors_below_the_minimum_norm_are_not_normalised():
     """Below 1e-6 a goal, or the mean state, is divided by that in place of its length."""
     goal = torch.zeros(3, D, dtype=torch.float64)
     goal[:, 0] = torch.tensor([1e-5, 1e-7, 1.0])
@@ -239,7 +239,7 @@ def step_loss(head: SubgoalHead, z_H: Tensor, z_L: Tensor, steps: Tensor) -> tup
     return feudal_loss(z_L, goal, torch.where(renewed, new_gate, carried_gate))[0], renewed
 
 
-def test_the_head_learns_from_refreshed_sequences_alone():
+def test_the_head_learns_only_from_refreshed_sequences():
     head, z_L = make(), states(2).requires_grad_()
     z_H = states(1).requires_grad_()
     steps = torch.tensor([1, 2, 3, 4, 5, 8], dtype=torch.int32)

@@ -198,7 +198,7 @@ def gradients_of_a_step(model: HRM, batch: plain.Batch) -> tuple[Tensor, dict[st
 
 @pytest.mark.parametrize("gradient", ["one_step", "last_cycle"])
 @pytest.mark.usefixtures("straight_line")
-def test_a_shared_stack_is_two_equal_ones_whose_gradients_are_summed(gradient):
+def test_a_shared_stack_sums_the_gradients_of_two_equal_stacks(gradient):
     shared_arch = make_trm(puzzle_emb_ndim=0, gradient=gradient)
     weights = make_weights(make_trm(puzzle_emb_ndim=0), torch.Generator().manual_seed(3), torch.float64)
     shared = make_model(shared_arch, weights)
@@ -213,7 +213,7 @@ def test_a_shared_stack_is_two_equal_ones_whose_gradients_are_summed(gradient):
 
 
 @pytest.mark.usefixtures("straight_line")
-def test_last_cycle_differs_from_one_step_in_the_gradient_alone():
+def test_last_cycle_differs_from_one_step_only_in_the_gradient():
     weights = make_weights(make_trm(puzzle_emb_ndim=0), torch.Generator().manual_seed(5), torch.float64)
     batch = random_batch(torch.Generator().manual_seed(6))
 
@@ -357,7 +357,7 @@ def test_names_of_the_weights():
 @pytest.mark.parametrize(
     "more", [[], ["arch.mlp_t=true", "arch.pos_encodings=none", "arch.puzzle_emb_len=3"]]
 )
-def test_a_short_run_trains_and_goes_on(more, tiny_sudoku, tmp_path, capsys):
+def test_a_short_run_trains_and_resumes(more, tiny_sudoku, tmp_path, capsys):
     words = ["--arch", "trm", "preset=quick", f"data_path={tiny_sudoku}", f"output_dir={tmp_path}", *more]
     words += ["arch.hidden_size=16", "arch.num_heads=2", "global_batch_size=16", "mode=eager", "device=cpu"]
     words += ["log_interval=1", "epochs=4", "eval_interval=2", "lr_warmup_steps=0"]

@@ -90,7 +90,7 @@ def test_demonstrations_teach_a_task_that_training_did_not_have(trained):
     assert all(parameter.requires_grad for parameter in trained.parameters())
 
 
-def test_a_row_moves_as_the_rows_of_the_table_do():
+def test_a_learnt_row_moves_like_table_rows():
     """Two updates written out: sign-SGD with decay, halted demonstrations anew, loss of each ACT step."""
     model, lr, decay = HRM(small(), vocab_size=V, seq_len=S, num_puzzle_identifiers=2), 0.5, 0.25
     questions, answers = map(torch.from_numpy, examples(TASKS[:3], np.random.default_rng(3)))
@@ -122,7 +122,7 @@ def test_a_row_moves_as_the_rows_of_the_table_do():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_labels_that_do_not_count_teach_nothing():
+def test_ignored_labels_have_no_effect():
     """Without a label that counts, nothing moves the row away from zero; with labels it moves."""
     model = HRM(small(q_continue=False), vocab_size=V, seq_len=S, num_puzzle_identifiers=1)
     questions, answers = map(torch.from_numpy, examples(TASKS[:2], np.random.default_rng(4)))
@@ -133,7 +133,7 @@ def test_labels_that_do_not_count_teach_nothing():
     assert learn_embedding(model, questions, answers, steps=3, lr=0.1, loss=LOSS).abs().max() > 0.09
 
 
-def test_what_cannot_be_learnt_is_told():
+def test_unlearnable_tasks_are_reported():
     bare = HRM(small(puzzle_emb_ndim=0), vocab_size=V, seq_len=S, num_puzzle_identifiers=1)
     questions = torch.ones(1, S)
     with pytest.raises(UserError, match=r"no puzzle embeddings \(arch.puzzle_emb_ndim=0\)"):

@@ -109,7 +109,7 @@ def test_a_model_halts_as_its_q_values_say():
     assert record_trace(eager, METADATA, QUESTION, steps=2).steps == whole.steps[:2]
 
 
-def test_a_row_is_what_its_identifier_stands_for():
+def test_a_row_equals_its_identifiers_embedding():
     model = make()
     row = model.puzzle_emb.weights[2].clone()
     assert (
@@ -122,7 +122,7 @@ def test_a_row_is_what_its_identifier_stands_for():
     assert torch.equal(puzzle_row(model, 2), row[None]) and puzzle_row(make(puzzle_emb_ndim=0), 2) is None
 
 
-def test_what_cannot_be_traced_is_told():
+def test_untraceable_puzzles_are_reported():
     with pytest.raises(UserError, match=r"puzzle identifier 3: the model has rows 0 to 2"):
         record_trace(make(), METADATA, QUESTION, 3)
     with pytest.raises(UserError, match=r"puzzle identifier -1"):
@@ -164,7 +164,7 @@ def test_paths_of_one_puzzle(name):
 
 
 @pytest.mark.parametrize("halts_at", [0.0, -1e4])
-def test_outcomes_are_those_of_an_evaluation(halts_at):
+def test_outcomes_equal_those_of_an_evaluation(halts_at):
     """A path that never wishes to halt comes last, although halt_max_steps ends it."""
     model, random = make(halts_at), Randomness(starts=True)
     found = record_paths(model, METADATA, QUESTION, paths=Paths(5, randomness=random, seed=3), steps=STEPS)

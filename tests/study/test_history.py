@@ -26,7 +26,7 @@ def points(found: History, key: str) -> list[tuple[int, float]]:
     return list(zip(steps.tolist(), values.tolist(), strict=True))
 
 
-def test_what_the_trainer_logs_is_read_back(tmp_path):
+def test_logged_metrics_are_read_back(tmp_path):
     from hrm.training.logging import MetricsFile
 
     log = MetricsFile(tmp_path / "run")
@@ -47,7 +47,7 @@ def test_what_the_trainer_logs_is_read_back(tmp_path):
     assert len(found.keys()) == 6 and found.keys() == sorted(found.metrics)
 
 
-def test_what_was_never_logged_is_empty(tmp_path):
+def test_missing_metrics_are_empty(tmp_path):
     found = read_history(write(tmp_path, {"step": 3, "train/loss": 1, "note": "text", "list": [1]}))
     assert found.keys() == ["train/loss"]
     assert points(found, "train/steps") == []
@@ -56,13 +56,13 @@ def test_what_was_never_logged_is_empty(tmp_path):
     assert (found.parameters, found.total_steps, found.eval_sets) == (None, None, [])
 
 
-def test_a_run_that_has_logged_nothing_yet(tmp_path):
+def test_a_run_without_a_log(tmp_path):
     found = read_history(write(tmp_path))
     assert (found.last_step, found.keys()) == (0, [])
 
 
 @pytest.mark.parametrize("tail", ['{"step": 7, "a": 2', '{"step": 7, "a": 2}', '{"step": 7,\xff', "{"])
-def test_a_line_without_its_end_is_still_being_written(tmp_path, tail):
+def test_an_unterminated_line_is_skipped(tmp_path, tail):
     found = read_history(write(tmp_path, {"step": 5, "a": 1}, tail=tail))
     assert (points(found, "a"), found.last_step) == ([(5, 1.0)], 5)
 
@@ -107,7 +107,7 @@ def test_a_long_series_is_thinned_and_keeps_its_last_point(tmp_path, monkeypatch
     assert points(read_history(write(tmp_path, *lines)), "a") == [(s, s / 2) for s in kept]
 
 
-def test_a_very_long_series_takes_bounded_memory(tmp_path, monkeypatch):
+def test_a_very_long_series_needs_bounded_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(history, "MOST_POINTS", 16)
     steps, values = read_history(write(tmp_path, *({"step": s, "a": -s} for s in range(1000)))).series("a")
     assert len(steps) <= 17 + 1 and (steps[0], steps[-1]) == (0, 999)
@@ -152,7 +152,7 @@ def test_another_file_in_the_configurations_place_is_refused(tmp_path, text):
         read_history(tmp_path)
 
 
-def test_where_there_is_no_run_one_at_hand_is_named(tmp_path):
+def test_a_nearby_run_is_suggested(tmp_path):
     for missing in (tmp_path / "none", write(tmp_path / "deep" / "er" / "run") / "metrics.jsonl"):
         with pytest.raises(UserError, match=r"no metrics\.jsonl there; give the folder of a run"):
             read_history(missing)
@@ -160,7 +160,7 @@ def test_where_there_is_no_run_one_at_hand_is_named(tmp_path):
         read_history(tmp_path / "deep")
 
 
-def test_runs_of_one_name_are_called_by_what_tells_them_apart(tmp_path, monkeypatch):
+def test_runs_of_equal_name_get_unique_names(tmp_path, monkeypatch):
     folders = [write(tmp_path / name, {"step": 1}) for name in ("a/x/run", "b/x/run", "a/other", "c/y/run")]
     # the same folder again, however it is written, is no other run
     monkeypatch.chdir(folders[2])

@@ -48,7 +48,7 @@ def test_closed_forms():
     assert t_quantile(0.95, 100_000) == pytest.approx(1.959964, abs=3e-5)
 
 
-def test_what_is_no_probability_or_no_degree_is_refused():
+def test_invalid_confidence_or_freedom_is_refused():
     for confidence, freedom in ((0.0, 1), (1.0, 1), (0.95, 0)):
         with pytest.raises(ValueError, match=str(confidence)):
             t_quantile(confidence, freedom)
@@ -87,7 +87,7 @@ def test_differences_are_paired_by_seed_over_those_that_both_have():
     assert paired_difference({0: 1.0}, {1: 1.0}) is None
 
 
-def test_pairing_takes_out_what_the_seeds_share():
+def test_pairing_removes_the_seeds_common_effect():
     base = {0: 0.2, 1: 0.5, 2: 0.8}
     found = paired_difference({seed: score + 0.1 + 0.01 * seed for seed, score in base.items()}, base)
     assert found is not None and found.clear and found.mean == pytest.approx(0.11)

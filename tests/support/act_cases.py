@@ -1,4 +1,4 @@
-"""Small ACT training runs in which everything happens, shared by the tests that compare implementations."""
+"""Small ACT training runs that cover every event, for tests that compare implementations."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +20,7 @@ SOFTMAX: Any = "softmax_cross_entropy"
 
 
 def make_arch(**changes: Any) -> ArchConfig:
-    """A small architecture of uneven sizes; rotary, without a puzzle table, v1."""
+    """A small v1 architecture with odd sizes, rotary positions and no puzzle table."""
     fields: dict[str, Any] = {
         "hidden_size": D,
         "num_heads": 4,
@@ -37,7 +37,7 @@ def make_arch(**changes: Any) -> ArchConfig:
 
 
 def make_weights(arch: ArchConfig, generator: torch.Generator, dtype: torch.dtype) -> plain.Weights:
-    """Random weights, the bias of the Q head such that about half of the sequences wish to halt."""
+    """Random weights; the bias of the Q head makes about half of the sequences halt."""
     weights = plain.random_weights(arch, V, S, PUZZLES, generator, dtype)
     batch = random_batch(generator)
     leads = []
@@ -49,7 +49,7 @@ def make_weights(arch: ArchConfig, generator: torch.Generator, dtype: torch.dtyp
 
 
 def make_model(arch: ArchConfig, weights: plain.Weights) -> HRM:
-    """The package's model in the weights' dtype, which is to be torch's default; every name must be there."""
+    """The package's model in the weights' dtype, which must be torch's default; all names must exist."""
     dtype = weights["H_init"].dtype
     model = HRM(arch, vocab_size=V, seq_len=S, num_puzzle_identifiers=PUZZLES, dtype=dtype)
     model.load_state_dict({name: weight.clone() for name, weight in weights.items()})
@@ -70,9 +70,10 @@ def random_batch(generator: torch.Generator) -> plain.Batch:
 def make_batch(
     arch: ArchConfig, weights: plain.Weights, carry: plain.Carry, generator: torch.Generator
 ) -> plain.Batch:
-    """The next batch, its labels such that some sequences come out right.
+    """The next batch, with labels that make some sequences right.
 
-    Sequence 0 has no label that counts, 1 to 4 have those the model will give at first, 5 to 9 have one.
+    Sequence 0 has only ignored labels, 1 to 4 have the model's first predictions as labels, 5 to 9 have one
+    such label.
     """
     batch = random_batch(generator)
     anything = torch.zeros(B, dtype=torch.int32)
@@ -84,7 +85,7 @@ def make_batch(
 
 
 def draw_often(arch: ArchConfig, generator: torch.Generator) -> Tensor:
-    """The fewest steps of each sequence (B,) when half of them explore."""
+    """The minimum steps of each sequence (B,) if half of them explore."""
     least = torch.randint(2, max(2, arch.halt_max_steps) + 1, (B,), generator=generator, dtype=torch.int32)
     return torch.where(torch.rand(B, generator=generator) < 0.5, least, 0)
 
@@ -92,9 +93,9 @@ def draw_often(arch: ArchConfig, generator: torch.Generator) -> Tensor:
 def what_happened(
     arch: ArchConfig, before: plain.Carry, result: dict[str, Any], least: Tensor
 ) -> dict[str, bool]:
-    """Of each way a step can go, whether this one went it for at least one sequence.
+    """For each event, whether it occurred for at least one sequence in this step.
 
-    before: the carry the step began with. result: of `straight_line.act_training_step`.
+    before: the carry before the step. result: of `straight_line.act_training_step`.
     """
     carry, outputs = result["carry"], result["outputs"]
     is_last = carry["steps"] == arch.halt_max_steps
@@ -115,9 +116,9 @@ def what_happened(
 def straight_line_run(
     arch: ArchConfig, weights: plain.Weights, loss_type: str, steps: int, generator: torch.Generator
 ) -> Iterator[tuple[plain.Batch, Tensor, dict[str, Any]]]:
-    """Each step's batch, fewest steps, and what `straight_line.act_training_step` makes of them.
+    """Yields each step's batch, minimum steps, and the result of `straight_line.act_training_step`.
 
-    puzzle_rows becomes the gradient of the whole table. Asserts in the end that everything has happened.
+    puzzle_rows becomes the gradient of the whole table. Asserts at the end that every event has occurred.
     """
     carry = plain.initial_carry(weights, arch, random_batch(generator))
     events: dict[str, bool] = {}
@@ -133,7 +134,8 @@ def straight_line_run(
 
 
 def table_gradient(arch: ArchConfig, identifiers: Tensor | None, rows: Tensor | None) -> Tensor:
-    """The puzzle table's gradient (PUZZLES, puzzle_emb_ndim) from that of gathered rows, if there are any."""
+    """The puzzle table's gradient (PUZZLES, puzzle_emb_ndim) from the gradients of gathered rows, if there
+    are any."""
     table = torch.zeros(PUZZLES, arch.puzzle_emb_ndim)
     if identifiers is not None and rows is not None:
         for identifier, row in zip(identifiers.tolist(), rows, strict=True):
@@ -142,16 +144,16 @@ def table_gradient(arch: ArchConfig, identifiers: Tensor | None, rows: Tensor | 
 
 
 def v1_carry(carry: Carry) -> plain.Carry:
-    """The carry as `straight_line` has it, without what variants add."""
+    """The carry in the form of `straight_line`, without the fields of variants."""
     return {name: tensor for name, tensor in carry._asdict().items() if name not in VARIANTS}
 
 
 def package_step(
     model: HRM, carry: Carry, batch: plain.Batch, min_halt_steps: Tensor, loss_type: Any
 ) -> tuple[Carry, dict[str, Any]]:
-    """The package's replacement, ACT step, loss and backward.
+    """Runs the package's replacement, ACT step, loss and backward.
 
-    Returns the new carry, and what `straight_line_run` gives of the straight line's.
+    Returns the new carry, and results in the form of `straight_line_run`.
     """
     model.zero_grad()
     carry = replace_halted(model, carry, Sequences(**batch))

@@ -1,4 +1,4 @@
-"""Generated ARC tasks as their files hold them, and the pairs that a built data set holds of each."""
+"""Generated ARC tasks in their file format, and the pairs of each task in a built data set."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def write_tasks(folder: Path, tasks: dict[str, Any]) -> Path:
 
 
 def write_kaggle(folder: Path, name: str, tasks: dict[str, Any], solutions: bool = True) -> str:
-    """The same tasks in Kaggle's form; returns their prefix."""
+    """Writes the same tasks in Kaggle's format; returns their prefix."""
     challenges = {
         task: {"train": value["train"], "test": [{"input": pair["input"]} for pair in value["test"]]}
         for task, value in tasks.items()
@@ -52,18 +52,18 @@ def write_kaggle(folder: Path, name: str, tasks: dict[str, Any], solutions: bool
 
 
 def framed(tokens: np.ndarray) -> tuple[np.ndarray, int, int]:
-    """The grid on a canvas wherever it stands, and where: the frame around its colours."""
+    """The grid on a canvas, at any place, and its place."""
     side = math.isqrt(len(tokens))
     rows, cols = np.nonzero(tokens.reshape(side, side) >= 2)
     top, left = rows.min(), cols.min()
     grid = tokens.reshape(side, side)[top : rows.max() + 1, left : cols.max() + 1] - 2
-    # End lines and padding are as `canvas` sets them, and nothing else is there.
+    # The rest of the canvas has the end lines and padding of `canvas`.
     np.testing.assert_array_equal(canvas(grid, top, left, side), tokens)
     return grid, int(top), int(left)
 
 
 def held_pairs(folder: Path, split: str) -> dict[str, list[tuple[Grids, tuple[int, int]]]]:
-    """By puzzle name, its pairs of grids and the place where both stand."""
+    """By puzzle name: its pairs of grids and the place of each pair."""
     dataset = PuzzleDataset(folder, split)
     names = json.loads((folder / "identifiers.json").read_text())
     assert len(names) == dataset.metadata.num_puzzle_identifiers == len(set(names))
@@ -80,6 +80,6 @@ def held_pairs(folder: Path, split: str) -> dict[str, list[tuple[Grids, tuple[in
 
 
 def key(pair: Any) -> Any:
-    """A pair of grids, of a file or of a data set, as one comparable value."""
+    """A pair of grids from a file or a data set, as a comparable value."""
     grids = (pair["input"], pair["output"]) if isinstance(pair, dict) else pair
     return tuple(tuple(map(tuple, np.asarray(grid).tolist())) for grid in grids)

@@ -1,4 +1,4 @@
-"""Small checkpoints, forged manifests, and the refusal of a checkpoint."""
+"""Small checkpoints, forged manifests, and errors of invalid checkpoints."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from hrm.common.errors import UserError
 
 
 def save(folder: Path, step: int, value: float = 0.0, **options: Any) -> Path:
-    """A small checkpoint whose contents all tell `value`."""
+    """A small checkpoint whose contents all depend on `value`."""
     return save_checkpoint(
         folder,
         step,
@@ -32,14 +32,14 @@ def names(folder: Path) -> list[str]:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write a manifest with the digest it needs."""
+    """Writes a manifest with the right digest."""
     fields = {key: value for key, value in manifest.items() if key != "digest"}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(fields | {"digest": digest}))
 
 
 def reseal(folder: Path) -> None:
-    """Make the manifest agree with changed files again, as someone who forges a checkpoint would."""
+    """Updates the manifest for changed files, like an attacker who forges a checkpoint."""
     manifest = json.loads((folder / "manifest.json").read_text())
     for name, entry in manifest["files"].items():
         data = (folder / name).read_bytes()

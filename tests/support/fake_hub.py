@@ -1,4 +1,4 @@
-"""The package huggingface_hub without a network: it serves folders, and keeps a cache like the real one's."""
+"""A fake huggingface_hub without a network: it serves folders, and has a cache like the real package."""
 
 import shutil
 from pathlib import Path
@@ -15,9 +15,9 @@ ERRORS = {
 
 
 class FakeHub(ModuleType):
-    """A hub with the repositories `served/OWNER/NAME`; raises `error` where there is one.
+    """A hub with the repositories `served/OWNER/NAME`; raises `error` if it is set.
 
-    files: more names that the listing gives. asked: kind, repository, revision and name of each download.
+    files: additional names in the listing. asked: kind, repository, revision and name of each download.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,7 +29,7 @@ class FakeHub(ModuleType):
         self.utils = ModuleType("huggingface_hub.utils")
         for name, base in ERRORS.items():
             setattr(self.utils, name, type(name, (base,), {}))
-        # As there, access to a gated repository is one that is not found.
+        # As in the real package, GatedRepoError is a RepositoryNotFoundError.
         self.utils.GatedRepoError = type("GatedRepoError", (self.utils.RepositoryNotFoundError,), {})  # type: ignore[attr-defined]
         self.constants = ModuleType("huggingface_hub.constants")
         self.constants.HF_HUB_CACHE = str(self.cache)  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ from typing import Any
 
 
 class FakeWandb(ModuleType):
-    """What the tracker uses of wandb, noting how it is called."""
+    """The part of wandb that the tracker uses; records the calls."""
 
     def __init__(self, logged_in: bool) -> None:
         super().__init__("wandb")
@@ -14,7 +14,7 @@ class FakeWandb(ModuleType):
         self.logged: list[tuple[int, Any]] = []
 
     def login(self, **options: Any) -> bool:
-        # it would ask without this
+        # without this it would prompt
         assert options["prompt"] is False
         return self.logged_in
 

@@ -1,7 +1,7 @@
 """Python programs that start in milliseconds, forked from a process that has imported the trainer.
 
-A new Python spends 4 seconds on imports. A forked one shares the hash seed with all others, so each kind of
-test also has a case with a new process. `python -m tests.support.forked FD` is the process that forks.
+A new Python process spends 4 seconds on imports. Forked processes share a hash seed, so each kind of test
+also has a case with a new process. `python -m tests.support.forked FD` is the process that forks.
 """
 
 import atexit
@@ -26,7 +26,7 @@ from tests.support.paths import ROOT
 PRELOADED = ["torch.distributed.run", "hrm.evaluate", "hrm.compare", "hrm.engine.engine"]
 PRELOADED += [f"hrm.training.{path.stem}" for path in sorted((ROOT / "hrm/training").glob("[a-z]*.py"))]
 TORCHRUN = ["-m", "torch.distributed.run"]
-# Libraries read variables of these names while they load.
+# Libraries read variables with these prefixes while they load.
 READ_AT_LOAD = ("CUDA_", "HRM_KERNELS", "KMP_", "LD_", "MKL_", "OMP_", "PYTHONHASHSEED", "TORCH", "TRITON_")
 Stream = int | IO[Any] | None
 # CPU seconds of the forked programs that have ended.
@@ -85,7 +85,7 @@ class Forked:
 def start(
     words: Sequence[str], env: Mapping[str, str] | None = None, fork: bool = True, **options: Any
 ) -> Any:
-    """`python WORD...` in the project's root: forked where its libraries load with the same variables."""
+    """Runs `python WORD...` in the project's root; forked if libraries would load with the same variables."""
     env = dict(os.environ if env is None else env)
     if fork and _read_at_load(env) == _read_at_load(_server()[1]):
         return Forked(words, env, **options)
@@ -104,22 +104,22 @@ def _read_at_load(env: Mapping[str, str]) -> dict[str, str]:
 
 @cache
 def _server() -> tuple[socket.socket, dict[str, str]]:
-    """The connection to the process that forks, started at its first use, and its environment."""
+    """The connection to the forking process, which is started at the first use, and its environment."""
     ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
     environment = dict(os.environ)
     with theirs:
         command = [sys.executable, "-m", "tests.support.forked", str(theirs.fileno())]
-        # In this process group, so that what ends the tests by a signal to the group ends all.
+        # Stay in this process group, so that a signal to the group ends all processes.
         subprocess.Popen(command, cwd=ROOT, pass_fds=[theirs.fileno()])
     atexit.register(ours.close)
     return ours, environment
 
 
 def serve(requests: socket.socket) -> list[str]:
-    """Forks for each request; returns the words in the process that is to run them."""
-    # Ctrl-C ends the tests first, and then this process by the end of its requests.
+    """Forks for each request; returns the request in the child process."""
+    # Ctrl-C ends the tests; then this process ends because its connection closes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The system reaps the processes that wait for the programs.
+    # The system reaps the waiting processes.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         message, files, _, _ = socket.recv_fds(requests, 1 << 18, 4)
@@ -151,7 +151,7 @@ def serve(requests: socket.socket) -> list[str]:
 
 
 def become(env: Mapping[str, str]) -> None:
-    """Takes an environment, and otherwise the state of a process that has just started."""
+    """Sets the environment, and resets the process to the state of a new one."""
     os.environ.clear()
     os.environ.update(env)
     paths = env.get("PYTHONPATH", "").split(os.pathsep)
@@ -165,11 +165,11 @@ def become(env: Mapping[str, str]) -> None:
 
 
 def run(words: list[str]) -> None:
-    """Runs what `python WORD...` would run."""
+    """Runs the program of `python WORD...`."""
     name, *rest = words
     if name == "-m":
         sys.argv = rest
-        # Already imported, it would bring a warning.
+        # Remove it from sys.modules to avoid a warning.
         sys.modules.pop(rest[0], None)
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     elif name == "-c":
@@ -182,11 +182,11 @@ def run(words: list[str]) -> None:
 
 
 def leave(status: object) -> None:
-    """Ends the process with an exit status; freeing all that was imported would take half a second."""
+    """Ends the process with an exit status without freeing modules, which would take half a second."""
     if status is None or isinstance(status, int):
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
-        # A stream that cannot be written is for the interpreter's own end.
+        # Let the interpreter's exit handle a stream that cannot be written.
         with suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
@@ -195,7 +195,8 @@ def leave(status: object) -> None:
 
 
 class Rank(subprocess.Popen):
-    """A rank that torchrun's agent forks. The agent's stack lies below, so it leaves by `os._exit`."""
+    """Runs a rank that torchrun's agent forks. It ends by `os._exit`, because the agent's stack is below
+    it."""
 
     def _execute_child(
         self, args: Any, executable: Any, preexec: Any, close: Any, passed: Any, cwd: Any, env: Any, *_: Any
@@ -225,7 +226,7 @@ class Rank(subprocess.Popen):
 if __name__ == "__main__":
     for module in PRELOADED:
         importlib.import_module(module)
-    # Forked processes then copy no page for the garbage collector's counts.
+    # Forked processes then do not copy pages for the garbage collector's counts.
     import gc
 
     gc.collect()

@@ -1,9 +1,8 @@
-"""A CUDA graph's stand-in on the CPU: records the operations of a body with the tensors they touched.
+"""A stand-in for a CUDA graph on the CPU: records the operations of a function with their tensors.
 
-Replaying runs those operations again on the same memory, without the body's Python: whatever the body took
-from the host (a number, a shape, a branch, a tensor made from NumPy) stays as it was when it was recorded,
-and a value that it read back to the host is refused. So a body that replays rightly here depends on its
-tensors alone, which is what a capture on CUDA asks of it.
+Replaying runs these operations again on the same memory, without the function's Python. Host values (numbers,
+shapes, branches, tensors from NumPy) keep their recorded values, and reading a value on the host is an error.
+So a function that replays correctly here depends only on its tensors, as a CUDA capture requires.
 """
 
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 Body = Callable[[], None]
-# What waits for the device, or has a shape that depends on values.
+# Operations that wait for the device, or have a shape that depends on values.
 REFUSED = {
     "aten::_local_scalar_dense",
     "aten::nonzero",
@@ -28,7 +27,7 @@ REFUSED = {
 
 
 class Recorder(TorchDispatchMode):
-    """Collects (operation, arguments, results) of every call."""
+    """Records (operation, arguments, results) of every call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,21 +42,21 @@ class Recorder(TorchDispatchMode):
         return out
 
     def replay(self) -> None:
-        """Runs every call again, each result into the memory of the recorded one."""
+        """Runs every call again, and writes each result to the memory of the recorded result."""
         with torch.no_grad():
             for func, leaves, spec, outputs in self.calls:
                 args, kwargs = tree_unflatten(leaves, spec)
                 again = tree_flatten(func(*args, **kwargs))[0]
                 for old, new in zip(outputs, again, strict=True):
-                    # A view, or what an operation in place returns, is the memory itself.
+                    # The result of a view or an in-place operation is already the same memory.
                     if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                         old.copy_(new)
 
 
 def capture(body: Body, device: torch.device) -> Body:
-    """In place of `hrm.engine.cuda_graph.capture`; what it returns does nothing at its first call.
+    """Replaces `hrm.engine.cuda_graph.capture`; the first call of the returned function does nothing.
 
-    For recording here runs the body, and a capture does not: the first replay is the run that it was.
+    Recording here runs the function, unlike a capture, so it already is the first replay.
     """
     recorder, recorded = Recorder(), False
     with recorder:

@@ -1,7 +1,9 @@
-"""Saves that are killed at every step, each in a process of its own.
+"""Saves that are killed at every file operation, each in a separate process.
 
 usage: killed_saves.py FOLDER last|best
-Prints how often the save survived, or the new or the old checkpoint was the newest, by step and score.
+
+Prints the number of survived saves, and of kills after which the new or the old checkpoint was the newest, by
+step and score.
 """
 
 import json
@@ -16,8 +18,8 @@ import torch
 from hrm.checkpoint.read import Checkpoint, CheckpointError, best_checkpoint, load_checkpoint
 from hrm.checkpoint.save import save_checkpoint
 
-# By rule: the checkpoints to keep, and the saves that are killed, each a step and a score. The saves of
-# `best` are a worse one, a better one, the last one again, the best one again.
+# By rule: the checkpoints to keep, and the killed saves as step and score. The saves of `best` are a worse
+# one, a better one, the last one again, the best one again.
 RULES: dict[str, tuple[dict[str, Any], tuple[tuple[int, float], ...]]] = {
     "last": ({"keep": 2}, ((3, 0.6), (2, 0.5))),
     "best": ({"keep": 1, "keep_best": True}, ((3, 0.6), (3, 0.9), (2, 0.9), (1, 0.9))),
@@ -33,7 +35,7 @@ def save(run: Path, step: int, value: float, score: float, **options: Any) -> No
 
 
 def save_and_die(at: int, *arguments: Any, **options: Any) -> None:
-    """Saves; kills itself at its `at`-th opening, renaming, making or removing."""
+    """Saves; kills itself at the `at`-th file operation (open, rename, create or remove)."""
     events = 0
 
     def count(event: str, _: Any) -> None:

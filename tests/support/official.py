@@ -1,6 +1,6 @@
 """The official HRM code (sapientinc/HRM) from a checkout, for tests and benchmarks that compare with it.
 
-The environment variable HRM_REPO names the checkout; nothing of it is part of this project.
+The environment variable HRM_REPO is the path of the checkout; none of its code is part of this project.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ MODEL_FILE = "models/hrm/hrm_act_v1.py"
 
 
 def missing() -> str | None:
-    """Why the official code cannot be loaded here, and what to do about it; None when it can."""
+    """The reason why the official code cannot be loaded here, with a remedy; None if it can."""
     repo = os.environ.get("HRM_REPO")
     if not repo:
         return "HRM_REPO is not set; set it to a checkout of https://github.com/sapientinc/HRM"
@@ -32,7 +32,7 @@ def missing() -> str | None:
 
 
 def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    """flash-attn's function through PyTorch's own attention; q, k, v and the result (B, T, h, d)."""
+    """flash-attn's function, computed by PyTorch's attention; q, k, v and the result are (B, T, h, d)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
 
@@ -42,7 +42,7 @@ def official_modules() -> list[str]:
 
 
 class Float64Torch(ModuleType):
-    """torch, except that float32 means float64."""
+    """The module torch, except that float32 means float64."""
 
     def __getattr__(self, name: str) -> Any:
         return torch.float64 if name == "float32" else getattr(torch, name)
@@ -50,12 +50,12 @@ class Float64Torch(ModuleType):
 
 @contextmanager
 def official_code(in_float64: bool = False) -> Iterator[SimpleNamespace]:
-    """The official modules `model`, `losses`, ...; `stand_in` says whether their attention is PyTorch's.
+    """The official modules `model`, `losses`, ...; `stand_in` tells whether they use PyTorch's attention.
 
-    Their package is called `models`: it is importable inside the `with` only (torch.compile looks a module up
-    by its name), and another `models` that was there before is back afterwards. Without flash-attn, PyTorch's
-    attention stands in for it. in_float64: their casts to float32 go to float64, for tests in that precision.
-    Raises RuntimeError with `missing()` when there is no checkout.
+    Their package `models` is importable only within the `with` block (torch.compile looks a module up by its
+    name); another package `models` is restored afterwards. PyTorch's attention replaces a missing flash-attn.
+    in_float64: casts to float32 become casts to float64, for tests in that precision. Raises RuntimeError
+    with `missing()` without a checkout.
     """
     reason = missing()
     if reason is not None:
@@ -97,10 +97,10 @@ def official_model(
     loss_type: str,
     halt_exploration_prob: float,
 ) -> nn.Module:
-    """The official model in its loss head, in training mode, with these weights on their device.
+    """The official model in its loss head, in training mode, with these weights, on their device.
 
-    arch: an architecture of this project, v1 (no gates). weights: a state dict of this project, which has
-    the official names; every one is used. dtype: of the forward; parameters have torch's default.
+    arch: an architecture of this project, v1 (no gates). weights: a state dict of this project, which has the
+    official names; all are used. dtype: of the forward; parameters have torch's default.
     """
     names = (
         "puzzle_emb_ndim H_cycles L_cycles H_layers L_layers hidden_size expansion num_heads pos_encodings "

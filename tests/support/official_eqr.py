@@ -1,6 +1,6 @@
 """The official EqR code (locuslab/EqR) from a checkout, for tests against it.
 
-The environment variable EQR_REPO names the checkout; nothing of it is part of this project.
+The environment variable EQR_REPO is the path of the checkout; none of its code is part of this project.
 """
 
 import importlib
@@ -20,7 +20,7 @@ MODEL_FILE = "models/eqr.py"
 
 
 def missing() -> str | None:
-    """Why the official code cannot be loaded here, and what to do about it; None when it can."""
+    """The reason why the official code cannot be loaded here, with a remedy; None if it can."""
     repo = os.environ.get("EQR_REPO")
     if not repo:
         return "EQR_REPO is not set; set it to a checkout of https://github.com/locuslab/EqR"
@@ -31,8 +31,9 @@ def missing() -> str | None:
 
 @contextmanager
 def official_model() -> Iterator[Any]:
-    """The module `models.eqr`, importable inside the `with` only; its casts to float32 go to float64."""
-    # The model takes one function of this package, which colours an error.
+    """The module `models.eqr`, importable only within the `with` block; casts to float32 become casts to
+    float64."""
+    # The model imports one function of this package, which colours an error.
     printing: Any = ModuleType("utils.printing")
     printing.colored_exception = None
     shelved = {name: sys.modules.pop(name) for name in official_modules()}

@@ -1,6 +1,6 @@
 """The code of "Speed is Confidence" (jvdillon/sic) from a checkout, for tests that compare with it.
 
-The environment variable SIC_REPO names the checkout; nothing of it is part of this project.
+The environment variable SIC_REPO is the path of the checkout; none of its code is part of this project.
 """
 
 import importlib
@@ -21,7 +21,7 @@ MODEL_FILE = "code/model.py"
 
 
 def missing() -> str | None:
-    """Why the code cannot be loaded here, and what to do about it; None when it can."""
+    """The reason why the code cannot be loaded here, with a remedy; None if it can."""
     repo = os.environ.get("SIC_REPO")
     if not repo:
         return "SIC_REPO is not set; set it to a checkout of https://github.com/jvdillon/sic"
@@ -34,16 +34,17 @@ def missing() -> str | None:
 
 @contextmanager
 def official_model(arch: Any, vocab_size: int, side: int) -> Iterator[Any]:
-    """Its model of one chain in float64, for grids of side * side cells; usable inside the `with` only."""
+    """The official model with one chain in float64, for grids of side * side cells; usable only within the
+    `with` block."""
     names = ("model", "util")
     shelved = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(os.environ["SIC_REPO"]) / "code"))
         try:
-            # Before Python 3.12 there is none.
+            # It does not exist before Python 3.12.
             patch.setattr(typing, "override", lambda method: method, raising=False)
             code: Any = importlib.import_module("model")
-            # Its check refuses registers beside a mixer whose length counts them.
+            # Its check rejects registers with a mixer whose length includes them.
             patch.setattr(code, "_block_is_mlp_mixer", lambda block: False)
             swiglu = code.SwiGLU.Config(expansion=arch.expansion)
             tokens = side * side + arch.register_tokens
@@ -70,7 +71,7 @@ def official_model(arch: Any, vocab_size: int, side: int) -> Iterator[Any]:
 
 
 def their_name(name: str) -> str:
-    """Its name of one of this project's weights."""
+    """The official name of one of this project's weights."""
     for ours, theirs in {
         "embed_tokens.embedding_weight": "embed_tokens.weight",
         "register_tokens.embedding_weight": "register_tokens",
@@ -84,7 +85,7 @@ def their_name(name: str) -> str:
 
 
 def load(model: Any, weights: dict[str, Tensor]) -> None:
-    """Gives it these weights of this project; its Q head has no row for going on."""
+    """Loads this project's weights into the official model; its Q head has no row for q_continue."""
     state = {their_name(name): weight for name, weight in weights.items()}
     state |= {name: state[name][None] for name in ("H_init", "L_init")}
     state |= {name: state[name][:1] for name in ("q_head.weight", "q_head.bias")}

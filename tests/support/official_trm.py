@@ -1,6 +1,6 @@
 """The official TRM code (SamsungSAILMontreal/TinyRecursiveModels) from a checkout, for tests against it.
 
-The environment variable TRM_REPO names the checkout; nothing of it is part of this project.
+The environment variable TRM_REPO is the path of the checkout; none of its code is part of this project.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ MODEL_FILE = "models/recursive_reasoning/trm.py"
 
 
 def missing() -> str | None:
-    """Why the official code cannot be loaded here, and what to do about it; None when it can."""
+    """The reason why the official code cannot be loaded here, with a remedy; None if it can."""
     repo = os.environ.get("TRM_REPO")
     if not repo:
         return (
@@ -39,10 +39,10 @@ def missing() -> str | None:
 
 @contextmanager
 def official_code(in_float64: bool = False) -> Iterator[SimpleNamespace]:
-    """The official modules `model`, `layers`, `losses` and `ema`, as `official.official_code` gives HRM's.
+    """The official modules `model`, `layers`, `losses` and `ema`; see `official.official_code`.
 
-    Their package is importable inside the `with` only. in_float64: their casts to float32 go to float64.
-    Raises RuntimeError with `missing()` when there is no checkout.
+    Their package is importable only within the `with` block. in_float64: casts to float32 become casts to
+    float64. Raises RuntimeError with `missing()` without a checkout.
     """
     reason = missing()
     if reason is not None:
@@ -78,7 +78,7 @@ def official_model(
     num_puzzle_identifiers: int,
     dtype: torch.dtype,
 ) -> nn.Module:
-    """The official model in its loss head (stablemax), in training mode, with weights of its own.
+    """The official model in its loss head (stablemax), in training mode, with its initial weights.
 
     arch: TRM as an architecture of this project. dtype: of the forward. Every sequence explores, see `step`.
     """
@@ -101,10 +101,10 @@ def official_model(
 
 
 def step(head: Any, carry: Any, batch: dict[str, Tensor], least: Tensor) -> tuple[Any, dict[str, Any]]:
-    """One training step in which least (B,) are the fewest steps drawn: the new carry and what was computed.
+    """Runs a training step with minimum steps `least` (B,); returns the new carry and the results.
 
-    Returns what `straight_line.act_training_step` does, with gradients of the loss over the batch size and
-    puzzle_rows (B, puzzle_emb_ndim), the gradient of each sequence's row, None without a table.
+    The results are those of `straight_line.act_training_step`, with gradients of the loss over the batch size
+    and puzzle_rows (B, puzzle_emb_ndim), the gradient of each sequence's row, None without a table.
     """
     head.zero_grad()
     names = ["logits", "q_halt_logits", "q_continue_logits"]

@@ -1,6 +1,6 @@
 """The official URM code (UbiquantAI/URM) from a checkout, for tests that compare with it.
 
-The environment variable URM_REPO names the checkout; nothing of it is part of this project.
+The environment variable URM_REPO is the path of the checkout; none of its code is part of this project.
 """
 
 import importlib
@@ -22,7 +22,7 @@ MODEL_FILE = "models/urm/urm.py"
 
 
 def missing() -> str | None:
-    """Why the official code cannot be loaded here, and what to do about it; None when it can."""
+    """The reason why the official code cannot be loaded here, with a remedy; None if it can."""
     repo = os.environ.get("URM_REPO")
     if not repo:
         return "URM_REPO is not set; set it to a checkout of https://github.com/UbiquantAI/URM"
@@ -36,7 +36,8 @@ def missing() -> str | None:
 
 @contextmanager
 def official_model(arch: Any, **sizes: int) -> Iterator[Any]:
-    """Its model in float64, usable inside the `with` only; PyTorch's attention stands in for flash-attn.
+    """The official model in float64, with PyTorch's attention instead of flash-attn; usable only within the
+    `with` block.
 
     sizes: batch_size, seq_len, vocab_size, num_puzzle_identifiers.
     """

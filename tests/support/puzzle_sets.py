@@ -1,4 +1,4 @@
-"""Small data sets for tests: sets of given groups, written to a folder."""
+"""Writes small data sets with given groups for tests."""
 
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ MIXED = [[1, 1], [3], [2, 4, 1], [7], [1], [2, 2], [5, 1], [1, 1, 1]]
 
 
 def a_set(groups: list[list[int]], seed: int = 0) -> PuzzleSet:
-    """A set from the number of examples of every puzzle of every group; each input row tells its example."""
+    """A set with the given number of examples of every puzzle of every group; each input row encodes its
+    example."""
     sizes = [size for group in groups for size in group]
     examples = sum(sizes)
     rng = np.random.default_rng(seed)
     inputs = rng.integers(0, VOCAB, (examples, CELLS), dtype=np.uint8)
-    # The number of the example in base 8, so that a batch can be traced back to the rows it came from.
+    # The example's index in base 8, to identify the rows of a batch.
     for place in range(3):
         inputs[:, place] = np.arange(examples) // 8**place % 8
     return PuzzleSet(
@@ -36,7 +37,7 @@ def a_set(groups: list[list[int]], seed: int = 0) -> PuzzleSet:
 def written(
     folder: Path, *sets: list[list[int]], split: str = "train", identifiers: int = 200, **shape: Any
 ) -> PuzzleDataset:
-    """A data set of one split, whose sets are called set0, set1, ..."""
+    """Writes a data set with one split and the sets set0, set1, ..."""
     with new_dataset(folder) as data:
         part = data.split(split, Shape(**{"seq_len": CELLS, "vocab_size": VOCAB} | shape))
         for number, groups in enumerate(sets):

@@ -1,11 +1,11 @@
-"""What torchrun starts in the tests of ranks: the trainer with a fault in one rank, or a few collectives.
+"""The program of torchrun in tests of ranks: the trainer with a fault in one rank, or a few collectives.
 
 usage: rank_program.py train|sums FAULT ONCE WORD...   rank_program.py collectives OUT_FOLDER
-FAULT: `none` or `RANK:STEP:KIND,...`, KIND a signal (KILL, STOP, TERM), mistake, bug, sleep, or agent for a
-SIGTERM to torchrun; each strikes once, as files that begin with ONCE remember. A word of train.py that starts
-with `RANK:` is for that rank alone. `sums` sums over the ranks in each step, the first WORD `barrier` has it
-pass a barrier before, and a rank waits 4 s for another. If BATCHES names a folder, `train` writes there the
-batches of each rank. SOURCES=RANK:FOLDER gives that rank the project's sources from there.
+FAULT: `none` or `RANK:STEP:KIND,...`, KIND is a signal (KILL, STOP, TERM), mistake, bug, sleep, or agent for
+a SIGTERM to torchrun; each occurs once, recorded by files with the prefix ONCE. An argument of train.py with
+the prefix `RANK:` is only for that rank. `sums` sums over the ranks in each step, after a barrier if the
+first WORD is `barrier`; ranks wait 4 s for each other. `train` writes the batches of each rank to the folder
+BATCHES, if set. SOURCES=RANK:FOLDER makes that rank use the project's sources from the folder.
 """
 
 import functools
@@ -27,7 +27,7 @@ from hrm.common.errors import UserError, run_command  # noqa: E402
 
 
 def strike(fault: str, once: Path, step: int) -> None:
-    """Commits the fault that is this rank's at this step, if there is one."""
+    """Causes this rank's fault at this step, if there is one."""
     mine = [one for one in fault.split(",") if one.startswith(f"{RANK}:{step}:")]
     struck = once.with_name(f"{once.name}-{step}")
     if not mine or struck.exists():
@@ -42,7 +42,7 @@ def strike(fault: str, once: Path, step: int) -> None:
         time.sleep(300)
     if kind == "agent":
         os.kill(os.getppid(), signal.SIGTERM)
-        # Until it has come back: every rank is sent it once, and then does as the system does.
+        # Wait for the signal: every rank gets it once, and then handles it by default.
         while signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
             time.sleep(0.05)
         return
@@ -103,12 +103,12 @@ def collectives(out: Path) -> None:
                 world.check_equal(what)
             except UserError as error:
                 results[name] = str(error)
-        # Rank 1 sees a reason to stop at its third step, rank 2 a graver one at its fifth.
+        # Rank 1 gets a stop request at its third step, and rank 2 a more urgent one at its fifth.
         codes = [(0, 0, 0), (0, 0, 0), (0, 1, 0), (0, 0, 0), (0, 0, 3), (2, 0, 0), (0, 0, 0)]
         results["highest"] = [world.highest(code[rank]) for code in codes]
         results["highest now"] = [world.highest_now(code[rank]) for code in codes]
         torch.save(results, out / f"{rank}.pt")
-        # One last code is on its way when the ranks part.
+        # One last code is in flight when the ranks end.
         world.highest(1)
     with distributed.joined("cpu", 6) as (world, _):
         world.barrier()

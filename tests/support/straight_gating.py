@@ -1,7 +1,7 @@
-"""The three gate networks as plain functions over a dict of named tensors, beside `straight_line.py`.
+"""The three gate networks as plain functions over a dict of named tensors; see `straight_line.py`.
 
-Written from the specification, apart from the package: every source is there, an absent input as zeros, whose
-gate then counts for nothing. A gate network's weights carry the names of its state dict.
+Written from the specification, independently of the package: every source is present, an absent input is
+zero, so its gate has no effect. Weights have the names of the gate network's state dict.
 
 Shapes: B sequences, T tokens, D channels, R the width of a gate network, n sources.
 """
@@ -15,13 +15,13 @@ Weights = dict[str, Tensor]
 
 
 def linear(w: Weights, name: str, x: Tensor) -> Tensor:
-    """W x + b, b where there is one."""
+    """W x + b, or W x without a bias."""
     y = torch.einsum("oi,bti->bto", w[f"{name}.weight"], x)
     return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
 
 
 def mlp(w: Weights, name: str, sources: list[Tensor]) -> list[Tensor]:
-    """W2 silu(W1 [z; o; x] + b1) + b2, a third for each source; without x its columns meet zeros."""
+    """W2 silu(W1 [z; o; x] + b1) + b2, a third for each source; an absent x is zero."""
     z = sources[0]
     side_by_side = torch.cat([*sources, torch.zeros_like(z)][:3], dim=-1)
     hidden = linear(w, f"{name}.0", side_by_side)
@@ -41,7 +41,7 @@ def standard_gates(w: Weights, sources: list[Tensor]) -> list[Tensor]:
 
 
 def attention_gates(w: Weights, sources: list[Tensor]) -> list[Tensor]:
-    """Token by token: the primary state looks at the sources; what it sees gives n times (B, T, 1)."""
+    """Per token: the primary state attends to the sources; the result gives n times (B, T, 1)."""
     B, T, _ = sources[0].shape
     Wq, (Wk, Wv) = w["q_proj.weight"], w["kv_proj.weight"].chunk(2)
     rows = []
@@ -58,7 +58,8 @@ def attention_gates(w: Weights, sources: list[Tensor]) -> list[Tensor]:
 
 
 def hierarchical_gates(w: Weights, sources: list[Tensor], start: list[Tensor]) -> list[Tensor]:
-    """Gate i of a channel: sigmoid(sum_j A_ij fast_j + C_ij slow_j + b_i), slow from the H-cycle's start."""
+    """Gate i of a channel: sigmoid(sum_j A_ij fast_j + C_ij slow_j + b_i), with slow from the start of the
+    H-cycle."""
     fast, slow = mlp(w, "gate_proj", sources), mlp(w, "slow_proj", start)
     weight, bias = w["combine.weight"], w["combine.bias"]
     gates = []

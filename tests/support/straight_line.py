@@ -1,10 +1,10 @@
-"""HRM v1 and gated HRM as plain functions over a dict of named tensors: the mathematics, read top to bottom.
+"""HRM v1 and gated HRM as plain functions over a dict of named tensors.
 
-Written from the papers, apart from the package: tests compare the package with it in float64, and benchmarks
-take it as the model a careful person writes in eager PyTorch, one optimiser loop over the parameters.
+Written from the papers, independently of the package. Tests compare the package with it in float64.
+Benchmarks use it as a careful implementation in eager PyTorch, with an optimiser loop over the parameters.
 
 Sources: Wang et al. 2025 (arXiv 2506.21734) and its official code; Prieto et al. 2025 (stablemax); Everett
-et al. 2024 (Adam-atan2). The weights carry the names of an official checkpoint; `cfg` is any object with the
+et al. 2024 (Adam-atan2). The weights have the names of an official checkpoint; `cfg` is any object with the
 fields of an architecture (hidden_size, num_heads, H_layers, ...).
 
 Shapes: B sequences, S cells, P puzzle tokens, T = P + S, D channels, V tokens, h heads.
@@ -26,7 +26,7 @@ IGNORE = -100
 
 
 def puzzle_tokens(cfg: Any) -> int:
-    """P = ceil(puzzle_emb_ndim / D): how many tokens a puzzle's row takes in front of its cells."""
+    """P = ceil(puzzle_emb_ndim / D): the number of tokens of a puzzle's row in front of the cells."""
     return -(-cfg.puzzle_emb_ndim // cfg.hidden_size)
 
 
@@ -58,7 +58,7 @@ def weight_shapes(cfg: Any, vocab_size: int, seq_len: int, num_puzzles: int) -> 
 def random_weights(
     cfg: Any, vocab_size: int, seq_len: int, num_puzzles: int, generator: torch.Generator, dtype: torch.dtype
 ) -> Weights:
-    """Every weight random and none zero, so that no term hides behind a zero; not for training.
+    """Random nonzero weights, so that every term has an effect; not for training.
 
     Linear and table rows have std 1/sqrt(columns), biases 1/2, the initial states 1. Drawn in float64 on the
     generator's device and rounded to dtype.
@@ -72,12 +72,12 @@ def random_weights(
 
 
 def cast(weights: Weights, dtype: torch.dtype) -> Weights:
-    """The weights in the forward dtype; the puzzle table stays, its rows are cast when they are read."""
+    """The weights in the forward dtype, except the puzzle table, whose rows are cast when they are read."""
     return {name: w if name == PUZZLE_TABLE else w.to(dtype) for name, w in weights.items()}
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in at least float32: where reductions, rotations and the Q head are computed."""
+    """x in at least float32, for reductions, rotations and the Q head."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -99,7 +99,7 @@ def rope_angles(cfg: Any, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def grid_angles(cfg: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The same on a square grid behind P tokens of angle 0: d/4 pairs turn by row, d/4 by column."""
+    """The same on a square grid after P tokens of angle 0: d/4 pairs rotate by row, d/4 by column."""
     d, P = cfg.hidden_size // cfg.num_heads, puzzle_tokens(cfg)
     side = math.isqrt(like.shape[1] - P)
     angle = like.new_zeros(like.shape[1], d // 2)
@@ -112,7 +112,7 @@ def grid_angles(cfg: Any, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair (x_j, x_{j + d/2}) of a head by its angle; x (B, T, h, d), cos and sin (T, d/2)."""
+    """Rotates each pair (x_j, x_{j + d/2}) of a head by its angle; x (B, T, h, d), cos and sin (T, d/2)."""
     (first, second), cos, sin = wide(x).chunk(2, dim=-1), cos[:, None], sin[:, None]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
@@ -146,7 +146,7 @@ def gated_sum(w: Weights, name: str, z: Tensor, o: Tensor, x: Tensor) -> Tensor:
 
 
 def reasoning(w: Weights, cfg: Any, level: str, z: Tensor, o: Tensor, x: Tensor, angles: Angles) -> Tensor:
-    """One call of a module ("H" or "L"): combine its state, the other's and the input, then its blocks."""
+    """A call of module "H" or "L": combines its state, the other state and the input, and runs its blocks."""
     gate = f"{level}_level.gating_network.gate_proj"
     z = gated_sum(w, gate, z, o, x) if cfg.use_gating else z + o + x
     for i in range(cfg.H_layers if level == "H" else cfg.L_layers):
@@ -172,7 +172,7 @@ def embed(w: Weights, cfg: Any, tokens: Tensor, puzzle_rows: Tensor | None) -> T
 def forward(
     w: Weights, cfg: Any, z_H: Tensor, z_L: Tensor, tokens: Tensor, puzzle_rows: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One ACT step, gradient through its last two calls only: z_H, z_L, logits (B, S, V), both q (B)."""
+    """An ACT step with gradient through only its last two calls: z_H, z_L, logits (B, S, V), both q (B)."""
     e = embed(w, cfg, tokens, puzzle_rows)
     zero = torch.zeros_like(e)
     angles = rope_angles(cfg, e) if cfg.pos_encodings.startswith("rope") else None
@@ -194,7 +194,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, loss_type: str) -> Tensor:
     """-log p of each label, 0 if ignored: (B, S). stablemax in float64, softmax in at least float32."""
     if loss_type == "stablemax_cross_entropy":
         x = logits.double()
-        # The clamps keep the branch not taken away from its pole: 0 * inf would be a NaN gradient.
+        # The clamps keep the unused branch away from its pole: 0 * inf would be a NaN gradient.
         s = torch.where(x >= 0, x.clamp(min=0) + 1, 1 / (1 - x.clamp(max=0)))
         log_p = (s / s.sum(-1, keepdim=True)).log()
     else:
@@ -211,9 +211,9 @@ def binary_cross_entropy(logit: Tensor, target: Tensor) -> Tensor:
 
 
 def initial_carry(weights: Weights, cfg: Any, batch: Batch) -> Carry:
-    """Every sequence halted, so that the first step takes the whole batch; z (B, T, D) as H_init's dtype.
+    """All sequences are halted, so that the first step loads the whole batch; z (B, T, D) has H_init's dtype.
 
-    Without L_init there is a single state, and z_L is empty.
+    Without L_init there is a single state and z_L is empty.
     """
     B, S = batch["inputs"].shape
     z = weights["H_init"].new_zeros(B, puzzle_tokens(cfg) + S, cfg.hidden_size)
@@ -224,7 +224,7 @@ def initial_carry(weights: Weights, cfg: Any, batch: Batch) -> Carry:
 
 
 def replace_halted(w: Weights, carry: Carry, batch: Batch) -> Carry:
-    """Where a sequence had halted, the batch's sequence at that place begins: its data, z_init, step 0."""
+    """Replaces each halted sequence by the batch's sequence of the same row: its data, z_init, step 0."""
     fresh = {
         "z_H": w["H_init"],
         "z_L": w.get("L_init", carry["z_L"]),
@@ -241,7 +241,7 @@ def replace_halted(w: Weights, carry: Carry, batch: Batch) -> Carry:
 def act_step(
     w: Weights, cfg: Any, carry: Carry, rows: Tensor | None, min_halt_steps: Tensor | None, loss_type: str
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Carry]:
-    """One step of a carry whose halted sequences are replaced; min_halt_steps None means evaluation.
+    """A step of a carry with halted sequences replaced; min_halt_steps=None means evaluation.
 
     Returns the loss summed over the batch, its metrics (sums), the outputs, and the new carry.
     """
@@ -255,7 +255,7 @@ def act_step(
         last = steps >= cfg.halt_max_steps
         halted = last
         if min_halt_steps is not None and cfg.halt_max_steps > 1:
-            # Without a continue head (TRM) a sequence halts when it is more likely right than wrong.
+            # Without q_continue (TRM) a sequence halts if it is more likely right than wrong.
             wants_to_halt = q_halt > (q_continue if cfg.q_continue else 0)
             halted = last | (wants_to_halt & (steps >= min_halt_steps))
             if cfg.q_continue:
@@ -290,12 +290,12 @@ def act_step(
 def act_training_step(
     weights: Weights, cfg: Any, carry: Carry, batch: Batch, min_halt_steps: Tensor, loss_type: str, total: int
 ) -> dict[str, Any]:
-    """Replacement, forward, halting, target, loss and gradients of one training step; the weights stay.
+    """Replacement, forward, halting, target, loss and gradients of a training step, without an update.
 
-    batch: inputs, labels (B, S), puzzle_identifiers (B). min_halt_steps (B): 0 where none is explored. The
-    forward runs in the carry's dtype. Gradients are of loss / total, the global batch size.
-    Returns loss, metrics, outputs, carry; gradients: of every dense weight by name; puzzle_rows: the ids seen
-    and the gradient of each one's row, summed over the sequences that share it.
+    batch: inputs, labels (B, S), puzzle_identifiers (B). min_halt_steps (B): 0 without exploration. The
+    forward runs in the carry's dtype. Gradients are of loss / total, the global batch size. Returns loss,
+    metrics, outputs, carry; gradients: of every dense weight by name; puzzle_rows: the distinct ids and the
+    gradient of each row, summed over its sequences.
     """
     dense = [name for name in weights if name not in (*BUFFERS, PUZZLE_TABLE)]
     leaves = {name: weights[name].detach().requires_grad_() for name in dense}
@@ -319,7 +319,8 @@ def act_training_step(
 
 @torch.no_grad()
 def evaluation(weights: Weights, cfg: Any, batch: Batch, loss_type: str) -> dict[str, Any]:
-    """Every sequence for exactly halt_max_steps steps: loss, metrics, outputs and carry of the last one."""
+    """Runs every sequence for exactly halt_max_steps steps: loss, metrics, outputs and carry of the last
+    step."""
     carry = replace_halted(weights, initial_carry(weights, cfg, batch), batch)
     rows = weights[PUZZLE_TABLE][carry["puzzle_identifiers"].long()] if cfg.puzzle_emb_ndim > 0 else None
     for _ in range(cfg.halt_max_steps):
@@ -338,7 +339,7 @@ def learning_rate(step: int, base: float, warmup_steps: int, total_steps: int, m
 def adam_atan2(
     p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: int, lr: float, beta1: float, beta2: float, decay: float
 ) -> None:
-    """Step t (from 1) of Adam with atan2 in place of the quotient, so without an epsilon; in place."""
+    """Step t (from 1) of Adam with atan2 instead of the quotient, without an epsilon; in place."""
     p.mul_(1 - lr * decay)
     m.mul_(beta1).add_(g, alpha=1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
@@ -346,17 +347,18 @@ def adam_atan2(
 
 
 def sign_sgd(table: Tensor, ids: Tensor, g: Tensor, lr: float, decay: float) -> None:
-    """p (1 - lr decay) - lr sign(g) on the rows named by ids, each named once; the others do not move."""
+    """p (1 - lr decay) - lr sign(g) for the rows of the distinct ids; other rows do not change."""
     table[ids] = table[ids] * (1 - lr * decay) - lr * g.sign()
 
 
 def train_step(
     weights: Weights, cfg: Any, recipe: Any, state: dict, carry: Carry, batch: Batch, min_halt_steps: Tensor
 ) -> dict[str, Any]:
-    """One whole training step: act_training_step, then both optimisers, weights and state changed in place.
+    """A whole training step: act_training_step, then both optimisers; changes weights and state in place.
 
     recipe: lr, lr_warmup_steps, lr_min_ratio, total_steps, beta1, beta2, weight_decay, puzzle_emb_lr,
-    puzzle_emb_weight_decay, global_batch_size, loss_type. state: {} at first. Returns the former's result.
+    puzzle_emb_weight_decay, global_batch_size, loss_type. state: {} at first. Returns the result of
+    act_training_step.
     """
     loss = recipe.loss_type, recipe.global_batch_size
     result = act_training_step(weights, cfg, carry, batch, min_halt_steps, *loss)

@@ -1,4 +1,4 @@
-"""Damping, noise and random starts as plain functions around the straight lines' modules."""
+"""Damping, noise and random initial states as plain functions around the straight-line modules."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,16 +15,18 @@ from tests.support import straight_trm
 
 
 def random_start(init: Tensor, keys: Tensor, call: int, length: int) -> Tensor:
-    """(B, T, D): truncated normals of deviation 1, on path 0 init; call 0 is z_H's, call 1 z_L's."""
+    """(B, T, D): truncated normals of standard deviation 1, and init on path 0; call 0 is for z_H, call 1 for
+    z_L."""
     drawn = draws_reference(keys, 0, call, length, len(init), truncated=True).to(init.dtype)
     return torch.where(keys[:, 2, None, None] == 0, init, drawn)
 
 
 @contextmanager
 def in_place(damping: float, deviation: float, keys: Tensor, steps: Tensor) -> Iterator[None]:
-    """Within it one ACT step of the straight lines takes z' = (1 - damping) z + damping f + deviation eps.
+    """Within this context an ACT step of the straight-line code uses z' = (1 - damping) z + damping f +
+    deviation eps.
 
-    keys: (B, 3), of which path 0 has no noise. steps: (B,), those before this one. Calls count from 2.
+    keys: (B, 3); path 0 has no noise. steps: (B,), the number of earlier steps. Calls count from 2.
     """
     calls = count(2)
 

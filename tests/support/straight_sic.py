@@ -1,7 +1,7 @@
-"""The changes of sic and urm to TRM, as plain functions over a dict of named tensors, read top to bottom.
+"""The changes of sic and urm to TRM as plain functions over a dict of named tensors.
 
-A norm or a convolution inside SwiGLU, learnt register tokens behind a puzzle's, a bias of the head, and one
-state in place of two. The rest is that of `straight_trm`; `in_place` puts these functions in its place.
+A norm or a convolution inside SwiGLU, learnt register tokens after a puzzle's tokens, a head bias, and one
+state instead of two. The rest is in `straight_trm`; `in_place` replaces its functions by these.
 
 Sources: Dillon 2026 (arXiv 2601.19085), Gao et al. 2025, Universal Reasoning Model (arXiv
 2512.14693), and their code. Shapes and names as in `straight_line`.
@@ -24,7 +24,7 @@ EPS = 1e-5
 
 
 def tokens_before(cfg: Any) -> int:
-    """P: a puzzle's tokens, then the registers."""
+    """P: the number of a puzzle's tokens and registers."""
     return PUZZLE_TOKENS(cfg) + cfg.register_tokens
 
 
@@ -52,7 +52,7 @@ def normed_swiglu(w: Weights, name: str, z: Tensor) -> Tensor:
 
 
 def conv_swiglu(w: Weights, name: str, z: Tensor) -> Tensor:
-    """down(silu(conv(silu(gate) * up))), token by token; z (B, T, D)."""
+    """down(silu(conv(silu(gate) * up))), computed token by token; z (B, T, D)."""
     gate, up = (z @ w[f"{name}.gate_up_proj.weight"].T).chunk(2, dim=-1)
     s = gate * torch.sigmoid(gate) * up
     before, itself = w[f"{name}.dwconv.weight"][:, 0].unbind(1)
@@ -83,7 +83,7 @@ def embed(w: Weights, cfg: Any, tokens: Tensor, puzzle_rows: Tensor | None) -> T
 def forward(
     w: Weights, cfg: Any, z_H: Tensor, z_L: Tensor, tokens: Tensor, puzzle_rows: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One ACT step, gradient through its last H-cycle: z_H, z_L, logits (B, S, V), both q (B)."""
+    """An ACT step with gradient through its last H-cycle: z_H, z_L, logits (B, S, V), both q (B)."""
     e = embed(w, cfg, tokens, puzzle_rows)
     angles = plain.rope_angles(cfg, e) if cfg.pos_encodings.startswith("rope") else None
     for cycle in range(cfg.H_cycles):
@@ -107,7 +107,7 @@ SWIGLU = {"plain": plain.swiglu, "normed": normed_swiglu, "conv": conv_swiglu}
 
 @contextmanager
 def in_place(cfg: Any) -> Iterator[None]:
-    """Within it `straight_line` trains and evaluates the architecture `cfg`."""
+    """Within this context `straight_line` trains and evaluates the architecture `cfg`."""
     with trm.in_place(), pytest.MonkeyPatch.context() as patch:
         for function in (weight_shapes, embed, forward):
             patch.setattr(plain, function.__name__, function)

@@ -1,8 +1,8 @@
-"""TRM as plain functions over a dict of named tensors: what it changes in HRM, read top to bottom.
+"""The changes of TRM to HRM as plain functions over a dict of named tensors.
 
-One stack of blocks works for both levels, its gradient flows through the whole last H-cycle, and a puzzle's
-row may take more tokens than it fills. The rest of a training step, from the halting (q_halt > 0, no second
-pass) to the loss lm + 0.5 q_halt, is that of `straight_line` with q_continue=false, made TRM by `in_place`.
+Both levels share one stack of blocks, the gradient flows through the whole last H-cycle, and a puzzle's row
+may have more tokens than it fills. The rest of a training step, from halting (q_halt > 0, no second pass) to
+the loss lm + 0.5 q_halt, is in `straight_line` with q_continue=false; `in_place` replaces its functions.
 
 Source: Jolicoeur-Martineau 2025, Less is More: Recursive Reasoning with Tiny Networks (arXiv 2510.04871),
 and its official code. Shapes and names as in `straight_line`; `cfg` has puzzle_emb_len and mlp_t besides.
@@ -22,7 +22,7 @@ from tests.support.straight_line import Angles, Weights
 
 
 def puzzle_tokens(cfg: Any) -> int:
-    """P: the tokens that a puzzle's row takes in front of its cells, zeros after what it fills."""
+    """P: the number of tokens of a puzzle's row in front of the cells, padded with zeros."""
     if cfg.puzzle_emb_ndim == 0:
         return 0
     return cfg.puzzle_emb_len or math.ceil(cfg.puzzle_emb_ndim / cfg.hidden_size)
@@ -50,18 +50,18 @@ def weight_shapes(cfg: Any, vocab_size: int, seq_len: int, num_puzzles: int) -> 
 
 
 def swiglu_shapes(name: str, width: int, expansion: float) -> dict[str, tuple[int, ...]]:
-    """Of a SwiGLU over `width` channels or tokens."""
+    """The shapes of a SwiGLU over `width` channels or tokens."""
     inner = math.ceil(round(expansion * width * 2 / 3) / 256) * 256
     return {f"{name}.gate_up_proj.weight": (2 * inner, width), f"{name}.down_proj.weight": (width, inner)}
 
 
 def reasoning(w: Weights, cfg: Any, z: Tensor, o: Tensor, angles: Angles) -> Tensor:
-    """One call of the one stack: z + o through its blocks."""
+    """A call of the shared stack: z + o through its blocks."""
     z = z + o
     for i in range(cfg.L_layers):
         block = f"L_level.layers.{i}"
         if cfg.mlp_t:
-            # Every channel by itself: its T tokens are mixed, and normalised, as elsewhere the channels are.
+            # Mix and normalise the T tokens of each channel separately.
             columns = z.transpose(1, 2)
             columns = plain.rms_norm(columns + plain.swiglu(w, f"{block}.mlp_t", columns), cfg.rms_norm_eps)
             z = columns.transpose(1, 2)
@@ -77,7 +77,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One ACT step, gradient through its last H-cycle: z_H, z_L, logits (B, S, V), both q (B).
 
-    In the paper's words z_L is the latent z, z_H the answer y, and e the question x.
+    In the paper, z_L is the latent z, z_H is the answer y, and e is the question x.
     """
     e = plain.embed(w, cfg, tokens, puzzle_rows)
     angles = plain.rope_angles(cfg, e) if cfg.pos_encodings.startswith("rope") else None
@@ -97,7 +97,7 @@ def forward(
 
 @contextmanager
 def in_place() -> Iterator[None]:
-    """Within it `straight_line` trains and evaluates TRM: its training step, on the functions above."""
+    """Within this context `straight_line` trains and evaluates TRM with the functions above."""
     with pytest.MonkeyPatch.context() as patch:
         for function in (puzzle_tokens, weight_shapes, forward):
             patch.setattr(plain, function.__name__, function)

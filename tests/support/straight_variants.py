@@ -1,7 +1,7 @@
-"""The variants of `straight_line`, written plainly: the types of gates, the subgoal, their losses.
+"""The variants of `straight_line` in plain PyTorch: gate types, subgoals and their losses.
 
-One ACT step with halted sequences replaced; everything that v1 has is taken from `straight_line`. Source: the
-gated and the feudal forks of HRM, and Vezhnevets et al. 2017 (arXiv 1703.01161).
+They cover an ACT step with halted sequences replaced, and use `straight_line` for the parts of v1. Source:
+the gated and the feudal forks of HRM, and Vezhnevets et al. 2017 (arXiv 1703.01161).
 """
 
 import math
@@ -15,7 +15,7 @@ from tests.support.straight_line import Carry, Weights, rms_norm
 
 
 def mlp(w: Weights, name: str, sources: list[Tensor], D: int) -> list[Tensor]:
-    """Gate logits of each source; of absent ones the weights are left out."""
+    """The gate logits of each source, without the weights of absent sources."""
     joined = torch.cat(sources, dim=-1)
     hidden = joined @ w[f"{name}.0.weight"][:, : joined.shape[-1]].T + w[f"{name}.0.bias"]
     hidden = hidden * torch.sigmoid(hidden)
@@ -24,7 +24,7 @@ def mlp(w: Weights, name: str, sources: list[Tensor], D: int) -> list[Tensor]:
 
 
 def gates(w: Weights, cfg: Any, level: str, sources: list[Tensor], slow: list[Tensor] | None) -> list[Tensor]:
-    """The gates of one call, one for each source. slow: logits held since the H-cycle's start."""
+    """The gates of a call, one per source. slow: logits held since the start of the H-cycle."""
     name, D, n = f"{level}_level.gating_network", cfg.hidden_size, len(sources)
     if cfg.gating_type == "attention":
         R = int(cfg.gate_hidden_ratio * D)
@@ -49,7 +49,8 @@ def gates(w: Weights, cfg: Any, level: str, sources: list[Tensor], slow: list[Te
 def forward(
     w: Weights, cfg: Any, z_H: Tensor, z_L: Tensor, tokens: Tensor, rows: Tensor | None, bias: Tensor
 ) -> tuple[Tensor, Tensor, list[list[Tensor]]]:
-    """z_H, z_L after one ACT step, gradient through the last two calls, and those calls' gates, L first."""
+    """z_H and z_L after an ACT step with gradient through the last two calls, and the gates of these calls, L
+    first."""
     e = plain.embed(w, cfg, tokens, rows)
     angles = plain.rope_angles(cfg, e)
 
@@ -92,10 +93,10 @@ def q_values(w: Weights, z_H: Tensor) -> tuple[Tensor, Tensor]:
 def training_step(
     w: Weights, cfg: Any, loss_cfg: Any, carry: Carry, rows: Tensor | None, least: Tensor, scale: float
 ) -> tuple[Tensor, dict[str, Tensor], Carry]:
-    """The loss summed over the batch, what a variant adds to the metrics (sums), and the new carry.
+    """The loss summed over the batch, the variant's additional metrics (sums), and the new carry.
 
-    carry: of `straight_line` with its halted sequences replaced, and goal, goal_gate and previous, the last
-    gates of each module; goal zero and the gates anything where steps is 0. scale: of the gate losses.
+    carry: of `straight_line` with halted sequences replaced, plus goal, goal_gate and previous (the last
+    gates of each module); if steps is 0, goal is zero and the gates are arbitrary. scale: of the gate losses.
     """
     head = cfg.subgoal_head
 

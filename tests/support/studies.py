@@ -1,4 +1,4 @@
-"""Runs for comparisons: series by hand, and a trainer that only pretends to train."""
+"""Runs for comparisons: explicit series, and a fake trainer."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ TINY = list({word.split("=")[0]: word for word in [*SMALL, *CHANGES]}.values())
 
 
 def history(scores: dict[int, float], pace: float = 1.0, ema: dict[int, float] | None = None, **more: Any):
-    """A run with these exact accuracies by step; pace: seconds per step."""
+    """A run with the given exact accuracies by step. pace: seconds per step."""
 
     def series(points: dict[int, float]):
         return np.array(list(points), np.int64), np.array(list(points.values()))

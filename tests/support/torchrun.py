@@ -15,7 +15,7 @@ PROGRAM = Path(__file__).with_name("rank_program.py")
 
 
 class Ended(NamedTuple):
-    """One node's torchrun: its exit status and all that its ranks and it wrote."""
+    """torchrun on one node: its exit status, and the output of it and its ranks."""
 
     status: int
     text: str
@@ -32,7 +32,7 @@ def torchrun(
     environment: Mapping[str, str] | None = None,
     fork: bool = True,
 ) -> list[Ended]:
-    """Runs a program by one torchrun for each node, `ranks` on each, until all have ended.
+    """Runs a program with one torchrun per node and `ranks` ranks on each, until all have ended.
 
     fork: whether torchrun and its ranks may be forked from a process that has imported the trainer.
     """

@@ -50,7 +50,7 @@ def make_model(config: Config, metadata: Metadata = METADATA, seed: int = 0) -> 
 def make_run(
     folder: Path, config: Config | None = None, metadata: Metadata = METADATA, step: int = 7, **options: Any
 ) -> Path:
-    """The folder of a run with one checkpoint, as training leaves it; returns the checkpoint."""
+    """Writes the folder of a run with one checkpoint, as training does; returns the checkpoint."""
     config = config or make_config()
     folder.mkdir(exist_ok=True, parents=True)
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -63,7 +63,7 @@ def make_run(
 
 
 def as_official(run: Path, folder: Path, data: str) -> Path:
-    """The folder of the official trainer's checkpoint with the weights of a run; returns it."""
+    """Writes the folder of an official checkpoint with the weights of a run; returns it."""
     weights = load_checkpoint(run).weights
     torch.save({f"_orig_mod.model.inner.{name}": value for name, value in weights.items()}, folder / "step_9")
     lines = (run / "config.yaml").read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""Which evaluation counts as the best, and when a run stops for want of a better one."""
+"""The choice of the best evaluation, and early stopping."""
 
 import math
 
@@ -20,7 +20,7 @@ def test_score_is_the_mean_over_sequences_higher_being_better(metric, expected):
     assert score(TWO_SETS, metric) == pytest.approx(expected, abs=1e-12)
 
 
-def test_sets_without_sequences_do_not_count_and_none_at_all_is_no_score():
+def test_sets_without_sequences_do_not_count():
     # What is a mean over halted sequences is left out where there are none.
     empty = {"empty": {"count": 0.0, "lm_loss": 0.0}}
     assert score({**TWO_SETS, **empty}, "exact_accuracy") == pytest.approx(0.4, abs=1e-12)
@@ -52,7 +52,7 @@ def test_min_delta_is_how_much_better_a_score_must_be():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_score_that_is_not_finite_is_never_the_best(bad):
+def test_a_non_finite_score_is_never_the_best(bad):
     best = Best()
     assert not best.update(1, bad)
     assert (best.score, best.step, best.stale) == (None, None, 1)

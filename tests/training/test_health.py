@@ -89,7 +89,7 @@ def only(
 
 @pytest.mark.parametrize("words", [(), ("--arch", "v1"), ("log_interval=10",), ("max_steps=3000",)], ids=str)
 @pytest.mark.parametrize("every", [10, LOG])
-def test_a_healthy_run_hears_of_nothing(words, every):
+def test_a_healthy_run_has_no_warnings(words, every):
     config = configured(*words)
     assert told(config, quick_run(every)) == []
     # Nor one that goes on from any step of it.
@@ -117,7 +117,7 @@ def test_the_first_lines_of_a_run_are_never_a_symptom():
     assert told(configured(), [(step, gates) for step in range(1, TOTAL, LOG)]) == []
 
 
-def test_a_smoke_run_hears_of_nothing():
+def test_a_smoke_run_has_no_warnings():
     unsolved = {"eval/all/exact_accuracy": 0.0, "train/exact_accuracy": 0.0, "train/steps": 8.0}
     for words in (("max_steps=10",), ("max_steps=10", "epochs=1")):
         assert told(configured(*words), [(10, unsolved)], total=10) == []
@@ -162,7 +162,7 @@ def test_puzzle_embeddings_that_do_not_move(words, values, parts):
         assert part in text, text
 
 
-def test_a_gradient_that_is_zero_now_and_then_is_none():
+def test_an_occasional_zero_gradient_is_not_a_symptom():
     lines = [(step, line) for step, line in changed({PUZZLE[1]: 0.0}) if PUZZLE[1] in line]
     for _, line in lines[:: LINES - 1]:
         line[PUZZLE[1]] = 1e-9
@@ -170,7 +170,7 @@ def test_a_gradient_that_is_zero_now_and_then_is_none():
     assert told(configured(), lines) == []
 
 
-def test_without_a_puzzle_table_nothing_is_said_of_it():
+def test_no_warning_without_a_puzzle_table():
     lines = [(step, {k: v for k, v in line.items() if k not in PUZZLE}) for step, line in quick_run()]
     assert told(configured("arch.puzzle_emb_ndim=0", "puzzle_emb_lr=0"), lines) == []
 
@@ -249,7 +249,7 @@ def gate(name: str, mean: float, std: float, low: float, high: float) -> dict[st
     return {f"train/gates/{name}/{key}": value for key, value in values.items()}
 
 
-def test_saturated_gates_are_named_each_once():
+def test_each_saturated_gate_is_reported_once():
     shut, wide = gate("L/input", 0.006, 0.01, 0.99, 0.0), gate("H/secondary", 0.991, 0.02, 0.01, 0.98)
     step, text = only(configured(), changed({**shut, **wide}))
     assert step == (TOTAL // 10 // LOG + LINES) * LOG
@@ -322,7 +322,7 @@ def test_no_test_puzzle_solved_after_half_of_the_evaluations():
     assert "muon_lr=0.02 lr=0.0005" in only(muon, evaluations(0, 0))[1]
 
 
-def test_a_test_set_that_is_solved_by_the_average_or_in_part_is_solved():
+def test_a_set_solved_by_the_average_or_in_part_is_not_a_symptom():
     config, unsolved = configured(), {"eval/hard/exact_accuracy": 0.0}
     for other in ("eval_ema/hard/exact_accuracy", "eval/easy/exact_accuracy"):
         lines = [(937 * i, {**unsolved, other: 0.01}) for i in range(1, 5)]
@@ -348,7 +348,7 @@ def test_training_puzzles_solved_and_no_test_puzzle():
 # --- all of them
 
 
-def test_several_symptoms_are_told_each_once_and_again_from_the_same_lines():
+def test_several_symptoms_are_reported_once_and_reproducibly():
     values = {"train/steps": 8.0, "train/exact_accuracy": 0.0, **dict.fromkeys(PUZZLE, 0.0)}
     lines = changed({**values, "eval/all/exact_accuracy": 0.0, **gate("L/input", 0.001, 0.001, 1.0, 0.0)})
     found = told(configured(), lines)
@@ -359,7 +359,7 @@ def test_several_symptoms_are_told_each_once_and_again_from_the_same_lines():
     assert told(configured(), lines) == found
 
 
-def test_numbers_that_are_not_finite_are_passed_over():
+def test_non_finite_numbers_are_skipped():
     lines = changed({"train/steps": 8.0, "train/exact_accuracy": 0.0})
     blanks = [(step, dict.fromkeys(line, math.nan)) for step, line in lines]
     assert told(configured(), blanks) == []

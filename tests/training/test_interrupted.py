@@ -43,9 +43,7 @@ def evaluated(run: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["eval/all/count"]) for line in metrics_of(run) if "eval/all/count" in line]
 
 
-def test_an_evaluation_that_was_asked_to_end_and_then_killed_is_there_once(
-    tiny_sudoku, tmp_path, monkeypatch
-):
+def test_an_evaluation_stopped_and_killed_is_logged_once(tiny_sudoku, tmp_path, monkeypatch):
     """In the stage it belongs to: of a run whose last step, 34, is inside of an interval."""
     stages = "stages=[{halt_max_steps: 1, epochs: 4}, {halt_max_steps: 3, epochs: 4}]"
     given = words(tiny_sudoku, tmp_path, "project_name=p", stages, "max_steps=34", "log_interval=5")
@@ -78,7 +76,7 @@ def test_an_evaluation_that_was_asked_to_end_and_then_killed_is_there_once(
     assert_same_run(folder(tmp_path, "whole"), folder(tmp_path, "r"))
 
 
-def test_the_whole_evaluation_after_a_sampled_one_is_not_lost(tiny_sudoku, tmp_path, monkeypatch):
+def test_the_full_evaluation_after_a_sampled_one_is_not_lost(tiny_sudoku, tmp_path, monkeypatch):
     still = ["lr=0", "puzzle_emb_lr=0", "best_metric=lm_loss", "early_stop_patience=1", "eval_samples=7"]
     argv = words(tiny_sudoku, tmp_path, "project_name=p", "run_name=r", *still)
     with monkeypatch.context() as patch:
@@ -114,7 +112,7 @@ def test_checkpoints_by_step_are_made_at_evaluations_too(tiny_sudoku, tmp_path):
     assert steps == {12, 24, 36, 48}
 
 
-def test_a_rewind_keeps_what_the_checkpoint_is_worth(tiny_sudoku, tmp_path, monkeypatch):
+def test_a_rewind_keeps_the_checkpoints_score(tiny_sudoku, tmp_path, monkeypatch):
     def check(watch, steps, losses):
         return Spike(27, 9.0, 1.0, 0.1) if 28 in steps else None
 
@@ -139,7 +137,7 @@ def test_a_rewind_keeps_what_the_checkpoint_is_worth(tiny_sudoku, tmp_path, monk
     assert evaluated(folder(tmp_path, "r")) == [(12, 20), (24, 20), (32, 20), (44, 20)]
 
 
-def test_a_run_that_is_stopped_while_it_compiles_starts_anew(tiny_sudoku, tmp_path, monkeypatch, capsys):
+def test_a_run_stopped_during_compilation_starts_again(tiny_sudoku, tmp_path, monkeypatch, capsys):
     """It leaves no folder and no mode, and the same command is a run as if nothing had been."""
     argv = words(tiny_sudoku, tmp_path, "project_name=p", "run_name=r", "max_steps=4", "mode=auto")
     whole = words(tiny_sudoku, tmp_path, "project_name=p", "run_name=whole", "max_steps=4")

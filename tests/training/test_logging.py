@@ -67,7 +67,7 @@ def test_a_fresh_run_starts_a_fresh_file(tmp_path: Path) -> None:
         b'{"step": "3"}\n',
     ],
 )
-def test_a_resumed_file_becomes_the_uninterrupted_one(tmp_path: Path, tail: bytes) -> None:
+def test_a_resumed_file_equals_the_uninterrupted_one(tmp_path: Path, tail: bytes) -> None:
     def run(folder: Path, first: int, last: int, resume_step: int | None) -> None:
         log = MetricsFile(folder, resume_step)
         for step in range(first, last + 1):
@@ -131,7 +131,7 @@ def test_no_tracker(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
-def test_a_missing_package_is_named(
+def test_a_missing_package_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, module: str
 ) -> None:
     # None in sys.modules makes the import fail

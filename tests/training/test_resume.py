@@ -41,7 +41,7 @@ def manifest(tmp_path: Path) -> dict[str, Any]:
     return load_checkpoint(tmp_path / "p" / "r").manifest
 
 
-def test_other_data_are_refused_and_both_named(half, tiny_sudoku, other_sudoku, tmp_path, capsys):
+def test_other_data_are_refused_with_both_values(half, tiny_sudoku, other_sudoku, tmp_path, capsys):
     argv = changed(half, f"data_path={other_sudoku}")
     status, _, err = run_main(*argv, capsys=capsys)
     assert status == 2 and err.count("\n") == 1
@@ -52,7 +52,7 @@ def test_other_data_are_refused_and_both_named(half, tiny_sudoku, other_sudoku, 
     assert saved["config"]["arch"]["hidden_size"] == 32 and saved["versions"]["torch"] == torch.__version__
 
 
-def test_other_data_are_taken_when_forced(half, other_sudoku, tmp_path, capsys):
+def test_forced_resumption_accepts_other_data(half, other_sudoku, tmp_path, capsys):
     status, out, err = run_main(
         *changed(half, f"data_path={other_sudoku}", "resume_force=true"), capsys=capsys
     )
@@ -68,7 +68,7 @@ def test_other_data_are_taken_when_forced(half, other_sudoku, tmp_path, capsys):
     assert run_main(*changed(half, f"data_path={other_sudoku}"), capsys=capsys)[0] == 0
 
 
-def test_other_options_are_taken_when_forced_and_the_weights_are_kept(half, tmp_path, capsys):
+def test_forced_resumption_accepts_other_options_and_keeps_weights(half, tmp_path, capsys):
     before = load_checkpoint(tmp_path / "p" / "r").weights
     still = ["lr=0", "puzzle_emb_lr=0", "max_steps=16"]
     other = changed(half, "arch.halt_max_steps=4", "seed=5", *still)
@@ -86,7 +86,7 @@ def test_other_options_are_taken_when_forced_and_the_weights_are_kept(half, tmp_
     assert int(after.training["carry"]["steps"].max()) <= 2
 
 
-def test_another_architectures_tensors_are_refused_even_so(half, tmp_path, capsys):
+def test_another_architectures_tensors_are_refused_even_if_forced(half, tmp_path, capsys):
     kept = json.loads(json.dumps(manifest(tmp_path)))
     for option, name in (("arch.hidden_size=64", "H_init"), ("arch.use_gating=false", "gating_network")):
         status, _, err = run_main(*changed(half, option), "resume_force=true", capsys=capsys)
@@ -95,7 +95,7 @@ def test_another_architectures_tensors_are_refused_even_so(half, tmp_path, capsy
     assert manifest(tmp_path) == kept
 
 
-def test_another_interval_goes_on_after_the_epochs_that_are_done(half, tmp_path, capsys):
+def test_another_interval_continues_after_the_finished_epochs(half, tmp_path, capsys):
     """14 steps of 6 an epoch: one interval of two epochs is done, which is two of one epoch."""
     status, out, err = run_main(*changed(half, "eval_interval=1", "resume_force=true"), capsys=capsys)
     assert status == 0, err
@@ -106,7 +106,7 @@ def test_another_interval_goes_on_after_the_epochs_that_are_done(half, tmp_path,
     assert np.isfinite([line["train/loss"] for line in lines if "train/loss" in line]).all()
 
 
-def test_a_run_killed_right_after_a_rewind_goes_on_from_there(tiny_sudoku, tmp_path, capsys, monkeypatch):
+def test_a_run_killed_after_a_rewind_continues_from_it(tiny_sudoku, tmp_path, capsys, monkeypatch):
     """The state before the spike is the newest one, though later steps were saved before it."""
 
     class Killed(Exception):

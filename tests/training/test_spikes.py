@@ -29,12 +29,12 @@ def learning(steps: int, seed: int = 0) -> list[float]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_run_that_learns_raises_no_alarm(seed):
+def test_a_learning_run_has_no_spikes(seed):
     assert told(learning(1500, seed)) == []
 
 
 @pytest.mark.parametrize("at", [500, 1400])
-def test_a_spike_is_told_at_its_step(at):
+def test_a_spike_is_reported_at_its_step(at):
     losses = learning(1500)
     losses[at - 1] += 2.0
     (spike,) = told(losses)
@@ -53,42 +53,42 @@ def test_the_usual_loss_and_its_spread_are_the_median_and_its_scaled_deviation()
 
 
 @pytest.mark.parametrize("level, spread", [(4.0, 0.2), (0.01, 0.05), (-4.0, 0.2)])
-def test_losses_that_spread_next_to_nothing_have_a_least_spread(level, spread):
+def test_nearly_constant_losses_have_a_minimum_spread(level, spread):
     assert told([level] * LEAST + [level + 9.9 * spread]) == []
     assert told([level] * LEAST + [level + 10.1 * spread]) == [
         Spike(LEAST + 1, level + 10.1 * spread, level, spread)
     ]
 
 
-def test_nothing_is_judged_by_a_short_history():
+def test_a_short_history_reports_no_spikes():
     assert told([1.0] * (LEAST - 1) + [50.0]) == []
     assert [spike.step for spike in told([1.0] * LEAST + [50.0])] == [LEAST + 1]
 
 
-def test_the_history_is_the_last_steps_alone():
+def test_the_history_has_only_the_last_steps():
     old, new = [3.0] * 500, [1.0] * WINDOW
     assert [spike.step for spike in told([*old, *new, 2.0])] == [701]
 
 
-def test_a_fall_is_no_spike():
+def test_a_falling_loss_is_not_a_spike():
     assert told([1.0] * 100 + [0.0, -50.0]) == []
 
 
-def test_a_level_that_stays_is_told_once_and_becomes_usual():
+def test_a_lasting_level_is_reported_once_and_becomes_usual():
     assert [spike.step for spike in told([1.0] * 300 + [5.0] * 700)] == [301]
     # And from the new level a spike is told again.
     again = told([1.0] * 300 + [5.0] * 300 + [20.0])
     assert [(spike.step, spike.usual) for spike in again] == [(301, 1.0), (601, 5.0)]
 
 
-def test_losses_that_jump_about_are_told_once_until_they_are_calm():
+def test_oscillating_losses_are_reported_once_until_calm():
     jumps = [5.0, 1.0, 1.0, 1.0] * 25
     assert [spike.step for spike in told([1.0] * 200 + jumps)] == [201]
     for pause, steps in ((CALM - 1, [201]), (CALM, [201, 202 + CALM])):
         assert [spike.step for spike in told([1.0] * 200 + [5.0] + [1.0] * pause + [5.0])] == steps
 
 
-def test_losses_that_are_not_finite_are_left_to_others():
+def test_non_finite_losses_are_ignored():
     losses = [1.0] * 100
     for step in (10, 30, 50, 60, 70):
         losses[step] = (math.nan, math.inf, -math.inf)[step % 3]
@@ -99,7 +99,7 @@ def test_losses_that_are_not_finite_are_left_to_others():
     assert told([1.0] * 60 + [1e308, 1e308, 1.0])[0].loss == 1e308
 
 
-def test_the_first_of_several_spikes_is_returned_and_all_are_taken_in():
+def test_the_first_of_several_spikes_is_returned():
     watch = LossWatch(THRESHOLD)
     losses = [1.0] * 100 + [9.0] + [1.0] * CALM + [7.0]
     spike = watch.check(range(1, len(losses) + 1), losses)
@@ -109,13 +109,13 @@ def test_the_first_of_several_spikes_is_returned_and_all_are_taken_in():
         watch.check([1, 2], [1.0])
 
 
-def test_without_a_threshold_nothing_is_looked_at():
+def test_no_spikes_without_a_threshold():
     watch = LossWatch(None)
     assert told([1.0] * 100 + [1e9], watch) == [] and watch.state_dict()["losses"] == []
 
 
 @pytest.mark.parametrize("cut", [1, 30, 400, 401, 402, 420, 500])
-def test_a_resumed_run_judges_as_one_left_alone(cut):
+def test_a_resumed_run_finds_the_same_spikes(cut):
     losses = learning(600)
     for step in (401, 410, 440):
         losses[step - 1] = 5.0

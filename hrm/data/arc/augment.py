@@ -1,10 +1,10 @@
-"""ARC grids on their canvas, and augmentations of tasks: eight turns, permutations of nine colours.
+"""ARC grids on their canvas, and augmentations: the eight symmetries of the square, permutations of nine
+colours.
 
-A canvas is a square of tokens, 30 x 30 if nothing else is asked for, row by row: 0 is padding, colour c is
-c + 2, and 1 marks the end of the grid, below its last row and right of its last column, where the canvas has
-room. An augmentation turns or mirrors
-all grids of a task in the same way (`t0` to `t7`) and permutes colours 1 to 9; black stays. Its name is
-`<task>_t<k>_<perm>`, where digit c of perm is the new colour of colour c.
+A canvas is a square of tokens, by default 30 x 30, row by row: 0 is padding, colour c is c + 2, and 1 marks
+the end of the grid, below its last row and right of its last column, if the canvas has room. An augmentation
+rotates or reflects all grids of a task in the same way (a "turn", `t0` to `t7`) and permutes colours 1 to 9;
+black does not change. Its name is `<task>_t<k>_<perm>`, where digit c of perm is the new colour of colour c.
 """
 
 import math
@@ -16,15 +16,15 @@ import numpy as np
 
 from hrm.data.format import DatasetError
 
-# Sides of a canvas: the official one, and the largest.
+# Side of the official canvas, and of the largest one.
 SIDE, LARGEST_SIDE = 30, 128
 VOCAB_SIZE = 12
 END, FIRST_COLOUR = 1, 2
 COLOURS = 10
-# Draws for each requested augmentation, before a task counts as exhausted.
+# Maximum number of draws per requested augmentation.
 TRIALS = 5
 
-# Inverses of the turns 0 to 7; the last two mirror at the diagonals.
+# Inverses of the symmetries 0 to 7; the last two reflect at the diagonals.
 TURNS: tuple[Callable[[np.ndarray], np.ndarray], ...] = (
     lambda grid: grid,
     lambda grid: np.rot90(grid, 1),
@@ -43,7 +43,7 @@ _AUGMENTED = re.compile(
 )
 _SAME_COLOURS = "".join(map(str, range(COLOURS)))
 
-# Random weights of cells and colours that identify pairs; a fixed seed keeps augmentations reproducible.
+# Random weights of cells and colours for hashes of pairs; a fixed seed keeps augmentations reproducible.
 _weights = np.random.default_rng(0)
 _CELLS = _weights.integers(1 << 63, size=(2, LARGEST_SIDE, LARGEST_SIDE), dtype=np.uint64)
 _COLOURS = _weights.integers(1 << 63, size=COLOURS, dtype=np.uint64) | np.uint64(1)
@@ -70,13 +70,13 @@ def canvas(grid: np.ndarray, row: int = 0, col: int = 0, side: int = SIDE) -> np
 def grid_of(tokens: np.ndarray) -> np.ndarray | None:
     """The grid on a square canvas (S,), (rows, columns) uint8 of colours; None without one.
 
-    As in the official evaluation it is the largest rectangle of colours in the upper left corner, the one
-    with fewest rows among equals. End lines may be incomplete, and a grid elsewhere is not found.
+    As in the official evaluation it is the largest rectangle of colours in the upper left corner, with the
+    fewest rows among equal areas. End lines may be incomplete; a grid elsewhere is not found.
     """
     side = math.isqrt(len(tokens))
     board = np.asarray(tokens).reshape(side, side)
     coloured = (board >= FIRST_COLOUR) & (board < VOCAB_SIZE)
-    # Width of the coloured part that all rows down to each one share.
+    # Width of the coloured rectangle down to each row.
     widths = np.minimum.accumulate(np.cumprod(coloured, axis=1).sum(axis=1))
     rows = int((widths * np.arange(1, side + 1)).argmax()) + 1
     columns = int(widths[rows - 1])
@@ -93,7 +93,7 @@ def inverse(name: str) -> Callable[[np.ndarray], np.ndarray]:
     """The function that maps a grid (rows, columns) of the puzzle with this name back to its task's grid.
 
     Names are this project's, the official code's or TRM's (`<task>|||t<k>|||<perm>`). Raises DatasetError for
-    a name whose last part is no permutation.
+    a name whose last part is not a permutation.
     """
     _, number, digits = symmetry_of(name)
     colours = np.array([int(digit) for digit in digits], np.uint8)
@@ -102,9 +102,9 @@ def inverse(name: str) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def symmetry_of(name: str) -> tuple[str, int, str]:
-    """The task, the turn and the new colour of each colour, as digits, in the name of a puzzle.
+    """The task, the turn and the colour permutation (as digits) in the name of a puzzle.
 
-    Takes the names that `inverse` takes, and raises as it does.
+    Names and errors: see `inverse`.
     """
     found = _AUGMENTED.fullmatch(name)
     if found is None:
@@ -119,17 +119,18 @@ def symmetry_of(name: str) -> tuple[str, int, str]:
 
 @dataclass(frozen=True)
 class Augmentations:
-    """Augmentations of a task, the first one the identity: turns (N,) 0 to 7; new colours (N, 10) uint8."""
+    """Augmentations of a task, starting with the identity. turns: symmetries (N,) 0 to 7; colours: (N, 10)
+    uint8."""
 
     turns: np.ndarray
     colours: np.ndarray
 
     def first(self, count: int) -> "Augmentations":
-        """The first of them."""
+        """The first `count` augmentations."""
         return Augmentations(self.turns[:count], self.colours[:count])
 
     def names(self, task: str) -> list[str]:
-        """The names of the task's N puzzles; the first is the task's."""
+        """The names of the task's N puzzles; the first is the name of the task."""
         digits = (self.colours + ord("0")).tobytes().decode("ascii")
         codes = (digits[first : first + COLOURS] for first in range(COLOURS, len(digits), COLOURS))
         turns = self.turns[1:].tolist()
@@ -137,13 +138,13 @@ class Augmentations:
 
 
 def draw(pairs: Sequence[Pair], num_aug: int, rng: np.random.Generator) -> Augmentations:
-    """The identity and up to num_aug random augmentations of a task that give different puzzles.
+    """The identity and up to num_aug random augmentations, which give different puzzles.
 
-    Puzzles are equal if they have the same pairs in any order; a 64-bit hash compares them. At most
-    TRIALS * num_aug are drawn, so that a task with few different puzzles gets fewer.
+    Puzzles are equal if they have the same pairs in any order; a 64-bit hash compares them. At most TRIALS *
+    num_aug are drawn, so a task with few different puzzles gets fewer.
     """
     count = TRIALS * num_aug
-    # One row of numbers for each draw, so that a larger num_aug begins with the same augmentations.
+    # Draw one row of numbers per augmentation, so that a larger num_aug begins with the same augmentations.
     numbers = rng.random((count, COLOURS))
     turns = np.concatenate([[0], (numbers[:, 0] * len(TURNS)).astype(int)])
     colours = np.tile(np.arange(COLOURS, dtype=np.uint8), (count + 1, 1))
@@ -158,9 +159,9 @@ def token_arrays(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and labels (N * E, side * side) uint8 of a task's E pairs under N symmetries, by puzzle.
 
-    rng: puts both grids of a pair at the same random place where they fit, except one random pair of every
-    puzzle, which stays in the upper left corner. None: all pairs stay there. Labels of a pair without an
-    output are padding.
+    rng: places both grids of a pair at the same random place, except one random pair of every puzzle, which
+    stays in the upper left corner. None: all pairs stay there. Labels of a pair without an output are
+    padding.
     """
     count, slots = len(made.turns), len(pairs)
     places = np.zeros((count, slots, 2), np.int64)
@@ -176,7 +177,7 @@ def token_arrays(
     both = np.zeros((2, count, slots, side * side), np.uint8)
     for slot, pair in enumerate(pairs):
         for result, grid in zip(both, pair.grids, strict=False):
-            # A larger canvas around each turned grid: a window that moves on it places the grid.
+            # Put each turned grid on a larger canvas; a window on it is a placement.
             wide = np.stack([_placed(turn(grid), side - 1, side - 1, 2 * side - 1) for turn in TURNS])
             windows = np.lib.stride_tricks.sliding_window_view(wide, (side, side), axis=(1, 2))
             rows, cols = (side - 1 - places[:, slot]).T
@@ -187,7 +188,7 @@ def token_arrays(
 
 
 def _placed(grid: np.ndarray, row: int, col: int, side: int) -> np.ndarray:
-    # One extra line for end lines beyond the canvas.
+    # One extra row and column for end marks beyond the canvas.
     board = np.zeros((side + 1, side + 1), np.uint8)
     bottom, right = row + grid.shape[0], col + grid.shape[1]
     board[row:bottom, col:right] = grid + FIRST_COLOUR
@@ -202,7 +203,7 @@ def _swaps(turn: int) -> bool:
 
 def _hashes(pairs: Sequence[Pair], turns: np.ndarray, colours: np.ndarray) -> np.ndarray:
     """A hash of every augmented task (N,) uint64, independent of the order of pairs."""
-    # The weight of each colour's cells for every turn and pair; black counts, so that shapes matter.
+    # The summed weight of each colour's cells for every turn and pair; black counts, so that shapes matter.
     weights = np.zeros((len(TURNS), len(pairs), COLOURS), np.uint64)
     for number, turn in enumerate(TURNS):
         for slot, pair in enumerate(pairs):
@@ -210,7 +211,7 @@ def _hashes(pairs: Sequence[Pair], turns: np.ndarray, colours: np.ndarray) -> np
                 rows, cols = grid.shape
                 np.add.at(weights[number, slot], grid, _CELLS[side, :rows, :cols])
     keys = np.einsum("nec,nc->ne", weights[turns], _COLOURS[colours])
-    # A plain sum would not separate the cells of different pairs.
+    # A plain sum would mix the cells of different pairs.
     for factor in _MIX:
         keys = (keys ^ (keys >> np.uint64(31))) * factor
     return (keys ^ (keys >> np.uint64(31))).sum(axis=1)

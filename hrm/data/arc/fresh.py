@@ -1,8 +1,8 @@
-"""Fresh symmetries of ARC examples: canvases turned, recoloured and placed anew when a batch is made.
+"""Fresh symmetries of ARC examples: transforms canvases when a batch is made.
 
-A puzzle embedding stands for one puzzle, that is one task under one turn and one permutation of colours. So a
-draw takes its symmetry from the names of the data set (`<task>_t<k>_<perm>`), and the identifier of that name
-with it. A task without augmented names keeps turn, colours and identifier, and only its place is drawn.
+A puzzle embedding belongs to one puzzle: a task under one turn (`augment.TURNS`) and one colour permutation.
+A draw therefore picks a name of the task in the data set (`<task>_t<k>_<perm>`) and uses its symmetry and
+identifier. For a task without augmented names, only the place of the grid is drawn.
 """
 
 from collections.abc import Sequence
@@ -12,17 +12,16 @@ import numpy as np
 from hrm.data.arc.augment import COLOURS, END, FIRST_COLOUR, VOCAB_SIZE, symmetry_of
 from hrm.data.workers import compiled
 
-# For each of `augment.TURNS`, from the new grid to the old one: whether rows and columns are exchanged, and
-# whether the old rows and columns are counted from the end.
+# For each of `augment.TURNS`, from the new grid to the old: transpose, flip rows, flip columns.
 _SOURCES = np.array(
     [(0, 0, 0), (1, 0, 1), (0, 1, 1), (1, 1, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 1, 1)], np.uint8
 )
 
 
 class Names:
-    """The symmetries that the names of a data set give, by identifier.
+    """The symmetries in a data set's names, by identifier.
 
-    turns: (P,) uint8. colours: (P, 10) uint8. Raises DatasetError for a name whose last part is no
+    turns: (P,) uint8. colours: (P, 10) uint8. Raises DatasetError for a name whose last part is not a
     permutation.
     """
 
@@ -34,29 +33,29 @@ class Names:
         digits = "".join(colours for _, _, colours in parts)
         self.colours = np.frombuffer(digits.encode("ascii"), np.uint8).reshape(-1, COLOURS) - ord("0")
         is_plain = np.array([name == task for name, (task, _, _) in zip(names, parts, strict=True)])
-        # The identifiers of each task, one task after the other.
+        # The identifiers, grouped by task.
         self._members = np.argsort(tasks, kind="stable")
         counts = np.bincount(tasks)
         self._first, self._count = (np.cumsum(counts) - counts)[tasks], np.where(is_plain, counts[tasks], 1)
         self._is_plain = is_plain
 
     def draw(self, identifiers: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """An identifier of each puzzle's task, (b,), for numbers (b,) from 0 to 1.
+        """A random identifier of each puzzle's task, (b,), from random numbers (b,) in [0, 1).
 
-        A puzzle that is augmented already keeps its own.
+        A stored augmentation keeps its identifier.
         """
         chosen = self._first[identifiers] + (numbers * self._count[identifiers]).astype(np.int64)
         return np.where(self._is_plain[identifiers], self._members[chosen], identifiers)
 
     def symmetries(self, before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Turns (b,) and colours (b, 10) that take the puzzles `before` to the puzzles `after` of `draw`."""
+        """Turns (b,) and colours (b, 10) that map the puzzles `before` to the puzzles `after` of `draw`."""
         same = before == after
         turns = np.where(same, np.uint8(0), self.turns[after])
         return turns, np.where(same[:, None], np.arange(COLOURS, dtype=np.uint8), self.colours[after])
 
 
 def boxes(canvases: np.ndarray) -> np.ndarray:
-    """The grid of each canvas (b, n, n): its top, left, rows and columns, (b, 4); without one 0 rows."""
+    """The grid of each canvas (b, n, n): its top, left, rows and columns, (b, 4); 0 rows without a grid."""
     found = np.empty((len(canvases), 4), np.int64)
     _find(canvases, found)
     return found
@@ -65,11 +64,11 @@ def boxes(canvases: np.ndarray) -> np.ndarray:
 def placed(
     canvases: np.ndarray, box: np.ndarray, turns: np.ndarray, colours: np.ndarray, places: np.ndarray
 ) -> np.ndarray:
-    """The grid of each canvas under its own symmetry, at its own place of an empty canvas.
+    """The transformed grid of each canvas at its new place on an empty canvas.
 
     canvases: (b, n, n) int32, negative labels without loss. box: see `boxes`. turns: (b,). colours: (b, 10).
-    places: row and column (b, 2) of the new upper left corner. Around the grid labels carry no loss if any
-    label of the canvas does not. A canvas without a grid stays as it is.
+    places: row and column (b, 2) of the new upper left corner. Labels around the grid carry no loss if any
+    label of the canvas carries none. A canvas without a grid does not change.
     """
     made = np.empty_like(canvases)
     _place(canvases, box, turns, colours, places, made)
@@ -77,7 +76,7 @@ def placed(
 
 
 def turned_sizes(box: np.ndarray, turns: np.ndarray) -> np.ndarray:
-    """Rows and columns (b, 2) of the grids of `boxes` after their turns."""
+    """Rows and columns (b, 2) of the grids of `boxes` after their symmetries."""
     return np.where(_SOURCES[turns, :1], box[:, [3, 2]], box[:, [2, 3]])
 
 

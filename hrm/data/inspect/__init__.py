@@ -1,1 +1,1 @@
-"""A data set looked at: invariants, rules, pictures."""
+"""Inspection of a data set: invariants, rules, pictures."""

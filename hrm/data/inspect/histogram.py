@@ -13,7 +13,8 @@ BAR = 24
 
 
 def histogram(values: np.ndarray, buckets: int = 8) -> list[str]:
-    """Counts of integers in about `buckets` buckets of equal, round width, as lines: from, to, bar, count."""
+    """A histogram as text lines (from, to, bar, count), with about `buckets` buckets of equal, round
+    width."""
     least, most = int(values.min()), int(values.max())
     width = _round_up(-(-(most - least + 1) // buckets))
     first = least // width

@@ -1,4 +1,4 @@
-"""Boards drawn by matplotlib: Sudoku grids, mazes and ARC grids, side by side in one PNG."""
+"""Draws boards with matplotlib: Sudoku grids, mazes and ARC grids, side by side in one PNG."""
 
 import io
 import math
@@ -15,14 +15,14 @@ from hrm.data.puzzle_kinds import Kind
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Inches of a board and of its title; boards in a row.
+# Size of a board and of its title in inches; number of boards in a row.
 BOARD, TITLE = 3.4, 0.35
 COLUMNS = 4
 FILLED, CHANGED = "#115193", "#c83404"
-# Padding, wall, open, start, goal, path.
+# Colours of padding, wall, open, start, goal, path.
 MAZE_COLOURS = ("#ff00ff", INK, "#ffffff", "#0ca167", "#c83404", "#f2b632")
 MAZE_NAMES = ("padding", "wall", "open", "start", "goal", "path")
-# Padding, the end of the grid, and ARC's ten colours, from black to maroon.
+# Colours of padding, the end of the grid, and ARC's ten colours, from black to maroon.
 ARC_COLOURS = (
     *("#ffffff", "#e8d9ff"),
     *("#000000", "#0074d9", "#ff4136", "#2ecc40", "#ffdc00"),
@@ -34,8 +34,8 @@ def png(kind: Kind, boards: Sequence[tuple[str, Tokens, Tokens | None]]) -> byte
     """A PNG of boards, four in a row, each with its title.
 
     boards: title, tokens, and the question that the tokens answer (None for a question). Sudoku: clues are
-    bold, filled-in digits blue, changed clues red. Maze: coloured cells. ARC: the grid cut from its canvas,
-    or the whole canvas if it is damaged. Raises UserError if matplotlib is missing.
+    bold, filled-in digits blue, changed clues red. Maze: coloured cells. ARC: the cropped grid, or the whole
+    canvas if it is damaged. Raises UserError if matplotlib is missing.
     """
     columns = min(COLUMNS, len(boards))
     rows = math.ceil(len(boards) / columns)
@@ -106,7 +106,7 @@ DRAW = {"sudoku": _sudoku, "maze": _maze, "arc": _arc}
 
 
 def _frame(ax: "Axes", rows: int, columns: int) -> None:
-    """Axes of square cells, the first row above, without spines."""
+    """Axes with square cells, the first row at the top, without spines."""
     ax.set_xlim(0, columns)
     ax.set_ylim(rows, 0)
     ax.set_aspect("equal")
@@ -114,7 +114,7 @@ def _frame(ax: "Axes", rows: int, columns: int) -> None:
 
 
 def _cells(ax: "Axes", tokens: np.ndarray, colours: Sequence[str], lines: str | None) -> None:
-    """A coloured square for every token, pink for tokens without a colour; optional lines between them."""
+    """Draws a coloured square for every token, pink for unknown tokens; optional lines between cells."""
     from matplotlib.colors import ListedColormap
 
     rows, columns = tokens.shape

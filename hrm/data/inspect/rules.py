@@ -1,4 +1,4 @@
-"""Checks of whole arrays against the rules of their puzzles: a fast search for faults, then words."""
+"""Checks whole arrays against the rules of their puzzles: finds faults fast, then describes them."""
 
 import numpy as np
 
@@ -12,11 +12,11 @@ from hrm.data.workers import compiled, over_rows
 
 
 def broken(kind: Kind, inputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Which labels break a rule of `kind.problems`, (N,) bool.
+    """A mask of the labels that break a rule of `kind.problems`, (N,) bool.
 
     inputs, labels: (N, S) integers.
     """
-    # No kind has a token of 255.
+    # 255 is not a token of any kind.
     questions, answers = (np.clip(array, 0, 255).astype(np.uint8) for array in (inputs, labels))
     if kind.name == "sudoku":
         return _broken_sudoku(kind, questions, answers)
@@ -32,7 +32,7 @@ def broken(kind: Kind, inputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def check_rules(split: Split, findings: Findings) -> None:
     """Checks that the labels of a split solve its inputs, by the rules of its kind of puzzle.
 
-    A cell without loss takes its value from the input; examples without any loss are skipped.
+    A cell without loss gets the input's value; examples without loss are skipped.
     """
     kind = split.kind
     for name in split.sets:
@@ -71,7 +71,7 @@ def check_unique(split: Split, findings: Findings) -> None:
             continue
         firsts = _firsts(split, name, len(examples[0]))
         questions = np.asarray(examples[0][firsts], np.int64) - 1
-        # Another check reports tokens that are no digits.
+        # Another check reports tokens that are not digits.
         questions = np.where((questions >= 0) & (questions <= kind.rows), questions, 0).astype(np.uint8)
         found = _solutions(questions, f"solving {split.folder.name}")
         path = array_path(split.folder, name, "inputs")
@@ -94,7 +94,7 @@ def _firsts(split: Split, name: str, examples: int) -> np.ndarray:
 
 
 def _solutions(questions: np.ndarray, what: str) -> np.ndarray:
-    """How many solutions each grid has, 2 for several, (N,) uint8."""
+    """The number of solutions of each grid, 2 for several, (N,) uint8."""
     found = np.empty(len(questions), np.uint8)
     answers, guesses = np.empty_like(questions), np.empty(len(questions), np.int32)
 
@@ -106,7 +106,7 @@ def _solutions(questions: np.ndarray, what: str) -> np.ndarray:
 
 
 def _broken_sudoku(kind: Kind, questions: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    # A row, column or box with every digit has each digit once.
+    # A unit with all digits has each digit once.
     bits = np.left_shift(1, np.minimum(answers, 31), dtype=np.int64)
     held = np.bitwise_or.reduce(bits[:, units(kind.rows)[0]], axis=2)
     every = sum(1 << token for token in range(2, kind.rows + 2))
@@ -115,7 +115,7 @@ def _broken_sudoku(kind: Kind, questions: np.ndarray, answers: np.ndarray) -> np
 
 @compiled
 def _judge_canvases(canvases, right):
-    """Which canvases hold one grid of colours, end marks to its right and below, and padding."""
+    """A mask of the canvases with one grid of colours, end marks to its right and below, and padding."""
     rows, columns = canvases.shape[1:]
     for number in range(len(canvases)):
         canvas = canvases[number]

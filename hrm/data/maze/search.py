@@ -1,4 +1,4 @@
-"""Mazes on rectangular grids: shortest paths, symmetries, and random ones.
+"""Mazes on rectangular grids: shortest paths, symmetries, generation.
 
 A maze is a uint8 array of tokens, row by row: WALL, OPEN, START, GOAL, PATH; 0 is padding. Steps go to one of
 the four neighbours of a cell.
@@ -11,7 +11,7 @@ from hrm.data.workers import compiled
 WALL, OPEN, START, GOAL, PATH = 1, 2, 3, 4, 5
 # Symmetries of the square; see `symmetric`.
 SYMMETRIES = 8
-# The symmetries that keep the shape of a rectangle.
+# The symmetries that preserve a rectangle.
 OF_RECTANGLES = (0, 2, 4, 5)
 
 
@@ -28,8 +28,8 @@ def distances(passable: np.ndarray, columns: int, start: int) -> np.ndarray:
 def solve(question: np.ndarray, columns: int) -> tuple[np.ndarray, int]:
     """The maze with a shortest path from START to GOAL marked, (S,) uint8, and its steps; 0 without a path.
 
-    Among shortest paths it follows, from the goal back, the first cell that is nearer to the start: above,
-    left, right, below. The maze must have a start and a goal.
+    Among shortest paths it chooses, backwards from the goal, the first cell nearer to the start in the order
+    above, left, right, below. The maze must have a start and a goal.
     """
     answer = question.copy()
     start, goal = int((question == START).argmax()), int((question == GOAL).argmax())
@@ -37,14 +37,15 @@ def solve(question: np.ndarray, columns: int) -> tuple[np.ndarray, int]:
 
 
 def solved(questions: np.ndarray, answers: np.ndarray, columns: int) -> np.ndarray:
-    """Which answers keep every rule of `MazeRules`, (N,) bool; questions, answers: (N, S) uint8."""
+    """A mask of the answers that satisfy every rule of `MazeRules`, (N,) bool; questions, answers: (N, S)
+    uint8."""
     right = np.zeros(len(questions), np.bool_)
     _judge(questions, answers, columns, right)
     return right
 
 
 def symmetries_of(shape: tuple[int, int]) -> tuple[int, ...]:
-    """The numbers of the symmetries that keep a shape (rows, columns)."""
+    """The symmetries that preserve a shape (rows, columns)."""
     return tuple(range(SYMMETRIES)) if shape[0] == shape[1] else OF_RECTANGLES
 
 
@@ -58,13 +59,14 @@ def random_mazes(
     answers: np.ndarray,
     lengths: np.ndarray,
 ) -> None:
-    """Fills questions and answers, (N, S) uint8, with random mazes, and lengths (N,) with their paths' steps.
+    """Writes random mazes to questions and answers, (N, S) uint8, and their path lengths to lengths (N,).
 
-    Corridors one cell wide in a frame of walls, carved by a random depth-first walk, so that exactly one
-    path joins any two cells. braided: every dead end opens into another corridor, which makes loops. Start
-    and goal are random and at least min_length steps apart; if none of `attempts` mazes has such cells, this
-    length and all later ones are 0. shape: rows and columns, 5 or more each. states: (N,) uint64, not 0: each
-    maze's own random state, which advances, so that a second call with the same arrays gives further mazes.
+    A random depth-first walk carves corridors one cell wide in a frame of walls, so that exactly one path
+    joins any two cells. braided: every dead end is opened into another corridor, which makes loops. Start and
+    goal are random and at least min_length steps apart; if none of `attempts` mazes has such cells, this
+    length and all later ones are 0. shape: rows and columns, 5 or more each. states: (N,) uint64, not 0: the
+    random state of each maze; a call advances it, so a second call with the same arrays generates other
+    mazes.
     """
     _fill(*shape, braided, min_length, attempts, states, questions, answers, lengths)
 
@@ -72,7 +74,8 @@ def random_mazes(
 def symmetric(grids: np.ndarray, symmetry: int) -> np.ndarray:
     """Grids (..., rows, columns) under one of the SYMMETRIES.
 
-    0 to 3 are quarter turns to the left, then mirrored left to right, top to bottom, and at either diagonal.
+    0 to 3 are counterclockwise quarter turns; then reflections left to right, top to bottom, and at the two
+    diagonals.
     """
     if symmetry < 4:
         return np.rot90(grids, symmetry, axes=(-2, -1))
@@ -154,7 +157,7 @@ def _judge(questions, answers, columns, right):
         shortest = steps[goal]
         steps[:] = -1
         _flood((answer == PATH) | (answer == START) | (answer == GOAL), columns, start, steps)
-        # Connected marks, as many as the shortest path has cells, are a shortest path.
+        # Connected marked cells, as many as on the shortest path, are a shortest path.
         right[row] = shortest > 0 and steps[goal] == shortest and marked == shortest - 1
 
 
@@ -178,7 +181,7 @@ def _fill(rows, columns, braided, min_length, attempts, states, questions, answe
                 answers[row] = questions[row]
                 lengths[row] = _solve(answers[row], columns, start, goal)
                 break
-        # If one maze is out of reach, so are the others.
+        # If one maze cannot be found, neither can the others.
         if not lengths[row]:
             return
 
@@ -187,8 +190,8 @@ def _fill(rows, columns, braided, min_length, attempts, states, questions, answe
 def _carve(rows, columns, braided, min_length, random, maze):
     """Fills `maze`; returns its start and goal, -1 if no two cells are min_length apart.
 
-    Rooms lie at odd rows and columns of a grid of odd sides. An even side repeats one inner row or column of
-    walls and passages, which lengthens the passages that cross it and changes nothing else.
+    Rooms are at odd rows and columns of a grid with odd sides. For an even side, one inner row or column of
+    walls and passages is repeated, which only lengthens the passages across it.
     """
     high, wide = (rows - 1) // 2, (columns - 1) // 2
     height, width = 2 * high + 1, 2 * wide + 1
@@ -254,7 +257,7 @@ def _room(room, way, height, width):
 def _ends(columns, min_length, random, maze):
     cells = np.nonzero(maze == OPEN)[0]
     steps = np.empty(len(maze), np.int32)
-    # Most starts have a goal far enough away, unless hardly any has.
+    # Most starts have a goal at sufficient distance, unless hardly any has.
     for _ in range(16):
         start = cells[_below(len(cells), random)]
         steps[:] = -1

@@ -1,8 +1,8 @@
-"""The forms in which mazes are written, each read as rows of a table.
+"""Text formats of mazes, all read as rows of a table.
 
 - tables with a header, whose columns are found by their names (`hrm.data.tables`); fields in quotes may have
   several lines;
-- a maze a line, perhaps with its answer behind a comma;
+- one maze per line, optionally followed by a comma and its answer;
 - grids over several lines, with blank lines or titles between them. A path in a grid is its answer.
 """
 
@@ -16,23 +16,23 @@ from hrm.data.tables import Header, Row, header_of, unnamed
 
 SMALLEST_SIDE = 5
 CHARACTERS = frozenset("# .SGoEX")
-# Lines that show the form of a file.
+# Number of lines from which the format of a file is detected.
 LOOKED_AT = 100
 _WITHOUT_PATH = str.maketrans("oX", "  ")
 
 
 def read_rows(lines: Iterator[tuple[int, str]]) -> Iterator[Row | tuple[int, str]]:
-    """The mazes of numbered lines; for a row that cannot be one, its line and what is wrong.
+    """The mazes of numbered lines; for an invalid row, its line and the fault.
 
-    A maze of several lines has "\\n" between them. Raises ValueError for lines of no known form, csv.Error
-    for a field that the csv module refuses.
+    A maze of several lines has "\\n" between them. Raises ValueError for lines of an unknown format,
+    csv.Error for a field that the csv module rejects.
     """
     first = list(islice(lines, LOOKED_AT))
     texts, everything = [_bare(text) for _, text in first], chain(first, lines)
     if not any(texts):
         return iter(())
     header = header_of(texts[0])
-    # Spaces separate no columns: they are open cells.
+    # Spaces do not separate columns: they are open cells.
     if header is not None and header.delimiter is not None:
         return _table(everything, header, f"{header.delimiter} " in texts[0])
     wholes = sum(_is_whole(text) for text in texts)
@@ -48,7 +48,7 @@ def _bare(line: str) -> str:
 
 
 def is_grid_row(text: str) -> bool:
-    """Whether a line can be the first row of a grid; a title is none."""
+    """Whether a line can be the first row of a grid, and not a title."""
     return len(text) >= SMALLEST_SIDE and set(text) <= CHARACTERS and not text.isspace()
 
 
@@ -84,7 +84,7 @@ def _one_a_line(lines: Iterator[tuple[int, str]]) -> Iterator[Row]:
 
 
 def _row(line: int, maze: str, answer: str | None = None) -> Row:
-    """A maze whose path, if it shows one, is its answer."""
+    """A maze row; a path in the maze becomes its answer."""
     bare = maze.translate(_WITHOUT_PATH)
     return Row(line, bare, maze if answer is None and bare != maze else answer)
 
@@ -94,7 +94,7 @@ def _grids(lines: Iterator[tuple[int, str]]) -> Iterator[Row]:
     start = 0
     for number, line in chain(lines, [(0, "")]):
         text = _bare(line)
-        # A row of wrong length is reported later; a title in a row's place ends the grid.
+        # A row of wrong length is reported later; a title ends the grid.
         if rows and text and (len(text) == len(rows[0]) or set(text) <= CHARACTERS):
             rows.append(text)
             continue
@@ -104,7 +104,7 @@ def _grids(lines: Iterator[tuple[int, str]]) -> Iterator[Row]:
 
 
 def _parts(start: int, rows: list[str]) -> Iterator[Row]:
-    """The mazes in rows that nothing separates: as many as there are starts, of equal height."""
+    """The mazes in rows without separators: one per start, of equal height."""
     starts = "".join(rows).count("S")
     height = len(rows) // starts if starts and len(rows) % starts == 0 else len(rows)
     parts = [rows[first : first + height] for first in range(0, len(rows), height or 1)]

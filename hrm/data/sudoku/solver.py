@@ -1,7 +1,7 @@
-"""Sudoku rules, a rating solver and random puzzles, for grids of 4x4, 6x6, 9x9 and 16x16 cells.
+"""A Sudoku solver that rates and generates puzzles, for grids of 4x4, 6x6, 9x9 and 16x16 cells.
 
-A grid is a uint8 array of n*n digits, row by row, 0 for a blank cell. One compiled search does all the work:
-it solves, counts solutions, rates, and fills grids at random.
+A grid is a uint8 array of n*n digits, row by row, 0 for a blank cell. One compiled search solves, counts
+solutions, rates, and fills grids at random.
 """
 
 from functools import lru_cache
@@ -13,15 +13,15 @@ from hrm.data.workers import compiled
 
 # Rows and columns of a box, for each size of grid.
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3), 16: (4, 4)}
-# Guesses after which a search gives up; the hardest proper 9x9 puzzles take a few thousand.
+# Maximum number of guesses of a search; the hardest 9x9 puzzles need a few thousand.
 MOST_GUESSES = 1_000_000
-# The number of solutions that `solve_each` gives for a search that gave up.
+# Stands for the number of solutions in `solve_each` if the search gave up.
 UNDECIDED = 255
 GAVE_UP = f"the search for a solution gave up after {MOST_GUESSES:,} guesses"
 
 
 class SudokuError(UserError):
-    """A grid, a file or a request that no Sudoku data set can be built from."""
+    """A grid, file or request that does not allow a Sudoku data set."""
 
 
 @lru_cache
@@ -36,24 +36,23 @@ def units(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def solutions(grid: np.ndarray, limit: int = 2) -> tuple[np.ndarray, int]:
-    """Solve a grid: its first `limit` solutions, (found, n*n) uint8, and the guesses made on the way.
+    """Solves a grid: its first `limit` solutions, (found, n*n) uint8, and the number of guesses.
 
-    grid: (n*n,) uint8. A solver that fills naked and hidden singles and otherwise tries the values of a cell
-    with the fewest candidates; choosing one of several values is a guess, taking the last one left is none.
-    With limit=2 and a proper puzzle, the guesses are those made to solve it and to prove the solution unique,
-    which do not depend on how the digits are named: its difficulty here. A search gives up after
-    MOST_GUESSES, and the guesses are then one more.
+    grid: (n*n,) uint8. The solver fills naked and hidden singles and otherwise tries the values of a cell
+    with the fewest candidates. Choosing one of several values is a guess; taking the last remaining value is
+    not. The difficulty of a puzzle is the number of guesses with limit=2, which solves it and proves the
+    solution unique; it does not depend on the labels of the digits. A search gives up after MOST_GUESSES and
+    reports one guess more.
     """
     found, guesses = _solve(grid, limit, 0)
     return found, guesses
 
 
 def solve_each(grids: np.ndarray, answers: np.ndarray, guesses: np.ndarray, found: np.ndarray) -> None:
-    """Solve many grids as `solutions` does, with limit 2, and let other threads run meanwhile.
+    """Solves many grids like `solutions` with limit 2, and releases Python's lock.
 
-    grids: (N, n*n) uint8. Fills answers (N, n*n) uint8 with the first solution where there is one, guesses
-    (N,) int32, and found (N,) uint8 with how many solutions there are, 2 for several, UNDECIDED for a search
-    that gave up.
+    grids: (N, n*n) uint8. Writes the first solution, if any, to answers (N, n*n) uint8, the guesses to (N,)
+    int32, and the number of solutions to found (N,) uint8: 2 for several, UNDECIDED if the search gave up.
     """
     cells, members = units(int(grids.shape[1] ** 0.5))
     _search_each(grids, cells, members, answers, guesses, found)
@@ -61,16 +60,16 @@ def solve_each(grids: np.ndarray, answers: np.ndarray, guesses: np.ndarray, foun
 
 def random_grid(size: int, rng: np.random.Generator) -> np.ndarray:
     """A random solved grid, (n*n,) uint8, by backtracking with the values of a cell in random order."""
-    # A search that gives up leaves nothing; another order of values soon finds a grid.
+    # If a search gives up, another order of values soon finds a grid.
     while not len(found := _solve(np.zeros(size * size, np.uint8), 1, int(rng.integers(1, 1 << 63)))[0]):
         pass
     return found[0]
 
 
 def random_puzzle(solution: np.ndarray, rng: np.random.Generator, clues: int = 0) -> np.ndarray:
-    """Take digits out of a solved grid in random order while the solution stays the only one, (n*n,) uint8.
+    """Removes digits from a solved grid in random order while the solution stays unique, (n*n,) uint8.
 
-    Stops when `clues` are left, or when no clue can be spared: such a puzzle is irreducible.
+    Stops when `clues` are left, or when every clue is necessary: such a puzzle is irreducible.
     """
     puzzle = solution.copy()
     left = len(puzzle)
@@ -107,7 +106,7 @@ def _search_each(grids, units, members, answers, guesses, found):
 
 @compiled
 def _candidates(state, members, cell, full):
-    """Digits that the row, column and box of a cell leave open."""
+    """The candidates of a cell: digits absent from its row, column and box."""
     cells = len(members)
     used = state[cells + members[cell, 0]] | state[cells + members[cell, 1]] | state[cells + members[cell, 2]]
     return full & ~used
@@ -143,7 +142,7 @@ def _search(grid, units, members, random, found):
             _place(state, members, cell, bit)
 
     while True:
-        # Singles, until there are none; then `best` is the blank cell with the fewest candidates.
+        # Fills singles until there are none; then `best` is the blank cell with the fewest candidates.
         alive = progress = True
         best = -1
         while alive and progress:
@@ -180,7 +179,8 @@ def _search(grid, units, members, random, found):
                 for cell in units[unit]:
                     if hidden and not state[cell]:
                         mask = _candidates(state, members, cell, full) & hidden
-                        # A cell that two digits need takes one; the other is then missing from its unit.
+                        # If two digits need the same cell, it takes one and the other is missing from its
+                        # unit.
                         mask &= -mask
                         if mask:
                             _place(state, members, cell, mask)

@@ -1,14 +1,14 @@
-"""Canonical forms of Sudoku grids and puzzles, equal exactly for equivalent ones.
+"""Canonical forms of Sudoku grids and puzzles, which are equal exactly for equivalent ones.
 
-Two solved grids are equivalent if one becomes the other by renaming the digits, permuting bands, stacks,
-the rows in a band and the columns in a stack, and where boxes are square by transposing. The canonical form
-of a grid is the least of all equivalent grids, read row by row. The form of a puzzle is the least question
-among the rearrangements that take its solution to its canonical form.
+Two solved grids are equivalent if one becomes the other by relabelling the digits, by permuting bands,
+stacks, the rows in a band and the columns in a stack, and, with square boxes, by transposing. The canonical
+form of a grid is the lexicographically smallest equivalent grid, read row by row. The form of a puzzle is the
+smallest question among the rearrangements that map its solution to the canonical form.
 
-The search: the first row of a form is 1 to n, so a choice of transposition, of first row and of an order of
-the columns names the digits; what is below then has one least order, by the first column. Of a 9x9 grid that
-leaves 2 * 9 * 1296 forms to compare, most of which the beginning of their second row rules out while the
-columns of the last stack are still open.
+The search: the first row of a form is 1 to n, so a choice of transposition, first row and column order
+determines the digits; the first column then determines the order of the other rows. A 9x9 grid has 2 * 9 *
+1296 such forms; the beginning of the second row excludes most of them before the columns of the last stack
+are chosen.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from hrm.data.workers import compiled, over_rows
 def canonical_forms(grids: np.ndarray, questions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Canonical forms of solved grids and of their puzzles, both (N, n*n) uint8.
 
-    grids, questions: (N, n*n) uint8, questions with 0 for a blank cell and else the digit of the grid.
+    grids, questions: (N, n*n) uint8, questions have 0 for a blank cell, otherwise the digit of the grid.
     """
     size = int(grids.shape[1] ** 0.5)
     height, width = BOXES[size]
@@ -38,8 +38,8 @@ def canonical_forms(grids: np.ndarray, questions: np.ndarray) -> tuple[np.ndarra
 def random_symmetries(count: int, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Random symmetries of grids with n = `size`: cells (count, n*n) and digits (count, n + 1) uint8.
 
-    Cell i of the symmetric grid holds digits[d], where d is the digit in cell cells[i]; a blank stays one.
-    They permute bands, rows in a band, stacks and columns in a stack, and transpose where boxes are square.
+    Cell i of the symmetric grid holds digits[d], where d is the digit in cell cells[i]; a blank stays blank.
+    They permute bands, rows in a band, stacks and columns in a stack, and transpose if boxes are square.
     """
     height, width = BOXES[size]
 
@@ -67,10 +67,11 @@ class Leaks:
 
 
 def leaks(train: Puzzles, test: Puzzles, workers: int) -> Leaks:
-    """Which solutions are equivalent to one of the other split, and which test puzzles to training ones."""
+    """Masks of the solutions equivalent to a solution of the other split, and of test puzzles to a training
+    puzzle."""
 
     def keys(puzzles: Puzzles, name: str) -> np.ndarray:
-        # Keep only a digest of each form, 16 bytes a puzzle.
+        # Keep only a digest of each form, 16 bytes per puzzle.
         found = np.empty((2, len(puzzles.questions)), np.uint64)
 
         def work(part: slice) -> None:
@@ -90,7 +91,7 @@ def leaks(train: Puzzles, test: Puzzles, workers: int) -> Leaks:
 
 @lru_cache
 def _column_orders(size: int) -> np.ndarray:
-    """All orders of the columns that keep stacks together, those of the last stack varying fastest."""
+    """All column orders that keep stacks together; the order in the last stack varies fastest."""
     width = BOXES[size][1]
     stacks = [range(first, first + width) for first in range(0, size, width)]
     return np.array(
@@ -120,11 +121,11 @@ def _forms(grids, questions, orders, height, turns, forms):
 
 @compiled
 def _lower(square, orders, height, best):
-    """Lowers `best` to the least form of a grid; layer 0 of both holds digits, layer 1 tells the clues."""
+    """Lowers `best` to the smallest form of a grid; layer 0 of both holds digits, layer 1 marks the clues."""
     size = orders.shape[1]
     width = size // height
     known = size - width
-    # Orders in a row that differ in the last stack alone.
+    # Number of consecutive orders that differ only in the last stack.
     block = 1
     for factor in range(2, width + 1):
         block *= factor
@@ -137,7 +138,7 @@ def _lower(square, orders, height, best):
                 continue
             for begin in range(0, len(orders), block):
                 for column in range(size):
-                    # A lower bound for the digits that the last stack will name.
+                    # A lower bound for the digits that the last stack will define.
                     label[square[0, first, orders[begin, column]]] = min(column, known) + 1
                 above = False
                 for column in range(known):
@@ -160,7 +161,7 @@ def _lower(square, orders, height, best):
 
 @compiled
 def _least_rows(square, order, label, height, rows):
-    """The least order of the rows: by their first digit, bands staying together."""
+    """The smallest order of the rows: by their first digit, within bands."""
     size = len(order)
     row_of = np.empty(size + 1, np.int64)
     for row in range(size):

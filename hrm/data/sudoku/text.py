@@ -1,10 +1,11 @@
-"""The forms in which Sudokus are written, each read as rows of cells with one character a cell.
+"""Text formats of Sudokus, all read as rows of cells with one character per cell.
 
 - tables with a header, whose columns are found by their names (`hrm.data.tables`);
-- lines with a puzzle and perhaps its solution and rating, also behind an identifier as in exchange banks;
-- grids over several lines, with rulers between the boxes or without: .sdk, .ss, or several in a file.
+- lines with a puzzle, optionally its solution and rating, optionally after an identifier as in exchange
+  banks;
+- grids over several lines, with or without rulers between the boxes: .sdk, .ss, or several per file.
 
-A blank is one of `.0*_`. 16x16: digits are 1 to 9 and A to G, or 0 to 9 and A to F with another blank than 0,
+A blank is one of `.0*_`. 16x16: digits are 1 to 9 and A to G, or 0 to 9 and A to F with a blank other than 0,
 or numbers 1 to 16 (0 blank) or 0 to 15 (another blank) with spaces between them.
 """
 
@@ -22,7 +23,7 @@ from hrm.data.tables import Header, Row, content, header_of, unnamed
 BLANKS = ".0*_"
 SYMBOLS = "123456789ABCDEFG"
 FOREIGN = 255
-# Lines that show the form of a file.
+# Number of lines from which the format of a file is detected.
 LOOKED_AT = 100
 
 # Characters between cells: rulers, and the lists of numpy and Python.
@@ -30,32 +31,32 @@ _BETWEEN = str.maketrans("|,[]", "    ")
 _NUMBERS = {str(number): f"0{SYMBOLS}"[number] for number in range(17)}
 _RULER = re.compile(r"[-+=|*:\s]*[-=][-+=|*:\s]*")
 _CELL = re.compile(r"[0-9A-Ga-g.*_]+")
-# A first line of names, or a comment in the way of another language.
+# A header line, or a comment in another language's style.
 _PREAMBLE = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z_ \"',;\t|-]+|\s*(?:;|//|%|--).*")
 
 
 def cells_of(text: str, size: int) -> str:
-    """The cells of a text, a character each, without rulers and spaces between them."""
+    """The cells of a text, one character each, without rulers and spaces."""
     if len(text) == size * size and " " not in text and "|" not in text and "[" not in text:
         return text
     words = text.translate(_BETWEEN).split()
-    # Numbers of two digits stand apart; other groups of digits are those of boxes.
+    # Two-digit numbers are separated by spaces; other groups of digits are rows of boxes.
     if len(words) in (size, size * size) and any(len(word) == 2 for word in words):
         return "".join(_NUMBERS.get(word.lstrip("0") or word[:1], word) for word in words)
     return "".join(words)
 
 
 def read_rows(lines: Iterator[tuple[int, str]], size: int) -> Iterator[Row | tuple[int, str]]:
-    """The puzzles of numbered lines; for a line that cannot be one, its number and what is wrong.
+    """The puzzles of numbered lines; for an invalid line, its number and the fault.
 
-    Raises ValueError for a first line of columns none of which is known to hold puzzles.
+    Raises ValueError for a header without a known column of puzzles.
     """
     held = content(lines, "#")
     first = list(islice(held, LOOKED_AT))
     if not first:
         return iter(())
     texts, everything = [text for _, text in first], chain(first, held)
-    # First, because the title of a grid may be the name of a column.
+    # Check this first, because the title of a grid may be the name of a column.
     if _grid_rows(texts, size) > _whole_puzzles(texts, size):
         return _grids(everything, size)
     if header := header_of(texts[0]):
@@ -111,7 +112,7 @@ def _cells(texts: Sequence[str], size: int) -> Iterator[str]:
 
 
 def _fields(text: str, size: int) -> list[str]:
-    """The fields of a line without a header: all of it, if it is one puzzle."""
+    """The fields of a line without a header: the whole line if it is one puzzle."""
     cells = cells_of(text.strip(), size)
     if len(cells) == size * size and _CELL.fullmatch(cells):
         return [cells]
@@ -121,7 +122,7 @@ def _fields(text: str, size: int) -> list[str]:
 def _puzzle_lines(
     lines: Iterator[tuple[int, str]], texts: Sequence[str], size: int
 ) -> Iterator[Row | tuple[int, str]]:
-    """Puzzles a line, whose solution and rating stand behind them as in the first line that holds one."""
+    """One puzzle per line; the first puzzle line determines the columns of solution and rating."""
     cells = size * size
     fields = next(
         (found for found in (_fields(text, size) for text in texts) if cells in map(len, found)), [texts[0]]
@@ -147,7 +148,7 @@ def _puzzle_lines(
 
 
 def _grids(lines: Iterator[tuple[int, str]], size: int) -> Iterator[Row]:
-    """Grids of `size` lines each. Titles and sections other than [Puzzle] are passed over."""
+    """Grids of `size` lines each. Titles and sections other than [Puzzle] are skipped."""
     rows: list[str] = []
     start, counts = 0, True
     for number, text in lines:
@@ -169,7 +170,7 @@ def _grids(lines: Iterator[tuple[int, str]], size: int) -> Iterator[Row]:
 
 
 def digit_table(size: int, texts: Iterable[str]) -> np.ndarray:
-    """The digit of every character code below 256 in the spelling of these texts, uint8; 0 for a blank.
+    """The digit of every character code below 256 in the notation of these texts, uint8; 0 for a blank.
 
     Other characters are FOREIGN.
     """
@@ -177,7 +178,7 @@ def digit_table(size: int, texts: Iterable[str]) -> np.ndarray:
     symbols, blanks = SYMBOLS[:size], BLANKS
     if size > 9:
         seen = set().union(*texts)
-        # With another blank, 0 is a digit.
+        # If the blank is another character, 0 is a digit.
         if "0" in seen and seen & set(BLANKS[1:].replace("0", "") + ".") and not seen & set("Gg"):
             symbols, blanks = "0123456789ABCDEF", BLANKS.replace("0", "")
     for digit, symbol in enumerate(symbols, 1):
@@ -187,5 +188,5 @@ def digit_table(size: int, texts: Iterable[str]) -> np.ndarray:
 
 
 def expected(size: int) -> str:
-    """The values that a cell may have, in words."""
+    """A description of a cell's allowed values."""
     return f"'.' or 0 to {size}" if size < 10 else "'.', 1 to 9, A to G, or a number up to 16 between spaces"
