@@ -12,9 +12,9 @@ MOST_FREEDOM = 10_000
 def t_quantile(confidence: float, freedom: int) -> float:
     """The two-sided quantile of Student's t distribution: |T| <= t with probability `confidence`.
 
-    confidence: in (0, 1). freedom: degrees of freedom, an integer >= 1. By bisection of the distribution's finite
-    series, to twelve digits; above MOST_FREEDOM the normal distribution's. Raises ValueError for other
-    arguments.
+    confidence: in (0, 1). freedom: degrees of freedom, an integer >= 1. Computed by bisection of the
+    distribution's finite series, to twelve digits; above MOST_FREEDOM the normal distribution's. Raises
+    ValueError for other arguments.
     """
     if not 0 < confidence < 1 or freedom < 1:
         raise ValueError(f"confidence={confidence} must lie in (0, 1), and freedom={freedom} be at least 1")
