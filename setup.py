@@ -20,6 +20,7 @@ setup(
         # The CUDA builds of torch bring their own; its interpreter and compiler also serve the tests.
         "triton>=3.6; platform_system == 'Linux'",
         "numpy>=1.26",
+        "scipy>=1.12",
         "numba>=0.60",
         "omegaconf>=2.3",
         "pydantic>=2.10",

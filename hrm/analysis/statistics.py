@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hrm.common.intervals import t_quantile
-from hrm.evaluation.selection import CONFIDENCE, share
+from hrm.common.intervals import CONFIDENCE, t_margin
+from hrm.evaluation.selection import share
 
 # Number of bins of equal width for calibration.
 BINS = 10
@@ -37,8 +37,7 @@ def mean_of(values: np.ndarray) -> Estimate:
     if n < 2:
         value = float(values[0]) if n else math.nan
         return Estimate(value, math.nan, math.nan, n)
-    mean = float(values.mean())
-    half = t_quantile(CONFIDENCE, n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
+    mean, half = float(values.mean()), t_margin(values)
     return Estimate(mean, max(0.0, mean - half), mean + half, n)
 
 

@@ -12,12 +12,11 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from hrm.common.intervals import t_quantile
+from hrm.common.intervals import CONFIDENCE, t_margin
 from hrm.config.schema import NEVER
 
 Rule = Literal["q", "first", "vote", "residual", "rules", "oracle"]
 RULES: tuple[Rule, ...] = get_args(Rule)
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ def share(values: np.ndarray) -> Share:
         middle = (mean + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + (z / (2 * n)) ** 2)
     elif n > 1:
-        middle, half = mean, t_quantile(CONFIDENCE, n - 1) * float(values.std(ddof=1)) / math.sqrt(n)
+        middle, half = mean, t_margin(values)
     else:
         middle, half = mean, 1.0
     return Share(mean, max(0.0, middle - half), min(1.0, middle + half))

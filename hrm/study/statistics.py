@@ -4,9 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hrm.common.intervals import t_quantile
-
-CONFIDENCE = 0.95
+from hrm.common.intervals import t_margin
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ def summarise(values: Sequence[float]) -> Summary:
     if n == 1:
         return Summary(n, mean, None, None)
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    margin = t_quantile(CONFIDENCE, n - 1) * deviation / math.sqrt(n)
+    margin = t_margin(values)
     return Summary(n, mean, deviation, (mean - margin, mean + margin))
 
 

@@ -19,7 +19,7 @@ from hrm.analysis import judge
 from hrm.analysis.records import Examples
 from hrm.analysis.variants import steps_of, without
 from hrm.checkpoint.save import save_checkpoint
-from hrm.common.intervals import t_quantile
+from hrm.common.intervals import t_margin
 from hrm.config.load import to_yaml
 from hrm.config.schema import Config, SubgoalConfig
 from hrm.data.arc.build import write_arc
@@ -96,8 +96,7 @@ def share(hits: list[float]) -> tuple[float, float, float]:
     elif n == 1:
         middle, half = mean, 1.0
     else:
-        spread = math.sqrt(math.fsum((hit - mean) ** 2 for hit in hits) / (n - 1) / n)
-        middle, half = mean, t_quantile(0.95, n - 1) * spread
+        middle, half = mean, t_margin(hits)
     return mean, max(0.0, middle - half), min(1.0, middle + half)
 
 
@@ -115,8 +114,7 @@ def mean(values: Any) -> str:
     centre = math.fsum(values) / len(values)
     if len(values) == 1:
         return f"{centre:.3g}"
-    spread = math.sqrt(math.fsum((v - centre) ** 2 for v in values) / (len(values) - 1) / len(values))
-    half = t_quantile(0.95, len(values) - 1) * spread
+    half = t_margin(values)
     return f"{centre:.3g} [{max(0.0, centre - half):.3g}, {centre + half:.3g}]"
 
 
