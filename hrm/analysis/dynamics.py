@@ -21,6 +21,8 @@ from hrm.data.format import IGNORE_LABEL
 
 # Points of a curve.
 DRAWN = 64
+# A state that changes by less in a step has settled; 1 is the size of a state.
+SETTLED = 0.01
 
 
 def milestones(study: Study) -> list[int]:
@@ -93,18 +95,23 @@ def settling(study: Study) -> Finding:
             moved = [mean_of(deep[f"drift_{level}"][mask, step - 1]) for level in levels]
             rows.append([f"{name}, step {step}", f"{int(mask.sum()):,}", *map(number, moved)])
             of_group[f"{step}"] = {level: each._asdict() for level, each in zip(levels, moved, strict=True)}
-        numbers[name] = {"steps": of_group, "answer_kept": share_of(kept[mask])._asdict()}
+        numbers[name] = {
+            "steps": of_group,
+            "answer_kept": share_of(kept[mask])._asdict(),
+            "moving": int((at_end[mask] > SETTLED).sum()),
+        }
     held = ", ".join(f"{percent(share_of(kept[mask]))} of the {name} ones" for name, mask in groups.items())
     moves = " and ".join(
         f"{number(mean_of(deep['drift_H'][mask, M - 1]))} in the {int(mask.sum()):,} {name} puzzles"
         for name, mask in groups.items()
     )
-    settles = float(np.median(at_end)) < 0.01
+    moving = " and ".join(
+        f"{numbers[name]['moving']:,} of the {int(mask.sum()):,} {name} ones" for name, mask in groups.items()
+    )
     sentence = (
         f"In step {M} the state z_H moves by {moves} (1 is the size of a state). "
         f"From step {M} to {last} the answer never changes for {held}. "
-        f"In step {last} half of the puzzles move by {np.median(at_end):.2g} or less, so their states "
-        f"{'settle' if settles else 'keep moving'}."
+        f"In step {last} z_H still moves by more than {SETTLED:g} for {moving}."
     )
     note = (
         "Root mean square over tokens and channels of the change in one ACT step. Right and wrong: the "
@@ -223,7 +230,7 @@ def trajectories(study: Study) -> Finding:
         parts = {
             "length": mean_of(length[mask]),
             "direct": mean_of(direct[mask]),
-            "detour": mean_of(detour[mask]),
+            "detour": mean_of(detour[mask], least=1.0),
         }
         rows.append([name, f"{int(mask.sum())}", *(number(each) for each in parts.values())])
         numbers[name] = {key: each._asdict() for key, each in parts.items()}

@@ -37,7 +37,9 @@ def curves(
             value, low, high, _ = (factor * np.array(part) for part in zip(*estimates, strict=True))
             ax.fill_between(x, low, high, color=ink, alpha=0.15, linewidth=0)
             marker = MARKERS[place % len(MARKERS)]
-            every = max(1, len(x) // 6)
+            every: int | list[int] = max(1, len(x) // 6)
+            if max(x) > 8 * min(x):
+                every = [i for i, value in enumerate(x) if value & (value - 1) == 0]
             ax.plot(
                 x, value, color=ink, linewidth=1.8, marker=marker, markersize=4, markevery=every, label=name
             )

@@ -47,6 +47,7 @@ def q_halt(study: Study) -> Finding:
     believed = deep["q_halt"][:, M - 1] >= 0
     false_trust = share_of(~trained[believed])
     excess = found.excess
+    too_sure = mean_of(sure - trained, least=-1.0)
     trust = f"Of the {int(believed.sum()):,} answers that it holds right, {percent(false_trust)} are wrong."
     if not believed.any():
         trust = "It holds no answer right."
@@ -57,9 +58,10 @@ def q_halt(study: Study) -> Finding:
     )
     sentence = (
         f"On the plain path q_halt's mean confidence after {M} steps is {100 * sure.mean():.1f} %, and "
-        f"{100 * trained.mean():.1f} % are right. Its calibration error (ECE) is {100 * found.error:.1f} %, "
-        f"{judged}. {trust} Halting by it takes {number(taken)} of {M} steps, which saves "
-        f"{100 * saved:.0f} %, and changes the accuracy by {points(cost)} points."
+        f"{100 * trained.mean():.1f} % are right, a difference of {points(too_sure)} points. "
+        f"Its calibration error (ECE) is {100 * found.error:.1f} %, {judged}. {trust} Halting by it takes "
+        f"{number(taken)} of {M} steps, which saves {100 * saved:.0f} %, and changes the accuracy by "
+        f"{points(cost)} points."
     )
     rows = []
     for place in np.flatnonzero(found.counts):
@@ -86,6 +88,7 @@ def q_halt(study: Study) -> Finding:
         "ece": found.error,
         "ece_by_chance": found.by_chance,
         "ece_beyond_chance": excess._asdict(),
+        "confidence_above_accuracy": too_sure._asdict(),
         "auroc": rank,
         "believed_and_wrong": false_trust._asdict(),
         "mean_confidence": float(sure.mean()),

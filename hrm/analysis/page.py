@@ -14,12 +14,12 @@ from hrm.study.plots import Drawing, drawing_svg, drawings_png
 PAGE = "analysis.html"
 
 _READING = (
-    "Values in brackets are 95 % intervals over the puzzles: Wilson's for shares, Student's for means, "
-    "Agresti and Min's for differences. A step of adaptive computation time (ACT) is one round of thinking, "
-    "after which the model shows an answer; within it the high and the low level update their states z_H and "
-    "z_L in cycles. A puzzle is solved when every cell is right. q_halt is the model's own estimate that its "
-    "answer is right. The plain path is the run of the model that training evaluates; other paths start from "
-    "random states, or see the puzzle under a symmetry."
+    "Values in brackets are 95 % intervals over the puzzles, not over other seeds of training: Wilson's for "
+    "shares, Student's for means, Agresti and Min's for differences. A step of adaptive computation time "
+    "(ACT) is one round of thinking, after which the model shows an answer; within it the high and the low "
+    "level update their states z_H and z_L in cycles. A puzzle is solved when every cell is right. q_halt is "
+    "the model's own estimate that its answer is right. The plain path is the run of the model that training "
+    "evaluates; other paths start from random states, or see the puzzle under a symmetry."
 )
 
 

@@ -40,21 +40,17 @@ def contributions(study: Study) -> Finding:
         numbers[name] = {"exact": share_of(right)._asdict(), "change": change._asdict()}
     losses = {name: change_of(own, right) for name, right in answers.items() if name != "as trained"}
     ordered = sorted(losses, key=lambda name: losses[name].value)
-    needless = [name for name in ordered if losses[name].high > -0.01]
     sentence = (
         f"The whole model, with {arch.H_cycles} H-cycles of {arch.L_cycles} L-cycles in an ACT step, solves "
-        f"{percent(share_of(own))} of the puzzles. The costliest cut is "
-        f"'{ordered[0]}' ({points(losses[ordered[0]])} points), the cheapest '{ordered[-1]}' "
-        f"({points(losses[ordered[-1]])} points)."
+        f"{percent(share_of(own))} of the puzzles. Each cut changes the accuracy by so many points: "
+        f"{', '.join(f'{name} {points(losses[name])}' for name in ordered)}."
     )
-    if needless:
-        sentence += f" A loss of a whole point is not shown for: {', '.join(needless)}."
     table = Table(
         "Parts taken away",
         ["model", "solved", "change in points", "meaning"],
         rows,
         "The weights are those of training, which saw no such cut; a model trained without the part may do "
-        "better.",
+        f"better. Cuts but '1 ACT step' keep the {study.steps} ACT steps, which may replace a lost cycle.",
     )
     drawing = figures.bars("Puzzles solved without a part", {n: share_of(r) for n, r in answers.items()})
     return Finding(sentence, table, [drawing], numbers)

@@ -39,32 +39,32 @@ def selection(study: Study) -> Finding:
         right = study.examples.right(record["predictions"])
         others = right[:, 1:]
         rescued = share_of(np.asarray(others.any(axis=1))[wrong])
-        single = share_of(others[wrong].mean(axis=1))
+        alone, single = (share_of(part.mean(axis=1)) for part in (others, others[wrong]))
         kept = share_of(others[own].mean(axis=1))
         chosen = np.take_along_axis(right, record["q_halt"].argmax(axis=1)[:, None], 1)[:, 0]
         by_q, ceiling = share_of(chosen), share_of(pass_at(right, K))
-        gain = change_of(own, chosen)
+        gain, missed = change_of(own, chosen), int((right.any(axis=1) & ~chosen).sum())
         name = WAYS[by]
         rows.append([name, *map(percent, (rescued, single, kept, by_q)), points(gain), percent(ceiling)])
         shown |= {f"{name}, by q_halt": by_q, f"{name}, any of {K}": ceiling}
         numbers[by] = {
             "failures_solved": rescued._asdict(),
-            "of_one_other_path": {"wrong": single._asdict(), "right": kept._asdict()},
+            "of_one_other_path": {
+                "all": alone._asdict(),
+                "wrong": single._asdict(),
+                "right": kept._asdict(),
+            },
+            "missed_by_q_halt": missed,
             "chosen_by_q_halt": by_q._asdict(),
             "gain": gain._asdict(),
             "any": ceiling._asdict(),
         }
-        if wrong.any():
-            told.append(
-                f"with {name} any of {K - 1} paths solves {percent(rescued)} of these failures and one path "
-                f"{percent(single)}; q_halt's choice among {K} paths changes the accuracy by {points(gain)} "
-                "points"
-            )
-    sentence = f"The plain path fails on {int(wrong.sum()):,} of {len(own):,} puzzles. " + (
-        " ".join(f"{each[0].upper()}{each[1:]}." for each in told)
-        if told
-        else "There is no failure that another path could solve."
-    )
+        told.append(
+            f"With {name} one path solves {percent(alone)} of the puzzles, and any of {K - 1} paths solves "
+            f"{percent(rescued)} of the failures. q_halt's choice among {K} paths changes the accuracy by "
+            f"{points(gain)} points; it picks a wrong answer beside a right one {missed:,} times."
+        )
+    sentence = " ".join([f"The plain path fails on {int(wrong.sum()):,} of {len(own):,} puzzles.", *told])
     table = Table(
         "Failures on other paths",
         [

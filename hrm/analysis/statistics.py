@@ -30,15 +30,15 @@ def share_of(mask: np.ndarray) -> Estimate:
     return Estimate(*share(mask), len(mask))
 
 
-def mean_of(values: np.ndarray) -> Estimate:
-    """The mean of values (n,) >= 0 with Student's interval, cut off at 0; no interval for a single value."""
+def mean_of(values: np.ndarray, least: float = 0.0) -> Estimate:
+    """The mean of values (n,) >= least with Student's interval, cut off there; no interval for one value."""
     values = np.asarray(values, np.float64)
     n = len(values)
     if n < 2:
         value = float(values[0]) if n else math.nan
         return Estimate(value, math.nan, math.nan, n)
     mean, half = float(values.mean()), t_margin(values)
-    return Estimate(mean, max(0.0, mean - half), mean + half, n)
+    return Estimate(mean, max(least, mean - half), mean + half, n)
 
 
 def change_of(before: np.ndarray, after: np.ndarray) -> Estimate:

@@ -105,7 +105,7 @@ def drawings_png(title: str, drawings: Sequence[Drawing]) -> bytes:
     with figures() as figure:
         widths, heights = zip(*(drawing.size for drawing in drawings), strict=True)
         canvas = figure(figsize=(sum(widths), max(heights) + 0.4), layout="constrained", dpi=110)
-        canvas.suptitle(title, fontsize=13, fontweight="bold")
+        canvas.suptitle(title, fontsize=13, fontweight="bold", wrap=True)
         axes = canvas.subplots(1, len(drawings), squeeze=False, width_ratios=widths).flat
         for ax, drawing in zip(axes, drawings, strict=True):
             drawing.draw(ax)

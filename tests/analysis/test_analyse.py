@@ -107,7 +107,7 @@ def percent(hits: Any) -> str:
     return "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * part for part in share(hits)))
 
 
-def mean(values: Any) -> str:
+def mean(values: Any, least: float = 0.0) -> str:
     values = [float(value) for value in values]
     if not values:
         return "-"
@@ -115,7 +115,7 @@ def mean(values: Any) -> str:
     if len(values) == 1:
         return f"{centre:.3g}"
     half = t_margin(values)
-    return f"{centre:.3g} [{max(0.0, centre - half):.3g}, {centre + half:.3g}]"
+    return f"{centre:.3g} [{max(least, centre - half):.3g}, {centre + half:.3g}]"
 
 
 def points(before: Any, after: Any) -> str:
@@ -253,7 +253,8 @@ def rows_of(records: dict[str, Any], M: int) -> dict[str, list[list[str]]]:
         lengths = [math.fsum(math.dist(a, b) for a, b in itertools.pairwise(way)) for way in ways[mask]]
         direct = [math.dist(way[0], way[-1]) for way in ways[mask]]
         detour = [a / b for a, b in zip(lengths, direct, strict=True)]
-        found["trajectories"].append([name, str(int(mask.sum())), *map(mean, (lengths, direct, detour))])
+        row = [name, str(int(mask.sum())), mean(lengths), mean(direct), mean(detour, least=1.0)]
+        found["trajectories"].append(row)
     return found
 
 
@@ -287,20 +288,29 @@ def sentences_of(records: dict[str, Any], M: int) -> dict[str, str]:
     saved = f"{100 * (1 - taken.mean() / M):.0f} {mean(taken)} {points(own, halted)}"
     opened = deep["gates"][:, [0, M - 1]].mean(axis=0)
     most = np.abs(opened[1] - opened[0]).argmax()
+    others = ""
+    for by in ("init", "symmetry"):
+        paths = (records[by]["predictions"] == labels[:, None]).all(axis=2)
+        chosen = paths[np.arange(N), records[by]["q_halt"].argmax(axis=1)]
+        others += f" {percent(paths[:, 1:].mean(axis=1))} {(paths.any(axis=1) & ~chosen).sum()}"
+    bias = 100 * (sure - own)
+    surplus = f"{bias.mean():.1f} {bias.mean() - t_margin(bias):.1f} {bias.mean() + t_margin(bias):.1f}"
     ways = states["z_H"].astype(np.float64).reshape(-1, states["z_H"].shape[2])
     power = np.linalg.svd(ways - ways.mean(axis=0), compute_uv=False) ** 2
     variance = 100 * power[:2].sum() / power.sum()
-    median = np.median(deep["drift_H"][:, -1])
+    moving = deep["drift_H"][:, -1] > 0.01
+    shown = f"{moving[own].sum()} {moving[~own].sum()} 0.01"
     return {
         "depth": f"{N} {M} {last}",
-        "drift": f"{M} {last} 1 {own.sum()} {median:.2g} {percent(kept[own])} {percent(kept[~own])}",
+        "drift": f"{M} {last} 1 {own.sum()} {(~own).sum()} {shown} "
+        f"{percent(kept[own])} {percent(kept[~own])}",
         "cells": f"1 {M} {early} 99 {100 * shares[0]:.1f} {100 * shares[-1]:.1f} {mean(since)} {lost}",
-        "selection": f"{(~own).sum()} {N} {PATHS - 1} {PATHS}",
+        "selection": f"{(~own).sum()} {N} {PATHS - 1} {PATHS} {others}",
         "easy": f"{(inputs == 1).sum(axis=1).mean():.1f} {points(own, single)}",
         "contributions": "2",
         "gates": f"{M} 1 {opened[0][most]:.3f} {opened[1][most]:.3f}",
         "goals": f"{M} 1 {points(own, without)}",
-        "q_halt": f"{M} {ece} {(sure >= 0.5).sum()} {percent((~own)[sure >= 0.5])} {saved}",
+        "q_halt": f"{M} {ece} {(sure >= 0.5).sum()} {surplus} {percent((~own)[sure >= 0.5])} {saved}",
         "trajectories": f"{variance:.0f} {len(states['right'])} {2 * M}",
     }
 
@@ -399,7 +409,7 @@ def test_a_fixed_point_does_not_drift_and_gains_nothing(run, capsys, tmp_path):
     depth, drift = (own["sections"][name] for name in ("depth", "drift"))
     assert depth["numbers"]["gain_beyond"]["value"] == depth["numbers"]["gain_within"]["value"] == 0
     assert "Further steps change nothing" in depth["sentence"]
-    assert drift["numbers"]["median_drift_end"] < 1e-5 and "so their states settle" in drift["sentence"]
+    assert drift["numbers"]["median_drift_end"] < 1e-5 and "more than 0.01 for 0 of the" in drift["sentence"]
     moves = [each[level]["value"] for each in drift["numbers"]["wrong"]["steps"].values() for level in "HL"]
     assert max(moves) < 1e-5 and drift["numbers"]["wrong"]["answer_kept"]["value"] == 1
 
