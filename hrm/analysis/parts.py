@@ -42,7 +42,7 @@ def contributions(study: Study) -> Finding:
     ordered = sorted(losses, key=lambda name: losses[name].value)
     sentence = (
         f"The whole model, with {arch.H_cycles} H-cycles of {arch.L_cycles} L-cycles in an ACT step, solves "
-        f"{percent(share_of(own))} of the puzzles. Each cut changes the accuracy by so many points: "
+        f"{percent(share_of(own))} of the puzzles. Change of the accuracy by each cut, in points: "
         f"{', '.join(f'{name} {points(losses[name])}' for name in ordered)}."
     )
     table = Table(
