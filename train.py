@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from hrm.common.errors import run_command
 from hrm.config.load import KEYS, parse_args, resolve_device
 from hrm.config.schema import Config
-from hrm.training.signals import GO_ON, REASONS, Stopped, StopSignals
+from hrm.training.signals import CONTINUE, REASONS, Stopped, StopSignals
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(config: Config) -> int:
-    """Trains alone or as one of torchrun's ranks; returns the exit status. Raises UserError."""
-    # PyTorch takes seconds to import; --help and a mistyped key are answered without it.
+    """Trains in one process or as a torchrun rank; returns the exit status. Raises UserError."""
+    # Import PyTorch late: it takes seconds, and --help and mistyped keys do not need it.
     from hrm.common.versions import versions
     from hrm.distributed import joined, place
     from hrm.training.determinism import deterministic
@@ -39,7 +39,7 @@ def train(config: Config) -> int:
     stop = StopSignals(config.max_seconds, save_seconds, speaks=is_main)
     name = resolve_device(config.device)
     with joined(name, config.global_batch_size, config.rank_timeout) as (ranks, device):
-        # The path of the data may differ from node to node.
+        # Nodes may keep the data in different folders.
         shared = {key: str(attrgetter(key)(config)) for key in KEYS if key != "data_path"}
         ranks.check_equal({**shared, **versions(device)})
         with deterministic(config, device) as notes:
@@ -50,14 +50,14 @@ def train(config: Config) -> int:
                 ended_by = stopped.code
                 if is_main:
                     print(compiling_ended_line(ended_by), flush=True)
-    # torchrun takes any other status for a failure and may restart the ranks.
+    # torchrun treats any other status as a failure and may restart the ranks.
     return REASONS[ended_by][1] if ended_by and ranks.size == 1 else 0
 
 
 def run(config: Config, ranks: "World", device: "torch.device", stop: StopSignals) -> int:
-    """This rank's part of the run; returns the request of `REASONS` that ended it early, else GO_ON.
+    """Trains on this rank; returns the key of `REASONS` that ended the run early, else CONTINUE.
 
-    Raises Stopped if it ends while it compiles, before its first step.
+    Raises Stopped if a stop is requested during compilation, before the first step.
     """
     from hrm.data.format import DatasetError
     from hrm.engine.compilation import Compilation
@@ -78,7 +78,7 @@ def run(config: Config, ranks: "World", device: "torch.device", stop: StopSignal
     say: Callable[[str], None] = partial(print, flush=True) if ranks.is_main else lambda _: None
     for note in config.notes:
         say(note)
-    data, run_dir, ended_by = TrainingData.open(config), folder_of(config), GO_ON
+    data, run_dir, ended_by = TrainingData.open(config), folder_of(config), CONTINUE
     for note in data.notes:
         say(f"note: {note}")
     ranks.check_equal({"training data": data.fingerprint})
@@ -92,9 +92,9 @@ def run(config: Config, ranks: "World", device: "torch.device", stop: StopSignal
         compilation = Compilation(say, stop.at_once)
         engine = Engine(config, data.metadata, data.total_steps, device, ranks, compilation)
     progress = restore_or_start(config, engine, data, run_dir, say)
-    # The configuration of the engine is that of the present stage.
+    # engine.config is the configuration of the current stage.
     with stop, enough_memory(lambda: does_not_fit(engine.config, data.metadata, device, ranks=ranks.size)):
-        # Everything that can refuse the run comes before its folder is touched.
+        # Run all checks that can reject the run before touching its folder.
         profile = Profile(config, run_dir, device, say, captured=engine.mode.captured)
         batches = data.batches(progress.position, ranks)
         say(start_line(engine, data))
@@ -132,7 +132,7 @@ def run(config: Config, ranks: "World", device: "torch.device", stop: StopSignal
                 ended_by = stopped.code
                 checkpoints.save_if_unsaved(progress)
             except DatasetError:
-                # A fault that one rank alone finds leaves the others unable to take part in a save.
+                # With several ranks, only this one knows of the fault, and a save needs all of them.
                 if ranks.size == 1:
                     checkpoints.save_if_unsaved(progress)
                 raise

@@ -1,10 +1,11 @@
-"""Deeper or wider: plain TRM against Equilibrium Reasoners, by ACT steps and by number of paths, over seeds.
+"""Compares depth and breadth: plain TRM and Equilibrium Reasoners, by ACT steps and number of paths, over
+seeds.
 
     python -m bench.breadth bench/results/breadth_cpu.json 0 1 2 3 4
 
 Trains each model with each seed and evaluates it on test puzzles. The file is written after every run, and
-the same command continues with the missing runs. It ends with the tables of the file; without seeds it
-prints them alone. `--most N` ends after N runs.
+the same command continues with the missing runs. At the end it prints the tables of the file; without seeds
+it only prints them. `--most N` stops after N runs.
 """
 
 import argparse
@@ -28,8 +29,9 @@ from hrm.engine.modes import EAGER
 from hrm.evaluation.paths import Plan, differences, evaluate_paths
 from hrm.study.statistics import Summary, paired_difference, summarise
 
-# The quick preset with two cycles of two updates, which keep a run within minutes of one thread, and half of
-# its steps, which leave one path room. Chosen by one path of plain TRM, before any run was judged.
+# The quick preset with two cycles of two updates, so that a run takes minutes on one thread, and half of its
+# steps, so that a single path fails on some puzzles. The accuracy of a single path of plain TRM decided this
+# choice before any comparison.
 TASK = [
     "preset=quick",
     "epochs=1",
@@ -42,13 +44,14 @@ TASK = [
 MODELS = ("trm", "eqr")
 SOURCES = ("init", "noise", "symmetry")
 PATHS, SAMPLES = 8, 200
-# As many times the ACT steps of training as paths are compared.
+# Depths, as multiples of the training steps, equal to the compared numbers of paths.
 DEPTHS = (8, 16, 32, 64)
 Runs = Sequence[dict[str, Any]]
 
 
 def judge(folder: Path) -> dict[str, Any]:
-    """The shares of solved puzzles by source of the paths, rule and number, and by depth on one path."""
+    """The shares of solved puzzles by source of the paths, rule and number of paths, and by depth of a single
+    path."""
     trained = load_trained(folder, device="cpu")
     dataset = PuzzleDataset(data_folder(trained.config), "test")
     examples, kind = subset(dataset, SAMPLES, 0), kind_of(dataset.metadata, dataset.sets)
@@ -78,7 +81,8 @@ def _means(shares: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def tables(found: dict[str, Any]) -> Iterator[Table]:
-    """The measured answers to: by which rule and K, which failures, deeper or wider, which model."""
+    """Tables by rule and number of paths, of selection failures, of depth against breadth, and of the
+    models."""
     by_model: dict[str, Runs] = {
         model: [each for each in found["runs"] if each["model"] == model] for model in MODELS
     }
@@ -102,7 +106,7 @@ def _rules(model: str, source: str, runs: Runs) -> Table:
 
 
 def _failures(by_model: dict[str, Runs]) -> Table:
-    """Failures with a right answer on another path, as a share of all; a seed without any is left out."""
+    """The share of failures with a right answer on another path; seeds without failures are left out."""
     rows = []
     for model, runs in by_model.items():
         for source in SOURCES:
@@ -116,7 +120,7 @@ def _failures(by_model: dict[str, Runs]) -> Table:
 
 
 def _ways(by_model: dict[str, Runs]) -> Table:
-    """Depth and breadth at equal numbers of ACT steps, and their difference paired by seed."""
+    """Accuracy by depth and by breadth at equal numbers of ACT steps, and the difference paired by seed."""
     rows = []
     for model, runs in by_model.items():
         for times, depth in enumerate(DEPTHS):
@@ -128,7 +132,7 @@ def _ways(by_model: dict[str, Runs]) -> Table:
                 cells.append(_difference(wide, deep))
             rows.append([model, str(depth), count, *cells])
     columns = ["model", "ACT steps", "or paths", "deeper", *(f"wider by {source}" for source in SOURCES)]
-    note = "deeper: % solved by one path; wider: paths chosen by q, in points more than deeper"
+    note = "deeper: % solved by one path; wider: gain in points of several paths chosen by q"
     return Table("Deeper or wider at equal compute", columns, rows, note)
 
 

@@ -1,4 +1,4 @@
-"""A machine's ceilings: bandwidth, rate of products, and the rates that products of a narrow model reach."""
+"""Performance ceilings of a machine: bandwidth, matrix product rate, and product rates for a narrow model."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -10,7 +10,7 @@ from bench.counts import Work
 
 
 class Ceilings(NamedTuple):
-    """A machine's limits. flop: of dense bfloat16 products. source: where the two numbers come from."""
+    """A machine's limits. flop: of dense bfloat16 products. source: of both numbers."""
 
     bytes_per_s: float
     flop_per_s: float
@@ -28,12 +28,12 @@ MACHINES = {
 
 
 def roofline_time(bytes: int, flop: int, ceilings: Ceilings) -> float:
-    """Seconds for one launch at best: the longer of moving its bytes and multiplying its FLOP."""
+    """Minimum seconds for a launch: the maximum of the times for its bytes and for its FLOP."""
     return max(bytes / ceilings.bytes_per_s, flop / ceilings.flop_per_s)
 
 
 def share(work: Work, seconds: float, ceilings: Ceilings) -> float:
-    """How much of the machine's best a measured time reaches: 1 is on the roofline."""
+    """The ratio of the minimum time to a measured time; 1 is on the roofline."""
     return roofline_time(work.bytes, work.flop, ceilings) / seconds
 
 
@@ -41,24 +41,24 @@ def share(work: Work, seconds: float, ceilings: Ceilings) -> float:
 # x 1,024 (github.com/facebookexperimental/triton, pull request 1038). For 8,192 x 8,192 x 512 the library
 # reaches 285.4 T, and Triton's tutorial 217.5 T with a program for each tile and 262.3 T with programs that
 # take several tiles and overlap their ends (github.com/triton-lang/triton, pull request 5726). That GPU's
-# clock is not known, so its ratios are taken.
+# clock is unknown, so only ratios are used.
 LIBRARY = 584e12
 OWN, OVERLAPPED = 217.5 / 285.4 * LIBRARY, 262.3 / 285.4 * LIBRARY
 
 
 def published(ceilings: Ceilings, rate: float) -> Ceilings:
-    """A machine whose products reach no more than a published rate."""
+    """A machine with a published rate of products."""
     return ceilings._replace(flop_per_s=min(rate, ceilings.flop_per_s))
 
 
 @cache
 def measure() -> Ceilings:
-    """The ceilings of the current CUDA device: the best of several copies of 2 GiB and products of 8192^3.
+    """The ceilings of the current CUDA device: the fastest of several copies of 2 GiB and products of 8192^3.
 
     A copy counts its bytes twice, read and written. Timed with CUDA events after a warm-up.
     """
     if not torch.cuda.is_available():
-        raise RuntimeError("measuring ceilings needs a CUDA device; name a machine instead")
+        raise RuntimeError("measuring ceilings needs a CUDA device; give a machine instead")
 
     def seconds(call: Callable[[], object]) -> float:
         times = []

@@ -1,13 +1,13 @@
-"""Every kernel launch of one training step as the engine makes it, with its bytes and FLOP, without a GPU.
+"""Lists every kernel launch of the engine's training step with its bytes and FLOP, without a GPU.
 
-`python -m bench.launches` rehearses a step with the operations that a CUDA device would run, prints its
-launches by part and kernel, and the time that they take at best on a machine by its ceilings; `--write` keeps
-those of the published models as bench/results/launches.json.
+`python -m bench.launches` does a dry run of a step with the operations of a CUDA device, and prints its
+launches by part and kernel with their minimum time on a machine; `--write` stores those of the published
+models in bench/results/launches.json.
 
-Nothing here is a measurement. The step is the one of mode=eager; compiled, a chain of elementwise kernels is
-one launch. Bytes and FLOP are counted as in bench/counts.py: a launch's tensors once each, those that it
-updates twice, and of products what has to be multiplied, without the padding of tiles. An ATen call is one
-launch; a few make more (the backward of an embedding or of a slice, a binary cross-entropy), all small.
+Nothing here is a measurement. The step is that of mode=eager; a compiler fuses a chain of elementwise kernels
+into one launch. Bytes and FLOP are counted as in bench/counts.py: a launch's tensors once each, updated
+tensors twice, and products without the padding of tiles. An ATen call counts as one launch, although a few
+small calls launch more (the backward of an embedding or of a slice, a binary cross-entropy).
 """
 
 import argparse
@@ -33,28 +33,28 @@ from kernels.backend import Launch
 
 RESULTS = Path(__file__).parent / "results" / "launches.json"
 ARCHITECTURES, BATCH, LENGTHS = ("v1", "gated"), 768, (81, 900)
-# The fastest published way to 85 % of Sudoku-Extreme: its batch, its machines here, and the seconds of a step
-# as its author reports them, 8,000 in 48 minutes of an RTX 5090 with its evaluations (arXiv 2601.19085).
+# The fastest published recipe for 85 % on Sudoku-Extreme: its batch, the machines here, and its author's
+# seconds per step: 8,000 steps with evaluations in 48 minutes on an RTX 5090 (arXiv 2601.19085).
 RECORD, RECORD_BATCH, RECORD_MACHINES, RECORD_S = "sic", 384, ("H200", "H100", "RTX 5090"), 0.35
 PARTS = ("forward", "target", "backward", "update")
-# The part that a named range of the step is in; what no range holds is the update's: the gradients set to 0
-# and brought to float32, the carry written back, the metric sums.
+# Part of the step for each named range; work outside all ranges belongs to the update: zeroing gradients and
+# casting them to float32, writing the carry back, metric sums.
 REGIONS = {"forward": "forward", "target pass": "target", "backward": "backward"}
-# Calls that write their first tensor without reading it.
+# Calls that overwrite their first tensor.
 OVERWRITES = ("aten::copy_", "aten::fill_", "aten::zero_")
 
 Arguments = dict[str, Any]
 
 
 def _gate_mix_backward(a: Arguments) -> int:
-    """Hidden units and gates again, then the way back to the units and to the sources that ask for it."""
+    """Recomputed hidden units and gates, then the gradients of the units and the required sources."""
     sources = 2 if a["x_ptr"] is None else 3
     asking = sum(a[name] is not None for name in ("dz_ptr", "do_ptr", "dx_ptr"))
     return 2 * a["M"] * a["R"] * a["D"] * (3 * sources + asking)
 
 
 def _gate_mix(a: Arguments) -> int:
-    """One product of all rows with each source's columns, and one back."""
+    """One forward and one backward product of all rows with each source's columns."""
     return 4 * a["M"] * a["R"] * a["D"] * (2 if a["x_ptr"] is None else 3)
 
 
@@ -67,7 +67,7 @@ def _scores(a: Arguments) -> int:
     return 2 * a["qkv_ptr"].shape[0] * a["queries"] * a["T"] * a["num_heads"] * 2 * a["HALF"]
 
 
-# Of the kernels that multiply matrices, by the names of their arguments.
+# FLOP of the kernels that multiply matrices, from their named arguments.
 FLOP: dict[str, Callable[[Arguments], int]] = {
     "_linear_scaled_forward_kernel": _product,
     "_linear_rms_forward_kernel": _product,
@@ -82,7 +82,7 @@ FLOP: dict[str, Callable[[Arguments], int]] = {
     "_lm_head_forward_kernel": lambda a: 2 * a["z_ptr"].shape[0] * a["S"] * a["D"] * a["V"],
     "_lm_head_backward_kernel": lambda a: 6 * a["M"] * a["D"] * a["V"],
 }
-# Arguments that are read and written.
+# Arguments that are both read and written.
 UPDATED = {
     "_adam_atan2_kernel": ("param_ptr", "exp_avg_ptr", "exp_avg_sq_ptr"),
     "_muon_momentum_kernel": ("momentum_ptr",),
@@ -95,7 +95,7 @@ def work_of_launch(launch: Launch) -> Work:
     name = launch.kernel.__name__
     a = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
     if name == "_sign_sgd_kernel":
-        # Of the table no more rows than there are gradients.
+        # Count no more rows of the table than there are gradients.
         a["table_ptr"] = a["grad_ptr"]
     updated = UPDATED.get(name, ("table_ptr",))
     moved = sum(stored(x) * (2 if key in updated else 1) for key, x in a.items() if isinstance(x, Tensor))
@@ -103,7 +103,7 @@ def work_of_launch(launch: Launch) -> Work:
 
 
 class Row(NamedTuple):
-    """Launches of one kernel in one part of a step; ideal_s: their time at best, summed."""
+    """Launches of a kernel in a part of a step. ideal_s: the sum of their minimum times."""
 
     part: str
     kernel: str
@@ -114,7 +114,7 @@ class Row(NamedTuple):
 
 
 class Launches(Observer):
-    """Collects each launch of a step: its part, its kernel's or ATen call's name, its work."""
+    """Records each launch of a step: its part, the name of its kernel or ATen call, its work."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Launches(Observer):
         self.works.setdefault((part, name), []).append(work)
 
     def rows(self, ceilings: Ceilings) -> list[Row]:
-        """By part, the longest first."""
+        """Rows by part, the slowest first."""
         rows = [
             Row(
                 part,
@@ -158,7 +158,7 @@ def rehearsed(arch: str, batch: int, length: int, preset: str = "full") -> Launc
     config = parse_args(["--arch", arch, *words])
     launches = Launches()
     rehearsal = Rehearsal(config, metadata(length, 11), torch.device("cuda"), launches)
-    # The first step also makes what later ones find.
+    # The first step also creates persistent tensors.
     rehearsal.step()
     launches.works.clear()
     rehearsal.step()
@@ -166,12 +166,12 @@ def rehearsed(arch: str, batch: int, length: int, preset: str = "full") -> Launc
 
 
 def step(arch: str, batch: int, length: int, ceilings: Ceilings) -> list[Row]:
-    """The launches of a step by part and kernel, with their time at best."""
+    """The launches of a step by part and kernel, with their minimum time."""
     return rehearsed(arch, batch, length).rows(ceilings)
 
 
 def record() -> list[dict[str, Any]]:
-    """The step of preset=record, Muon included, on each machine: launches, bytes, FLOP and time at best."""
+    """The step of preset=record, Muon included, on each machine: launches, bytes, FLOP and minimum time."""
     launches = rehearsed(RECORD, RECORD_BATCH, LENGTHS[0], "record")
     return [
         {"arch": RECORD, "B": RECORD_BATCH, "machine": name, **totals(launches.rows(MACHINES[name]))}
@@ -180,7 +180,7 @@ def record() -> list[dict[str, Any]]:
 
 
 def totals(rows: list[Row]) -> dict[str, float]:
-    """Launches, bytes, FLOP and time at best of some rows."""
+    """The sums of launches, bytes, FLOP and minimum time over rows."""
     return {name: sum(getattr(row, name) for row in rows) for name in Row._fields[2:]}
 
 
@@ -207,8 +207,8 @@ def predictions(machine: str, ceilings: Ceilings) -> dict[str, Any]:
 
 def print_record() -> None:
     print(
-        f"One step of {RECORD}, B={RECORD_BATCH}, bfloat16, launch by launch, at best; no number is a "
-        f"measurement but its author's {RECORD_S} s."
+        f"One step of {RECORD}, B={RECORD_BATCH}, bfloat16, minimum times by launch; only the author's "
+        f"{RECORD_S} s are a measurement."
     )
     for row in record():
         print(
@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=positive, default=BATCH, help="sequences; default %(default)s")
     parser.add_argument("--length", type=positive, default=LENGTHS[0], help="cells; default %(default)s")
     parser.add_argument("--machine", choices=MACHINES, default="H200", help="whose ceilings")
-    parser.add_argument("--write", action="store_true", help=f"keep the H200's as {RESULTS.name}")
+    parser.add_argument("--write", action="store_true", help=f"store the H200's rows in {RESULTS.name}")
     parser.add_argument(
         "--record", action="store_true", help=f"the step of {RECORD} on {len(RECORD_MACHINES)} machines"
     )

@@ -1,8 +1,7 @@
-"""The operations that the benchmark times: their inputs at the published model's sizes, and their rivals.
+"""The benchmarked operations: their inputs at the published model's sizes, and other implementations.
 
-`OPS` is the one table: how an operation's inputs are drawn, which of its inputs are differentiated by or
-overwritten, and which libraries have the same operation. What each moves and multiplies is counted in
-bench/counts.py under the same names.
+`OPS` defines for each operation how its inputs are drawn, which inputs have gradients or are overwritten, and
+which libraries provide it. bench/counts.py counts bytes and FLOP under the same names.
 """
 
 from collections.abc import Callable
@@ -28,11 +27,11 @@ Inputs = dict[str, Tensor]
 
 
 class Op(NamedTuple):
-    """One row of the table below.
+    """A row of `OPS`.
 
-    make: the floating inputs of a shape, and the call that takes them by name. gradients: names of the inputs
-    to differentiate by; none means that the operation runs forward only. changed: the inputs that it
-    overwrites. others: other libraries' functions of the same inputs, from what a shape needs.
+    make: the floating-point inputs of a shape, and a function of these names. gradients: names of the inputs
+    with gradients; empty for forward only. changed: the overwritten inputs. others: other libraries'
+    functions for a shape.
     """
 
     make: Callable[[Shape], tuple[Inputs, Call]]
@@ -96,7 +95,7 @@ def normed_product(s: Shape) -> tuple[Inputs, Call]:
 
     def call(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         h, left = kernels.linear_rms(x, weight, residual, parts.to(accumulate_dtype(x.dtype)))
-        # Implementations leave different numbers of parts.
+        # Implementations return different numbers of parts.
         return h, left.sum(-1)
 
     return inputs, call
@@ -144,7 +143,7 @@ def head(s: Shape, function: Callable[..., Any]) -> tuple[Inputs, Call]:
 
 
 def adam(s: Shape, function: Callable[..., None]) -> tuple[Inputs, Call]:
-    # On a CPU a part stands for the whole: there are no caches to outgrow twice.
+    # On a CPU use a part of the buffers, which already exceeds the caches.
     N = s.parameters() if CUDA else 2**20
     inputs = {name: randn(N, seed=seed) for seed, name in enumerate(("param", "grad", "exp_avg"))}
     inputs |= {"exp_avg_sq": randn(N, seed=3).square(), "lr": torch.tensor(1e-4, device=DEVICE).double()}
@@ -161,7 +160,7 @@ def adam(s: Shape, function: Callable[..., None]) -> tuple[Inputs, Call]:
 
 
 def muon(s: Shape) -> tuple[Inputs, Call]:
-    # On a CPU one matrix stands for those of all blocks.
+    # On a CPU use one matrix instead of those of all blocks.
     shape = (2 * s.layers if CUDA else 1, 2 * s.inner, s.D)
     inputs = {name: randn(*shape, seed=seed) for seed, name in enumerate(("param", "grad", "momentum"))}
     inputs["lr"] = torch.tensor(0.02, device=DEVICE).double()
@@ -169,7 +168,7 @@ def muon(s: Shape) -> tuple[Inputs, Call]:
     skip = torch.tensor(False, device=DEVICE)
 
     def call(param: Tensor, grad: Tensor, momentum: Tensor, lr: Tensor) -> tuple[Tensor, ...]:
-        # The truth in float64 has no narrow tensor.
+        # The float64 reference has no narrow tensor.
         update = torch.empty_like(param) if param.dtype == torch.float64 else narrow
         kernels.muon_momentum(grad, momentum, update, mu=0.6, skip=skip)
         update.copy_(orthogonalize(update, 3))
@@ -195,7 +194,7 @@ def rows_of_a_table(s: Shape) -> tuple[Inputs, Call]:
 
 
 def keys(s: Shape) -> Tensor:
-    """Keys of which none is on path 0."""
+    """Keys without path 0."""
     return torch.ones(s.B, 3, dtype=torch.int32, device=DEVICE)
 
 
@@ -239,20 +238,20 @@ OPS: dict[str, Op] = {
     "muon": Op(muon, changed=("param", "momentum"), dtype=torch.float32),
     "sign_sgd": Op(rows_of_a_table, changed=("table",), dtype=torch.float32),
 }
-assert OPS.keys() == OPERATIONS.keys(), "each operation is counted and timed"
+assert OPS.keys() == OPERATIONS.keys(), "every operation must be counted and timed"
 
 
 # ------------------------------------------------------------------------------------- other libraries
 
 
 def liger(op: str, s: Shape) -> Call:
-    """Liger's function of the same inputs. What it returns in parts is laid together for the check alone."""
+    """Liger's function of the same inputs. Partial results are concatenated only for the check."""
     functional: Any = import_module("liger_kernel.transformers.functional")
     if op == "rms_norm":
         ones = torch.ones(s.D, dtype=DTYPE, device=DEVICE)
 
         def fused_add(x: Tensor, residual: Tensor) -> Tensor:
-            # The sum that it returns as well is not used here, so that its gradient comes as zeros.
+            # Its second output, the sum, is unused and has zero gradient.
             return functional.liger_fused_add_rms_norm(x, residual, ones, 1e-5, 0.0, "gemma", False)[0]
 
         return fused_add
@@ -270,7 +269,7 @@ def liger(op: str, s: Shape) -> Call:
     drawn = labels(s).flatten().long()
 
     def cross_entropy(logits: Tensor) -> Tensor:
-        # It writes its gradient over the logits, so the caller's are copied where they still matter.
+        # It overwrites the logits with the gradient, so copy the caller's logits if they are needed.
         flat = functional.liger_cross_entropy(logits.flatten(0, 1), drawn, reduction="none")
         return flat.view(logits.shape[:-1])
 

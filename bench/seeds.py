@@ -1,8 +1,8 @@
-"""Trains one configuration with several seeds and keeps the results as JSON: the spread behind an accuracy.
+"""Trains a configuration with several seeds and stores the results as JSON.
 
     python -m bench.seeds bench/results/quick_cpu.json 0 1 2 -- preset=quick
 
-Each seed is a run of train.py in a process and a folder of its own, from a cold start: its seconds include
+Each seed is a run of train.py in a separate process and folder, from a cold start: its seconds include
 imports, compilation, evaluation and saving, but not the installation.
 """
 
@@ -29,13 +29,13 @@ ROOT = Path(__file__).parents[1]
 def run(
     seed: int, words: list[str], judge: Callable[[Path], dict[str, Any]] = lambda folder: {}
 ) -> dict[str, Any]:
-    """One run: its last evaluation, its seconds and the CPUs that others took, its steps, its data's size.
+    """A run: its last evaluation, its seconds and the CPUs used by others, its steps, the size of its data.
 
-    judge: measures the run in its folder, which is removed afterwards; its results are added.
+    judge: computes further results from the run's folder before it is removed.
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "train.py", *words, f"seed={seed}", f"output_dir={folder}"]
-        # Inductor keeps its precompiled headers in the folder for temporary files.
+        # Inductor stores its precompiled headers in the temporary folder.
         cold = {**os.environ, "TMPDIR": folder, "HRM_CACHE": f"{folder}/cache"}
         cold.pop("TORCHINDUCTOR_CACHE_DIR", None)
         with Beside() as beside:
@@ -67,10 +67,10 @@ def setting() -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    """argv: the output file, the seeds, `--`, the words for train.py."""
+    """argv: the output file, the seeds, `--`, arguments for train.py."""
     split = argv.index("--") if "--" in argv else 0
     if split < 2 or not all(seed.isdecimal() for seed in argv[1:split]):
-        raise UserError("usage: python -m bench.seeds FILE SEED ... -- [words for train.py]")
+        raise UserError("usage: python -m bench.seeds FILE SEED ... -- [arguments for train.py]")
     output, seeds, words = Path(argv[0]), [int(seed) for seed in argv[1:split]], argv[split + 1 :]
     check_file(output)
     results = {

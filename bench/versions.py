@@ -1,4 +1,4 @@
-"""The tests of model, engine, programs, modes and kernels under each version of PyTorch.
+"""Runs the tests of model, engine, programs, modes and kernels with each version of PyTorch.
 
 `make versions` runs them for one version after the other and writes bench/results/versions.json after
 each file; the same command continues after a cut. A result is kept with its commit until a newer one
@@ -40,7 +40,7 @@ SOURCES = (
 )
 # Triton 3.6's interpreter fails with numpy 2.4 in loops whose bounds are known at run time only.
 NUMPY = {"2.10": "numpy<2.4", "2.11": "numpy<2.4"}
-# What the tests need besides PyTorch, which brings its Triton.
+# Dependencies of the tests besides PyTorch, which installs its Triton.
 PACKAGES = (
     *("numba", "omegaconf", "PyYAML", "safetensors", "tqdm", "nvtx", "pydantic"),
     *("pytest", "hypothesis", "matplotlib"),
@@ -49,7 +49,7 @@ OUTCOMES = ("passed", "failed", "skipped")
 
 
 def python_of(version: str, folder: Path) -> Path:
-    """The Python of a version's environment, which is made if it is not there.
+    """The Python of a version's environment, which is created if missing.
 
     Raises RuntimeError with pip's last line if something cannot be installed.
     """
@@ -74,7 +74,7 @@ def _run(command: list[str]) -> None:
 
 
 def installed(python: Path) -> dict[str, str]:
-    """The versions that a row names, as the environment has them."""
+    """The versions in an environment, for its row."""
     code = (
         "import json, platform, numpy, torch, triton; print(json.dumps({'torch': torch.__version__, "
         "'triton': triton.__version__, 'numpy': numpy.__version__, 'python': platform.python_version()}))"
@@ -89,7 +89,7 @@ def counts(report: Path) -> dict[str, Any]:
     A test whose preparation fails is a failure.
     """
     result: dict[str, Any] = {**dict.fromkeys(OUTCOMES, 0), "failures": []}
-    # The file that pytest wrote a moment ago.
+    # pytest has just written this file.
     for case in ElementTree.parse(report).getroot().iter("testcase"):  # noqa: S314
         found = {child.tag for child in case}
         if found & {"failure", "error"}:
@@ -108,7 +108,7 @@ def suite() -> list[str]:
 
 
 def result_under(python: Path, file: str, minutes: float) -> dict[str, Any]:
-    """Outcomes of a test file under an environment's Python, or the fault that prevented them."""
+    """Outcomes of a test file under an environment's Python, or the error that prevented them."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
@@ -145,7 +145,7 @@ def totals(files: dict[str, dict[str, Any]], commit: str) -> dict[str, Any]:
 
 
 def row(version: str, folder: Path, minutes: float, only: Sequence[str] = ()) -> dict[str, Any]:
-    """One version's row, which is kept after each file. only: beginnings of the names of files, () for all.
+    """Runs one version and stores its row after each file. only: prefixes of file names, () for all.
 
     Files with a result of the same commit, without changes, are not run again. Results of another commit stay
     until then, those of another processor or of other packages do not.
@@ -177,7 +177,7 @@ def kept() -> list[dict[str, Any]]:
 
 
 def keep(new: dict[str, Any]) -> None:
-    """Puts a row into RESULTS in place of that of the same version."""
+    """Adds a row to RESULTS; it replaces the row of the same version."""
     by_version = {each["version"]: each for each in [*kept(), new]}
     document = {
         "what": "tests by version of PyTorch, on a CPU, kernels in Triton's interpreter",
@@ -188,7 +188,7 @@ def keep(new: dict[str, Any]) -> None:
 
 
 def faults(found: dict[str, Any]) -> list[str]:
-    """Why a row does not show that its version is supported, [] if it does."""
+    """Reasons why a row does not prove that its version is supported; [] if it does."""
     if "fault" in found:
         return [found["fault"]]
     ran = {file: each for file, each in found["files"].items() if file not in found["to_run"]}
@@ -204,10 +204,14 @@ def main(argv: list[str] | None = None) -> int:
         "--environments",
         type=Path,
         default=ROOT / ".venv-versions",
-        help="folder of the environments, which are kept; default %(default)s",
+        help="folder of the persistent environments; default %(default)s",
     )
-    parser.add_argument("--minutes", type=float, default=30, help="limit of a test file; default %(default)s")
-    parser.add_argument("--only", nargs="+", default=(), metavar="FILE", help="files, or beginnings of names")
+    parser.add_argument(
+        "--minutes", type=float, default=30, help="time limit per test file; default %(default)s"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=(), metavar="FILE", help="files, or prefixes of file names"
+    )
     options = parser.parse_args(argv)
     wanted = options.versions or VERSIONS
     if unknown := sorted(set(wanted) - set(VERSIONS)):

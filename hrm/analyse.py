@@ -1,4 +1,4 @@
-"""Looks into a trained model: `python -m hrm.analyse RUN [RUN] [key=value ...]`."""
+"""Analyses a trained model: `python -m hrm.analyse RUN [RUN] [key=value ...]`."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -19,12 +19,12 @@ from hrm.config.messages import ConfigError, nearest
 from hrm.config.read import split_arguments
 from hrm.config.schema import DEVICE, PATH
 
-# PyTorch takes seconds to import: --help and a mistyped key are answered without it.
+# Import PyTorch late: it takes seconds, and --help and mistyped keys do not need it.
 if TYPE_CHECKING:
     from hrm.analysis.study import Study
 
 JSON_FLAG = "--json"
-# Puzzles at a time: a small model takes 30 % less time than with 64 on two cores.
+# Puzzles per batch. On two cores a small model takes 30 % less time than with 64.
 BATCH = 256
 # The names of `hrm.analysis.sections`, which imports PyTorch.
 SECTION_NAMES = (
@@ -59,27 +59,29 @@ class AnalyseConfig:
     )
     samples: int | None = key(
         None,
-        "look at a fixed random part of this many puzzles; null is 500, or fewer if max_seconds asks for it",
+        "analyse a fixed random sample of this many puzzles; null is 500, or fewer within max_seconds",
         ge=1,
         le=10**7,
     )
     max_seconds: float = key(
-        1800.0, "with samples=null: take no more puzzles than fit into this time, at least 16", gt=0, le=1e7
+        1800.0, "with samples=null: reduce the number of puzzles to fit this time, at least 16", gt=0, le=1e7
     )
-    depth: int = key(8, "run the longest trajectories for this many times halt_max_steps", ge=1, le=64)
-    paths: int = key(4, "runs of the model on each puzzle from other starts and symmetries", ge=1, le=4096)
-    seed: int = key(0, "seed of the part, the starts and the symmetries", ge=0, le=2**32 - 1)
-    ema: bool = key(False, "look into the averaged weights in place of the last")
+    depth: int = key(8, "length of the longest trajectories, in multiples of halt_max_steps", ge=1, le=64)
+    paths: int = key(
+        4, "runs of the model on each puzzle, from other initial states and symmetries", ge=1, le=4096
+    )
+    seed: int = key(0, "seed of the sample, the initial states and the symmetries", ge=0, le=2**32 - 1)
+    ema: bool = key(False, "analyse the averaged weights instead of the last ones")
     output: str | None = key(
         None, "folder of the page; null is RUN/analysis, or ./analysis for two runs", **PATH
     )
     batch_size: int | None = key(
-        None, f"puzzles at a time; null is the run's global_batch_size, at least {BATCH}", ge=1, le=2**20
+        None, f"puzzles per batch; null is the run's global_batch_size, at least {BATCH}", ge=1, le=2**20
     )
-    reset_puzzle_emb: bool = key(False, "use a fresh table of puzzle embeddings, for data of other puzzles")
+    reset_puzzle_emb: bool = key(False, "use a new table of puzzle embeddings, for data with other puzzles")
     device: str = key("auto", "where to run; auto is cuda where there is one, else cpu", **DEVICE)
     dtype: Literal["auto", "float32", "bfloat16"] = key(
-        "auto", "precision of the forward pass; auto is as in training"
+        "auto", "precision of the forward pass; auto is that of training"
     )
     mode: Literal["auto", "eager", "compile", "graph"] = key(
         "auto", "how a step is run; auto is graph on cuda, else eager"
@@ -87,7 +89,7 @@ class AnalyseConfig:
 
     @property
     def section_list(self) -> list[str]:
-        """The names in `sections`, or all."""
+        """The section names in `sections`; all sections if it is null."""
         return self.sections.split(",") if self.sections else list(SECTION_NAMES)
 
 
@@ -96,10 +98,10 @@ KEYS = keys_of(AnalyseConfig)
 _USAGE = f"""\
 usage: python -m hrm.analyse RUN [RUN] [{JSON_FLAG}] [key=value ...]
 
-Measures what a trained model does on its test puzzles and writes a page, analysis.html, with figures. Two
-runs stand side by side. RUN is a run's folder or one of its checkpoints, a step_N file of the official code,
-or hub:OWNER/NAME. The measurements are kept in RUN/analysis/records, those of a
-checkpoint in analysis/step_N/records beside it, so the same command continues.
+Measures what a trained model does on its test puzzles and writes a page, analysis.html, with figures. With
+two runs it compares them. RUN is a run's folder or one of its checkpoints, a step_N file of the official
+code, or hub:OWNER/NAME. The measurements are stored in RUN/analysis/records, those of a checkpoint in
+analysis/step_N/records next to it, so the same command continues after an interruption.
 
   {JSON_FLAG}                 print the findings as JSON, and everything else to standard error"""
 
@@ -107,7 +109,7 @@ checkpoint in analysis/step_N/records beside it, so the same command continues.
 def parse_args(argv: Sequence[str]) -> tuple[list[str], AnalyseConfig]:
     """The runs and the configuration of the command line `argv`, without its flag --json.
 
-    --help prints, then exits with status 0. Raises ConfigError for anything wrong.
+    --help prints, then exits with status 0. Raises ConfigError for any mistake.
     """
     runs = [word for word in argv if "=" not in word and not word.startswith("-")]
     args = split_arguments([word for word in argv if word not in runs], KEYS, [JSON_FLAG, "--help"])
@@ -115,7 +117,7 @@ def parse_args(argv: Sequence[str]) -> tuple[list[str], AnalyseConfig]:
         print("\n".join([_USAGE, *help_keys(KEYS, {"": AnalyseConfig}), THREADS_HELP]))
         raise SystemExit(0)
     if not 1 <= len(runs) <= 2:
-        raise ConfigError(f"{len(runs)} runs are given: write one, or two to see them side by side")
+        raise ConfigError(f"{len(runs)} runs are given: give one, or two to compare them")
     config = AnalyseConfig(**args.values)
     for name in config.section_list:
         if name not in SECTION_NAMES:
@@ -158,7 +160,7 @@ def analyse(runs: Sequence[str], config: AnalyseConfig, as_json: bool) -> None:
                 continue
             try:
                 found = section.find(study)
-            # A section that cannot be had does not cost the others.
+            # A section that fails does not affect the others.
             except UserError as error:
                 result.left_out[section.name] = one_line(error, 400)
                 continue
@@ -166,12 +168,12 @@ def analyse(runs: Sequence[str], config: AnalyseConfig, as_json: bool) -> None:
             say(f"{name}, {section.title.lower()}: {found.sentence}")
         for section_name, reason in result.left_out.items():
             say(f"{name}: {section_name} is left out: {reason}")
-        # The next model needs the memory.
+        # Free the memory for the next model.
         study.forget()
         results.append(result)
         studies.append(study)
     folder = Path(config.output) if config.output else _folder(runs)
-    title = f"A look into {' and '.join(result.name for result in results)}"
+    title = f"Analysis of {' and '.join(result.name for result in results)}"
     tables = [comparison(results, studies)] if len(results) > 1 else []
     for path in write_page(folder, title, chosen, results, tables):
         say(str(path))
@@ -182,7 +184,8 @@ def analyse(runs: Sequence[str], config: AnalyseConfig, as_json: bool) -> None:
 
 
 def _names(runs: Sequence[str]) -> list[str]:
-    """A name for each run: its folder's, with the one above for a checkpoint's, numbered where they agree."""
+    """A unique name for each run: its folder, preceded by the parent folder for a checkpoint, and numbered if
+    equal."""
     names = []
     for run in runs:
         path = Path(run if run.startswith("hub:") else Path(run).resolve())
@@ -192,16 +195,16 @@ def _names(runs: Sequence[str]) -> list[str]:
 
 
 def _folder(runs: Sequence[str]) -> Path:
-    """The folder of the page where none is given."""
+    """The default folder of the page."""
     return Path("analysis") if len(runs) > 1 else _home(runs[0])
 
 
 def _home(run: str) -> Path:
-    """The folder of a run's own analysis."""
+    """The analysis folder of a run."""
     path = Path(run)
     if run.startswith("hub:"):
         return Path("analysis") / path.name
-    # Nothing is added to a checkpoint's own folder.
+    # Add no files to a checkpoint's folder.
     if path.name.startswith("step_"):
         return path.parent / "analysis" / path.name
     return (path if path.is_dir() else path.parent) / "analysis"

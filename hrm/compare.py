@@ -14,20 +14,20 @@ from hrm.config.presets import folder_name
 from hrm.study.options import INTERRUPTED, add_options, parse
 
 _WORDS_HELP = (
-    "an architecture's name, its YAML file, a run's folder or saved configuration; "
-    "key=value words go to every run"
+    "an architecture's name or YAML file, a run's folder or saved configuration; "
+    "key=value arguments apply to every run"
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns its exit status: `run_command`'s, or 1 where a run has failed."""
+    """Runs the command line. Returns its exit status: that of `run_command`, or 1 if a run failed."""
     return run_command(lambda: compare(_parse(argv)), INTERRUPTED)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m hrm.compare",
-        description="Train architectures with the same seeds and data, and tell how they differ.",
+        description="Train architectures with the same seeds and data, and report how they differ.",
     )
     parser.add_argument("words", nargs="*", metavar="CANDIDATE|key=value", help=_WORDS_HELP)
     parser.add_argument("--arch", nargs="+", default=[], metavar="NAME", help="more candidates")
@@ -36,8 +36,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Trains and reports as the command line says. Returns 1 where a run has failed, else 0."""
-    # Imports PyTorch, which takes seconds.
+    """Trains all runs and writes the report. Returns 1 if a run failed, else 0."""
+    # Import late: PyTorch takes seconds.
     from hrm.study.comparison import conduct, named, refuse_own, seeds
     from hrm.study.runs import Campaign
 

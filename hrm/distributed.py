@@ -1,6 +1,6 @@
-"""The ranks of one run: torchrun starts, ends and restarts them, torch.distributed joins them.
+"""The ranks of a run. torchrun starts, ends and restarts them; torch.distributed connects them.
 
-A process started alone is rank 0 of 1 and needs none of it.
+A process without torchrun is rank 0 of 1 and uses neither.
 """
 
 import faulthandler
@@ -25,13 +25,13 @@ from torch import Tensor
 from hrm.common.errors import ENDING, RankLost, UserError
 from hrm.common.versions import differences
 
-# Seconds between the starts of ranks: importing torch from a slow disk takes its time.
+# Maximum seconds between the starts of ranks: importing torch from a slow disk takes long.
 JOINING = 120.0
-# Seconds in which a rank that waits answers the roll call after a collective timed out.
+# Seconds within which a waiting rank answers the roll call after a collective timed out.
 ROLL_CALL = 8.0
-# Seconds after `rank_timeout` at which a rank that is stuck ends itself; its peers name it before.
+# Seconds after `rank_timeout` until a stuck rank ends itself; its peers report it before.
 SPARE = 40.0
-# Seconds that a rank may take to end after its peers are lost, its last checkpoint being written.
+# Seconds that a rank may take to end after its peers are lost, while it writes its last checkpoint.
 LAST = 60.0
 REMEDY = "the same command continues from the last checkpoint"
 # PyTorch 2.13 renamed it.
@@ -39,7 +39,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 class Place(NamedTuple):
-    """A process's rank among `size`, and its number on its own node."""
+    """A process's rank among `size`, and its rank on its node."""
 
     rank: int = 0
     size: int = 1
@@ -47,7 +47,7 @@ class Place(NamedTuple):
 
 
 def place() -> Place:
-    """This process's place in the environment that torchrun sets. Raises UserError for an impossible one."""
+    """This process's ranks from torchrun's environment. Raises UserError for impossible values."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return Place()
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -64,10 +64,10 @@ def place() -> Place:
 
 @dataclass
 class _Peers:
-    """This rank's links to the others: gloo groups between CPUs, and this attempt's own store.
+    """This rank's connections to the others: CPU-side gloo groups, and the store of this attempt.
 
-    side: codes and barriers. roll_call: used only after another group has failed, for a failure
-    closes that group's connections. names: each rank with its host and process.
+    side: for codes and barriers. roll_call: used only after another group failed, because a failure closes
+    that group's connections. names: the number, host and process of each rank.
     """
 
     rank: int
@@ -82,8 +82,10 @@ class _Peers:
 
     @contextmanager
     def collective(self) -> Iterator[None]:
-        """Around a collective: where it fails because a rank is missing, raises RankLost naming the rank."""
-        # A stuck rank that is alone on its node ends itself and prints its threads' tracebacks.
+        """A context around a collective. If the collective fails because of a missing rank, it raises
+        RankLost."""
+        # torchrun cannot end a stuck rank that is alone on its node, so the rank ends itself with a
+        # traceback.
         if time.monotonic() - self.postponed > 1:
             self.postponed = time.monotonic()
             faulthandler.dump_traceback_later(self.timeout + SPARE, exit=True)
@@ -92,26 +94,28 @@ class _Peers:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            # Nothing is left to save: torchrun's signal ends this rank at once.
+            # Nothing is left to save: let torchrun's signal end this rank immediately.
             with suppress(ValueError):
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
             reason = self.told() or self._missing(str(error))
             if reason is None:
                 raise
             reason = self.tell(reason)
-            # If the missing rank ended on this node, torchrun prints the cause and ends this rank meanwhile.
+            # If the missing rank ended on this node, torchrun prints the cause and ends this rank during this
+            # wait.
             time.sleep(ENDING)
             raise RankLost(f"{reason}; {REMEDY}") from None
 
     def tell(self, reason: str) -> str:
-        """Publishes why the job ends and leaves this process LAST seconds; returns the first such reason."""
+        """Publishes why the job ends and gives this process LAST seconds; returns the first published
+        reason."""
         faulthandler.dump_traceback_later(LAST, exit=True)
         with suppress(RuntimeError):
             return self.store.compare_set("reason", "", reason).decode()
         return reason
 
     def told(self, seconds: float = 0.0) -> str | None:
-        """The published reason; None if there is none for so many seconds."""
+        """The published reason; None if none appears within `seconds`."""
         deadline = time.monotonic() + seconds
         with suppress(RuntimeError):
             while not (told := self.store.check(["reason"])) and time.monotonic() < deadline:
@@ -120,7 +124,7 @@ class _Peers:
         return None
 
     def _missing(self, error: str) -> str | None:
-        """Names the ranks whose connections are closed, or one that does not answer; None if all do."""
+        """The ranks whose connections are closed, or a rank that does not answer; None if all answer."""
         others = (rank for rank in range(len(self.names)) if rank != self.rank)
         closed = [self.names[rank] for rank in others if not self._connected(rank)]
         if closed:
@@ -131,24 +135,24 @@ class _Peers:
                 dist.monitored_barrier(self.roll_call, timedelta(seconds=ROLL_CALL))
             except RuntimeError as silence:
                 missing = re.search(_MISSING, str(silence))
-                # Rank 0 collects the answers: without its verdict it is the one that is stuck.
+                # Rank 0 collects the answers; if it reports nothing, rank 0 itself is stuck.
                 if missing is None and (told := self.told(ENDING)):
                     return told
             else:
                 return None
         name = self.names[int(missing[1]) if missing else 0]
-        return f"rank_timeout={self.timeout:g}: waited in vain for {name}"
+        return f"rank_timeout={self.timeout:g}: no response from {name}"
 
     def _connected(self, rank: int) -> bool:
         try:
-            # Posting fails on a closed connection; nothing is sent with this tag.
+            # Posting a receive fails on a closed connection; no message has this tag.
             dist.irecv(torch.empty(1), rank, self.roll_call, tag=1 << 20)
         except RuntimeError:
             return False
         return True
 
     def answer(self) -> int:
-        """The highest of the codes sent last, 0 if none were."""
+        """The highest code of the previous call, 0 if there was none."""
         sent, self.sent = self.sent, None
         if sent is None:
             return 0
@@ -156,16 +160,16 @@ class _Peers:
         return int(sent[1])
 
 
-# The words of monitored_barrier on rank 0.
+# monitored_barrier's error on rank 0.
 _MISSING = r"Rank (\d+) failed to pass monitoredBarrier"
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that share every global batch: its rank in 0..size-1.
+    """This process among the ranks that share every global batch: its rank is in 0..size-1.
 
-    All ranks call every method except `rows` together, from their main threads. Where a rank is missing, the
-    others' call raises RankLost with the number of that rank.
+    All ranks call every method except `rows` together, from their main threads. If a rank is missing, the
+    call raises RankLost with its number on the others.
     """
 
     rank: int = 0
@@ -174,7 +178,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank is the one that prints, logs and saves."""
+        """Whether this rank prints, logs and saves."""
         return self.rank == 0
 
     def rows(self, global_rows: int) -> slice:
@@ -200,7 +204,7 @@ class World:
         return gathered.to(tensor.dtype)
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """Gives rank 0's tensor to every rank, in place."""
+        """Broadcasts rank 0's tensor to every rank, in place."""
         if not self._peers:
             return tensor
         wire = _on_the_wire(tensor.detach())
@@ -211,20 +215,20 @@ class World:
         return tensor
 
     def barrier(self) -> None:
-        """Waits on the CPU for every rank; rank 0 learns which one does not come."""
+        """Waits on the CPU for every rank; rank 0 finds out which rank is missing."""
         if self._peers:
             with self._peers.collective():
-                # Rank 0 gives up before the others, which could not name the rank.
+                # Rank 0 times out before the others, which could not identify the rank.
                 dist.monitored_barrier(self._peers.side, timedelta(seconds=0.9 * self._peers.timeout))
 
     def check_equal(self, what: Mapping[str, str]) -> None:
-        """Raises UserError on every rank unless all give the same names with the same values.
+        """Raises UserError on every rank unless all pass the same names with the same values.
 
         The message shortens long values and lists the first few of many names that differ.
         """
         if not self._peers:
             return
-        # As JSON through the store: all_gather_object would unpickle what a peer sends.
+        # Use JSON through the store: all_gather_object would unpickle data from peers.
         store, self._peers.checks = self._peers.store, self._peers.checks + 1
         key = f"check/{self._peers.checks}"
         store.set(f"{key}/{self.rank}", json.dumps(dict(what)))
@@ -237,7 +241,7 @@ class World:
             )
 
     def highest_now(self, code: int) -> int:
-        """The highest code (0 or more) that any rank gives at this call, for which all ranks wait."""
+        """The highest code (0 or more) that any rank passes to this call; all ranks wait for each other."""
         if not self._peers:
             return code
         value = torch.tensor([code])
@@ -246,10 +250,10 @@ class World:
         return int(value)
 
     def highest(self, code: int) -> int:
-        """The highest code (0 or more) that any rank gave at its previous call: the same on every rank.
+        """The highest code (0 or more) that any rank passed to its previous call, equal on every rank.
 
-        Called once a step, so that ranks agree where to stop. The answer is one call late, and 0 at the
-        first, so that no rank waits while it travels; a rank alone gets its own code at once.
+        Called once per step, so that ranks agree where to stop. The result is one call late, and 0 at the
+        first call, so that no rank waits for the exchange; a single rank gets its own code without delay.
         """
         peers = self._peers
         if not peers:
@@ -264,12 +268,12 @@ class World:
 def joined(
     device: str, global_batch_size: int, rank_timeout: float = 1800.0
 ) -> Iterator[tuple[World, torch.device]]:
-    """Joins the ranks that torchrun started, if it did, and picks this rank's device.
+    """Joins torchrun's ranks, if any, and selects this rank's device.
 
-    device: cpu, cuda, cuda:N or mps. Under torchrun each rank takes the GPU of its LOCAL_RANK and talks by
-    nccl, on a CPU by gloo. rank_timeout: seconds that ranks wait in a collective for one that does not come.
-    If the block raises, the other ranks are told why.
-    Raises UserError for a device or a batch that the ranks cannot share, and for ranks that do not come.
+    device: cpu, cuda, cuda:N or mps. Under torchrun each rank uses the GPU of its LOCAL_RANK and communicates
+    by nccl, on a CPU by gloo. rank_timeout: seconds that ranks wait in a collective for a missing rank. If
+    the block raises, the reason is published to the other ranks. Raises UserError for a device or a batch
+    that the ranks cannot share, and for missing ranks.
     """
     here = place()
     if here.size == 1:
@@ -278,7 +282,7 @@ def joined(
             torch.cuda.set_device(alone)
         yield World(), alone
         return
-    # Before the ranks meet: afterwards one that stops leaves the others waiting.
+    # Check before the ranks connect: later, a rank that stops would leave the others waiting.
     if global_batch_size % here.size:
         raise UserError(
             f"global_batch_size={global_batch_size} cannot be shared by {here.size} ranks: it must be a "
@@ -314,7 +318,7 @@ def _join(here: Place, target: torch.device, rank_timeout: float) -> _Peers:
     except (RuntimeError, ValueError) as error:
         address = " ".join(f"{name}={os.environ[name]}" for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise UserError(
-            f"{address}: the ranks cannot meet there ({_first_line(error)}); start them with torchrun"
+            f"{address}: the ranks cannot connect there ({_first_line(error)}); start them with torchrun"
         ) from None
     store = dist.PrefixStore(_attempt(store, here), store)
     is_gpu = target.type == "cuda"
@@ -326,7 +330,7 @@ def _join(here: Place, target: torch.device, rank_timeout: float) -> _Peers:
             store=store,
             rank=here.rank,
             world_size=here.size,
-            # The CPU-side groups time out first and name the rank, which NCCL's watchdog cannot.
+            # The CPU-side groups time out first and report the rank, which NCCL's watchdog cannot.
             timeout=timeout + timedelta(seconds=SPARE) if is_gpu else timeout,
             device_id=target if is_gpu else None,
         )
@@ -337,7 +341,7 @@ def _join(here: Place, target: torch.device, rank_timeout: float) -> _Peers:
         names = [store.get(f"name/{rank}").decode() for rank in range(here.size)]
     except RuntimeError as error:
         raise UserError(
-            f"the ranks cannot connect ({_first_line(error)}): name the network between the machines, as in "
+            f"the ranks cannot connect ({_first_line(error)}): set the network interface, as in "
             "GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0"
         ) from None
     return _Peers(here.rank, rank_timeout, store, side, roll_call, names)
@@ -346,9 +350,9 @@ def _join(here: Place, target: torch.device, rank_timeout: float) -> _Peers:
 def _attempt(store: dist.Store, here: Place) -> str:
     """The prefix of this attempt's keys in the store; every rank calls it once.
 
-    The store outlives ranks that torchrun restarts, and so do their keys; torchrun's count of restarts
-    differs between nodes. So rank 0 draws a name and gives it to each rank that asks with a token of its own,
-    until every rank has confirmed. Raises UserError for ranks that do not come.
+    The store and its keys outlive ranks that torchrun restarts, and torchrun's restart count differs between
+    nodes. So rank 0 draws a name and sends it to each rank that asks with its own token, until every rank has
+    confirmed. Raises UserError for missing ranks.
     """
     token, deadline = uuid4().hex, time.monotonic() + JOINING
     if here.rank > 0:
@@ -381,7 +385,7 @@ def _absent(ranks: list[int], size: int) -> UserError:
 
 
 def digest(tensor: Tensor) -> str:
-    """16 hexadecimal digits of the sha256 of a tensor's bytes, for `World.check_equal`."""
+    """The first 16 hexadecimal digits of the sha256 of a tensor's bytes, for `World.check_equal`."""
     flat = tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu()
     return hashlib.sha256(flat.numpy().data).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""Judges a trained model on a data set: `python -m hrm.evaluate checkpoint=RUN [key=value ...]`."""
+"""Evaluates a trained model on a data set: `python -m hrm.evaluate checkpoint=RUN [key=value ...]`."""
 
 import os
 import sys
@@ -24,7 +24,7 @@ from hrm.config.read import split_arguments
 from hrm.config.schema import DEVICE, PATH
 from hrm.evaluation.selection import Rule
 
-# PyTorch takes seconds to import: --help and a mistyped key are answered without it.
+# Import PyTorch late: it takes seconds, and --help and mistyped keys do not need it.
 if TYPE_CHECKING:
     import torch
 
@@ -42,80 +42,85 @@ class EvaluateConfig:
 
     checkpoint: str | None = key(
         None,
-        "a run's folder or one of its checkpoints; of the official code a step_N file; or hub:OWNER/NAME",
+        "a run's folder or checkpoint, a step_N file of the official code, or hub:OWNER/NAME",
         **PATH,
     )
     data_path: str | None = key(
         None, "folder of a data set; null is the one that the run was trained on", **PATH
     )
     split: str = key("test", "split of it", pattern=r"^[\w-]{1,80}\Z", form="a split's name, such as test")
-    ema: bool = key(False, "judge the averaged weights in place of the last")
+    ema: bool = key(False, "evaluate the averaged weights instead of the last ones")
     eval_act: bool = key(
-        False, "also stop each sequence when it halts, and print the steps saved and the accuracy"
+        False, "also evaluate with early halting, and print the steps saved and the accuracy"
     )
     depth: int | None = key(
-        None, "ACT steps for each sequence, also more than in training; null is as in training", ge=1, le=4096
+        None, "ACT steps per sequence, possibly more than in training; null is as in training", ge=1, le=4096
     )
-    samples: int | None = key(None, "judge a fixed random part, of this many examples", ge=1, le=10**9)
-    seed: int = key(0, "seed of that part, and of the paths", ge=0, le=2**32 - 1)
+    samples: int | None = key(None, "evaluate a fixed random sample of this many examples", ge=1, le=10**9)
+    seed: int = key(0, "seed of the sample and of the paths", ge=0, le=2**32 - 1)
     paths: int = key(
         1,
-        "runs of the model on each puzzle, which differ by `by` and of which `select` takes one",
+        "runs of the model on each puzzle, which differ by `by`; `select` chooses one",
         ge=1,
         le=4096,
     )
     by: str = key(
         "init",
-        "what tells the paths apart: random first states, noise on every state, a random symmetry of the "
+        "differences between paths: random initial states, noise on every state, a random symmetry of the "
         "puzzle, or several of them. Path 0 has none",
         pattern=r"^(init|noise|symmetry)(,(init|noise|symmetry))*\Z",
         form="init, noise, symmetry, or several with commas between them",
     )
     noise: float | None = key(
-        None, "deviation of the noise; null is arch.noise of the run, 0.01 if that is 0", gt=0, le=100
+        None,
+        "standard deviation of the noise; null is arch.noise of the run, 0.01 if that is 0",
+        gt=0,
+        le=100,
     )
     select: Rule = key(
         "q",
-        "the path that answers: that of the highest q_halt, the first to halt, one with the commonest "
-        "answer, that of the least change, one that keeps the puzzle's rules, a right one by the labels. The "
+        "the chosen path: highest q_halt, first to halt, most common "
+        "answer, smallest change, puzzle's rules satisfied, right by the labels. The "
         "accuracy is printed for all of them",
     )
     depths: str | None = key(
         None,
-        "print the accuracy by depth and number of paths, for these ACT steps, such as 8,16,32",
+        "print the accuracy by depth and number of paths, at these ACT steps, such as 8,16,32",
         pattern=r"^[1-9]\d{0,3}(,[1-9]\d{0,3}){0,31}\Z",
         form="increasing whole numbers up to 4096, with commas between them",
     )
     report: str | None = key(
-        None, "folder for that table as paths.html and, as a heat map, paths.png; needs matplotlib", **PATH
+        None, "folder for that table (paths.html) and its heat map (paths.png); needs matplotlib", **PATH
     )
     batch_size: int | None = key(
         None,
-        "sequences at a time, on each GPU; null is the run's global_batch_size, or samples times paths if "
+        "sequences per batch, on each GPU; null is the run's global_batch_size, or samples times paths if "
         "that is less. "
-        "As in training, what fills up the last batch counts in q_halt_loss",
+        "As in training, padding of the last batch counts in q_halt_loss",
         ge=1,
         le=2**20,
     )
-    reset_puzzle_emb: bool = key(False, "use a fresh table of puzzle embeddings, for data of other puzzles")
+    reset_puzzle_emb: bool = key(False, "use a new table of puzzle embeddings, for data with other puzzles")
     device: str = key("auto", "where to run; auto is cuda where there is one, else cpu", **DEVICE)
     dtype: Literal["auto", "float32", "bfloat16"] = key(
-        "auto", "precision of the forward pass; auto is as in training"
+        "auto", "precision of the forward pass; auto is that of training"
     )
     mode: Literal["auto", "eager", "compile", "graph"] = key(
         "auto", "how a step is run; auto is graph on cuda, else eager"
     )
     save_predictions: str | None = key(None, "write every prediction to this .npz file", **PATH)
-    submission: str | None = key(None, "ARC: write the two best answers to this file, for Kaggle", **PATH)
+    submission: str | None = key(
+        None, "ARC: write the two best answers to this file in Kaggle's format", **PATH
+    )
 
     @property
     def depth_list(self) -> list[int]:
-        """The ACT steps of `depths`, empty without it."""
+        """The ACT steps in `depths`; empty if it is null."""
         return [int(word) for word in self.depths.split(",")] if self.depths else []
 
     @property
     def has_paths(self) -> bool:
-        """Whether many paths, or one at several depths, are judged."""
+        """Whether to evaluate several paths or several depths."""
         return self.paths > 1 or self.depths is not None
 
 
@@ -124,8 +129,8 @@ KEYS = keys_of(EvaluateConfig)
 _USAGE = f"""\
 usage: python -m hrm.evaluate checkpoint=PATH [{JSON_FLAG}] [key=value ...]
 
-Judges a trained model as training and the official code do, every sequence for the same number of ACT steps.
-`torchrun --nproc-per-node=N -m hrm.evaluate ...` shares the batches among N GPUs, for the same results.
+Evaluates a trained model as training and the official code do: all sequences take equally many ACT steps.
+`torchrun --nproc-per-node=N -m hrm.evaluate ...` divides the batches among N GPUs, with the same results.
 
   {JSON_FLAG}                 print the results as JSON, and everything else to standard error"""
 
@@ -133,7 +138,7 @@ Judges a trained model as training and the official code do, every sequence for 
 def parse_args(argv: Sequence[str]) -> EvaluateConfig:
     """The configuration of the command line `argv`, without its flag --json.
 
-    --help prints, then exits with status 0. Raises ConfigError for anything wrong.
+    --help prints, then exits with status 0. Raises ConfigError for any mistake.
     """
     args = split_arguments(argv, KEYS, [JSON_FLAG, "--help"])
     if "--help" in args.flags:
@@ -166,11 +171,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command(config: EvaluateConfig, as_json: bool) -> None:
-    """Judges as the configuration says, and prints what came out. Raises UserError."""
+    """Runs the evaluation and prints the results. Raises UserError."""
     from hrm.common.versions import versions
     from hrm.distributed import joined, place
 
-    # A rank takes whole batches, so their size is no multiple of anything.
+    # A rank computes whole batches, so the batch size need not be a multiple of the number of ranks.
     with joined(resolve_device(config.device), place().size) as (world, device):
         world.check_equal({"the command": repr(config), **versions(device)})
         judge(config, as_json, world, device)
@@ -202,7 +207,9 @@ def judge(config: EvaluateConfig, as_json: bool, world: "World", device: "torch.
     if config.submission is not None:
         check_file(Path(config.submission))
         if not is_arc:
-            raise UserError(f"submission={config.submission}: {dataset.folder} is no ARC data; leave it out")
+            raise UserError(
+                f"submission={config.submission}: {dataset.folder} is not an ARC data set; leave it out"
+            )
     trained = load_trained(
         found,
         device=device,
@@ -246,7 +253,7 @@ def judge(config: EvaluateConfig, as_json: bool, world: "World", device: "torch.
         try:
             if world.is_main and is_arc and (config.split == "test" or config.submission is not None):
                 voting = Voting(dataset, taken)
-                # By vote, all paths of all augmentations of a task vote together.
+                # With select=vote, all paths of all augmentations of a task vote together.
                 (of_every_path if plan and config.select == "vote" else listeners).append(voting)
         except DatasetError as error:
             if config.submission is not None:
@@ -268,7 +275,7 @@ def judge(config: EvaluateConfig, as_json: bool, world: "World", device: "torch.
             world=world,
         )
     if voting is not None:
-        # ARC's data sets have one set.
+        # ARC data sets have one set.
         next(iter(results.values())).update(voting.metrics())
         if config.submission is not None:
             voting.write_submission(Path(config.submission))
@@ -280,7 +287,7 @@ def judge(config: EvaluateConfig, as_json: bool, world: "World", device: "torch.
 
 
 def path_plan(config: EvaluateConfig, trained: "Trained", dataset: "PuzzleDataset") -> "Plan":
-    """The paths that the configuration asks for. Raises UserError where the puzzles do not allow them."""
+    """The paths of the configuration. Raises UserError if the puzzles do not support them."""
     from hrm.data.format import read_names
     from hrm.data.puzzle_kinds import kind_of
     from hrm.evaluation.paths import Plan, check_rule, differences
@@ -318,7 +325,7 @@ def draw(folder: Path, trained: "Trained", results: Mapping[str, Mapping[str, An
 
 
 def tables(results: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
-    """The results as tables: the overview and, for many paths, those of rules and depths."""
+    """The results as tables: the overview and, for several paths, tables by rule and depth."""
     from hrm.evaluation.path_tables import depth_tables, rules_table
 
     yield table(results)
@@ -357,7 +364,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
             )
     columns = ["set", "puzzles", "exact", "cells", "q_halt", "steps"]
     notes.append(
-        "exact: right in every cell; cells: right ones; q_halt: answers that it judges correctly; steps: "
+        "exact: right in every cell; cells: right cells; q_halt: correct predictions of q_halt; steps: "
         "ACT steps"
     )
     return Table("", columns, rows, "\n".join(notes))

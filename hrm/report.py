@@ -1,6 +1,6 @@
-"""Reports on runs: `python -m hrm.report RUN... [--output DIR]` draws one run, or several beside each other.
+"""Reports on runs: `python -m hrm.report RUN... [--output DIR]` plots one run, or compares several.
 
-A report is a page, report.html, that needs no other file and no network, and the same plots as report.png.
+A report is a self-contained page, report.html, and an image of the same plots, report.png.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from hrm.study.html import write_report
 from hrm.study.panels import duration, value_text
 from hrm.training.health import Symptoms
 
-# Of a configuration, what tells two runs apart without changing what they train.
+# Keys that differ between runs but do not affect training.
 _ALONE = {"run_name", "project_name", "output_dir", "resume"}
 
 
 def summary(runs: Sequence[History]) -> Table:
-    """Each run in one line: last and best evaluation, steps, time, parameters."""
+    """A row for each run: last and best evaluation, steps, time, parameters."""
     columns = ["run", "steps", "exact, last", "exact, best", "at step"]
     averaged = any(len(run.evaluation(ema=True)[0]) for run in runs)
     columns += ["EMA, last", "EMA, best"] * averaged
@@ -52,7 +52,7 @@ def _last_and_best(steps: np.ndarray, values: np.ndarray) -> tuple[str, str, str
 
 
 def differences(runs: Sequence[History]) -> Table | None:
-    """The keys in which the runs' configurations differ; None where there is nothing to tell."""
+    """The keys in which the runs' configurations differ; None without differences."""
     flat = [dict(_flat(run.config)) for run in runs if run.config is not None]
     if len(flat) < len(runs):
         return None
@@ -67,19 +67,19 @@ def _flat(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str,
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
         else:
-            # As one would type it: null, true, 0.1.
+            # Format values as a user types them: null, true, 0.1.
             yield printable(prefix + name), printable(value if isinstance(value, str) else json.dumps(value))
 
 
 def symptoms(run: History) -> list[str]:
-    """Warnings about the run's course; empty for a run without a configuration."""
+    """Warnings about the run; empty for a run without a configuration."""
     if run.config is None:
         return []
     try:
         config = load_config(run.folder / "config.yaml")
     except ConfigError as error:
-        return [f"symptoms were not looked for: {error}"]
-    # A run that does not give its length has that of its configuration, or has ended.
+        return [f"no check for symptoms: {error}"]
+    # Without a logged length, use the configured one, or assume that the run has ended.
     check = Symptoms(config, run.total_steps or config.max_steps or run.last_step).check
     lines: dict[int, dict[str, float]] = {}
     for key in run.metrics:
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> tuple[list[str], Path | None]:
     parser = argparse.ArgumentParser(
-        prog="python -m hrm.report", description="Draw one run, or several beside each other."
+        prog="python -m hrm.report", description="Plot one run, or compare several."
     )
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="a run's folder, finished or still in training"
@@ -104,14 +104,14 @@ def _parse(argv: Sequence[str] | None) -> tuple[list[str], Path | None]:
         "--output",
         type=Path,
         metavar="DIR",
-        help="where to write; else the run's folder, of several ./report",
+        help="output folder (default: the run's folder, or ./report for several runs)",
     )
     args = parser.parse_args(argv)
     return args.runs, args.output
 
 
 def report(folders: Sequence[str], output: Path | None) -> None:
-    """Reports on the runs in these folders: a table on the terminal, and the files in `output`."""
+    """Prints a table of the runs in these folders and writes the report to `output`."""
     runs = read_histories(folders)
     overview, differ = summary(runs), differences(runs)
     notes = [f"{run.name}: {text}" if len(runs) > 1 else text for run in runs for text in symptoms(run)]

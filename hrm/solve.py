@@ -29,12 +29,13 @@ if TYPE_CHECKING:
     from hrm.solving.trace import Recorded, Step, Trace
 
 MAX_STEPS = 100_000
-# Answers of paths that are listed.
+# Maximum number of listed answers of paths.
 MOST_VOTES = 8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns 0 when no answer is wrong, 1 when one is, else as `run_command` does."""
+    """Runs the command line. Returns 0 if no answer is wrong, 1 if one is, else the status of
+    `run_command`."""
     return run_command(lambda: int(bool(solve(_parse(argv)))), "nothing was solved")
 
 
@@ -42,7 +43,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m hrm.solve",
         description="Solve puzzles with a trained model.\n"
-        "Exit status: 1 when an answer is wrong, 2 when a puzzle has none.",
+        "Exit status: 1 if an answer is wrong, 2 if a puzzle has no answer.",
         epilog=THREADS_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -53,40 +54,40 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "puzzle",
         metavar="PUZZLE",
         nargs="?",
-        help="the cells of a Sudoku ('.' or 0 is blank) or of a maze; a file with one over several lines, or "
-        "with one a line; an ARC task's .json; - for standard input",
+        help="the cells of a Sudoku ('.' or 0 is blank) or maze; a file with one over several lines, or "
+        "one per line; an ARC task's .json; - for standard input",
     )
     parser.add_argument(
         "--tokens",
         metavar="NUMBERS",
-        help="in place of PUZZLE: input tokens of any task, such as 3,5,1; a file with a sequence a line; "
+        help="instead of PUZZLE: input tokens of any task, such as 3,5,1; a file with one sequence per line; "
         "- for standard input. A short sequence is padded",
     )
     parser.add_argument("--trace", action="store_true", help="show the board after every step")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that plays the steps")
     parser.add_argument(
-        "--steps", "--depth", type=_whole, metavar="N", help="ACT steps; else as many as in training"
+        "--steps", "--depth", type=_whole, metavar="N", help="ACT steps (default: as in training)"
     )
     parser.add_argument(
-        "--paths", type=_paths, default=1, metavar="K", help="solve the puzzle K times; one path answers"
+        "--paths", type=_paths, default=1, metavar="K", help="solve the puzzle K times and choose one answer"
     )
     parser.add_argument(
         "--by",
         metavar="WHAT",
-        help="what tells the paths apart: init (random first states), noise, symmetry, or several with "
-        "commas between them; path 0 has none (init)",
+        help="differences between paths: init (random initial states), noise, symmetry, or several with "
+        "commas between them; path 0 is deterministic (default: init)",
     )
     parser.add_argument(
         "--noise",
         type=_deviation,
         metavar="SIGMA",
-        help="deviation of the noise; else that of training, or 0.01",
+        help="standard deviation of the noise (default: that of training, or 0.01)",
     )
     parser.add_argument(
         "--select",
         choices=[rule for rule in RULES if rule != "oracle"],
-        help="the path that answers: that of the highest q_halt, the first to halt, one with the commonest "
-        "answer, that of the least change, one that keeps the puzzle's rules (q)",
+        help="the chosen path: highest q_halt, first to halt, most common "
+        "answer, smallest change, puzzle's rules satisfied (default: q)",
     )
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the paths (0)")
     parser.add_argument("--act", action="store_true", help="stop at the first step at which the model halts")
@@ -100,7 +101,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--identifier",
         metavar="NAME|N",
-        help="whose puzzle embedding to use; else an ARC task's own if it was trained on, or the blank one",
+        help="puzzle embedding to use (default: an ARC task's own if it was trained on, else the blank one)",
     )
     parser.add_argument("--ema", action="store_true", help="use the averaged weights")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
@@ -108,23 +109,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def solve(args: argparse.Namespace) -> list[str]:
-    """Solves what the command line names and prints the answers; returns the titles of the wrong ones."""
+    """Solves the puzzles of the command line and prints the answers; returns the titles of wrong ones."""
     if (args.puzzle is None) == (args.tokens is None):
-        raise UserError("give PUZZLE or --tokens, one of them; --help explains both")
-    # The model decides whether numbers are a puzzle or tokens.
+        raise UserError("give either PUZZLE or --tokens; --help explains both")
+    # Whether numbers are a puzzle or tokens depends on the model.
     is_numbers = args.tokens is not None or may_be_tokens(args.puzzle)
     given = None if is_numbers else read_puzzles(args.puzzle)
     if args.adapt_steps and (given is None or given.task is None or args.identifier is not None):
         raise UserError(
-            "--adapt-steps learns an ARC task's embedding from the demonstrations in its .json, in place of "
+            "--adapt-steps learns an ARC task's embedding from the demonstrations in its .json, instead of "
             "--identifier: leave one out"
         )
     by = (args.by or "init").split(",")
     select: Rule = args.select or "q"
     if unknown := [word for word in by if word not in ("init", "noise", "symmetry")]:
-        raise UserError(
-            f"--by {one_line(args.by)}: {one_line(unknown[0])} is none of init, noise and symmetry"
-        )
+        raise UserError(f"--by {one_line(args.by)}: {one_line(unknown[0])} is not init, noise or symmetry")
     for option in ("by", "select", "noise"):
         if args.paths == 1 and getattr(args, option) is not None:
             raise UserError(f"--{option} has no effect on one path: add --paths 16, or leave it out")
@@ -134,7 +133,7 @@ def solve(args: argparse.Namespace) -> list[str]:
         check_file(args.html)
 
     screen = _Screen(sys.stderr if args.json else sys.stdout)
-    # Imports PyTorch, which takes seconds; mistakes in the puzzle and the options are reported before.
+    # Import late: PyTorch takes seconds, and mistakes in the puzzle and the options are reported before.
     from hrm.solving.player import page
     from hrm.solving.prepare import adapted_embedding, check_fits, identifier_for, load_for, paths_for
     from hrm.solving.trace import record_paths
@@ -217,13 +216,13 @@ def _deviation(text: str) -> float:
     return value
 
 
-# The bounds of `hrm.evaluate`.
+# Same bounds as in `hrm.evaluate`.
 _paths = partial(_whole, most=4096)
 _seed = partial(_whole, least=0, most=2**32 - 1)
 
 
 class _Screen:
-    """Output for people: in colour on a terminal, unless NO_COLOR is set."""
+    """Human-readable output: in colour on a terminal, unless NO_COLOR is set."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream, self.notes = stream, list[str]()
@@ -233,14 +232,14 @@ class _Screen:
         print(text, file=self.stream, flush=True)
 
     def note(self, text: str) -> None:
-        """One line of what a user should know."""
+        """Prints a line for the user."""
         self.notes.append(with_sources(text))
         self.say(f"note: {self.notes[-1]}")
 
     def result(
         self, kind: Kind, trace: "Trace", result: dict[str, Any], *, whole: bool, titled: bool
     ) -> None:
-        """The board and the verdict; whole: the question and every step before them."""
+        """Prints the board and the verdict; whole: also the question and every step."""
         blocks = [f"{trace.title}:"] if titled else []
         if whole:
             blocks.append(f"question:\n{kind.text(trace.question)}")
@@ -257,13 +256,13 @@ class _Screen:
 
 
 def _result(puzzle: Puzzle, trace: "Trace", *, whole: bool) -> dict[str, Any]:
-    """The result for the last board. right: None if it breaks no rule and its answer is unknown."""
+    """The result for the last board. right: None if it breaks no rule and the right answer is unknown."""
     last, is_arc = trace.steps[-1], trace.kind == "arc"
     problems = last.problems
-    # Their rules do not tell a right answer from another.
+    # The rules of these kinds do not identify a right answer.
     right = None if trace.kind in ("arc", "tokens") and not problems else not problems
     if puzzle.answer is not None:
-        # Of a canvas the grid alone counts, as in the official evaluation.
+        # For ARC only the grid on the canvas counts, as in the official evaluation.
         boards = np.array(last.board), puzzle.answer
         shown, known = map(grid_of, boards) if is_arc else boards
         same = shown is not None and known is not None and np.array_equal(shown, known)
@@ -285,7 +284,7 @@ def _result(puzzle: Puzzle, trace: "Trace", *, whole: bool) -> dict[str, Any]:
 
 
 def _votes(puzzle: Puzzle, recorded: "Recorded", whole: bool) -> list[dict[str, Any]]:
-    """The different answers of the paths, the commonest first, each with the paths that gave it."""
+    """The different answers of the paths, the most common first, each with its paths."""
     answer, q_halt = recorded.outcomes.answer[0], recorded.outcomes.q_halt[0]
     firsts, counts = np.unique(answer, return_counts=True)
     votes = []
@@ -297,7 +296,7 @@ def _votes(puzzle: Puzzle, recorded: "Recorded", whole: bool) -> list[dict[str, 
 
 
 def _vote_lines(result: dict[str, Any]) -> list[str]:
-    """How the paths voted, a line for each of the commonest answers."""
+    """The votes of the paths: a line for each of the most common answers."""
     total = sum(len(vote["paths"]) for vote in result["votes"])
     lines = [f"path {result['path']} of {total} answers; the paths gave {len(result['votes'])} answers:"]
     for vote in result["votes"][:MOST_VOTES]:
@@ -322,11 +321,11 @@ def _verdict(result: dict[str, Any]) -> list[str]:
     }
     halts = "would go on" if result["halts_at"] is None else f"halts at step {result['halts_at']}"
     confidence = f"confidence {100 * result['q_halt']:.1f} % after {counted(result['steps'], 'step')}"
-    return [told[result["right"]], f"{confidence}; left to itself the model {halts}"]
+    return [told[result["right"]], f"{confidence}; with early halting the model {halts}"]
 
 
 def _step_line(kind: Kind, number: int, step: "Step", before: Sequence[int]) -> str:
-    """One step: how good its board is, how sure the model is, what changed since the board before."""
+    """A line for a step: broken rules, the model's confidence, changes since the previous board."""
     changed = [
         kind.at(n) for n, (now, then) in enumerate(zip(step.board, before, strict=True)) if now != then
     ]

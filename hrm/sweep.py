@@ -1,7 +1,7 @@
 """Trains over a grid of values: `python -m hrm.sweep lr=1e-4,3e-4,1e-3 [key=value ...] [--arch gated]`.
 
-Every value with commas is an axis of the grid, every other word goes to all runs; the points are compared as
-`hrm.compare` compares architectures.
+Every argument with several values is an axis of the grid; the other arguments apply to all runs. The points
+are compared as `hrm.compare` compares architectures.
 """
 
 import argparse
@@ -19,16 +19,16 @@ MOST_POINTS = 1000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line. Returns its exit status: `run_command`'s, or 1 where a run has failed."""
+    """Runs the command line. Returns its exit status: that of `run_command`, or 1 if a run failed."""
     return run_command(lambda: sweep(_parse(argv)), INTERRUPTED)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m hrm.sweep", description="Train over a grid of values, and tell how they differ."
+        prog="python -m hrm.sweep", description="Train over a grid of values, and report the differences."
     )
     parser.add_argument(
-        "words", nargs="+", metavar="key=value", help="values with commas are swept, others go to all runs"
+        "words", nargs="+", metavar="key=value", help="values with commas are swept, others apply to all runs"
     )
     parser.add_argument(
         "--arch",
@@ -40,8 +40,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def sweep(args: argparse.Namespace) -> int:
-    """Trains and reports as the command line says. Returns 1 where a run has failed, else 0."""
-    # Imports PyTorch, which takes seconds.
+    """Trains all runs and writes the report. Returns 1 if a run failed, else 0."""
+    # Import late: PyTorch takes seconds.
     from hrm.study.comparison import candidate_words, conduct, refuse_own, seeds
     from hrm.study.runs import Campaign
 
@@ -60,9 +60,10 @@ def sweep(args: argparse.Namespace) -> int:
 
 
 def split_axes(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """The swept keys with their values, and the other words. Raises UserError if there is nothing to sweep.
+    """The swept keys with their values, and the other arguments. Raises UserError if there is nothing to
+    sweep.
 
-    Commas within brackets belong to one value, such as a list's.
+    Commas within brackets belong to one value, such as a list.
     """
     axes: dict[str, list[str]] = {}
     fixed = []
@@ -81,9 +82,9 @@ def split_axes(words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
 
 
 def grid(axes: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """The words of every point of the grid by its name, the last key's values changing fastest.
+    """The arguments of every grid point by its name; the last key varies fastest.
 
-    Raises UserError for too many points, or for two that would have one name.
+    Raises UserError for too many points, or for two points with the same name.
     """
     points: dict[str, list[str]] = {}
     for index, values in enumerate(product(*axes.values())):
@@ -112,7 +113,7 @@ def _leaf(key: str) -> str:
 
 
 def _name(words: Sequence[str]) -> str:
-    """A point's name: its keys without their groups, as a folder can have it, seed and all."""
+    """A point's name, a valid folder name: its keys without their groups, and its values."""
     return folder_name(
         ",".join(f"{_leaf(key)}={value}" for key, _, value in (w.partition("=") for w in words))
     )

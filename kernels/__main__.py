@@ -1,8 +1,8 @@
-"""Prints versions, devices, and for given shapes each operation's implementation with the reason.
+"""Prints versions, devices, and each operation's implementation for given shapes with the reason.
 
-`python -m kernels` asks the operations themselves, with tensors that have a shape and no data, so the answer
-comes from the code that decides when a model runs. `--device cuda` asks on a machine without a GPU what one
-would run. `--measure` times every implementation on this GPU and keeps the fastest, which later runs take.
+`python -m kernels` calls the operations with tensors without data, so the answer comes from the code that
+decides in a real run. `--device cuda` works on a machine without a GPU. `--measure` times every
+implementation on this GPU and stores the fastest for later runs.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from kernels.attention import attention_backend
 from kernels.cases import NOT_MEASURED, Sizes, cases
 from kernels.library_attention import FLASH2, FLASH3, has_flash
 
-# Operations whose kernels run only where a gradient is wanted.
+# Operations whose kernels run only if a gradient is required.
 TRAINING = ("swiglu_mlp",)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def calls(dtype: torch.dtype, sizes: Sizes) -> dict[str, Callable[[], object]]:
-    """Every public operation, called as the model does, on tensors without data."""
+    """Calls to every public operation, as in the model, on tensors without data."""
     made = {name: case() for name, case in cases(sizes, dtype, "meta").items()}
     own = {name: case for name, case in made.items() if name in kernels.__all__}
     found: dict[str, Callable[[], object]] = {
@@ -40,13 +40,13 @@ def calls(dtype: torch.dtype, sizes: Sizes) -> dict[str, Callable[[], object]]:
 
 
 def _with_gradient(call: Callable[..., object], inputs: Mapping[str, torch.Tensor]) -> object:
-    """Calls an operation as a training step does, also where gradients are off."""
+    """Calls an operation as a training step does, even if gradients are disabled."""
     with torch.enable_grad():
         return call(**{name: tensor.detach().requires_grad_() for name, tensor in inputs.items()})
 
 
 def decision(op: str, call: Callable[[], object], device: torch.device) -> backend.Choice:
-    """The operation's implementation on that device, and why, in its own words."""
+    """The operation's implementation on that device, and its reason."""
     with backend.explained(device) as choices, torch.no_grad():
         try:
             call()
@@ -58,7 +58,7 @@ def decision(op: str, call: Callable[[], object], device: torch.device) -> backe
 def attention_decision(
     call: Callable[[], object], device: torch.device, dtype: torch.dtype, length: int, head_dim: int
 ) -> backend.Choice:
-    """Attention's, which chooses among libraries where its kernel does not run."""
+    """The implementation of attention, which chooses among libraries if its kernel does not run."""
     if backend.get_backend() == "reference":
         return backend.decide(device, dtype)
     choice = decision("attention", call, device)
@@ -69,7 +69,7 @@ def attention_decision(
 
 
 def version(module: str) -> str | None:
-    """An installed module's version, `present` if it has none, None if it is not there."""
+    """An installed module's version, `present` without a version, None if it is not installed."""
     if importlib.util.find_spec(module) is None:
         return None
     try:
@@ -94,7 +94,7 @@ def surroundings() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": None if backend.triton is None else backend.triton.__version__,
         "devices": devices,
-        # The packages that attention uses, which may be fewer than those installed.
+        # The packages that attention uses, which may be fewer than the installed ones.
         "flash_attn_2": FLASH2 and version("flash_attn"),
         "flash_attn_3": FLASH3 and version("flash_attn_interface"),
         "interpreter": backend.INTERPRETED,
@@ -129,7 +129,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
         "--dtype",
         choices=["auto", *DTYPES],
         default="auto",
-        help="of the forward; auto, the default: bfloat16 on CUDA, float32 elsewhere",
+        help="dtype of the forward; auto (default) is bfloat16 on CUDA and float32 elsewhere",
     )
     parser.add_argument(
         "--device",
@@ -137,11 +137,13 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
         default="auto",
         help="cpu, cuda, cuda:N or auto, the default: CUDA if it is here",
     )
-    measuring = parser.add_argument_group("measuring, on a CUDA device")
+    measuring = parser.add_argument_group("measurement, on a CUDA device")
     measuring.add_argument(
-        "--measure", action="store_true", help="time every implementation, keep the fastest"
+        "--measure", action="store_true", help="time every implementation and store the fastest"
     )
-    measuring.add_argument("--missing", action="store_true", help="only what no earlier measurement has")
+    measuring.add_argument(
+        "--missing", action="store_true", help="measure only cases without an earlier measurement"
+    )
     measurable = [
         name for name in cases(Sizes(1, 2, 2, 1, 2), torch.float32, "meta") if name not in NOT_MEASURED
     ]
@@ -152,7 +154,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
         "--seconds",
         type=positive,
         default=10 * measured.SECONDS,
-        help="begin none after; default %(default)s",
+        help="start no measurement after this time; default %(default)s",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     options = parser.parse_args(argv)
@@ -178,13 +180,13 @@ def device_name(text: str) -> str:
 
 
 def measure(sizes: Sizes, dtype: torch.dtype, device: torch.device, options: argparse.Namespace) -> int:
-    """Measures, keeps what was found after each case, and prints it."""
+    """Measures each case, stores and prints the result."""
     if device.index is not None:
         torch.cuda.set_device(device)
     backend.set_backend("auto")
     maker, only = measured.made_by(device), options.only or []
     before = measured.load(maker) or measured.Kept(maker, backend.Table({}, {}), [], [])
-    # Measured anew, or kept as it is where only what is missing is asked for.
+    # Measure again, or keep the earlier results with --missing.
     table = backend.Table({}, {})
     if options.missing:
         table.choices.update(before.table.choices)
@@ -215,7 +217,7 @@ def measure(sizes: Sizes, dtype: torch.dtype, device: torch.device, options: arg
 
 
 def shown(row: fastest.Row) -> str:
-    """A case's candidates on one line each, what was chosen first."""
+    """A line for the choice of a case, then one line per candidate."""
     lines = [
         f"{row.case}: {', '.join(f'{where} {name}' for where, name in row.choice.items()) or 'no choice'}"
     ]

@@ -6,11 +6,11 @@ At step t (the first is 1), elementwise:
     p -= lr / (1 - b1^t) * atan2(m, d)            AdamATan2
     p -= lr / (1 - b1^t) * m / (d + 1e-8)         AdamW
 
-atan2 is bounded and scale-free, so it needs no epsilon. In the same pass, on demand, the new p in 16 bits for
-the forward. A flag on the device says whether the step is skipped, so that nobody waits to know it.
+atan2 is bounded and scale-free, so it needs no epsilon. The same pass can also write the new p in 16 bits for
+the forward. A flag on the device decides whether the step is skipped, so that the host does not wait for it.
 
-There is no backward; nothing is saved. Bytes an element, in float32: p, m, v read and written, g read, 28 in
-all, and 2 for the copy.
+There is no backward; nothing is saved. Bytes per element, in float32: p, m, v read and written, g read, 28 in
+total, and 2 for the copy.
 """
 
 import math
@@ -21,7 +21,7 @@ from torch import Tensor
 from kernels.backend import device_of, jit, launch, tl, triton, use_triton
 from kernels.checks import check_flag, check_floating, check_shape
 
-# AdamW's, which keeps the quotient finite.
+# AdamW's epsilon, which keeps the quotient finite.
 EPSILON = 1e-8
 
 
@@ -45,7 +45,7 @@ def adam_atan2_reference(
 ) -> None:
     """The update in plain PyTorch, in place; see `adam_atan2`, or without atan2 `adamw`."""
     if skip is not None and device_of(skip).type == "cpu" and not torch.compiler.is_compiling():
-        # Reading it is free on the host. In a rehearsal it has no value, and steps are usually made.
+        # The host reads it at no cost. In a dry run it has no value; assume that the step is not skipped.
         if not skip.is_meta and skip:
             return
         skip = None
@@ -53,11 +53,11 @@ def adam_atan2_reference(
     before = [] if skip is None else [buffer.clone() for buffer in buffers]
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    # 1 - beta^t by expm1, which keeps its digits where beta^t is close to 1.
+    # 1 - beta^t by expm1, which is accurate if beta^t is close to 1.
     t = step.to(param.dtype)
     correction1 = -torch.expm1(t * _log(beta1))
     correction2 = torch.sqrt(-torch.expm1(t * _log(beta2)))
-    # One buffer for all that follows: on a CPU, fresh memory costs more than the arithmetic.
+    # Reuse one buffer: on a CPU, allocating memory costs more than the arithmetic.
     step_size = torch.sqrt(exp_avg_sq).div_(correction2)
     if atan2:
         torch.atan2(exp_avg, step_size, out=step_size)
@@ -72,16 +72,18 @@ def adam_atan2_reference(
 
 
 def launch_choice() -> dict[str, int]:
-    """Two 16-byte vectors of each buffer to a thread, which leaves registers for four blocks on a processor.
+    """Two 16-byte vectors of each buffer per thread, which leaves registers for four blocks per
+    multiprocessor.
 
-    A block needs some 90 instructions an element: with four, one computes while the others wait for memory.
+    A block needs about 90 instructions per element: with four blocks, one computes while the others wait for
+    memory.
     """
     return {"BLOCK": 2048, "num_warps": 8}
 
 
 @jit
 def _one_minus_exp(x):
-    """1 - e^x for a scalar x <= 0: near 0 by its series, where the difference would lose its digits."""
+    """1 - e^x for a scalar x <= 0; near 0 by its series, because the difference would lose precision."""
     series = 1.0
     for k in tl.static_range(12, 1, -1):
         series = 1.0 + series * x * (1.0 / k)
@@ -92,16 +94,15 @@ def _one_minus_exp(x):
 def _atan2(m, d):
     """atan2(m, d) for d >= 0 in float32, in [-pi/2, pi/2]; infinities and NaN as in torch.
 
-    The angle is atan(lo / hi) or its complement, so the polynomial is needed on [0, 1] alone. Its relative
-    error there is 1.7e-8, the least that eight coefficients allow (a minimax fit); rounded to float32 and
-    evaluated in it, atan is within 1.3 units of the last place at every q from 2^-13 to 1. A GPU's quotient
-    is within 2 of q's, so the angle is within 2e-7.
+    The angle is atan(lo / hi) or its complement, so the polynomial is needed only on [0, 1]. Its relative
+    error there is 1.7e-8, the minimum for eight coefficients (a minimax fit); evaluated in float32, atan is
+    within 1.3 ulp at every q from 2^-13 to 1. A GPU's quotient is within 2 ulp, so the angle is within 2e-7.
     """
     size = tl.abs(m)
     steep = size > d
     lo = tl.where(steep, d, size)
     hi = tl.where(steep, size, d)
-    # Equals need a case of their own: 0 / 0 is the angle 0, and infinity / infinity that of the diagonal.
+    # Equal operands are a special case: 0 / 0 is the angle 0, and infinity / infinity that of the diagonal.
     q = tl.where(lo == hi, tl.where(hi > 0.0, 1.0, 0.0), lo / hi)
     z = q * q
     r = z * 0.002920693019 - 0.01636793092
@@ -132,16 +133,17 @@ def _adam_atan2_kernel(
     lr = tl.load(lr_ptr)
     t = tl.load(step_ptr).to(tl.float32)
 
-    # Beside the other loads and no branch before them: a block would wait for the flag first.
+    # Load the flag together with the other data and do not branch on it, or a block would wait for the flag
+    # first.
     if skip_ptr is not None:
         mask = mask & (tl.load(skip_ptr) == 0)
 
-    # The two forms of torch.lerp, of which each is exact at its own end.
+    # torch.lerp has two forms, each exact at one end.
     m = tl.where(weight1 < 0.5, m, g) + tl.where(weight1 < 0.5, weight1, weight1 - 1.0) * (g - m)
     v = v * beta2 + weight2 * (g * g)
     rate = lr / _one_minus_exp(t * log_beta1)
-    # Not tl.sqrt, which takes numbers below 1.2e-38 for 0: the moments of a parameter without gradient decay
-    # to such numbers and stay there, and an angle of pi / 2 would move it for ever.
+    # Do not use tl.sqrt, which treats numbers below 1.2e-38 as 0: the moments of a parameter without gradient
+    # decay to such numbers, and an angle of pi / 2 would move the parameter for ever.
     scale = 1.0 / tl.sqrt_rn(_one_minus_exp(t * log_beta2))
     d = tl.sqrt_rn(v) * scale
     p = p * (1.0 - lr * weight_decay) - rate * (_atan2(m, d) if ATAN2 else m / (d + epsilon))
@@ -236,7 +238,7 @@ def _checked(
         obstacle = f"its kernel takes float32, got {param.dtype}"
     buffers = [param, grad, exp_avg, exp_avg_sq] + ([] if copy is None else [copy])
     if not all(buffer.is_contiguous() for buffer in buffers):
-        obstacle = "its kernel walks over contiguous buffers"
+        obstacle = "its kernel needs contiguous buffers"
     update = _adam if use_triton(op, param, obstacle) else adam_atan2_reference
     scalars = lr, step, beta1, beta2, weight_decay
     update(param, grad, exp_avg, exp_avg_sq, *scalars, copy, skip, op == "adam_atan2")
@@ -260,10 +262,10 @@ def adam_atan2(
 
     param, grad, exp_avg, exp_avg_sq: one shape, one dtype (float32 in training; its kernel takes no other).
     lr: () in that dtype and step: () int32 or int64, both on the tensors' device so that no value crosses to
-    the host. copy: None, or bfloat16 or float16 of that shape, which receives the new weights. skip: None, or
-    () bool on that device: where it is True, all buffers keep their bits, whatever is in grad. Otherwise a
-    gradient that is not finite goes into the moments, and a NaN from there into the weights. Raises
-    ValueError or TypeError naming the argument. Source: Everett et al. 2024 (arXiv 2407.05872).
+    the host. copy: None, or bfloat16 or float16 of that shape, to receive the new weights. skip: None, or ()
+    bool on that device: if True, no buffer changes, whatever grad contains. Otherwise a non-finite gradient
+    enters the moments, and a NaN also the weights. Raises ValueError or TypeError naming the argument.
+    Source: Everett et al. 2024 (arXiv 2407.05872).
     """
     scalars = lr, step, beta1, beta2, weight_decay
     _checked("adam_atan2", param, grad, exp_avg, exp_avg_sq, *scalars, copy, skip)

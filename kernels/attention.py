@@ -8,22 +8,23 @@ Backward:
 
     dv = P^T do;   dP = do v^T;   dS = P * (dP - rowsum(P * dP)) / sqrt(d);   dq = dS k;   dk = dS^T q
 
-and dq, dk turned back by rope's inverse.
+and dq, dk rotated back by rope's inverse.
 
 The kernel takes one batch and head per program: all of its keys and values are one block on chip, so the
-softmax is the plain one of a whole row and no running maximum is kept; queries come in tiles. A vector stays
-in its two halves x = [x1, x2], as rope wants it: q k^T = q1 k1^T + q2 k2^T.
+softmax sees whole rows and needs no running maximum; queries are processed in tiles. A vector is kept as two
+halves x = [x1, x2], as rope requires: q k^T = q1 k1^T + q2 k2^T.
 
-Saved: qkv alone. Recomputed in the backward: the rotation, the scores and P, which never leave the chip.
-Bytes, in elements for N = B * T * D: 3N read and N written forward, 4N read and 3N written backward, and the
-tables from cache. FLOP: 4 B h T^2 d forward and 10 B h T^2 d backward; at T = 82 tiles pad T^2 to 128 x 128
-and 128 x 96, so at B = 768, D = 512 these are 26 and 48 GFLOP against 0.26 and 0.45 GB in 16 bits: on a GPU
-of 790 TFLOP/s and 4.3 TB/s 0.03 and 0.06 ms against 0.06 and 0.11 ms, so both are bound by bytes. Holding 82
-keys as blocks of 64 and 32 would save a quarter of the arithmetic and none of the bytes, for twice the code.
+Saved: only qkv. The backward recomputes the rotation, the scores and P, which never leave the chip.
+Bytes, in elements for N = B * T * D: 3N read and N written forward, 4N read and 3N written backward; the
+tables come from the cache. FLOP: 4 B h T^2 d forward and 10 B h T^2 d backward; at T = 82 tiles pad T^2 to
+128 x 128 and 128 x 96, so at B = 768, D = 512 the counts are 26 and 48 GFLOP against 0.26 and 0.45 GB in 16
+bits: on a GPU of 790 TFLOP/s and 4.3 TB/s 0.03 and 0.06 ms against 0.06 and 0.11 ms, so both are bound by
+bytes. Splitting 82 keys into blocks of 64 and 32 would save a quarter of the arithmetic but no bytes, for
+twice the code.
 
-Longer sequences go to flash-attn or to PyTorch's scaled_dot_product_attention, after the rope kernel: a tiled
-form of our own is left out by choice, since those two are at their best there. PyTorch's is FlashAttention 2
-in 16 bits (`SDPA_BACKENDS`); on Hopper flash-attn 3, where it is installed, is the faster one.
+Longer sequences go to flash-attn or to PyTorch's scaled_dot_product_attention, after the rope kernel: there
+is no tiled kernel here, because those two are fastest for long sequences. PyTorch's is FlashAttention 2 in 16
+bits (`SDPA_BACKENDS`); on Hopper flash-attn 3, if installed, is faster.
 """
 
 import math
@@ -52,7 +53,7 @@ from kernels.checks import check_floating
 from kernels.rope import check_tables, rope, rotate
 
 ATTENTION_BACKENDS = ("auto", "triton", "flash", "sdpa")
-# Of the Triton kernel: one block of keys and values, and two halves of 64.
+# Limits of the Triton kernel: one block of keys and values, and two halves of 64.
 MAX_LENGTH, MAX_HEAD_DIM = 128, 128
 
 
@@ -71,7 +72,7 @@ def _launch(length: int, queries: int, head_dim: int, BLOCK_M: int, num_warps: i
 def launch_variants(
     length: int, queries: int, head_dim: int, dtype: torch.dtype, backward: bool
 ) -> list[Tile]:
-    """Other tiles of queries that registers may allow in 16 bits."""
+    """Other query tiles that may fit into registers in 16 bits."""
     if dtype.itemsize != 2:
         return []
     tried = ((64, 8), (32, 4), (16, 8)) if backward else ((64, 8), (128, 8), (32, 4))
@@ -81,11 +82,11 @@ def launch_variants(
 
 @tunable(launch_variants)
 def launch_choice(length: int, queries: int, head_dim: int, dtype: torch.dtype, backward: bool) -> Tile:
-    """All keys in one block; queries in tiles, as large as registers allow for the tensor cores.
+    """All keys in one block; query tiles as large as registers allow for the tensor cores.
 
-    Forward, a tile's scores are 64 registers a thread of 4 warps. Backward, 8 warps hold the sums of dk and
-    dv, so a tile is smaller. In float32, without tensor cores, operands take more registers still; a loop of
-    one tile would be unrolled and its operands spill, so there are at least two.
+    Forward, a tile's scores take 64 registers per thread of 4 warps. Backward, 8 warps hold the sums of dk
+    and dv, so a tile is smaller. In float32, without tensor cores, operands take even more registers; a loop
+    over a single tile would be unrolled and spill, so there are at least two tiles.
     """
     if dtype.itemsize == 2:
         BLOCK_M, num_warps, fewest = (32, 8, 1) if backward else (64, 4, 1)
@@ -100,7 +101,7 @@ def _load_halves(
     x_ptr, cos_ptr, sin_ptr, rows, M, x_stride_m,
     WIDE: tl.constexpr, DOT: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Rows of one head in two halves, rotated where there are tables, as operands of a product."""
+    """Rows of one head in two halves, rotated if there are tables, as operands of a product."""
     cols = tl.arange(0, BLOCK_H)
     mask = (rows < M)[:, None] & (cols < HALF)[None, :]
     at = x_ptr + rows[:, None] * x_stride_m + cols[None, :]
@@ -109,8 +110,8 @@ def _load_halves(
     if cos_ptr is not None:
         at = rows[:, None] * (2 * HALF) + cols[None, :]
         cos = tl.load(cos_ptr + at, mask=mask, other=0.0).to(WIDE)
-        # The second masking changes no value. It keeps the compiler from rotating once per operand layout,
-        # with both tables in registers each time.
+        # The second mask changes no value. It prevents the compiler from rotating once per operand layout,
+        # each time with both tables in registers.
         sin = tl.where(mask, tl.load(sin_ptr + at, mask=mask, other=0.0).to(WIDE), 0.0)
         x1, x2 = rotate(x1, x2, cos, sin)
     return x1.to(DOT), x2.to(DOT)
@@ -121,7 +122,7 @@ def _store_halves(
     dx1, dx2, dx_ptr, cos_ptr, sin_ptr, rows, M, dx_stride_m,
     WIDE: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of what `_load_halves` read, given that of what it returned."""
+    """Writes the gradient of the input of `_load_halves`, given the gradient of its output."""
     cols = tl.arange(0, BLOCK_H)
     mask = (rows < M)[:, None] & (cols < HALF)[None, :]
     if cos_ptr is not None:
@@ -155,7 +156,7 @@ def _attention_forward_kernel(
     keys = tl.arange(0, BLOCK_N)
     k1, k2 = _load_halves(q_ptr + D, cos_ptr, sin_ptr, keys, T, qkv_stride_t, WIDE, DOT, HALF, BLOCK_H)
     v1, v2 = _load_halves(q_ptr + 2 * D, None, None, keys, T, qkv_stride_t, WIDE, DOT, HALF, BLOCK_H)
-    # exp(x) is taken as exp2(x log2(e)), with the scale in the same factor.
+    # Compute exp(x) as exp2(x log2(e)), with the scale in the same factor.
     FACTOR: tl.constexpr = SCALE * 1.4426950408889634
     for tile in range(TILES):
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -191,23 +192,23 @@ def _attention_backward_kernel(
     for tile in range(TILES):
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         q1, q2 = _load_halves(q_ptr, cos_ptr, sin_ptr, rows, T, qkv_stride_t, WIDE, DOT, HALF, BLOCK_H)
-        # Rows that did not ask have do = 0, so they add nothing to the sums and their own dq is 0.
+        # Rows beyond `queries` have do = 0, so they add nothing to the sums and their dq is 0.
         do1, do2 = _load_halves(do_ptr, None, None, rows, queries, do_stride_t, WIDE, DOT, HALF, BLOCK_H)
-        # Scores, P, dP and dS are transposed here, (keys, queries): so they are left operands of dk and dv
-        # as they stand in registers, and keys and values left operands of them, split between the warps.
+        # Scores, P, dP and dS are transposed here, (keys, queries), so that they are left operands of dk and
+        # dv without a layout change, and keys and values are their left operands, split between the warps.
         scores = _product(k2, tl.trans(q2), _product(k1, tl.trans(q1), None, WIDE), WIDE)
         scores = tl.where((keys < T)[:, None], scores, float("-inf"))
         p = tl.exp2(scores * FACTOR - (tl.max(scores, axis=0) * FACTOR)[None, :])
         p = p * (1 / tl.sum(p, axis=0))[None, :]
         dp = _product(v2, tl.trans(do2), _product(v1, tl.trans(do1), None, WIDE), WIDE)
-        # The scale comes after the sums, so that small gradients keep their place in 16 bits.
+        # Scale after the sums, so that small gradients do not underflow in 16 bits.
         ds = (p * (dp - tl.sum(p * dp, axis=0)[None, :])).to(DOT)
         dq1 = _product(tl.trans(ds), k1, None, WIDE) * SCALE
         dq2 = _product(tl.trans(ds), k2, None, WIDE) * SCALE
         _store_halves(dq1, dq2, dq_ptr, cos_ptr, sin_ptr, rows, T, 3 * D, WIDE, HALF, BLOCK_H)
         dv1, dv2 = _product(p.to(DOT), do1, dv1, WIDE), _product(p.to(DOT), do2, dv2, WIDE)
         dk1, dk2 = _product(ds, q1, dk1, WIDE), _product(ds, q2, dk2, WIDE)
-    # Rows that no tile holds did not ask either.
+    # Rows outside all tiles are beyond `queries` too.
     for tile in range(TILES, BLOCK_N // BLOCK_M):
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         none = tl.zeros((BLOCK_M, BLOCK_H), WIDE)
@@ -289,7 +290,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, do: Tensor) -> tuple[Tensor, None, None, None, None]:
-    # qkv is the only input that takes a gradient, so the backward runs only where it is asked for.
+    # qkv is the only input with a gradient, so the backward runs only if it is required.
     qkv, cos, sin = ctx.saved_tensors
     return _attention_backward(do, qkv, ctx.num_heads, cos, sin), None, None, None, None
 
@@ -298,7 +299,7 @@ _attention.register_autograd(_differentiate, setup_context=_save)
 
 
 def triton_limit(length: int, head_dim: int) -> str | None:
-    """Why the Triton kernel cannot take these sizes, None if it can."""
+    """The reason why the Triton kernel does not support these sizes; None if it does."""
     if length > MAX_LENGTH:
         return f"its kernel takes at most {MAX_LENGTH} positions, got {length}"
     if head_dim > MAX_HEAD_DIM or head_dim % 2:
@@ -309,11 +310,11 @@ def triton_limit(length: int, head_dim: int) -> str | None:
 def attention_backend(
     length: int, head_dim: int, dtype: torch.dtype, device: str, *, triton: bool, flash_attn: bool
 ) -> str:
-    """The choice of `auto` among triton, flash and sdpa: the kernel while a head fits on chip, then the best.
+    """The choice of `auto` among triton, flash and sdpa: the kernel if a head fits on chip, else the best
+    library.
 
-    device: its type, as in cuda. triton, flash_attn: whether they run here at all (for Triton, as
-    `use_triton` answers for the tensor: on CUDA and in the interpreter, for float64 only if it was asked
-    for).
+    device: the type, such as cuda. triton, flash_attn: whether they can run here (for Triton, the result of
+    `use_triton` for the tensor: on CUDA and in the interpreter, for float64 only if selected).
     """
     if triton and triton_limit(length, head_dim) is None:
         return "triton"
@@ -323,7 +324,7 @@ def attention_backend(
 
 
 def _check_named(backend: str, length: int, head_dim: int, qkv: Tensor) -> None:
-    """Raises BackendError if the named backend cannot take these tensors here."""
+    """Raises BackendError if the selected backend does not support these tensors here."""
     obstacle = None
     if backend == "triton":
         obstacle = absence(qkv.device) or triton_limit(length, head_dim)
@@ -332,7 +333,7 @@ def _check_named(backend: str, length: int, head_dim: int, qkv: Tensor) -> None:
         if not library.has_flash():
             obstacle = "flash-attn 2.6 or later is not installed (pip install flash-attn)"
     if obstacle is not None:
-        raise BackendError(f"attention: backend {backend!r} was asked for, but {obstacle}; use 'auto'")
+        raise BackendError(f"attention: backend {backend!r} was requested, but {obstacle}; use 'auto'")
 
 
 def attention(
@@ -343,19 +344,19 @@ def attention(
     queries: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attends every position to every position, heads side by side.
+    """Full self-attention over all positions, with concatenated heads.
 
-    qkv: (B, T, 3*D), each row [q heads | k heads | v heads]. cos, sin: (T, D/num_heads) to rotate q and
-    k, constants, or None for no rotation. queries: only the first this many positions ask (all of them by
-    default). Returns (B, T or queries, D) in qkv's dtype; rotation, softmax and sums are taken in float32
-    for narrower inputs, products in qkv's dtype.
+    qkv: (B, T, 3*D), each row [q heads | k heads | v heads]. cos, sin: (T, D/num_heads) constant tables to
+    rotate q and k, or None for no rotation. queries: number of first positions to compute (default: all).
+    Returns (B, T or queries, D) in qkv's dtype; rotation, softmax and sums are computed in float32 for
+    narrower inputs, products in qkv's dtype.
 
     backend: triton, the kernel of this file, for T <= 128 and an even head_dim <= 128; flash, flash-attn 3
-    or 2 (2.6 or later), and sdpa, PyTorch's own, both after `rope`; auto, what was measured to be the
-    fastest, else what `attention_backend` says, so flash or sdpa for longer T also under
-    `set_backend("triton")`, or sdpa alone under `set_backend("reference")`. Raises ValueError or TypeError
-    naming the argument, BackendError if a named backend is missing or cannot take the arguments. Source:
-    Vaswani et al. 2017 (arXiv 1706.03762).
+    or 2 (2.6 or later), and sdpa, PyTorch's own, both after `rope`; auto, the fastest by measurement, else
+    the choice of `attention_backend`: flash or sdpa for longer T also with `set_backend("triton")`, and only
+    sdpa with `set_backend("reference")`. Raises ValueError or TypeError
+    naming the argument, BackendError if a selected backend is missing or does not support the arguments.
+    Source: Vaswani et al. 2017 (arXiv 1706.03762).
     """
     check_floating("attention", qkv=qkv)
     if qkv.dim() != 3 or qkv.shape[-1] % (3 * num_heads):
@@ -365,7 +366,7 @@ def attention(
         )
     length, head_dim = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
     if (cos is None) != (sin is None):
-        raise ValueError("attention: cos and sin go together; got only one of them")
+        raise ValueError("attention: cos and sin must both be given; got only one of them")
     if cos is not None and sin is not None:
         if head_dim % 2:
             raise ValueError(f"attention: cos and sin need an even D/num_heads to rotate, got {head_dim}")

@@ -1,7 +1,7 @@
-"""Which implementation an operation takes, and the one place where kernels are launched.
+"""Chooses the implementation of an operation, and launches all kernels.
 
-`auto` takes on CUDA what was measured to be the fastest (`kernels.measured`), Triton where nothing was
-measured, and the reference elsewhere, silently; a named backend is taken or raises.
+On CUDA `auto` uses the fastest implementation by measurement (`kernels.measured`), or Triton without a
+measurement; elsewhere it uses the reference, without a message. A selected backend is used or raises.
 Triton's interpreter (TRITON_INTERPRET=1, set before this package is imported) runs the kernels on CPU
 tensors: slowly, for tests.
 """
@@ -24,7 +24,7 @@ else:
         import triton
         import triton.language as tl
         from triton import jit
-    except ImportError:  # Triton is not built for every system; the reference needs none of it.
+    except ImportError:  # Triton is not available on every system; the reference does not need it.
         from types import SimpleNamespace
 
         triton, tl = None, SimpleNamespace(constexpr=int)
@@ -52,7 +52,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class BackendError(RuntimeError):
-    """An implementation that was asked for by name cannot run here."""
+    """A requested implementation cannot run here."""
 
 
 def _checked(name: str, origin: str) -> str:
@@ -61,22 +61,22 @@ def _checked(name: str, origin: str) -> str:
     return name
 
 
-# Judged when it is first used, so that a wrong word is an error of the call, not of the import.
+# Validate at the first use, so that a wrong value is an error of the call, not of the import.
 _backend = os.environ.get("HRM_KERNELS", "auto")
 
 
 def set_backend(name: str) -> None:
-    """Chooses the implementation of every operation from now on: auto, triton or reference.
+    """Selects the implementation of all operations: auto, triton or reference.
 
-    The environment variable HRM_KERNELS sets the first choice. Raises ValueError for another name. Whether a
-    named backend can run is judged at each call, by the tensors it is given.
+    The environment variable HRM_KERNELS sets the initial value. Raises ValueError for another name. Each call
+    checks whether the selected backend supports its tensors.
     """
     global _backend
     _backend = _checked(name, "set_backend")
 
 
 def get_backend() -> str:
-    """The name last given to `set_backend`, or that of HRM_KERNELS, or auto."""
+    """The last value of `set_backend`, else that of HRM_KERNELS, else auto."""
     return _checked(_backend, "environment variable HRM_KERNELS")
 
 
@@ -88,7 +88,7 @@ class Choice(NamedTuple):
 
 
 def absence(device: torch.device) -> str | None:
-    """Why Triton cannot run on a device here, None if it can."""
+    """The reason why Triton cannot run on a device here; None if it can."""
     if triton is None:
         return "Triton is not installed (pip install triton)"
     if device.type != "cuda" and not INTERPRETED:
@@ -103,28 +103,28 @@ def decide(
     slower: str | None = None,
     fastest: str | None = None,
 ) -> Choice:
-    """The implementation for a tensor of that device and dtype; see `choose`, which acts upon it.
+    """The implementation for a tensor of that device and dtype; `choose` uses it.
 
-    fastest: what was measured to be the fastest, None without a measurement.
+    fastest: the fastest implementation by measurement, None without a measurement.
     """
     name = get_backend()
     if name == "reference":
-        return Choice("reference", "backend 'reference' was asked for")
+        return Choice("reference", "backend 'reference' was requested")
     missing = absence(device)
     may_run = missing is None and not (fastest == "triton" and obstacle)
     if fastest is not None and name == "auto" and device.type == "cuda" and may_run:
-        return Choice(fastest, "the fastest that was measured on this GPU")
+        return Choice(fastest, "the fastest by measurement on this GPU")
     obstacle = missing or obstacle
     if obstacle is not None:
         return Choice("reference", obstacle)
     if name == "triton":
-        return Choice("triton", "backend 'triton' was asked for")
+        return Choice("triton", "backend 'triton' was requested")
     if device.type != "cuda":
         return Choice(
-            "reference", "the interpreter is slow, so it runs only where backend 'triton' is asked for"
+            "reference", "the interpreter is slow, so it runs only if backend 'triton' is requested"
         )
     if dtype == torch.float64:
-        return Choice("reference", "float64 is for proofs, where the reference is the measure")
+        return Choice("reference", "float64 is for tests against the reference")
     if slower is not None:
         return Choice("reference", slower)
     return Choice("triton", "a tensor on CUDA")
@@ -137,7 +137,7 @@ class Table(NamedTuple):
     """The results of a measurement.
 
     choices: by shape class (`shape_class`), the fastest implementation inside a compiled function
-    ("compiled") and outside ("eager"). tiles: by launch choice and its arguments, what it returns.
+    ("compiled") and outside ("eager"). tiles: the result of each launch choice, by its name and arguments.
     """
 
     choices: dict[str, dict[str, str]]
@@ -145,7 +145,7 @@ class Table(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """The table's queries by operations. classes: operations by shape class. tiles: every variant."""
+    """Records the queries of operations. classes: operations by shape class. tiles: all variants."""
 
     classes: dict[str, str]
     tiles: dict[str, list[Tile]]
@@ -156,9 +156,9 @@ _asked: Asked | None = None
 
 
 def install(table: Table) -> Table:
-    """Takes a table for every choice from now on; returns the one before.
+    """Installs a table for all choices; returns the previous one.
 
-    To be called before a function is compiled or captured, which keep the choices that they were made with.
+    Call it before a function is compiled or captured, because these keep their choices.
     """
     global _table
     before, _table = _table, table
@@ -166,13 +166,13 @@ def install(table: Table) -> Table:
 
 
 def installed() -> Table:
-    """The table that choices are taken from, empty without a measurement."""
+    """The current table of choices; empty without a measurement."""
     return _table
 
 
 @contextmanager
 def asking() -> Iterator[Asked]:
-    """Collects the shape classes and launch choices that operations ask for, in their order."""
+    """Collects the shape classes and launch choices that operations query, in order."""
     global _asked
     before, _asked = _asked, Asked({}, {})
     try:
@@ -182,10 +182,10 @@ def asking() -> Iterator[Asked]:
 
 
 def shape_class(op: str, tensor: Tensor, sizes: tuple[int, ...] = (), weight: Tensor | None = None) -> str:
-    """The key that a measurement of `op` is kept by.
+    """The key of a measurement of `op`.
 
-    Rows of `tensor` count as the power of two that covers them. Its width, its dtype and `sizes` count as
-    they are; so does whether it or `weight` takes a gradient.
+    Rows of `tensor` count as the power of two that covers them. The key also has its width, its dtype,
+    `sizes`, and whether it or `weight` requires a gradient.
     """
     width = tensor.shape[-1] if tensor.dim() else 1
     rows, covered = tensor.numel() // max(width, 1), 1
@@ -198,10 +198,10 @@ def shape_class(op: str, tensor: Tensor, sizes: tuple[int, ...] = (), weight: Te
 
 
 def _fastest(op: str, tensor: Tensor, sizes: tuple[int, ...], weight: Tensor | None) -> str | None:
-    """The implementation that the table has for these arguments, None if it has none."""
+    """The table's implementation for these arguments; None if there is none."""
     if _asked is not None:
         _asked.classes[shape_class(op, tensor, sizes, weight)] = op
-    # Compiled functions are guarded by this lookup, so without a table there is none.
+    # Skip the lookup without a table, because compiled functions are guarded by it.
     if not _table.choices or tensor.dtype == torch.float64:
         return None
     entry = _table.choices.get(shape_class(op, tensor, sizes, weight))
@@ -209,9 +209,9 @@ def _fastest(op: str, tensor: Tensor, sizes: tuple[int, ...], weight: Tensor | N
 
 
 def tunable(variants: Callable[..., list[Tile]]) -> Callable[[Callable[..., Tile]], Callable[..., Tile]]:
-    """Lets a measurement replace what a launch choice returns, for the same arguments.
+    """Lets a measurement replace the result of a launch choice for the same arguments.
 
-    variants: of the launch choice's arguments, other launches to measure, with the same names in each.
+    variants: returns other launches to measure for the same arguments, with the same names.
     """
 
     def wrap(choice: Callable[..., Tile]) -> Callable[..., Tile]:
@@ -231,16 +231,16 @@ def tunable(variants: Callable[..., list[Tile]]) -> Callable[[Callable[..., Tile
     return wrap
 
 
-# The choices that `explained` collects, and the device that its tensors stand for.
+# The choices that `explained` collects, and the device that its tensors represent.
 _choices: dict[str, Choice] | None = None
 _stand_in: torch.device | None = None
 
 
 @contextmanager
 def explained(device: torch.device) -> Iterator[dict[str, Choice]]:
-    """Collects what each operation takes, with every tensor standing for one on `device`.
+    """Collects the choice of each operation, with every tensor representing one on `device`.
 
-    Called with meta tensors, operations so tell what they would run there, and run nothing.
+    With meta tensors, operations report their choice there without running.
     """
     global _choices, _stand_in
     before = _choices, _stand_in
@@ -252,12 +252,13 @@ def explained(device: torch.device) -> Iterator[dict[str, Choice]]:
 
 
 def device_of(tensor: Tensor) -> torch.device:
-    """The device that decides for a tensor: its own, or under `explained` the one that it stands for."""
+    """The device that determines the choice for a tensor: its own, or the one it represents in
+    `explained`."""
     return _stand_in or tensor.device
 
 
 def explain(op: str, choice: Choice) -> None:
-    """Tells `explained`, where it listens, what an operation takes."""
+    """Reports the choice of an operation to `explained`, if active."""
     if _choices is not None:
         _choices[op] = choice
 
@@ -271,19 +272,19 @@ def choose(
     weight: Tensor | None = None,
     measured_as: str | None = None,
 ) -> str:
-    """The implementation that `op` runs for `tensor`: triton, reference, or a library that was measured.
+    """The implementation that `op` runs for `tensor`: triton, reference or a measured library.
 
-    obstacle: why the kernel cannot take these arguments, None if it can. slower: why the reference is the
-    faster one for them where nothing was measured, None if it is not. sizes, weight: what else counts in the
-    shape class. measured_as: the name that operations which are measured together share. Under `auto` an
-    obstacle, a device other than CUDA, float64 or a missing Triton mean the reference. Under `triton` an
-    obstacle, a device that Triton cannot use or a missing Triton raise BackendError.
+    obstacle: why the kernel does not support these arguments, None if it does. slower: why the reference is
+    faster for them without a measurement, None if it is not. sizes, weight: further parts of the shape class.
+    measured_as: the common name of operations that are measured together. With `auto`, an obstacle, a device
+    other than CUDA, float64 or a missing Triton select the reference. With `triton`, an obstacle, an
+    unsupported device or a missing Triton raise BackendError.
     """
     fastest = _fastest(measured_as or op, tensor, sizes, weight)
     choice = decide(device_of(tensor), tensor.dtype, obstacle, slower, fastest)
     explain(op, choice)
     if get_backend() == "triton" and choice.implementation != "triton":
-        raise BackendError(f"{op}: backend 'triton' was asked for, but {choice.reason}; use 'auto'")
+        raise BackendError(f"{op}: backend 'triton' was requested, but {choice.reason}; use 'auto'")
     return choice.implementation
 
 
@@ -293,14 +294,14 @@ def use_triton(op: str, tensor: Tensor, obstacle: str | None = None, **others: A
 
 
 def wide(dtype: torch.dtype) -> "tl.constexpr":
-    """The Triton type that sums over tensors of this dtype are taken in."""
+    """The Triton type of sums over tensors of this dtype."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def dot(dtype: torch.dtype) -> "tl.constexpr":
-    """The Triton type that operands of `tl.dot` are given in: their own, which the tensor cores multiply.
+    """The Triton type of operands of `tl.dot`: their own type, which the tensor cores multiply.
 
-    The interpreter keeps bfloat16 as its bits and would multiply those, so there it is float32.
+    The interpreter stores bfloat16 as raw bits and would multiply these, so there it is float32.
     """
     if dtype == torch.bfloat16:
         return tl.float32 if INTERPRETED else tl.bfloat16
@@ -324,7 +325,7 @@ _record: list[Launch] | None = None
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Collects launches instead of running them, so that launchers can be called with meta tensors."""
+    """Records launches instead of running them, so that launchers accept meta tensors."""
     global _record
     before, _record = _record, []
     try:
@@ -344,7 +345,7 @@ def launch(
 ) -> None:
     """Runs a kernel on its first tensor's device. args: by position; constants: tl.constexpr, by name.
 
-    enable_fp_fusion: False keeps a product and a sum apart, each rounded, as the reference computes them.
+    enable_fp_fusion: False rounds products and sums separately, as the reference does.
     """
     if _record is not None:
         _record.append(Launch(kernel, grid, args, constants, num_warps, num_stages, enable_fp_fusion))

@@ -1,4 +1,4 @@
-"""The plain product; on a CPU by the faster of the two libraries that PyTorch brings.
+"""The plain product; a CPU uses the faster of PyTorch's two libraries.
 
 Forward:    y = x @ weight^T + bias
 Backward:   dx = dy @ weight;  dweight = dy^T @ x;  dbias = sum over rows of dy
@@ -6,14 +6,14 @@ Backward:   dx = dy @ weight;  dweight = dy^T @ x;  dbias = sum over rows of dy
 Saved: x and weight. Nothing is recomputed. Bytes, in elements for M rows: MK + NK read, MN written; the three
 products of a training step are M N K multiply-adds each.
 
-PyTorch gives float32 products to MKL, which takes its AVX2 kernels on any processor but Intel's. There
-oneDNN, which looks at the instruction set alone, is about twice as fast: 380 to 430 GFLOP/s against 170 to
-210 on two AMD EPYC cores with AVX-512. The choice is a fixed function of the machine and never measured, so a
-resumed run adds in the same order as the run before it.
+PyTorch computes float32 products with MKL, which uses its AVX2 kernels on processors of other vendors than
+Intel. On these processors oneDNN, which only checks the instruction set, is about twice as fast: 380 to 430
+GFLOP/s against 170 to 210 on two AMD EPYC cores with AVX-512. The choice is a fixed function of the machine,
+without a measurement, so a resumed run sums in the same order.
 
-On a CPU without instructions for bfloat16 the libraries multiply it in plain loops, 9 to 40 times as slowly
-as float32. There the operands are widened: the product of two bfloat16 numbers is exact in float32, the sum
-is taken in float32 and rounded once.
+On a CPU without instructions for bfloat16 the libraries multiply it in plain loops, 9 to 40 times slower than
+float32. On such a CPU the operands are widened: the product of two bfloat16 numbers is exact in float32, the
+sum is taken in float32 and rounded once.
 """
 
 import torch
@@ -25,7 +25,7 @@ from kernels.checks import check_floating, check_shape
 from kernels.cpu import cpuinfo, multiplies_bfloat16
 
 INTEL = "GenuineIntel"
-# FLOP below which a product stays with PyTorch's own choice: it would save less than oneDNN's call costs.
+# FLOP below which a product stays with PyTorch: the savings would be less than the overhead of oneDNN's call.
 LEAST_FLOP = 8_000_000
 
 
@@ -41,7 +41,7 @@ def linear_widened(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 
 def machine_limit(vendor: str | None, capability: str, has_onednn: bool) -> str | None:
-    """Why a machine's products stay with PyTorch's own choice, None where oneDNN is faster.
+    """The reason why a given machine's products stay with PyTorch's choice; None if oneDNN is faster.
 
     vendor: as in /proc/cpuinfo, None if unknown. capability: the instruction set that PyTorch found.
     has_onednn: whether PyTorch was built with it and has its product as an operator.
@@ -49,9 +49,9 @@ def machine_limit(vendor: str | None, capability: str, has_onednn: bool) -> str 
     if not has_onednn:
         return "this PyTorch has no product by oneDNN"
     if vendor is None or vendor == INTEL:
-        return f"the processor's vendor is {vendor or 'not known'}, and MKL is at its best on Intel's"
+        return f"the processor's vendor is {vendor or 'unknown'}, and MKL is fast on Intel"
     if "AVX512" not in capability:
-        return f"oneDNN is no faster without AVX-512, and the processor has {capability}"
+        return f"oneDNN is not faster without AVX-512, and the processor has {capability}"
     return None
 
 
@@ -60,59 +60,60 @@ def _widens() -> bool:
 
 
 def _here() -> str | None:
-    """Why products on this machine's CPU stay with PyTorch's own choice, None where oneDNN takes them."""
+    """The reason why this machine's products stay with PyTorch's choice; None if oneDNN computes them."""
     if not torch.backends.mkldnn.enabled:
         return "torch.backends.mkldnn.enabled is False"
     has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return machine_limit(cpuinfo("vendor_id"), torch.backends.cpu.get_cpu_capability(), has_onednn)
 
 
-# The compiler takes these answers as constants and does not trace how they are found. This is the attribute
-# that torch.compiler.assume_constant_result sets; that function imports the compiler, which takes 2 seconds.
+# The compiler treats these results as constants and does not trace the functions.
+# torch.compiler.assume_constant_result sets the same attribute, but imports the compiler, which takes 2
+# seconds.
 for _answer in (_widens, _here):
     setattr(_answer, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def linear_choice(x: Tensor, weight: Tensor) -> Choice:
-    """The implementation of `linear` and the reason: onednn, widened, or reference, PyTorch's own choice."""
+    """The implementation of `linear` and the reason: onednn, widened, or reference (PyTorch's choice)."""
     device = device_of(x)
     if get_backend() == "reference":
-        return Choice("reference", "backend 'reference' was asked for")
+        return Choice("reference", "backend 'reference' was requested")
     if device.type != "cpu":
-        return Choice("reference", f"the library for {device.type} multiplies")
+        return Choice("reference", f"products on {device.type} use its library")
     if torch.is_autocast_enabled("cpu"):
         return Choice("reference", "autocast chooses the dtype of products")
     if x.dtype == torch.bfloat16 and _widens():
         return Choice("widened", "bfloat16 on a processor without instructions for it")
     if x.dtype != torch.float32:
-        return Choice("reference", f"oneDNN is taken for float32, got {x.dtype}")
+        return Choice("reference", f"oneDNN is used only for float32, got {x.dtype}")
     flop = 2 * x.numel() * weight.shape[0]
     if flop < LEAST_FLOP:
-        return Choice("reference", f"a product of {flop / 1e6:.1f} MFLOP is too small for oneDNN's call")
+        return Choice("reference", f"a product of {flop / 1e6:.1f} MFLOP is too small to gain from oneDNN")
     limit = _here()
     return (
         Choice("reference", limit)
         if limit
-        else Choice("onednn", "float32 on a processor with AVX-512 that MKL does not know")
+        else Choice("onednn", "float32 on a processor with AVX-512 that MKL does not support")
     )
 
 
 def _dense(matrix: Tensor) -> Tensor:
-    # A matrix that is neither contiguous nor the transpose of one falls into oneDNN's plain loops.
+    # oneDNN multiplies a matrix in slow loops unless it or its transpose is contiguous.
     return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
 
 
-# Inductor takes oneDNN's own operator for constant weights only, so it stands behind one of ours; defined
-# without `custom_op`, whose checks of each call cost 5 us, a tenth of a small product.
+# Inductor supports oneDNN's operator only for constant weights, so this operator wraps it. It is defined
+# without `custom_op`, whose checks cost 5 us per call, a tenth of a small product.
 torch.library.define("hrm_kernels::linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
 @torch.library.impl("hrm_kernels::linear", "CPU")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # oneDNN has no product of nothing, such as the weight's gradient without rows.
+    # oneDNN does not support empty products, such as the weight's gradient without rows.
     if not x.numel() or not weight.numel():
         return F.linear(x, weight, bias)
-    # A bias with gaps would be read as one without.
+    # oneDNN would ignore the strides of a bias.
     bias = None if bias is None else bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise.default(x, _dense(weight), bias, "none", [], "")
 
@@ -136,7 +137,7 @@ def _differentiate(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tenso
     dy_rows, x_rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     dweight = None
     if wants_weight:
-        # oneDNN wants the left operand in rows, so one of the two is copied: the narrower one.
+        # oneDNN needs a contiguous left operand, so copy the narrower operand.
         narrow = dy_rows.shape[1] <= x_rows.shape[1]
         dweight = (
             _linear(dy_rows.t(), x_rows.t(), None) if narrow else _linear(x_rows.t(), dy_rows.t(), None).t()
@@ -155,9 +156,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight^T + bias.
 
     x: (..., K); weight: (N, K); bias: (N,) or None, all of one dtype. Returns (..., N) in that dtype, summed
-    in float32 for narrower ones. On a CPU float32 from LEAST_FLOP on takes oneDNN where `machine_limit` finds
-    it faster, unless `torch.backends.mkldnn` is switched off, and bfloat16 is widened where the processor
-    cannot multiply it; anything else, and everything under `set_backend("reference")`, is
+    in float32 for narrower ones. On a CPU float32 products of at least LEAST_FLOP use oneDNN if
+    `machine_limit` finds it faster and `torch.backends.mkldnn` is enabled, and bfloat16 is widened if the
+    processor cannot multiply it. All other products, and all with `set_backend("reference")`, use
     `torch.nn.functional.linear`. Raises ValueError or TypeError naming the argument.
     """
     check_floating("linear", x=x, weight=weight, **({} if bias is None else {"bias": bias}))

@@ -1,8 +1,8 @@
-"""The inner loop of the fused products x @ weight^T, their tiles, and when they run.
+"""The inner loop of the fused products x @ weight^T, their tiles, and the conditions for their use.
 
-One program computes a tile of (BLOCK_M, BLOCK_N) outputs in the accumulator's registers; what follows the
-loop is the business of the kernel that calls it. Programs of the same rows are neighbours, so that a tile of
-x comes from memory once and for the other column tiles from the L2 cache, where the weights stay.
+A program computes a tile of (BLOCK_M, BLOCK_N) outputs in registers; the calling kernel adds the epilogue.
+Programs of the same rows are consecutive, so that a tile of x is read from memory once and then from the L2
+cache, where the weights stay.
 """
 
 from typing import Any
@@ -15,15 +15,16 @@ from kernels.checks import accumulate_dtype, check_floating
 
 
 def fitted(choice: Tile, N: int, K: int) -> Tile:
-    """A launch whose tile is no wider or deeper than the product, and whether K fills its tiles."""
-    # A small N or K takes the power of two that covers it, and no less than tensor cores multiply.
+    """A launch whose tile does not exceed the product, and whether K is a multiple of the tile."""
+    # Use the power of two that covers a small N or K, at least the tensor cores' minimum.
     for block, size in (("BLOCK_N", N), ("BLOCK_K", K)):
         choice[block] = min(choice[block], max(16, triton.next_power_of_2(size)))
     return {**choice, "EVEN_K": K % choice["BLOCK_K"] == 0}
 
 
 def launch_variants(dtype: torch.dtype, N: int, K: int) -> list[Tile]:
-    """Smaller tiles, of which two programs share a multiprocessor, and other depths, for tensor cores."""
+    """Variants with smaller tiles, so that two programs share a multiprocessor, and other depths, for tensor
+    cores."""
     if dtype.itemsize > 2 or K % 16:
         return []
     names = "BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"
@@ -37,17 +38,18 @@ def launch_variants(dtype: torch.dtype, N: int, K: int) -> list[Tile]:
 
 @tunable(launch_variants)
 def launch_choice(dtype: torch.dtype, N: int, K: int) -> Tile:
-    """Tiles of a product (M, K) x (K, N): the largest whose sums fit into registers, whatever M is.
+    """Tiles of a product (M, K) x (K, N): the largest whose sums fit into registers, for any M.
 
-    A 128 x 256 tile keeps 128 sums a thread and reads 85 multiply-adds per element from the L2 cache, whose
-    bandwidth bounds smaller tiles. A stage of 64 columns takes 48 KiB: Triton keeps two of them where
-    products read registers (96 of the 99 KiB of sm_86, 89, 120) and three where they read shared memory.
+    A 128 x 256 tile has 128 sums per thread and 85 multiply-adds per element read from the L2 cache, whose
+    bandwidth limits smaller tiles. A stage of 64 columns takes 48 KiB: Triton allocates two if products read
+    registers (96 of the 99 KiB of sm_86, 89, 120) and three if they read shared memory.
     """
     if dtype.itemsize > 2 or K % 16:
-        # Without tensor cores, or with rows too crooked for asynchronous copies, registers hold operands too.
+        # Without tensor cores, or with rows too misaligned for asynchronous copies, registers also hold
+        # operands.
         choice: Tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3}
     elif N % 16:
-        # The addresses of crooked rows take registers of their own.
+        # The addresses of misaligned rows take additional registers.
         choice = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
     else:
         choice = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
@@ -56,7 +58,7 @@ def launch_choice(dtype: torch.dtype, N: int, K: int) -> Tile:
 
 @jit
 def place(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    # The first row and column of this program's tile, and how many of either are left from there.
+    # The first row and column of this program's tile, and the number of rows and columns from there.
     tile, tiles_n = tl.program_id(0), tl.cdiv(N, BLOCK_N)
     row, col = (tile // tiles_n).to(tl.int64) * BLOCK_M, (tile % tiles_n).to(tl.int64) * BLOCK_N
     return row, col, tl.minimum(M - row, BLOCK_M).to(tl.int32), tl.minimum(N - col, BLOCK_N).to(tl.int32)
@@ -71,8 +73,8 @@ def product(
     x_stride_m, weight_stride_n,
     DOT: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # acc + x[rows] @ weight[outs]^T. Rows and outs repeat valid ones past the end, so that only the tail of K
-    # needs a mask; x_ptr is that of the tile's first row, so that offsets within it take 32 bits.
+    # acc + x[rows] @ weight[outs]^T. Rows and outs are clamped at the end, so that only the tail of K needs a
+    # mask; x_ptr points to the tile's first row, so that offsets fit into 32 bits.
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + rows[:, None] * x_stride_m + k[None, :]
     weight_ptrs = weight_ptr + outs[None, :] * weight_stride_n + k[:, None]
@@ -91,7 +93,7 @@ def product(
 
 @jit
 def deferred_rstd(mean_square_ptr, rows, PARTS: tl.constexpr):
-    # The factors of some rows, whose parts lie side by side; see `rstd_of`.
+    # The factors of some rows with contiguous parts; see `rstd_of`.
     mean_square_ptrs = mean_square_ptr + rows * PARTS
     mean_square = tl.load(mean_square_ptrs)
     for part in tl.static_range(1, PARTS):
@@ -114,7 +116,7 @@ def check_product(op: str, x: Tensor, weight: Tensor, mean_square: Tensor | None
 
 
 def check_mean_square(op: str, name: str, rows: Tensor, mean_square: Tensor) -> None:
-    """At least one part per row, in the dtype that sums are taken in."""
+    """Checks that there is at least one part per row, in the dtype of sums."""
     shape = tuple(rows.shape[:-1])
     if tuple(mean_square.shape[:-1]) != shape or not mean_square.shape[-1]:
         expected = f"({', '.join(map(str, (*shape, 'P')))})"
@@ -127,31 +129,31 @@ def check_mean_square(op: str, name: str, rows: Tensor, mean_square: Tensor) -> 
 
 
 def parts_of(mean_square: Tensor | None) -> tuple[Tensor | None, int]:
-    """A kernel's form of `mean_square`: its rows one after the other, and the parts of each."""
+    """`mean_square` in the kernel's form: contiguous rows, and the number of parts."""
     return (None, 0) if mean_square is None else (mean_square.contiguous(), mean_square.shape[-1])
 
 
-# `linear_scaled` and `linear_rms` are measured together: one leaves a factor that the other applies.
+# `linear_scaled` and `linear_rms` are measured together: one defers a factor that the other applies.
 DEFERRED = "deferred_norm"
 
 
 def takes_kernel(op: str, tensor: Tensor, weight: Tensor | None = None, **others: Any) -> bool:
     """Whether `op` runs its kernel for `tensor`; the arguments are those of `choose`.
 
-    Without a measurement float32 takes the kernel only where the backend is named: without tensor cores the
-    library's product wins.
+    Without a measurement, float32 uses the kernel only if the backend is requested: without tensor cores the
+    library's product is faster.
     """
-    slower = "without tensor cores the library's product wins" if tensor.dtype == torch.float32 else None
+    slower = "without tensor cores the library's product is faster" if tensor.dtype == torch.float32 else None
     return use_triton(op, tensor, slower=slower, weight=weight, **others)
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd follows an operation on these tensors."""
+    """Whether autograd records an operation on these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def use_fused(op: str, *tensors: Tensor | None, measured_as: str | None = None) -> bool:
-    """Whether `op`, which has no backward, runs as one kernel: `takes_kernel` by the first tensor."""
+    """Whether `op`, which has no backward, runs as one kernel: see `takes_kernel` for the first tensor."""
     first = tensors[0]
     assert first is not None
     return takes_kernel(op, first, measured_as=measured_as) and not wants_gradient(*tensors)

@@ -1,8 +1,8 @@
-"""Keeps the fastest implementations measured on this GPU (`kernels.fastest`) for later runs.
+"""Stores the fastest implementations measured on this GPU (`kernels.fastest`) for later runs.
 
-A measurement is kept by GPU, versions and the sources of this package; without one `backend` decides by shape
-and dtype alone. A run measures in a process of its own, so that a kernel which fails or hangs costs it the
-time limit and nothing else.
+The key of a measurement is the GPU, versions and the sources of this package; without a measurement `backend`
+decides by shape and dtype. A run measures in a separate process, so that a kernel that fails or hangs costs
+at most the time limit.
 """
 
 import hashlib
@@ -24,14 +24,14 @@ import torch
 from kernels.backend import Table
 from kernels.cases import Sizes
 
-# Seconds after which a run's measurement begins no further candidate, and after which its process is ended.
+# Seconds after which a measurement starts no further candidate, and after which its process is killed.
 SECONDS, LIMIT = 60, 120
 LARGEST_FILE = 1 << 20
 IMPLEMENTATIONS = ("triton", "reference", "flash", "sdpa", "quack")
 ROOT = Path(__file__).parent
 
 
-# ------------------------------------------------------------------------------------------ what is kept
+# -------------------------------------------------------------------------------------- stored measurements
 
 
 @cache
@@ -58,9 +58,9 @@ def made_by(device: torch.device) -> dict[str, str]:
 
 
 def cache_folder() -> Path:
-    """Where measurements lie: $XDG_CACHE_HOME/hrm-kernels, else ~/.cache/hrm-kernels."""
+    """The folder of measurements: $XDG_CACHE_HOME/hrm-kernels, else ~/.cache/hrm-kernels."""
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # The specification of that variable has relative paths ignored.
+    # The specification requires relative paths to be ignored.
     return (given if given.is_absolute() else Path(os.path.expanduser("~/.cache"))) / "hrm-kernels"
 
 
@@ -70,7 +70,7 @@ def cache_file(maker: dict[str, str]) -> Path:
 
 
 class Kept(NamedTuple):
-    """A measurement as it is kept. done: the sizes that need not be measured again. rows: what was found."""
+    """A stored measurement. done: sizes that need not be measured again. rows: the results."""
 
     maker: dict[str, str]
     table: Table
@@ -79,7 +79,7 @@ class Kept(NamedTuple):
 
 
 def to_text(kept: Kept) -> str:
-    """As JSON, with a digest of what it says."""
+    """JSON with a digest of the contents."""
     table = {"choices": kept.table.choices, "tiles": kept.table.tiles}
     content = {"made_by": kept.maker, **table, "done": kept.done, "rows": kept.rows}
     return json.dumps({"sha256": _digest(content), **content}, indent=1)
@@ -100,13 +100,13 @@ def from_text(text: str, maker: dict[str, str]) -> Kept | None:
         if not known <= set(IMPLEMENTATIONS) or not all(type(tile) is dict for tile in table.tiles.values()):
             return None
         return Kept(maker, table, list(content["done"]), list(content["rows"]))
-    # Whatever a damaged file makes of the above; a deep one exhausts the parser's stack.
+    # A damaged file may raise any of these; deep nesting exhausts the parser's stack.
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
 def load(maker: dict[str, str], path: Path | None = None) -> Kept | None:
-    """The measurement that is kept for a maker; None where there is none that can be read."""
+    """The stored measurement of a maker; None without a readable one."""
     path = path or cache_file(maker)
     try:
         if path.stat().st_size > LARGEST_FILE:
@@ -117,7 +117,7 @@ def load(maker: dict[str, str], path: Path | None = None) -> Kept | None:
 
 
 def save(kept: Kept, path: Path | None = None) -> str | None:
-    """Keeps a measurement, whole or not at all; returns why it could not be kept, None if it was."""
+    """Stores a measurement atomically; returns the reason if it fails, else None."""
     path = path or cache_file(kept.maker)
     written = None
     try:
@@ -140,19 +140,19 @@ def save(kept: Kept, path: Path | None = None) -> str | None:
 
 
 def request(sizes: Sizes, dtype: torch.dtype, only: Sequence[str]) -> str:
-    """One measurement's name among those that are done."""
+    """The name of a measurement in `done`."""
     return f"{' '.join(map(str, sizes))} {str(dtype).removeprefix('torch.')} {' '.join(only)}"
 
 
 def command(sizes: Sizes, dtype: torch.dtype, device: torch.device, only: Sequence[str]) -> list[str]:
-    """The command that measures what is missing, in a process of its own."""
+    """The command that measures missing cases in a separate process."""
     words = [f"--{name.replace('_', '-')}={value}" for name, value in sizes._asdict().items()]
     words += [f"--dtype={str(dtype).removeprefix('torch.')}", f"--device={device}", f"--seconds={SECONDS}"]
     return [sys.executable, "-m", "kernels", "--measure", "--missing", "--json", *words, "--only", *only]
 
 
 def _run(words: list[str]) -> str:
-    """A command's output; empty where it fails or takes longer than LIMIT."""
+    """A command's output; empty if it fails or takes longer than LIMIT."""
     path = os.pathsep.join([str(ROOT.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     with suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(
@@ -175,9 +175,9 @@ def once(
     run: Callable[[list[str]], str] = _run,
     say: Callable[[str], None] = print,
 ) -> Table:
-    """The table for these sizes: the one that is kept, else measured now, which is said in one line.
+    """The table for these sizes, stored or measured now; a measurement prints one line.
 
-    A measurement that fails is not tried again for the same sizes: what it lacks is chosen as without one.
+    A failed measurement is not repeated for the same sizes: missing choices are made without it.
     """
     maker, asked = made_by(device), request(sizes, dtype, only)
     kept = load(maker)
@@ -186,7 +186,7 @@ def once(
     start = time.monotonic()
     found = from_text(run(command(sizes, dtype, device, only)), maker)
     took, failed = time.monotonic() - start, found is None
-    # One that was ended has kept what it found until then.
+    # A killed process has stored its results so far.
     found = found or load(maker) or Kept(maker, Table({}, {}), [], [])
     if asked not in found.done:
         found = found._replace(done=[*found.done, asked])
@@ -197,6 +197,6 @@ def once(
     kernels = sum("triton" in row["choice"].values() for row in of_these)
     line = f"kernels: measured on this GPU in {took:.0f} s, {len(of_these)} operations, {kernels} by Triton"
     if failed:
-        line = f"kernels: measuring them on this GPU failed after {took:.0f} s, so shapes choose them"
+        line = f"kernels: measuring them on this GPU failed after {took:.0f} s, so shapes decide"
     say(f"{line}; {problem or f'kept in {cache_file(maker)}'}")
     return found.table

@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrices are made nearly orthogonal before the step.
+"""Muon: momentum whose matrices are nearly orthogonalised before the step.
 
 For a stack of matrices (out, in) with gradient g, momentum m and weights p, at learning rate lr:
 
@@ -7,13 +7,13 @@ For a stack of matrices (out, in) with gradient g, momentum m and weights p, at 
     n times:  A = x x^T;   x = a x + (b A + c A A) x          (on x^T where out > in, whose A is smaller)
     p = p (1 - lr wd) - lr sqrt(max(1, out / in)) x
 
-The polynomial a s + b s^3 + c s^5 moves each singular value s towards 1. A flag on the device says whether
+The polynomial a s + b s^3 + c s^5 moves each singular value s towards 1. A flag on the device decides whether
 the step is skipped.
 
-There is no backward; nothing is saved. Three parts, so that ranks can share the products: `muon_momentum`
-and `muon_update`, elementwise over flat buffers, and `orthogonalize`, batched products of PyTorch over
-matrices of one shape. Bytes an element, in float32 with u in e bytes: m read and written, g read, u written,
-12 + e; then p read and written, u read, 8 + e, and 2 for the copy.
+There is no backward; nothing is saved. It has three parts, so that ranks can share the products:
+`muon_momentum` and `muon_update`, elementwise over flat buffers, and `orthogonalize`, PyTorch's batched
+products over matrices of equal shape. Bytes per element, in float32 with u in e bytes: m read and written, g
+read, u written, 12 + e; then p read and written, u read, 8 + e, and 2 for the copy.
 """
 
 import torch
@@ -22,13 +22,13 @@ from torch import Tensor
 from kernels.backend import device_of, jit, launch, tl, triton, use_triton
 from kernels.checks import accumulate_dtype, check_flag, check_floating, check_shape
 
-# The quintic of Keller Jordan's Muon, steep at 0.
+# Coefficients of the quintic of Keller Jordan's Muon, steep at 0.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SMALLEST_NORM = 1e-7
 
 
 def _skips(skip: Tensor | None) -> bool:
-    """Whether the host may leave the work out: on a CPU it reads the flag at no cost."""
+    """Whether to skip the work on the host: on a CPU, reading the flag costs nothing."""
     if skip is None or skip.is_meta or torch.compiler.is_compiling():
         return False
     return device_of(skip).type == "cpu" and bool(skip)
@@ -67,8 +67,8 @@ def muon_update_reference(
 def orthogonalize(x: Tensor, steps: int) -> Tensor:
     """Each matrix with its singular values moved towards 1 by Newton-Schulz steps.
 
-    x: (n, out, in), its products in its own dtype, its norms in float32 (float64 for float64). Returns the
-    same shape and dtype. A matrix of zeros stays one. Source: Jordan et al. 2024
+    x: (n, out, in), with products in its dtype and norms in float32 (float64 for float64). Returns the
+    same shape and dtype. A zero matrix stays zero. Source: Jordan et al. 2024
     (kellerjordan.github.io/posts/muon).
     """
     a, b, c = COEFFICIENTS
@@ -84,7 +84,7 @@ def orthogonalize(x: Tensor, steps: int) -> Tensor:
 
 
 def launch_choice() -> dict[str, int]:
-    """Two 16-byte vectors of each buffer to a thread."""
+    """Two 16-byte vectors of each buffer per thread."""
     return {"BLOCK": 2048, "num_warps": 8}
 
 
@@ -99,7 +99,7 @@ def _muon_momentum_kernel(
     mask = index < N
     g = tl.load(grad_ptr + index, mask=mask, other=0.0)
     m = tl.load(momentum_ptr + index, mask=mask, other=0.0)
-    # The two forms of torch.lerp, of which each is exact at its own end.
+    # torch.lerp has two forms, each exact at one end.
     m = tl.where(weight < 0.5, m, g) + tl.where(weight < 0.5, weight, weight - 1.0) * (g - m)
     u = tl.where(mu < 0.5, g, m) + tl.where(mu < 0.5, mu, mu - 1.0) * (m - g)
     tl.store(update_ptr + index, u.to(update_ptr.dtype.element_ty), mask=mask)
@@ -179,7 +179,7 @@ def _(param, update, lr, scale, weight_decay, copy, skip) -> None:
 
 
 def _check_narrow(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
-    """The tensor has the shape and device of `like`, and its dtype or a narrower one."""
+    """Checks that the tensor has the shape and device of `like`, and its dtype or a narrower one."""
     check_shape(op, name, tensor, tuple(like.shape))
     if tensor.dtype not in (like.dtype, torch.bfloat16, torch.float16) or tensor.device != like.device:
         raise TypeError(
@@ -189,11 +189,11 @@ def _check_narrow(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
 
 
 def _obstacle(wide: Tensor, *buffers: Tensor | None) -> str | None:
-    """Why a kernel cannot take the buffers."""
+    """The reason why a kernel does not support the buffers; None if it does."""
     if wide.dtype != torch.float32:
         return f"its kernel takes float32, got {wide.dtype}"
     if not all(buffer.is_contiguous() for buffer in (wide, *buffers) if buffer is not None):
-        return "its kernel walks over contiguous buffers"
+        return "its kernel needs contiguous buffers"
     return None
 
 
@@ -204,8 +204,8 @@ def muon_momentum(
     """One momentum step: m = lerp(m, g, 1 - mu) in place, and the Nesterov update lerp(g, m, mu).
 
     grad, momentum: one shape and dtype (float32 in training; its kernel takes no other). update: the same
-    shape in that dtype, bfloat16 or float16; overwritten. mu: the share of the momentum that stays. skip:
-    None, or () bool on the device: where it is True, momentum keeps its bits and update is undefined. Raises
+    shape in that dtype, bfloat16 or float16; overwritten. mu: the decay of the momentum. skip:
+    None, or () bool on the device: if True, momentum does not change and update is undefined. Raises
     ValueError or TypeError naming the argument. Source: see `orthogonalize`.
     """
     check_floating("muon_momentum", grad=grad, momentum=momentum)
@@ -231,9 +231,9 @@ def muon_update(
 
     p = p (1 - lr wd) - lr scale update. param: any shape (float32 in training; its kernel takes no other);
     update: that shape, in its dtype, bfloat16 or float16. lr: () in param's dtype and on its device. copy:
-    None, or bfloat16 or float16 of that shape, which receives the new weights. skip: None, or () bool on the
-    device: where it is True, param and copy keep their bits. Raises ValueError or TypeError naming the
-    argument. Source: see `orthogonalize`.
+    None, or bfloat16 or float16 of that shape, to receive the new weights. skip: None, or () bool on the
+    device: if True, param and copy do not change. Raises ValueError or TypeError naming the argument. Source:
+    see `orthogonalize`.
     """
     check_floating("muon_update", param=param, lr=lr)
     check_shape("muon_update", "lr", lr, ())

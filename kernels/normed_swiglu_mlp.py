@@ -3,21 +3,21 @@
 Forward, per row with I inner columns:
     [g | u] = x @ gate_up_weight^T;  p = g * u;  r = 1 / sqrt(mean(p^2) + eps)
     y = sigmoid(g) * r * p;  out = y @ down_weight^T
-The factor r is one number a row, so it commutes with the second product. With a = silu(g) * u = y / r:
+The factor r is one number per row, so it commutes with the second product. With a = silu(g) * u = y / r:
     out = r * (a @ down_weight^T)
 Backward:
     da = (r * dout) @ down_weight;  t = -r^2 / I * (dout . out), since dy . y = dout . out
     dg = da * u * s * (1 + g * (1 - s)) + t * p * u;  du = da * g * s + t * p * g, s = sigmoid(g)
     dx = [dg | du] @ gate_up_weight;  dgate_up_weight = [dg | du]^T @ x;  ddown_weight = (r * dout)^T @ a
 
-The epilogue of the first product activates and sums p^2 over its own columns; the second product adds
-these parts and scales (`kernels.linear_rms`). No pass over memory is left for the norm. Backward, one kernel
-over rows makes r * dout and t, and the kernel of `kernels.swiglu_mlp` differentiates in the epilogue of its
-product.
+The epilogue of the first product computes the activation and sums p^2 over its columns; the second product
+adds these parts and scales (`kernels.linear_rms`). The norm needs no separate pass over memory. Backward, a
+kernel over rows computes r * dout and t, and the kernel of `kernels.swiglu_mlp` computes the gradient in the
+epilogue of its product.
 
 Saved: x, the weights, [g | u], a, out and the parts. Recomputed: the sigmoid.
-Bytes beyond those of `swiglu_mlp`, in elements for M rows: forward 4 Q bytes a row for Q parts, I / 128 with
-the largest tiles; backward 2MN read and MN written for r * dout.
+Bytes beyond those of `swiglu_mlp`, in elements for M rows: forward 4 Q bytes per row for Q parts, I / 128
+with the largest tiles; backward 2MN read and MN written for r * dout.
 """
 
 from functools import partial
@@ -62,7 +62,7 @@ def _normed_swiglu_forward_kernel(
     WIDE: tl.constexpr, DOT: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # As in `linear_swiglu`, columns 2c and 2c + 1 are gate and up number c.
+    # As in `linear_swiglu`, columns 2c and 2c + 1 are gate c and up c.
     row, col, rows_left, cols_left = place(M, N, BLOCK_M, BLOCK_N // 2)
     rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N // 2)
     near_rows = tl.minimum(rows, rows_left - 1)
@@ -81,7 +81,7 @@ def _normed_swiglu_forward_kernel(
     if gate_up_ptr is not None:
         gate_ptrs = gate_up_ptr + row * gate_up_stride_m + col
         gate_ptrs += rows[:, None] * gate_up_stride_m + cols[None, :]
-        # Rounded, so that the backward differentiates what the activation was made of.
+        # Round them, so that the backward uses the same values as the activation.
         gate, up = gate.to(gate_up_ptr.dtype.element_ty), up.to(gate_up_ptr.dtype.element_ty)
         tl.store(gate_ptrs, gate, mask=mask)
         tl.store(gate_ptrs + N, up, mask=mask)
@@ -95,7 +95,7 @@ def _normed_swiglu_forward_kernel(
 
 
 def rows_choice(width: int) -> dict[str, int]:
-    """Rows of a program, so that 2048 numbers feed 128 threads, and columns of a step."""
+    """Rows per program, for 2048 numbers per 128 threads, and columns per iteration."""
     BLOCK_N = min(512, max(16, triton.next_power_of_2(width)))
     return {"BLOCK_M": 2048 // BLOCK_N, "BLOCK_N": BLOCK_N, "num_warps": 4}
 
@@ -123,7 +123,7 @@ def _normed_swiglu_scale_kernel(
 
 
 def _parts(x: Tensor, inner: int) -> Tensor:
-    """Memory for the mean squares, of which every column tile has a part."""
+    """Allocates the mean squares, with a part for every column tile."""
     parts = triton.cdiv(2 * inner, launch_choice(x.dtype, 2 * inner, x.shape[-1])["BLOCK_N"])
     return x.new_empty(*x.shape[:-1], parts, dtype=accumulate_dtype(x.dtype))
 
@@ -148,7 +148,7 @@ def _activate(x: Tensor, weight: Tensor, eps: float, *, packed: bool) -> tuple[T
 
 
 def _scale(dout: Tensor, out: Tensor, mean_square: Tensor, inner: int) -> tuple[Tensor, Tensor]:
-    """r * dout, as dout, and the slope t of every row, (M,)."""
+    """r * dout, shaped like dout, and the slope t of every row, (M,)."""
     dout_rows, out_rows = as_rows(dout), as_rows(out)
     M, N = dout_rows.shape
     scaled = torch.empty_like(dout, memory_format=torch.contiguous_format)
@@ -173,7 +173,7 @@ def _forward(x: Tensor, gate_up_weight: Tensor, down_weight: Tensor, eps: float)
 def _forward_packed(
     x: Tensor, gate_up_weight: Tensor, down_weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out, a, the packed product and the parts of its mean square: what the backward needs."""
+    """out, and the saved tensors: a, the packed product and the parts of its mean square."""
     a, mean_square, gate_up = _activate(x, gate_up_weight, eps, packed=True)
     assert gate_up is not None
     return scaled_product(a, down_weight, mean_square), a, gate_up, mean_square
@@ -220,7 +220,7 @@ def _(
 def _save(ctx, inputs, output) -> None:
     out, a, gate_up, mean_square = output
     ctx.mark_non_differentiable(a, gate_up, mean_square)
-    # Without this, autograd would write zeros as the gradients of what carries none.
+    # Otherwise autograd would write zero gradients for outputs without gradient.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:3], out, a, gate_up, mean_square)
 
@@ -231,7 +231,7 @@ def _differentiate(ctx, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
     x, gate_up_weight, down_weight, out, a, gate_up, mean_square = ctx.saved_tensors
     wants_x, wants_gate_up, wants_down, _ = ctx.needs_input_grad
     dgate_up, scaled = _normed_swiglu_mlp_backward(dout, out, down_weight, gate_up, mean_square)
-    # The library multiplies, where the compiler sees it.
+    # The library computes these products, visible to the compiler.
     dx = dgate_up @ gate_up_weight if wants_x else None
     dgate_up_weight = dgate_up.flatten(0, -2).t() @ x.flatten(0, -2) if wants_gate_up else None
     ddown_weight = scaled.flatten(0, -2).t() @ a.flatten(0, -2) if wants_down else None
@@ -246,10 +246,10 @@ def normed_swiglu_mlp(x: Tensor, gate_up_weight: Tensor, down_weight: Tensor, ep
 
     x: (..., K); gate_up_weight: (2*I, K), gate first, so [g | u] = x @ gate_up_weight^T; down_weight: (N, I),
     all of one dtype. The norm is over the I columns: p / sqrt(mean(p^2) + eps). Returns (..., N) in x's
-    dtype. Sums, activates and normalises in float32 (float64 for float64). Where a gradient is wanted the
-    kernel rounds [g | u], silu(g) * u and r * dout once each. float16 takes the reference, as the product may
-    leave its range before the norm. Raises ValueError or TypeError naming the argument. Source: Dillon 2026
-    (arXiv 2601.19085).
+    dtype. Sums, activates and normalises in float32 (float64 for float64). With a gradient, the kernel rounds
+    [g | u], silu(g) * u and r * dout once each. float16 uses the reference, because the product may overflow
+    before the norm. Raises ValueError or TypeError naming the argument. Source: Dillon 2026 (arXiv
+    2601.19085).
     """
     check_product("normed_swiglu_mlp", x, gate_up_weight, None)
     check_floating("normed_swiglu_mlp", x=x, down_weight=down_weight)
@@ -261,7 +261,7 @@ def normed_swiglu_mlp(x: Tensor, gate_up_weight: Tensor, down_weight: Tensor, ep
             + shapes
         )
     tensors = x, gate_up_weight, down_weight
-    obstacle = "its product may leave float16's range before the norm" if x.dtype == torch.float16 else None
+    obstacle = "its product may overflow in float16 before the norm" if x.dtype == torch.float16 else None
     if not takes_kernel("normed_swiglu_mlp", x, down_weight, obstacle=obstacle, sizes=(inner,)):
         return normed_swiglu_mlp_reference(*tensors, eps)
     if wants_gradient(*tensors):

@@ -51,7 +51,7 @@ def test_one_rank_needs_no_process_group():
     assert not dist.is_initialized()
 
 
-def test_a_place_comes_from_the_launcher(environment):
+def test_the_rank_comes_from_the_launcher(environment):
     assert place() == Place(0, 1, 0)
     environment()
     assert place() == Place(3, 4, 1)
@@ -90,10 +90,10 @@ def test_a_place_that_no_launcher_gives_is_refused(environment, changes):
         ("cpu", 9, "global_batch_size=9 cannot be shared by 4 ranks"),
         ("cuda", 8, "LOCAL_RANK=1 on a machine with 1 GPUs: lower torchrun's --nproc_per_node"),
         # The port is no one's.
-        ("cpu", 8, "MASTER_ADDR=127.0.0.1 MASTER_PORT=1: the ranks cannot meet there"),
+        ("cpu", 8, "MASTER_ADDR=127.0.0.1 MASTER_PORT=1: the ranks cannot connect there"),
     ],
 )
-def test_what_ranks_cannot_share_is_refused(environment, monkeypatch, device, batch, part):
+def test_indivisible_batches_are_refused(environment, monkeypatch, device, batch, part):
     environment()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(distributed, "JOINING", 0.5)
@@ -143,7 +143,7 @@ def test_each_attempt_has_a_name_of_its_own_that_its_ranks_share():
     assert len(set(first)) == len(set(second)) == 1 and first[0] != second[0]
 
 
-def test_ranks_that_do_not_come_are_named(monkeypatch):
+def test_missing_ranks_are_reported(monkeypatch):
     monkeypatch.setattr(distributed, "JOINING", 1.0)
     store = HashStore()
     main, one, three = in_threads(
@@ -225,7 +225,7 @@ def test_a_rank_that_does_not_pass_a_barrier_is_named(peers):
     job = peers(0)
     job.roll_call.append("no roll call is needed")
     assert fail(job.here, RuntimeError(SILENT)).startswith(
-        "rank_timeout=6: waited in vain for rank 2 (host h, pid 2); "
+        "rank_timeout=6: no response from rank 2 (host h, pid 2); "
     )
 
 
@@ -233,20 +233,20 @@ def test_a_rank_that_does_not_answer_the_roll_call_is_named_on_all(peers):
     timeout = RuntimeError("Timed out waiting 6000ms for recv operation to complete")
     job = peers(0)
     job.roll_call.append(SILENT)
-    name = "rank_timeout=6: waited in vain for rank 2 (host h, pid 2); "
+    name = "rank_timeout=6: no response from rank 2 (host h, pid 2); "
     assert fail(job.here, timeout).startswith(name)
     # Ranks other than 0 take its verdict.
     job.roll_call[:] = [WAITS]
     assert fail(peers(1).here, timeout).startswith(name)
 
 
-def test_rank_0_is_named_when_it_gives_no_verdict(peers):
+def test_rank_0_is_reported_if_it_does_not_answer(peers):
     job = peers(1)
     job.roll_call.append(WAITS)
-    assert "waited in vain for rank 0 (host h, pid 0); " in fail(job.here, RuntimeError(WAITS))
+    assert "no response from rank 0 (host h, pid 0); " in fail(job.here, RuntimeError(WAITS))
 
 
-def test_an_error_that_is_no_rank_s_end_stays_as_it_was(peers):
+def test_an_error_without_a_lost_rank_is_unchanged(peers):
     job = peers(0)
     for error in torch.OutOfMemoryError("the device is full"), ValueError("shape"), BROKEN:
         with pytest.raises(type(error), match=re.escape(str(error))) as raised, job.here.collective():

@@ -267,7 +267,7 @@ def test_adam_atan2_is_the_formula_over_several_steps():
 
 
 @pytest.mark.parametrize("betas", [(0.0, 0.0), (0.9, 0.999999)])
-def test_adam_atan2_first_step_depends_on_the_sign_alone(betas):
+def test_adam_atan2_first_step_depends_only_on_the_sign(betas):
     """At t = 1, m is (1 - b1) g and the corrected root of v is |g|, whatever the size of g and b2."""
     param, grad = torch.zeros(3), torch.tensor([5.0, -1e-8, 0.0])
     step, lr = torch.tensor(1), torch.tensor(0.1)
@@ -295,7 +295,10 @@ def test_adam_atan2_first_step_depends_on_the_sign_alone(betas):
         (lambda: kernels.rope(torch.zeros(2, 3, 4), *rope_tables(3, 4)), r"rope: x must be \(B, T, n, d\)"),
         (lambda: kernels.rope(torch.zeros(2, 3, 1, 4), *rope_tables(5, 4)), r"cos must have shape \(3, 4\)"),
         (lambda: kernels.attention(torch.zeros(2, 3, 10), 2), r"multiple of num_heads=2, got \(2, 3, 10\)"),
-        (lambda: kernels.attention(torch.zeros(2, 3, 12), 2, torch.zeros(3, 2)), "cos and sin go together"),
+        (
+            lambda: kernels.attention(torch.zeros(2, 3, 12), 2, torch.zeros(3, 2)),
+            "cos and sin must both be given",
+        ),
         (lambda: kernels.attention(torch.zeros(2, 3, 12), 2, queries=4), r"queries must be in 1\.\.3, got 4"),
         (lambda: kernels.rms_norm(torch.zeros(2, 3), torch.zeros(3)), r"residual must have shape \(2, 3\)"),
         (lambda: kernels.rms_norm(torch.zeros(2), torch.zeros(2).double()), "residual must match x"),

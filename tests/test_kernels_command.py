@@ -52,14 +52,14 @@ def by_name(answer: dict) -> dict[str, tuple[str, str]]:
     return {row["op"]: (row["implementation"], row["why"]) for row in answer["operations"]}
 
 
-def test_every_operation_is_asked():
+def test_every_operation_is_queried():
     public = set(kernels.__all__) - {"get_backend", "set_backend"}
     assert public <= calls(torch.float32, SIZES).keys()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_what_is_told_is_what_is_called(device, dtype):
+def test_explained_choices_match_real_calls(device, dtype):
     own = {"stablemax_cross_entropy": "cross_entropy", "softmax_cross_entropy": "cross_entropy"}
     own |= {"rms_norm_pair": "rms_norm", "lm_head_stablemax": "lm_head", "lm_head_softmax": "lm_head"}
     own |= {"adamw": "adam_atan2"}
@@ -84,7 +84,7 @@ def test_attention_names_the_library_that_it_leaves_long_sequences_to(capsys, mo
     assert in_float32["implementation"] == "sdpa"
 
 
-def test_auto_on_a_gpu_leaves_to_the_reference_what_it_does_better():
+def test_auto_on_a_gpu_uses_a_faster_reference():
     gpu = torch.device("cuda")
     assert backend.decide(gpu, torch.float32) == ("triton", "a tensor on CUDA")
     assert backend.decide(gpu, torch.float32, slower="it rains") == ("reference", "it rains")
@@ -94,12 +94,12 @@ def test_auto_on_a_gpu_leaves_to_the_reference_what_it_does_better():
     assert backend.decide(gpu, torch.float64, slower="it rains").implementation == "triton"
 
 
-def test_a_gpu_takes_the_kernels_and_a_cpu_the_references(capsys):
+def test_a_gpu_uses_kernels_and_a_cpu_uses_references(capsys):
     on_gpu, on_cpu = told(capsys, "--device", "cuda"), told(capsys, "--device", "cpu")
     assert on_gpu["dtype"] == "bfloat16" and on_cpu["dtype"] == "float32"
     gpu, cpu = (by_name(told_) for told_ in (on_gpu, on_cpu))
     product = cpu.pop("linear")
-    assert gpu.pop("linear") == ("reference", "the library for cuda multiplies")
+    assert gpu.pop("linear") == ("reference", "products on cuda use its library")
     large = torch.zeros(1).expand(10_000, 512)
     assert product == linear_choice(large, large)
     assert {taken for taken, _ in gpu.values()} == {"triton"}
@@ -116,10 +116,10 @@ def test_the_reason_is_the_operations_own(capsys):
     assert "rms_norm" not in why
 
 
-def test_a_named_backend_is_told(capsys, monkeypatch):
+def test_a_selected_backend_is_reported(capsys, monkeypatch):
     kernels.set_backend("reference")
     rows = told(capsys, "--device", "cuda")["operations"]
-    assert {row["why"] for row in rows} == {"backend 'reference' was asked for"}
+    assert {row["why"] for row in rows} == {"backend 'reference' was requested"}
     kernels.set_backend("triton")
     monkeypatch.setattr(backend, "INTERPRETED", False)
     rows = told(capsys, "--device", "cpu")["operations"]
@@ -128,7 +128,7 @@ def test_a_named_backend_is_told(capsys, monkeypatch):
     assert all("needs Triton's interpreter" in row["why"] for row in kernels_alone)
 
 
-def test_the_text_names_everything(capsys):
+def test_the_text_describes_everything(capsys):
     assert main([]) == 0
     out = capsys.readouterr().out
     for word in (

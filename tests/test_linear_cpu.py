@@ -40,7 +40,7 @@ def onednn(monkeypatch):
 
 
 class Calls(TorchDispatchMode):
-    """How often each operator is called."""
+    """The number of calls of each operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,10 +191,10 @@ def taken(x: Tensor) -> tuple[str, str]:
     [
         ("AuthenticAMD", "AVX512", True, None),
         ("HygonGenuine", "AVX512", True, None),
-        ("AuthenticAMD", "AVX2", True, "no faster without AVX-512, and the processor has AVX2"),
-        ("AuthenticAMD", "DEFAULT", True, "no faster without AVX-512"),
+        ("AuthenticAMD", "AVX2", True, "not faster without AVX-512, and the processor has AVX2"),
+        ("AuthenticAMD", "DEFAULT", True, "not faster without AVX-512"),
         ("GenuineIntel", "AVX512", True, "vendor is GenuineIntel"),
-        (None, "AVX512", True, "vendor is not known"),
+        (None, "AVX512", True, "vendor is unknown"),
         ("AuthenticAMD", "AVX512", False, "no product by oneDNN"),
     ],
 )
@@ -228,19 +228,19 @@ def test_this_machine():
     assert ("mkldnn::_linear_pointwise" in {event.name for event in profile.events()}) == expected
 
 
-def test_what_leaves_the_product_to_pytorch(onednn, monkeypatch):
+def test_conditions_for_pytorchs_product(onednn, monkeypatch):
     x = torch.ones(2, 4)
     assert taken(x)[0] == "onednn"
     monkeypatch.setattr(module, "multiplies_bfloat16", lambda: True)
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
-        assert taken(x.to(dtype)) == ("reference", f"oneDNN is taken for float32, got {dtype}")
+        assert taken(x.to(dtype)) == ("reference", f"oneDNN is used only for float32, got {dtype}")
     with torch.backends.mkldnn.flags(enabled=False):
         assert taken(x) == ("reference", "torch.backends.mkldnn.enabled is False")
     with torch.autocast("cpu", torch.bfloat16):
         assert "autocast" in taken(x)[1]
         assert kernels.linear(x, torch.ones(3, 4)).dtype == torch.bfloat16
     kernels.set_backend("reference")
-    assert taken(x) == ("reference", "backend 'reference' was asked for")
+    assert taken(x) == ("reference", "backend 'reference' was requested")
     kernels.set_backend("triton")
     assert taken(x)[0] == "onednn"
     assert kernels.linear(x.to("meta"), torch.ones(3, 4, device="meta")).shape == (2, 3)
@@ -267,7 +267,7 @@ def test_small_products_stay_with_pytorch(onednn, monkeypatch):
     x = torch.ones(rows + 1, 500)
     assert taken(x)[0] == "onednn"
     assert taken(x[:rows].unflatten(0, (1, rows)))[0] == "reference"
-    assert taken(x[:3]) == ("reference", "a product of 0.0 MFLOP is too small for oneDNN's call")
+    assert taken(x[:3]) == ("reference", "a product of 0.0 MFLOP is too small to gain from oneDNN")
 
 
 def test_an_older_pytorch_without_the_operator(monkeypatch):

@@ -124,7 +124,7 @@ def recorded(tiny_sudoku, out, tmp_path, monkeypatch):
     return run
 
 
-def test_a_run_goes_on_by_any_number_of_ranks(recorded):
+def test_a_run_continues_on_any_number_of_ranks(recorded):
     """From 1 rank to 2, to 4, to 1, and from 2 to 1, against 1 throughout: the same batches bit for bit.
 
     The weights to 2e-6 after 24 steps, for gradients are summed in another order.

@@ -69,7 +69,7 @@ def hostile_checkpoints(folder: Path, trace: Path) -> dict[str, Path]:
     return paths
 
 
-def test_a_hostile_checkpoint_runs_nothing(tmp_path):
+def test_a_malicious_checkpoint_runs_no_code(tmp_path):
     for name, path in hostile_checkpoints(tmp_path, tmp_path / "ran").items():
         for read in (read_torch, read_training, read_weights, read_safetensors):
             with pytest.raises(UserError) as caught:
@@ -77,14 +77,14 @@ def test_a_hostile_checkpoint_runs_nothing(tmp_path):
             assert str(path) in str(caught.value) and "\n" not in str(caught.value), (name, read)
         assert not (tmp_path / "ran").exists(), name
     for name in ("torch", "bytearray", "storage", "set"):
-        with pytest.raises(UserError, match=r"it asks for .*, which was not run"):
+        with pytest.raises(UserError, match=r"it refers to .*, which was not run"):
             read_torch(tmp_path / f"{name}.pt")
 
 
 def test_a_name_in_a_pickle_is_spelt_out(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
         archive.writestr("x/data.pkl", b"\x80\x02ctorch.\x1b[2J\nname\n.")
-    with pytest.raises(UserError, match=r"it asks for torch\.\\x1b\[2J\.name, which was not run"):
+    with pytest.raises(UserError, match=r"it refers to torch\.\\x1b\[2J\.name, which was not run"):
         read_torch(tmp_path / "x.pt")
 
 
@@ -198,9 +198,9 @@ def test_a_header_without_end_is_not_read(tmp_path):
         ("[" * 40 + "]" * 40, "nested deeper than 32 levels"),
         ('{"a": ' * 40 + "1" + "}" * 40, "nested deeper than 32 levels"),
         ("9" * 5000, "not readable as JSON"),
-        ("[NaN]", "NaN is no number of JSON"),
-        ("[-Infinity]", "-Infinity is no number of JSON"),
-        ('{"a": 1, "a": 2}', "'a' is there twice"),
+        ("[NaN]", "NaN is not a JSON number"),
+        ("[-Infinity]", "-Infinity is not a JSON number"),
+        ('{"a": 1, "a": 2}', "'a' occurs twice"),
         ('{"\x1b": 1}', "not readable as JSON"),
         ("[1] 2", "not readable as JSON"),
         (" " * 101, "more than 100 bytes, expected numbers"),
@@ -221,7 +221,7 @@ def test_json_up_to_the_limits_is_read(tmp_path):
     assert read_json(tmp_path / "a.json", 100, "lists") == {"b": [1, 2.5, None, True]}
 
 
-def test_pipes_and_devices_are_no_files(tmp_path):
+def test_pipes_and_devices_are_not_files(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
         for read in (lambda p: read_json(p, 9, "x"), lambda p: read_text(p, 9, "x"), read_task):
@@ -235,7 +235,7 @@ def test_pipes_and_devices_are_no_files(tmp_path):
             list(read_mazes(path))
 
 
-def test_texts_that_are_none(tmp_path):
+def test_invalid_texts(tmp_path):
     (tmp_path / "a").write_bytes(b"\xff")
     with pytest.raises(UserError, match="not text in UTF-8, expected words"):
         read_text(tmp_path / "a", 9, "words")
@@ -253,7 +253,7 @@ def write_metrics(folder: Path, *lines: str, config: str | None = None) -> Path:
     return folder
 
 
-def test_metrics_without_end_and_names_that_are_none(tmp_path):
+def test_endless_metrics_and_invalid_names(tmp_path):
     many = (f'"m{number}": 1' for number in range(MOST_METRICS + 1))
     with pytest.raises(UserError, match="line 1 is past 1,024 metrics"):
         read_history(write_metrics(tmp_path / "a", f'{{"step": 1, {", ".join(many)}}}'))
@@ -305,16 +305,16 @@ def test_a_configuration_holds_plain_values(tmp_path, monkeypatch, text):
         '{"seeds": NaN}',
     ],
 )
-def test_a_plan_that_is_none(tmp_path, text):
+def test_an_invalid_plan(tmp_path, text):
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(UserError, match=r"plan\.json: (not readable|is damaged)|plan\.json is damaged"):
         _read_plan(tmp_path / "plan.json")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"shared_device": 1}', "[" * 5000])
-def test_the_record_of_a_finished_run_that_is_none(tmp_path, text):
+def test_an_invalid_record_of_a_finished_run(tmp_path, text):
     (tmp_path / "finished.json").write_text(text)
-    with pytest.raises(UserError, match=r"finished\.json: .*expected what a finished run leaves"):
+    with pytest.raises(UserError, match=r"finished\.json: .*expected the record of a finished run"):
         Run("v1", 0, tmp_path).made_by()
 
 
@@ -337,7 +337,7 @@ def test_more_sequences_than_memory_holds_are_refused_beforehand(monkeypatch):
         memory.check_inference(config, metadata, 1, cpu)
 
 
-def test_a_model_is_not_built_where_its_weights_are_smaller(tmp_path):
+def test_a_model_larger_than_its_weights_is_not_built(tmp_path):
     from hrm.checkpoint.load_model import Found, load_trained
     from hrm.config.load import load_config, to_yaml
 
@@ -362,7 +362,7 @@ def test_nothing_is_written_through_a_link(tmp_path):
     for path in (run / "metrics.jsonl", run.with_name(".run.lock"), run / "run.log", run / "config.yaml"):
         target.write_text("mine\n")
         path.symlink_to(target)
-    with pytest.raises(UserError, match=r"metrics\.jsonl: a link, which nothing is written through"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: is a link, and writes do not follow links"):
         MetricsFile(run)
     with pytest.raises(UserError, match=r"\.run\.lock: a link"), run_lock(run):
         raise AssertionError
@@ -373,7 +373,7 @@ def test_nothing_is_written_through_a_link(tmp_path):
     assert (run / "config.yaml").read_text() == "seed: 0\n" and not (run / "config.yaml").is_symlink()
 
 
-def test_a_planted_link_in_place_of_what_is_cut_is_not_followed(tmp_path):
+def test_a_planted_link_is_not_followed_when_truncating(tmp_path):
     target = tmp_path / "foreign"
     target.write_text("mine\n")
     run = write_metrics(tmp_path / "run", '{"step": 1, "a": 1}', '{"step": 9, "a": 1}', "x" * (3 << 20))
@@ -424,7 +424,7 @@ def hostile_run(folder: Path) -> Path:
     return write_metrics(folder / name, *lines, config='a: "</table><script>\\e]0;x\\a</script>"\n')
 
 
-def test_a_report_shows_names_and_runs_none(tmp_path, capsys, monkeypatch):
+def test_a_report_escapes_names(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("hrm.report.symptoms", lambda run: [])
     other = write_metrics(tmp_path / "other", '{"step": 1, "train/loss": 1}', config="a: 1\n")
     run = hostile_run(tmp_path)

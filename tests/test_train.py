@@ -59,13 +59,13 @@ def test_a_finished_run_reports_again_instead_of_training(tiny_sudoku, tmp_path,
     assert load_checkpoint(run).step == 15
 
 
-def test_weights_of_a_v1_run_start_a_gated_one_and_it_says_so(tiny_sudoku, tmp_path, capsys):
+def test_v1_weights_start_a_gated_run_with_a_note(tiny_sudoku, tmp_path, capsys):
     v1 = words(tiny_sudoku, tmp_path, "run_name=v1", "max_steps=12")
     assert run_main("--arch", "v1", *v1, capsys=capsys)[0] == 0
     source = tmp_path / tiny_sudoku.name / "v1"
     gated = words(tiny_sudoku, tmp_path, "run_name=g", "max_steps=1", "lr=0", "puzzle_emb_lr=0")
     status, out, _ = run_main("--arch", "gated", *gated, f"checkpoint_path={source}", capsys=capsys)
-    assert status == 0 and "no gate networks" in out and "keep their fresh values" in out
+    assert status == 0 and "no gate networks" in out and "keep their initial values" in out
     old, new = load_checkpoint(source).weights, load_checkpoint(tmp_path / tiny_sudoku.name / "g").weights
     assert all(torch.equal(old[name], new[name]) for name in old)
     assert len(new) == len(old) + 8
@@ -143,7 +143,7 @@ def test_other_bad_input_is_answered_by_one_line(tiny_sudoku, tmp_path, capsys):
     assert load_checkpoint(tmp_path / tiny_sudoku.name / "d").manifest["run"]["checkpoint_path"] == str(a)
 
 
-def test_nothing_is_moved_before_everything_is_checked(tiny_sudoku, tmp_path, capsys):
+def test_all_checks_run_before_files_move(tiny_sudoku, tmp_path, capsys):
     argv = words(tiny_sudoku, tmp_path, "run_name=r", "max_steps=2")
     assert train.main(argv) == 0
     run = tmp_path / tiny_sudoku.name / "r"
@@ -199,7 +199,7 @@ def test_an_interval_that_does_not_divide_the_epochs_fixes_them(tiny_sudoku, tmp
     assert status == 2 and "epochs was 3 and is now 5" in err
 
 
-def test_starting_anew_keeps_the_earlier_run(tiny_sudoku, tmp_path, capsys):
+def test_a_new_run_keeps_the_earlier_run(tiny_sudoku, tmp_path, capsys):
     argv = words(tiny_sudoku, tmp_path, "run_name=r", "max_steps=2")
     assert train.main(argv) == 0
     run = tmp_path / tiny_sudoku.name / "r"

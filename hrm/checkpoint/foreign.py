@@ -1,6 +1,6 @@
-"""Checkpoints as other trainers leave them: which file of a folder, and what a file wraps around its weights.
+"""Checkpoints of other trainers: which file of a folder to read, and how the file wraps its weights.
 
-HRM and TRM write a state dict `step_<N>`, and HRM's on the hub is called `checkpoint`; URM writes
+HRM and TRM write a state dict `step_<N>`; HRM's file on the hub is `checkpoint`; URM writes
 `step_<N>.pt` with `model_state_dict`, EqR `step_<N>_<id>.pth` with `model`, `ema` and `config`, Lightning
 `.ckpt` with `state_dict` and `hyper_parameters`.
 """
@@ -17,7 +17,7 @@ from hrm.checkpoint.identifiers import IDENTIFIERS
 from hrm.checkpoint.read import AVERAGE, TRAINING
 from hrm.checkpoint.safe_io import CheckpointError, read_safetensors, read_torch
 
-# The configuration that a run leaves: this trainer's, the official one's.
+# The configuration file of a run: this trainer's, the official trainer's.
 OWN_CONFIG, OFFICIAL_CONFIG = CONFIG_FILES = "config.yaml", "all_config.yaml"
 
 File = TypeVar("File", bound=PurePath)
@@ -27,9 +27,9 @@ _STEP_FILE = re.compile(r"step_(\d{1,18})(?:_(?!all_preds)[\w-]+)?(?:\.(?:safete
 _HUB_FILE = "checkpoint"
 # Prefixes that compiling, parallel training and wrapping modules put before a name, in any order.
 _PREFIX = re.compile(r"(?:(?:module|_orig_mod|model|inner)\.)+")
-# Buffers that follow from the batch size and the sequence's length.
+# Buffers determined by batch size and sequence length.
 _DERIVED = re.compile(r"(?:.*\.)?(?:puzzle_emb\.local_(?:weights|ids)|rotary_emb\.(?:cos|sin)_cached)")
-# URM has one stack of blocks and one first state.
+# URM has one stack of blocks and one initial state.
 _URM = re.compile(r"\A(?:layers(?=\.\d)|init_hidden\Z)")
 _WEIGHTS = ("model_state_dict", "state_dict", "model", "module", "net")
 _AVERAGES = ("ema", "ema_state_dict", "model_ema", "ema_model", "shadow")
@@ -38,10 +38,10 @@ _DEEPEST = 3
 
 
 class Contents(NamedTuple):
-    """The contents of a weights file by this project's names.
+    """The contents of a weights file, under this project's names.
 
-    file: the file. notes: what the user should know. average: the averaged weights, config: the run's
-    configuration, where the file holds them.
+    file: the file. notes: lines for the user. average: the averaged weights, config: the run's configuration,
+    each None if the file lacks it.
     """
 
     file: Path
@@ -52,7 +52,7 @@ class Contents(NamedTuple):
 
 
 def weights_file(folder: Path) -> Path | None:
-    """The newest or only weights file of a folder, or else of its folders; None without one.
+    """The newest or only weights file of a folder, else of its subfolders; None without one.
 
     Raises CheckpointError that names the files where there are several.
     """
@@ -62,9 +62,10 @@ def weights_file(folder: Path) -> Path | None:
 
 
 def choose_file(files: Iterable[File], place: str, deepest: int) -> File | None:
-    """The newest or only weights file among paths relative to a place; that of the fewest folders.
+    """The newest or only weights file among relative paths, in the uppermost folder that has one.
 
-    deepest: most parts of a path. Raises CheckpointError that names the files where there are several.
+    deepest: the maximum number of path components. Raises CheckpointError that names the files where there
+    are several.
     """
     # Hidden folders hold saves that did not finish, and caches.
     ordered = sorted(path for path in files if not any(part[0] == "." for part in path.parts))
@@ -110,7 +111,7 @@ def _is_flat(state: dict[Any, Any]) -> bool:
 
 
 def _named(path: Path, state: Any) -> dict[str, Tensor]:
-    """A state dict by this project's names."""
+    """A state dict under this project's names."""
     weights: dict[str, Tensor] = {}
     if not isinstance(state, dict):
         state = {"": None}
@@ -122,7 +123,7 @@ def _named(path: Path, state: Any) -> dict[str, Tensor]:
         name = _PREFIX.sub("", name, count=1) if _PREFIX.match(name) else name
         name = _URM.sub(_renamed, name)
         if name in weights:
-            raise CheckpointError(f"{path} holds {name} twice, under two prefixes; save it again with one")
+            raise CheckpointError(f"{path} holds {name} twice, under two prefixes; save it with only one")
         weights[name] = tensor
     return weights
 

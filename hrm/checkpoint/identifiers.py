@@ -1,4 +1,4 @@
-"""The names of a puzzle table's rows: a learnt embedding belongs to a name, not to a row's number.
+"""The names of a puzzle table's rows: a learnt embedding belongs to a name, not to a row number.
 
 A checkpoint holds a hash of each name in `identifiers.safetensors`. Names of one puzzle in this project's,
 HRM's and TRM's data sets have one hash.
@@ -19,7 +19,7 @@ from hrm.common.text import with_sources
 from hrm.data.format import DatasetError, read_names
 
 IDENTIFIERS, NAMES = "identifiers.safetensors", "identifiers.json"
-# The name of rows that belong to no puzzle.
+# The name of rows without a puzzle.
 BLANK = "<blank>"
 _KEY = "hashes"
 
@@ -28,7 +28,7 @@ _KEY = "hashes"
 class Identifiers:
     """The names of the rows of a puzzle table.
 
-    source: the file that gives them, or should. hashes: (rows,) int64, None where the names are not known.
+    source: the file of the names, which may be missing. hashes: (rows,) int64, None if the names are unknown.
     """
 
     source: Path
@@ -55,7 +55,7 @@ def hashes_of(names: Iterable[str]) -> Tensor:
 
 
 def identifiers_of_data(folder: str | Path, rows: int) -> Identifiers:
-    """The names of a data set with so many identifiers; unknown without a list of them all."""
+    """The names of a data set with `rows` identifiers; unknown unless the list is complete."""
     path = Path(folder) / NAMES
     try:
         names = read_names(folder)
@@ -65,7 +65,7 @@ def identifiers_of_data(folder: str | Path, rows: int) -> Identifiers:
 
 
 def identifiers_of_checkpoint(file: Path, rows: int) -> Identifiers:
-    """The names of the table in a weights file, from the files beside it. Raises CheckpointError."""
+    """The names of the table in a weights file, from the files next to it. Raises CheckpointError."""
     path = file.parent / IDENTIFIERS
     if not path.is_file():
         return identifiers_of_data(file.parent, rows)
@@ -80,10 +80,10 @@ def identifiers_of_checkpoint(file: Path, rows: int) -> Identifiers:
 def follow_names(
     table: Tensor, there: Identifiers, here: Identifiers, rows: int, file: Path, remedy: str
 ) -> tuple[Tensor, list[str]]:
-    """The puzzle table for the data `here`, (rows, width), and what the user should know of it.
+    """The puzzle table for the data `here`, (rows, width), and notes for the user.
 
-    table: the checkpoint's, whose rows have the names `there`. A name that both know keeps its vector; a new
-    one starts at zero. Where names are unknown, the table stays as it is. file: the checkpoint, for messages.
+    table: the checkpoint's table, whose rows have the names `there`. A name in both keeps its vector; a new
+    name starts at zero. If names are unknown, the table does not change. file: the checkpoint, for messages.
     Raises CheckpointError, which ends in `remedy`, if no puzzle is known.
     """
     if len(table) == rows == 1:
@@ -93,13 +93,13 @@ def follow_names(
             return table, []
         missing, whose = (there, "that") if there.hashes is None else (here, "this")
         beside = with_sources(str(missing.source.parent))
-        # Nobody can write into a repository of the hub.
+        # The user cannot copy a file into a hub repository.
         folder = (
             "a folder with the other files of the checkpoint" if is_remote(beside) else f"{beside}/{NAMES}"
         )
         return table, [
-            f"warning: {file}: its puzzle embeddings are taken by number, which is right for the data it was "
-            f"trained on alone; to match them by name, copy the {NAMES} of {whose} data to {folder}"
+            f"warning: {file}: its puzzle embeddings are matched by number, which is right only for the "
+            f"training data; to match them by name, copy the {NAMES} of {whose} data to {folder}"
         ]
     if torch.equal(there.hashes, here.hashes):
         return table, []

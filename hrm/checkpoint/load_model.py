@@ -1,4 +1,4 @@
-"""A trained model, ready for use, from the folder that its training left: this trainer's or the official."""
+"""Loads a trained model from a run's folder, of this trainer or the official one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -41,19 +41,19 @@ _CONFIG_LIMIT = 1 << 20
 _MOST_CELLS = 1 << 20
 _TOKENS = "embed_tokens.embedding_weight"
 
-# Keys of an official configuration that evaluation uses, beside arch and the data.
+# Keys of an official configuration that evaluation uses, besides arch and the data.
 _TAKEN = ("global_batch_size", "seed")
-# In place of the path of data that nothing names; no such folder exists.
+# Placeholder for an unknown data path; no such folder exists.
 NO_DATA = "(data set not named)"
 
 
 @dataclass(frozen=True)
 class Found:
-    """A checkpoint and its run's configuration, read and checked; no model is built yet.
+    """A checkpoint and its run's configuration, read and checked, before a model is built.
 
-    file: the weights' file; weights: what it holds. config: arch as of the stage that the checkpoint is of.
-    metadata: of the data it was trained on, where the checkpoint tells. notes: a line for each thing to know.
-    average: the averaged weights, where the file itself holds them.
+    file: the weights file; weights: its contents. config: arch is that of the checkpoint's stage. metadata:
+    of the training data, if the checkpoint has it. notes: lines for the user. average: the averaged weights,
+    if the file has them.
     """
 
     file: Path
@@ -68,9 +68,8 @@ class Found:
 class Trained:
     """A model with a checkpoint's weights, without gradient.
 
-    config: of its run, metadata: of the data it is for. notes: a line for each thing that a user should know.
-    path: the checkpoint's folder, or the file of another trainer; for one on the hub, its place there. names:
-    of the puzzle table's rows.
+    config: of its run. metadata: of the data to use it on. notes: lines for the user. path: the checkpoint's
+    folder, another trainer's file, or the hub address. names: of the puzzle table's rows.
     """
 
     model: HRM
@@ -82,7 +81,7 @@ class Trained:
 
 
 def find_trained(path: str | Path, world: World | None = None) -> Found:
-    """The checkpoint that a path names, with the configuration beside it.
+    """The checkpoint at a path, with the configuration next to it.
 
     path: a run's folder (its newest good checkpoint), a `step_<N>` folder, a weights file of another trainer
     or the folder that holds it, or `hub:OWNER/NAME`. world: the ranks that call this together.
@@ -90,7 +89,7 @@ def find_trained(path: str | Path, world: World | None = None) -> Found:
     """
     file, weights, notes, average, inside = read_weights(path, world)
     folder = file.parent
-    # A run keeps its configuration beside its checkpoints' folders, EqR's beside that of its files.
+    # A run's configuration is next to its checkpoint folders; EqR's is next to the folder of its files.
     places = [folder, folder.parent] if STEP_NAME.fullmatch(folder.name) else [folder]
     beside = [place / name for place in places for name in (OWN_CONFIG, OFFICIAL_CONFIG)]
     beside += [folder.parent / OFFICIAL_CONFIG] if inside is None else []
@@ -99,7 +98,7 @@ def find_trained(path: str | Path, world: World | None = None) -> Found:
         its = f"{path if is_remote(path) else file}: its run's configuration is missing, expected"
         if is_remote(path):
             raise CheckpointError(
-                f"{its} {OFFICIAL_CONFIG} beside {file.name}; give a folder with both files"
+                f"{its} {OFFICIAL_CONFIG} next to {file.name}; give a folder with both files"
             )
         raise CheckpointError(f"{its} {OWN_CONFIG} or {OFFICIAL_CONFIG} in {places[-1]}; copy it there")
     if config_file is not None and config_file.stat().st_size > _CONFIG_LIMIT:
@@ -129,16 +128,14 @@ def load_trained(
     reset_puzzle_emb: bool = False,
     ema: bool | None = None,
 ) -> Trained:
-    """The model of a checkpoint, on `device`, for data of the kind it was trained on.
+    """The model of a checkpoint, on `device`, for data of the kind that it was trained on.
 
-    path: as `find_trained` takes it, or what it returned. dtype: auto, float32 or bfloat16; auto is what the
-    run was configured with. metadata: of the data to use it on; without it, of the data it was trained on.
-    data: the folder of that data, whose puzzles keep their embeddings by name; None leaves each its number.
-    reset_puzzle_emb: with a fresh table of puzzle embeddings, of the size that metadata asks for. ema: the
-    averaged weights in place of the last.
-    Raises CheckpointError, ConfigError or DatasetError: for a damaged checkpoint, one without averaged
-    weights, data of other tokens, a puzzle table of another size or of other puzzles, a shape that nothing
-    tells.
+    path: an argument or result of `find_trained`. dtype: auto, float32 or bfloat16; auto is the run's
+    configured dtype. metadata: of the data to use the model on; by default that of the training data. data:
+    the folder of that data, whose puzzles keep their embeddings by name; None keeps the row numbers.
+    reset_puzzle_emb: use a new table of puzzle embeddings, of the size in metadata. ema: use the averaged
+    weights. Raises CheckpointError, ConfigError or DatasetError: for a damaged checkpoint, missing averaged
+    weights, data with another vocabulary, a puzzle table of another size or other puzzles, an unknown shape.
     """
     found = path if isinstance(path, Found) else find_trained(path)
     place = torch.device(device)
@@ -146,7 +143,7 @@ def load_trained(
     config = found.config if dtype == "auto" else replace(found.config, dtype=_dtype(dtype))
     metadata = _checked(metadata, found) if metadata is not None else _shape(found)
     build = partial(HRM.from_config, config, metadata, resolve_dtype(config, place))
-    # First without memory: a configuration may ask for far more than the weights beside it have.
+    # Build on meta first: a damaged configuration may describe a far larger model than its weights.
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in build().state_dict().items()}
     rows = metadata.num_puzzle_identifiers
@@ -157,7 +154,7 @@ def load_trained(
         weights = {**weights, **_average(found, weights)}
     model.load_state_dict(weights, strict=False)
     if model.dtype.itemsize < 4:
-        # As training uses them, so that no weight is cast each time.
+        # Cast the weights once, as training does.
         for name, parameter in model.named_parameters():
             if name not in model.wide:
                 parameter.data = parameter.data.to(model.dtype)
@@ -173,18 +170,18 @@ def _dtype(name: str) -> Any:
 
 
 def _arch_of_stage(config: Config, training: Path) -> ArchConfig:
-    """The architecture that the checkpoint was evaluated with: in a run of stages, that of its last epoch."""
+    """The architecture that the checkpoint was evaluated with; in a staged run, that of its last epoch."""
     if config.stages is None:
         return config.arch
     position = read_training(training).get("position")
     if not (isinstance(position, list) and len(position) == 2 and all(type(n) is int for n in position)):
-        raise CheckpointError(f"{training} does not tell the place in the data; use another checkpoint")
+        raise CheckpointError(f"{training} does not hold the position in the data; use another checkpoint")
     iteration, batch = position
     return stage_arch(config, max(0, iteration * interval_epochs(config) - (batch == 0)))
 
 
 def _names(found: Found, rows: int) -> Identifiers:
-    """The names of the puzzle table's rows, from the checkpoint or else the data it was trained on."""
+    """The names of the puzzle table's rows, from the checkpoint, else from its training data."""
     names = identifiers_of_checkpoint(found.file, rows)
     if names.hashes is None and found.config.data_path is not None:
         return identifiers_of_data(found.config.data_path, rows)
@@ -195,13 +192,13 @@ def _names(found: Found, rows: int) -> Identifiers:
 
 
 def _table_rows(found: Found) -> dict[str, Any]:
-    """The data's sizes that the weights' tables give, by their names in the metadata."""
+    """The data's sizes, as the weights' shapes show them, by metadata name."""
     tables = {"vocab_size": _TOKENS, "num_puzzle_identifiers": PUZZLE_TABLE}
     return {key: len(found.weights[name]) for key, name in tables.items() if name in found.weights}
 
 
 def _checked(metadata: Metadata, found: Found) -> Metadata:
-    """The given metadata. A puzzle table of another size is left for `load_weights` to answer."""
+    """Checks and returns the given metadata. `load_weights` checks the size of the puzzle table."""
     there = _table_rows(found).get("vocab_size", metadata.vocab_size)
     if there != metadata.vocab_size:
         raise CheckpointError(
@@ -212,7 +209,7 @@ def _checked(metadata: Metadata, found: Found) -> Metadata:
 
 
 def _shape(found: Found) -> Metadata:
-    """The metadata of the data that the model was trained on, from whatever tells it."""
+    """The metadata of the training data, from the manifest, the data or the weights."""
     metadata = found.metadata or _configured_metadata(found)
     return replace(metadata, **_table_rows(found))
 
@@ -233,7 +230,7 @@ def _configured_metadata(found: Found) -> Metadata:
 
 
 def _metadata_of(value: Any, where: Path) -> Metadata | None:
-    """The metadata in a manifest, None where it holds none."""
+    """The metadata in a manifest; None if it has none."""
     if value is None:
         return None
     try:
@@ -261,7 +258,7 @@ def _average(found: Found, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     average = {name: tensor for name, tensor in average.items() if name != PUZZLE_TABLE}
     for name, tensor in average.items():
         if name not in weights or weights[name].shape != tensor.shape:
-            raise CheckpointError(f"{path} is no average of the weights beside it: {name} differs")
+            raise CheckpointError(f"{path} does not fit the weights next to it: {name} differs")
     return average
 
 
@@ -269,12 +266,12 @@ def _average(found: Found, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _official_config(node: yaml.Node | None, path: str) -> tuple[Config, list[str]]:
-    """The configuration that an official run saved, and a line for each thing to know of it."""
+    """The configuration that an official run saved, and notes for the user."""
     official = read_official(node, path, KEYS, _TAKEN)
     values, notes = official.values, official.notes
     if values.get("loss.loss_type") is None:
         raise ConfigError(
-            f"{path}: no arch.loss.loss_type; put the {OFFICIAL_CONFIG} that an official run saves beside "
+            f"{path}: no arch.loss.loss_type; put the {OFFICIAL_CONFIG} that an official run saves next to "
             "the weights"
         )
     values["data_path"] = next(iter(official.data_paths), NO_DATA)
@@ -290,7 +287,7 @@ def _official_config(node: yaml.Node | None, path: str) -> tuple[Config, list[st
 
 
 def _as_yaml(config: Any, file: Path) -> yaml.Node | None:
-    """A configuration that a weights file holds, as a node tree."""
+    """The configuration in a weights file, as a node tree."""
     for key in ("config", "cfg"):
         if isinstance(config.get(key), dict) and "arch" in config[key]:
             config = config[key]
@@ -301,7 +298,7 @@ def _as_yaml(config: Any, file: Path) -> yaml.Node | None:
 
 
 def _plain(value: Any) -> Any:
-    """A configuration with plain containers, without what is no value of YAML."""
+    """A configuration as plain containers, without values that YAML cannot hold."""
     if isinstance(value, dict):
         kept = {str(name): _plain(item) for name, item in value.items()}
         return {name: item for name, item in kept.items() if item is not _OTHER}

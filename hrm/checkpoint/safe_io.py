@@ -1,4 +1,4 @@
-"""The files of a checkpoint, written durably and read without trust.
+"""Writes checkpoint files durably, and reads untrusted ones safely.
 
 Reading constructs tensors, numbers, strings and plain containers only, never a pickled object, and takes
 little more memory than the size of the file.
@@ -25,8 +25,8 @@ from hrm.common.errors import UserError
 from hrm.common.files import open_bounded
 from hrm.common.text import error_text
 
-# Most bytes of a header, a pickle or an archive's table of contents. The training state of a thousand layers
-# at each level takes less.
+# Maximum bytes of a header, a pickle or an archive's table of contents. The training state of a thousand
+# layers per level takes less.
 DESCRIPTION_LIMIT = 1 << 22
 # The only names in a pickle of plain tensors. PyTorch's restricted unpickler allows more, some of which take
 # unbounded memory (bytearray) or create tensors larger than their data.
@@ -35,7 +35,7 @@ _NAMED = re.compile(
     r"torch (Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage"
 )
 _MAKES_OBJECTS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
-# Further names that PyTorch resolves itself, to values of the size of their arguments.
+# Further names that PyTorch resolves, to values no larger than their arguments.
 _PLAIN = re.compile(r"_codecs encode|torch (Size|device|b?float\d+|u?int\d+|bool)")
 
 
@@ -45,9 +45,9 @@ class _Resolver(type):
 
 
 class _Unread(metaclass=_Resolver):
-    """Stands for any class or function that a foreign pickle asks for.
+    """Replaces any class or function that a foreign pickle names.
 
-    A call gives an empty object, and `NEWOBJ` an empty dict, which keeps the items of a dict's subclass.
+    A call returns an empty object; `NEWOBJ` returns an empty dict, which keeps the items of a dict subclass.
     """
 
     def __new__(cls, *_: Any) -> Any:
@@ -58,7 +58,7 @@ class _Unread(metaclass=_Resolver):
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be written, read or used; the message gives file or field and a remedy."""
+    """A checkpoint that cannot be written, read or used; the message names the file or field and a remedy."""
 
 
 def compact(tensor: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def plain(value: Any, where: str) -> Any:
 
 
 def _check_plain(value: Any, limit: int, seen: set[int]) -> None:
-    """Raise ValueError unless value is what `plain` makes: a tree, with no tensor over `limit` bytes."""
+    """Raises ValueError unless value is a result of `plain`: a tree without tensors over `limit` bytes."""
     if type(value) is Tensor:
         usual = value.layout == torch.strided and value.device.type == "cpu" and value.is_contiguous()
         if not usual or value.nbytes > limit:
@@ -107,7 +107,7 @@ def _check_plain(value: Any, limit: int, seen: set[int]) -> None:
 
 
 def nbytes(value: Any) -> int:
-    """The bytes of the tensors in the result of `plain`, and a few for each number."""
+    """The size in bytes of the result of `plain`: its tensors, and a few bytes for each number."""
     if isinstance(value, dict):
         return sum(map(nbytes, value.values()))
     return sum(map(nbytes, value)) if isinstance(value, list | tuple) else getattr(value, "nbytes", 8)
@@ -145,9 +145,8 @@ def read_training(path: Path) -> dict[str, Any]:
 def read_torch(path: Path, foreign: bool = False) -> Any:
     """A file that torch.save wrote, on the CPU; tensors are memory maps of the file.
 
-    Raises CheckpointError for anything but tensors and plain containers, without running any of it. foreign:
-    the file is a dict, and other objects in it become empty ones, as in checkpoints with a random state of
-    NumPy.
+    Raises CheckpointError for anything but tensors and plain containers; runs no code from the file. foreign:
+    the file is a dict, and other objects in it become empty objects, such as NumPy's random state.
     """
     try:
         unread = _check_archive(path, foreign)
@@ -161,7 +160,7 @@ def read_torch(path: Path, foreign: bool = False) -> Any:
 
 
 class _SmallReads(io.FileIO):
-    """A file that refuses to read much at once, such as a long table of contents."""
+    """A file that rejects large reads, such as a long table of contents."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         content = super().read(DESCRIPTION_LIMIT + 1 if size is None or size < 0 else size)
@@ -173,7 +172,7 @@ class _SmallReads(io.FileIO):
 def _check_archive(path: Path, foreign: bool = False) -> set[str]:
     """Raises ValueError unless torch.save could have written the archive, its pickle holding tensors only.
 
-    foreign: returns the names of other objects in place of raising.
+    foreign: returns the names of other objects instead of raising.
     """
     unread = set()
     open_bounded(path).close()
@@ -199,12 +198,12 @@ def _check_archive(path: Path, foreign: bool = False) -> set[str]:
                 continue
             elif named or operation.name in _MAKES_OBJECTS:
                 what = str(argument or "objects").replace(" ", ".")[:100]
-                raise ValueError(f"it asks for {what}, which was not run")
+                raise ValueError(f"it refers to {what}, which was not run")
     return unread
 
 
 def _may_stay_unread(name: str) -> bool:
-    """Whether PyTorch does not resolve a name itself, or only to a plain value."""
+    """Whether a name is harmless: PyTorch does not resolve it, or resolves it to a plain value."""
     own = name.startswith(("torch ", "torch.", "builtins ", "__builtin__ ", "collections "))
     return name.isascii() and name.isprintable() and (not own or _PLAIN.fullmatch(name) is not None)
 

@@ -1,4 +1,4 @@
-"""Weights to start a model from: of another run, the official code, or its gated fork."""
+"""Initial weights from another run, the official code or its gated fork."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,10 +16,10 @@ from hrm.common.text import with_sources
 from hrm.distributed import World
 
 PUZZLE_TABLE = "puzzle_emb.weights"
-# The first states of every sequence, which a model with random ones does not use.
+# Initial states, which a model with random initial states does not use.
 STATES = ("H_init", "L_init")
 CHAINS = "L_chains"
-# Parts that variants add to v1, with a part of their tensors' names; a checkpoint may lack a whole part.
+# Parts that variants add to v1, with a substring of their tensors' names; a checkpoint may lack a whole part.
 ADDED = {"gate networks": ".gating_network.", "subgoal head": "subgoal_head.", "further chains": CHAINS}
 
 
@@ -30,13 +30,13 @@ def load_weights(
     names: Identifiers | None = None,
     world: World | None = None,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights that fit a model's names and shapes, and a line for each part left out.
+    """Weights that fit a model's names and shapes, and a line for each omitted part.
 
     path: a `step_<N>` folder, a run's folder, a weights file of another trainer or the folder that holds it
     (see `hrm.checkpoint.foreign`), or `hub:OWNER/NAME`. expected: the shape of every parameter and persistent
     buffer. If the checkpoint has no gate networks or no subgoal head, the result lacks them and the model
-    keeps its own values; with reset_puzzle_emb that also holds for a puzzle table of another length. names:
-    of the model's puzzle table, whose rows the checkpoint's then follow; None leaves each row its number.
+    keeps its own values; with reset_puzzle_emb this also applies to a puzzle table of another length. names:
+    of the model's puzzle table, to which the checkpoint's rows are matched; None keeps the row numbers.
     world: the ranks that call this together. Tensors are on the CPU in the file's dtype.
     Raises HubError as `fetch_checkpoint` does; CheckpointError for a damaged file or another architecture,
     with the first differences, and for a puzzle table of other puzzles.
@@ -57,17 +57,17 @@ def load_weights(
             notes += told
     if not weights.keys() & set(STATES) and shapes.keys() >= set(STATES):
         notes.append(
-            f"{path}: it has no {' and no '.join(STATES)}; they keep their fresh values, which suits a model "
-            "trained with arch.init=random alone"
+            f"{path}: it has no {' and no '.join(STATES)}; they keep their initial values. This suits only "
+            "a model trained with arch.init=random"
         )
         shapes = {name: shape for name, shape in shapes.items() if name not in STATES}
     if CHAINS in weights and CHAINS not in shapes:
         del weights[CHAINS]
-        notes.append(f"{path}: it was trained with arch.chains; the starts of all but the first are left out")
+        notes.append(f"{path}: trained with arch.chains; only the initial state of the first chain is used")
     for what, mark in ADDED.items():
         added = [name for name in shapes if mark in name]
         if added and not any(mark in name for name in weights):
-            notes.append(f"{path}: it has no {what}; all {len(added)} tensors of it keep their fresh values")
+            notes.append(f"{path}: it has no {what}; its {len(added)} tensors keep their initial values")
             shapes = {name: shape for name, shape in shapes.items() if name not in added}
 
     reshaped = [name for name in shapes if name in weights and weights[name].shape != shapes[name]]
@@ -93,7 +93,7 @@ def load_weights(
 
 
 def read_weights(path: str | Path, world: World | None = None) -> Contents:
-    """The weights file that a path stands for, and its contents.
+    """The weights file at a path, and its contents.
 
     path, world: see `load_weights`. Raises CheckpointError or HubError.
     """

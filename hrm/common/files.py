@@ -1,4 +1,4 @@
-"""Reads files that may be hostile, and writes files atomically."""
+"""Reads untrusted files safely, and writes files atomically."""
 
 import errno
 import io
@@ -16,9 +16,9 @@ from typing import IO, Any, BinaryIO
 from hrm.common.errors import UserError
 from hrm.common.text import size_text
 
-# Most levels of nesting in JSON; an ARC task has six.
+# Maximum nesting depth of JSON; an ARC task has six levels.
 _DEEPEST = 32
-# First bytes of files that are no UTF-8 text.
+# First bytes of files that are not UTF-8 text.
 _NO_TEXT = {
     b"\x1f\x8b": "packed by gzip; unpack it, with gunzip",
     b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save it as .csv",
@@ -41,9 +41,9 @@ def open_bounded(path: str | os.PathLike[str], error: type[UserError] = UserErro
 def read_limited(
     path: str | os.PathLike[str], limit: int, expected: str, error: type[UserError] = UserError
 ) -> bytes:
-    """The bytes of a file of at most `limit` bytes; a larger one is refused unread.
+    """The bytes of a file of at most `limit` bytes; a larger file is rejected unread.
 
-    expected: the right contents in words. Raises `error`, and OSError as `open` does.
+    expected: a description of the right contents. Raises `error`, and OSError like `open`.
     """
     with open_bounded(path, error) as file:
         # The file may grow while it is read.
@@ -73,16 +73,16 @@ def read_json(
         value = dict(items)
         if len(value) < len(items):
             name = Counter(name for name, _ in items).most_common(1)[0][0]
-            raise error(f"{path}: {name[:60]!r} is there twice in one object; leave one of them out")
+            raise error(f"{path}: {name[:60]!r} occurs twice in one object; leave one of them out")
         return value
 
     def refused(name: str) -> None:
-        raise ValueError(f"{name} is no number of JSON")
+        raise ValueError(f"{name} is not a JSON number")
 
     text = read_limited(path, limit, expected, error)
     try:
         value = json.loads(text, object_pairs_hook=unique, parse_constant=refused)
-        # Bound the depth, because callers may recurse.
+        # Limit the depth, because callers may recurse.
         level = [value]
         for _ in range(_DEEPEST):
             level = [inner for each in level for inner in _inside(each) if isinstance(inner, dict | list)]
@@ -104,7 +104,7 @@ def numbered_lines(
 ) -> Iterator[tuple[int, str]]:
     """The lines of a text file with their ends, from number 1; foreign bytes become U+FFFD.
 
-    A line of more than `longest` characters is refused before it fills memory. Raises `error`, and OSError.
+    A line of more than `longest` characters is rejected before it fills memory. Raises `error`, and OSError.
     """
     raw = open_bounded(path, error)
     with io.TextIOWrapper(raw, "utf-8-sig", "replace", newline="") as file:
@@ -124,7 +124,7 @@ def numbered_lines(
 def open_own(path: str | os.PathLike[str], mode: str) -> IO[Any]:
     """Opens a file in a run's folder to write or append; text is UTF-8.
 
-    Raises UserError for a link: in a foreign folder it could lead to any of the user's files.
+    Raises UserError for a link, which could lead from a foreign folder to any of the user's files.
     """
 
     def opener(name: str, flags: int) -> int:
@@ -135,7 +135,7 @@ def open_own(path: str | os.PathLike[str], mode: str) -> IO[Any]:
     except OSError as fault:
         if fault.errno != errno.ELOOP:
             raise
-        raise UserError(f"{path}: a link, which nothing is written through; give another folder") from None
+        raise UserError(f"{path}: is a link, and writes do not follow links; give another folder") from None
 
 
 def check_file(path: Path) -> None:

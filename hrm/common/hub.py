@@ -14,13 +14,13 @@ from hrm.common.text import counted, one_line, size_text
 
 PREFIX = "hub:"
 FORM = f"{PREFIX}OWNER/NAME, with @REVISION or /PATH after it where needed"
-# The hub's form of names, which cannot lead out of the cache's folder.
+# The hub's pattern of names, which cannot lead out of the cache's folder.
 _SOURCE = re.compile(
     r"hub:([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@([\w.-]{1,100}))?((?:/[^/\\]+)*)", re.ASCII
 )
 _WORDS = {"dataset": "data set", "model": "model"}
 
-# Takes the names of a repository's files and the path that the user gave; returns the names to download.
+# Takes the names of a repository's files and the user's path; returns the names to download.
 Choice = Callable[[Collection[str], str], Sequence[str]]
 
 
@@ -29,7 +29,7 @@ class HubError(UserError):
 
 
 class _Repository(NamedTuple):
-    """A repository that a user named. path: a folder or file in it, or empty."""
+    """A repository given by the user. path: a folder or file in it, or empty."""
 
     source: str
     name: str
@@ -45,7 +45,7 @@ class _Repository(NamedTuple):
 
 
 def is_remote(source: str | Path) -> bool:
-    """Whether a user names a repository of the hub, in place of a folder or file."""
+    """Whether the user gave a hub repository instead of a folder or file."""
     return str(source).startswith(PREFIX)
 
 
@@ -56,8 +56,8 @@ def _report(line: str) -> None:
 def fetch_files(source: str, files: Sequence[str]) -> Path:
     """The folder with these files of a data set, downloaded if they are not in the cache.
 
-    source: `hub:OWNER/NAME`, such as hub:sapientinc/sudoku-extreme, with `@REVISION` or the `/PATH` of a
-    folder where needed. files: their paths in that folder. Raises HubError as `fetch` does.
+    source: `hub:OWNER/NAME`, such as hub:sapientinc/sudoku-extreme, optionally with `@REVISION` and the
+    `/PATH` of a folder. files: their paths in that folder. Raises HubError as `fetch` does.
     """
 
     def choose(names: Collection[str], path: str) -> list[str]:
@@ -77,12 +77,12 @@ def fetch(
     choose: Choice,
     say: Callable[[str], None] | None = _report,
 ) -> tuple[Path, Sequence[str]]:
-    """The cache's folder of a repository, with the chosen files, and their names.
+    """The cache folder of a repository with the chosen files, and their names.
 
-    source: see `fetch_files`. say: takes a line with the size, before the download; None takes the files from
-    the cache alone, where another process of this machine has put them. Without a network that is done too.
-    Raises HubError when huggingface_hub is missing, the hub cannot be reached, it has no such repository, or
-    the disk is too small; and what `choose` raises.
+    source: see `fetch_files`. say: prints a line with the size before the download; None uses only the cache,
+    which another process of this machine has filled. Without a network only the cache is used. Raises
+    HubError if huggingface_hub is missing, the hub cannot be reached, it has no such repository, or the disk
+    is too small; and the errors of `choose`.
     """
     repository = _parse(source, kind)
     sizes, commit, cached = _cached(repository) if say is None else _listing(repository)
@@ -132,7 +132,7 @@ def _listing(repository: _Repository) -> tuple[dict[str, int], str | None, Path 
 
 
 def _cached(repository: _Repository, reason: Exception | None = None) -> tuple[dict[str, int], None, Path]:
-    """As `_listing`, of the files in the cache. reason: why the hub cannot be reached."""
+    """Same as `_listing`, for files in the cache. reason: why the hub cannot be reached."""
     download = repository.hub.snapshot_download
     try:
         folder = Path(download(**repository.asked, local_files_only=True, allow_patterns=[]))
@@ -158,7 +158,7 @@ def _unreachable(source: str, reason: Exception | None = None) -> str:
 def _check_size(
     repository: _Repository, sizes: dict[str, int], commit: str | None, say: Callable[[str], None]
 ) -> None:
-    """Says what is about to be downloaded. Raises HubError where the disk is too small."""
+    """Prints the size of the coming download. Raises HubError if the disk is too small."""
     hub = repository.hub
     place = {"repo_id": repository.name, "repo_type": repository.kind, "revision": commit}
     missing = [
@@ -179,7 +179,7 @@ def _check_size(
 
 
 def _root(repository: _Repository, file: str) -> Path:
-    """The cache's folder of the version that holds a file."""
+    """The cache folder of the version that holds a file."""
     try:
         with _refusals(repository):
             path = Path(repository.hub.hf_hub_download(**repository.asked, filename=file))
@@ -196,13 +196,13 @@ def _root(repository: _Repository, file: str) -> Path:
 
 @contextmanager
 def _refusals(repository: _Repository) -> Iterator[None]:
-    """Tells the hub's refusals in one line."""
+    """Reports the hub's refusals in one line."""
     source, errors, what = repository.source, repository.errors, _WORDS[repository.kind]
     try:
         yield
     except errors.GatedRepoError:
         raise HubError(
-            f"{source}: access has to be asked for on its page; log in with `hf auth login` afterwards"
+            f"{source}: request access on its page, and log in with `hf auth login` afterwards"
         ) from None
     except errors.RevisionNotFoundError:
         raise HubError(

@@ -1,4 +1,4 @@
-"""The keys of a run's configuration: each with its default, its meaning and the values it takes."""
+"""The keys of a run's configuration: default, meaning and allowed values."""
 
 import os
 from dataclasses import field
@@ -21,7 +21,7 @@ _NAME: dict[str, Any] = {
     "form": "a folder name of at most 80 characters without / or \\, other than . and ..",
 }
 
-# In place of an ACT step, for a sequence that never wishes to halt: above every halt_max_steps.
+# Step number of a sequence that never halts by choice: above every halt_max_steps.
 NEVER = 1 << 30
 
 
@@ -29,13 +29,13 @@ NEVER = 1 << 30
 class SubgoalConfig:
     """The subgoal head of feudal HRM."""
 
-    enabled: bool = key(False, "let the high-level state set goals for what comes next")
+    enabled: bool = key(False, "let the high-level state set goals for the next steps")
     manager_period: int = key(4, "ACT steps between two goals of a sequence", ge=1, le=4096)
     # None only until ArchConfig's __post_init__.
     goal_dim: int = key(None, "width of a goal", ge=1, le=65536, shown="arch.hidden_size")
     goal_scale: float = key(1.0, "length of a goal", gt=0, le=1000)
-    gating: bool = key(True, "learn how far to commit to a goal; false commits fully")
-    temperature: float = key(1.0, "divides the logit of that gate", gt=0, le=1000)
+    gating: bool = key(True, "learn a gate for the weight of each goal; false gives full weight")
+    temperature: float = key(1.0, "divisor of that gate's logit", gt=0, le=1000)
 
 
 @dataclass(config=RULES)
@@ -49,25 +49,29 @@ class ArchConfig:
     L_layers: int = key(4, "blocks of the low-level module", ge=1, le=1024)
     H_cycles: int = key(2, "high-level updates in one step", ge=1, le=1024)
     L_cycles: int = key(2, "low-level updates for each high-level one", ge=1, le=1024)
-    halt_max_steps: int = key(16, "most ACT steps spent on one sequence", ge=1, le=4096)
-    halt_exploration_prob: float = key(0.1, "how often a random minimum of steps is drawn", ge=0, le=1)
+    halt_max_steps: int = key(16, "maximum number of ACT steps per sequence", ge=1, le=4096)
+    halt_exploration_prob: float = key(
+        0.1, "probability that a sequence gets a random minimum number of steps", ge=0, le=1
+    )
     q_continue: bool = key(True, "learn q_continue from a second forward pass; false saves that pass")
     gradient: Literal["one_step", "last_cycle", "last_n"] = key(
         "one_step",
-        "what the gradient goes through: the last update of each level, the whole last H-cycle, or "
+        "updates with gradient: the last update of each level, the whole last H-cycle, or "
         "the last gradient_updates",
     )
     gradient_updates: int = key(
         2, "updates of both levels, counted from the last, with gradient=last_n", ge=1, le=10**6
     )
     init: Literal["fixed", "random"] = key(
-        "fixed", "where states start: at H_init and L_init, or at truncated normals drawn for every token"
+        "fixed", "initial states: H_init and L_init, or truncated normals drawn for every token"
     )
-    noise: float = key(0.0, "deviation of the normal noise added to a state at every update", ge=0, le=100)
-    damping: float = key(1.0, "share of an update that is new; the rest stays as it was", gt=0, le=1)
+    noise: float = key(
+        0.0, "standard deviation of the normal noise added to a state at every update", ge=0, le=100
+    )
+    damping: float = key(1.0, "share of the new state in an update; the rest is the old state", gt=0, le=1)
     chains: int = key(
         1,
-        "states z_L of a sequence in training, of which the one of least loss learns; evaluation has one",
+        "states z_L per sequence in training; only that of lowest loss learns; evaluation uses one",
         ge=1,
         le=64,
     )
@@ -75,10 +79,10 @@ class ArchConfig:
     single_state: bool = key(
         False, "one state and one stack of L_layers, z = f(z + e) H_cycles * L_cycles times, without levels"
     )
-    mlp_t: bool = key(False, "mix the tokens by a SwiGLU over them in place of attention")
+    mlp_t: bool = key(False, "mix tokens by a SwiGLU over the tokens instead of attention")
     swiglu: Literal["plain", "normed", "conv"] = key(
         "plain",
-        "normed: a norm of the product before its gate, in mlp_t too; conv: two taps over the tokens after",
+        "normed: a norm before the gate, also in mlp_t; conv: a two-tap convolution over the tokens after",
     )
     head_bias: bool = key(False, "add a learnt bias to the answer's logits")
     register_tokens: int = key(
@@ -87,23 +91,28 @@ class ArchConfig:
     pos_encodings: Literal["rope", "rope2d", "learned", "none"] = key(
         "rope", "the encoding of positions; rope2d rotates by row and column of the data's grid"
     )
-    rope_theta: float = key(10000.0, "base of the rotary frequencies", gt=0, le=1e9)
+    rope_theta: float = key(10000.0, "base of the rotary embedding's frequencies", gt=0, le=1e9)
     rms_norm_eps: float = key(1e-5, "added to the mean square in the norms", gt=0, le=1)
     # None only until __post_init__.
     puzzle_emb_ndim: int = key(
         None, "width of a puzzle's embedding; 0 for none", ge=0, le=2**20, shown="arch.hidden_size"
     )
     puzzle_emb_len: int = key(
-        0, "tokens that a puzzle's embedding takes, zeros after it; 0: as many as it fills", ge=0, le=4096
+        0,
+        "tokens reserved for a puzzle's embedding, padded with zeros; 0: as many as it fills",
+        ge=0,
+        le=4096,
     )
     use_gating: bool = key(False, "mix the sources of each module through learnt gates")
     gating_type: Literal["standard", "attention", "hierarchical"] = key(
         "standard", "gates by an MLP, by attention over the sources, or by a fast and a slow MLP"
     )
     gate_hidden_ratio: float = key(0.25, "width of the gate network over D", gt=0, le=16)
-    gate_init_bias: float = key(-2.2, "first bias of the gates; -2.2 opens them about 0.1", ge=-100, le=100)
+    gate_init_bias: float = key(
+        -2.2, "initial bias of the gates; -2.2 opens them by about 0.1", ge=-100, le=100
+    )
     gate_init_strategy: Literal["balanced", "input_focused", "hierarchy_focused"] | None = key(
-        None, "first bias of each source's gates, in place of gate_init_bias"
+        None, "initial bias of each source's gates, instead of gate_init_bias"
     )
     subgoal_head: SubgoalConfig = field(default_factory=SubgoalConfig)
 
@@ -123,17 +132,22 @@ class LossConfig:
     )
     label_smoothing: float = key(0.0, "share of a token's target spread over the vocabulary", ge=0, lt=1)
     step_decay: float = key(
-        1.0, "weight of an ACT step's token loss over that of the step before; the first has 1", gt=0, le=1
+        1.0,
+        "ratio of an ACT step's token loss weight to the previous step's; the first weight is 1",
+        gt=0,
+        le=1,
     )
-    q_halt_weight: float = key(0.5, "weight of the loss of q_halt", ge=0, le=1000)
+    q_halt_weight: float = key(0.5, "weight of the q_halt loss", ge=0, le=1000)
     feudal_loss_weight: float = key(
-        0.0, "weight of following the subgoal; needs arch.subgoal_head.enabled", ge=0, le=1000
+        0.0, "weight of the loss for following the subgoal; needs arch.subgoal_head.enabled", ge=0, le=1000
     )
-    gate_saturation_weight: float = key(0.0, "weight of keeping gates off 0 and 1", ge=0, le=1000)
-    gate_entropy_weight: float = key(0.0, "weight of using all sources alike", ge=0, le=1000)
-    gate_stability_weight: float = key(0.0, "weight of gates that change little in a step", ge=0, le=1000)
-    gate_loss_warmup_steps: int = key(1000, "steps before the gate losses count", ge=0, le=10**9)
-    gate_loss_ramp_steps: int = key(1000, "steps in which they grow to their weight", ge=0, le=10**9)
+    gate_saturation_weight: float = key(0.0, "weight of the penalty on gates near 0 and 1", ge=0, le=1000)
+    gate_entropy_weight: float = key(0.0, "weight of the loss for using all sources equally", ge=0, le=1000)
+    gate_stability_weight: float = key(
+        0.0, "weight of the penalty on changes of the gates between steps", ge=0, le=1000
+    )
+    gate_loss_warmup_steps: int = key(1000, "steps before the gate losses start", ge=0, le=10**9)
+    gate_loss_ramp_steps: int = key(1000, "steps over which they grow to their full weight", ge=0, le=10**9)
 
     @property
     def uses_gates(self) -> bool:
@@ -143,20 +157,20 @@ class LossConfig:
 
 @dataclass(config=RULES)
 class StageConfig:
-    """One stage of a progressive run; what is left out is as in arch."""
+    """One stage of a staged run; missing keys have the values in arch."""
 
     epochs: int = key(..., "epochs of this stage", ge=1, le=10**9)
-    halt_max_steps: int | None = key(None, "most ACT steps in this stage", ge=1, le=4096)
+    halt_max_steps: int | None = key(None, "maximum number of ACT steps in this stage", ge=1, le=4096)
     H_cycles: int | None = key(None, "high-level updates in this stage", ge=1, le=1024)
     L_cycles: int | None = key(None, "low-level updates in this stage", ge=1, le=1024)
 
 
 @dataclass(config=RULES)
 class AttentionConfig:
-    """How attention is computed; the model stays the same."""
+    """The implementation of attention; the model stays the same."""
 
     backend: Literal["auto", "triton", "flash", "sdpa"] = key(
-        "auto", "auto takes what suits the sequence's length; a named one is taken or refused"
+        "auto", "auto chooses by sequence length; a named backend is used or is an error"
     )
 
 
@@ -168,9 +182,9 @@ class SudokuConfig:
     num_train: int = key(1000, "training puzzles before augmentation", ge=1, le=10**7)
     num_test: int = key(1000, "test puzzles", ge=1, le=10**7)
     num_aug: int = key(1000, "augmented copies of each training puzzle", ge=0, le=10**6)
-    clues: int = key(0, "clues left in a puzzle; 0 takes away every one that is not needed", ge=0, le=81)
-    min_difficulty: int = key(0, "fewest guesses a solver must need", ge=0, le=10**6)
-    seed: int = key(0, "seed of the puzzles, apart from the run's", ge=0, le=2**32 - 1)
+    clues: int = key(0, "clues in a puzzle; 0 removes every clue that is not needed", ge=0, le=81)
+    min_difficulty: int = key(0, "minimum number of guesses that a solver needs", ge=0, le=10**6)
+    seed: int = key(0, "seed of the puzzles, independent of the run's seed", ge=0, le=2**32 - 1)
 
 
 @dataclass(config=RULES)
@@ -182,56 +196,62 @@ class Config:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     sudoku: SudokuConfig = field(default_factory=SudokuConfig)
     preset: Literal["auto", "quick", "full", "record", "cgar"] = key("auto", "set of defaults, see Presets")
-    data_path: str | None = key(None, "folder of a puzzle data set; null makes Sudoku", **PATH)
+    data_path: str | None = key(None, "folder of a puzzle data set; null generates Sudoku", **PATH)
     global_batch_size: int = key(768, "sequences in a step, over all devices", ge=1, le=2**20)
     epochs: int = key(100_000, "epochs, each drawing one puzzle of every group", ge=1, le=10**9)
     eval_interval: int | None = key(
         10_000, "epochs between evaluations; null for one at the end", ge=1, le=10**9
     )
     eval_samples: int | None = key(
-        None, "examples, drawn once, that evaluations look at; null and the end take all", ge=1, le=10**9
+        None,
+        "fixed random sample of examples for evaluations; null, and the last evaluation, use all",
+        ge=1,
+        le=10**9,
     )
     valid_fraction: float = key(
         0.0,
-        "share of the training groups held out as the split valid, which best_metric then looks at",
+        "share of the training groups held out as the split valid, which best_metric then uses",
         ge=0,
         lt=1,
     )
     augment: bool = key(False, "draw every training example under a fresh random symmetry: Sudoku, maze, ARC")
     max_steps: int | None = key(None, "stop after this many training steps", ge=1, le=10**9)
     max_seconds: float | None = key(
-        None, "save and end this process after so long; the same command continues", gt=0, le=1e9
+        None, "save and end this process after this time; the same command continues", gt=0, le=1e9
     )
     optimizer: Literal["adam_atan2", "adamw", "muon"] = key(
-        "adam_atan2", "what updates the weights; muon leaves all but the blocks' matrices to adamw"
+        "adam_atan2", "optimiser of the weights; muon uses adamw for all but the blocks' matrices"
     )
     lr: float = key(1e-4, "learning rate", ge=0, le=10)
     lr_warmup_steps: int = key(2000, "steps of linear warm-up", ge=0, le=10**9)
-    lr_min_ratio: float = key(1.0, "where the cosine ends, as a share of lr; 1 is constant", ge=0, le=1)
+    lr_min_ratio: float = key(
+        1.0, "final value of the cosine schedule, as a share of lr; 1 is constant", ge=0, le=1
+    )
     weight_decay: float = key(0.1, "decoupled weight decay", ge=0, le=1000)
     beta1: float = key(0.9, "decay of the first moment", ge=0, lt=1)
     beta2: float = key(0.95, "decay of the second moment", ge=0, lt=1)
     muon_lr: float = key(0.02, "learning rate of the matrices with optimizer=muon", ge=0, le=10)
-    muon_momentum: float = key(0.6, "share of their momentum that stays at an update", ge=0, lt=1)
-    muon_steps: int = key(3, "Newton-Schulz steps that make their update orthogonal", ge=1, le=99)
+    muon_momentum: float = key(0.6, "decay of their momentum", ge=0, lt=1)
+    muon_steps: int = key(3, "Newton-Schulz steps that orthogonalise their update", ge=1, le=99)
     muon_weight_decay: float = key(5e-3, "decoupled weight decay of these matrices", ge=0, le=1000)
-    grad_clip: float | None = key(
-        None, "scale a longer gradient down to this norm; null leaves it", gt=0, le=1e9
-    )
+    grad_clip: float | None = key(None, "clip the gradient to this norm; null does not clip", gt=0, le=1e9)
     max_skipped_steps: int = key(
         10,
-        "updates skipped in a row, for a loss or gradient that is not finite, that end the run",
+        "end the run after this many skipped updates in a row (loss or gradient not finite)",
         ge=1,
         le=10**9,
     )
     spike_threshold: float | None = key(
-        10.0, "how far above its usual spread a loss counts as a spike; null for not looking", ge=1, le=1e6
+        10.0,
+        "multiple of the usual spread above which a loss is a spike; null disables the check",
+        ge=1,
+        le=1e6,
     )
     spike_rewinds: int = key(
-        0, "how often to go back to the checkpoint before a spike and on behind its batch", ge=0, le=10**6
+        0, "how often to return to the checkpoint before a spike and continue after its batch", ge=0, le=10**6
     )
-    ema: bool = key(False, "keep a moving average of the weights and evaluate it beside them")
-    ema_rate: float = key(0.999, "share of the average that stays at a step", ge=0, lt=1)
+    ema: bool = key(False, "keep a moving average of the weights and evaluate both")
+    ema_rate: float = key(0.999, "decay of the average per step", ge=0, lt=1)
     ema_start: int = key(
         0, "updates before the average starts; until then it equals the weights", ge=0, le=10**9
     )
@@ -244,7 +264,7 @@ class Config:
     seed: int = key(0, "seed of the weights, the batches and the exploration", ge=0, le=2**32 - 1)
     device: str = key(
         "auto",
-        "where to run; auto is cuda where there is one, mps where a step is measured faster there, else cpu",
+        "device; auto is cuda if there is one, mps if a step measures faster there, else cpu",
         **DEVICE,
     )
     dtype: Literal["auto", "float32", "bfloat16"] = key(
@@ -252,29 +272,32 @@ class Config:
         "precision of the forward pass; auto is bfloat16 on cuda and float32 elsewhere",
     )
     mode: Literal["auto", "eager", "compile", "graph"] = key(
-        "auto", "how the step is run; auto is graph on cuda, and what measures faster on a CPU"
+        "auto", "how a step runs; auto is graph on cuda, and the faster mode by measurement on a CPU"
     )
     deterministic: bool = key(
-        False, "same bits in every run on the same machine; refuses what cannot be, and measures no mode"
+        False,
+        "bit-identical runs on the same machine; rejects operations that cannot be, and measures no mode",
     )
     rank_timeout: float = key(
-        1800.0, "seconds that ranks wait for one of them before the job ends and names it", ge=1, le=1e6
+        1800.0, "seconds that ranks wait for a missing rank before the job ends and reports it", ge=1, le=1e6
     )
     gradient_accumulation: int = key(
         1,
-        "parts that each device's sequences are computed in, one after another, to save memory",
+        "number of parts in which each device computes its sequences, to save memory",
         ge=1,
         le=2**20,
     )
     project_name: str = key(None, "folder of related runs", shown="(from the data)", **_NAME)
     run_name: str = key(None, "folder of this run", shown="(the architecture)", **_NAME)
-    output_dir: str = key("checkpoints", "a run's files go to output_dir/project_name/run_name", **PATH)
+    output_dir: str = key("checkpoints", "a run's files are in output_dir/project_name/run_name", **PATH)
     checkpoint_path: str | None = key(
         None, "start from the weights of this run, checkpoint or hub:NAME", **PATH
     )
-    reset_puzzle_emb: bool = key(False, "with checkpoint_path: start a fresh puzzle embedding table")
-    resume: str = key("auto", "continue a run: auto the one in this run's folder, a path another", **_RESUME)
-    resume_force: bool = key(False, "continue it with other data or options than it was trained with")
+    reset_puzzle_emb: bool = key(False, "with checkpoint_path: start with a new puzzle embedding table")
+    resume: str = key(
+        "auto", "continue a run: auto is the run in this run's folder, a path is another run", **_RESUME
+    )
+    resume_force: bool = key(False, "resume even if data or options differ")
     checkpoint_every_eval: bool = key(True, "save at every evaluation, not only at the end")
     checkpoint_interval: int | None = key(
         None, "steps between checkpoints, besides those at evaluations; null for none", ge=1, le=10**9
@@ -282,24 +305,26 @@ class Config:
     checkpoint_seconds: float | None = key(
         600.0, "seconds between checkpoints, besides those at evaluations; null for none", gt=0, le=1e9
     )
-    keep_checkpoints: int | None = key(3, "newest checkpoints that stay; null keeps all", ge=1, le=10**9)
+    keep_checkpoints: int | None = key(
+        3, "number of newest checkpoints to keep; null keeps all", ge=1, le=10**9
+    )
     best_metric: Literal["exact_accuracy", "accuracy", "lm_loss"] = key(
         "exact_accuracy",
-        "metric by which evaluations are ranked, of the average with ema=true; of valid, or else of the test",
+        "metric that ranks evaluations: of the average with ema=true; on valid if there is one, else on test",
     )
     keep_best: bool = key(True, "never remove the checkpoint of the best evaluation")
     early_stop_patience: int | None = key(
-        None, "stop after this many evaluations in a row without a better one", ge=1, le=10**6
+        None, "stop after this many evaluations in a row without an improvement", ge=1, le=10**6
     )
-    early_stop_min_delta: float = key(0.0, "how much better an evaluation must be to count", ge=0, le=1000)
-    tracker: Literal["none", "tensorboard", "wandb"] = key("none", "where metrics go besides the files")
+    early_stop_min_delta: float = key(0.0, "minimum improvement that counts", ge=0, le=1000)
+    tracker: Literal["none", "tensorboard", "wandb"] = key("none", "where to log metrics besides the files")
     log_interval: int = key(50, "steps between logged metrics", ge=1, le=10**9)
     profile: Literal["none", "torch", "nsys", "ncu"] = key(
         "none", "torch writes a trace and a table; nsys and ncu mark the steps for NVIDIA's profilers"
     )
     profile_steps: int = key(5, "steps in the profile", ge=1, le=1000)
-    profile_after: int = key(20, "steps of this process before the profile", ge=0, le=10**9)
-    # Choices made for the user, one line each, for the caller to print; no key, and not saved.
+    profile_after: int = key(20, "steps before the profile starts", ge=0, le=10**9)
+    # A line for each automatic choice, for the caller to print; not a key, and not saved.
     notes: list[str] = field(default_factory=list, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -310,7 +335,7 @@ class Config:
 
 
 def project_name(data_path: str | None, size: int) -> str:
-    """The folder of runs on a data set, or on the built-in Sudoku of `size` cells along a side."""
+    """The default project name for a data set, or for the built-in Sudoku of `size` x `size` cells."""
     if data_path is None:
         return f"sudoku-{size}x{size}"
     return folder_name(os.path.basename(os.path.abspath(data_path)))

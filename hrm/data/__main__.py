@@ -15,18 +15,18 @@ COMMANDS = {
     "sudoku": (sudoku, "build a Sudoku data set, generated or from files"),
     "maze": (maze, "build a data set of mazes and their shortest paths, generated or from files"),
     "arc": (arc, "build an ARC data set from task files"),
-    "inspect": (inspect, "check a data set, and show what is in it"),
+    "inspect": (inspect, "check a data set, and show its contents"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status; see `run_command`."""
+    """Runs one command and returns its exit status; see `run_command`."""
     with interrupted_by_sigterm():
         return run_command(lambda: command(argv), "no unfinished data set is left")
 
 
 def command(argv: Sequence[str] | None) -> int | None:
-    """Take the command line apart and run it."""
+    """Parses the command line and runs the command."""
     parser = argparse.ArgumentParser(
         prog="python -m hrm.data", description="Build and inspect puzzle data sets."
     )

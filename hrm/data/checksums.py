@@ -1,8 +1,8 @@
-"""Checks that the files of a split are as they were written, and stay as they were opened.
+"""Checks that the files of a split are intact, and that they do not change after they are opened.
 
-Builders write a `checksums.json` beside the arrays, `{file name: {"size": bytes, "sha256": hex}}`, which
-finds a flipped byte and its file; the official data sets have none. A run checks its open files again before
-every batch, because reading the memory map of a truncated file kills the process.
+Builders write `checksums.json` next to the arrays, `{file name: {"size": bytes, "sha256": hex}}`; official
+data sets have none. A run checks its open files again before every batch, because reading the memory map of a
+truncated file kills the process.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ Sums = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Contents:
-    """The fingerprint of files together, and the size and digest of each."""
+    """The fingerprint of all files, and the size and digest of each."""
 
     fingerprint: str
     sums: Sums
@@ -37,11 +37,11 @@ class Contents:
 def read_contents(
     paths: Sequence[Path], further: Sequence[Path] = (), *, with_kind: bool = False
 ) -> Contents:
-    """Digests of files of different names, each read once.
+    """Digests of files with different names; each file is read once.
 
-    paths: files of the fingerprint, a SHA-256 (hex) over their sizes and bytes in this order. It leaves out
-    the kind that a description declares, so that data have one fingerprint whether it is declared or not;
-    with_kind=True leaves it in. further: files outside the fingerprint.
+    paths: files of the fingerprint, a SHA-256 (hex) over their sizes and bytes in this order. The fingerprint
+    omits the declared kind, so that declaring it does not change the fingerprint; with_kind=True includes it.
+    further: files outside the fingerprint.
     """
     together = hashlib.sha256()
     sums: Sums = {}
@@ -59,7 +59,7 @@ def read_contents(
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             if path not in further:
-                # With its size in front, no byte can move to a neighbouring file unnoticed.
+                # Hash the size first, so that no byte can move to a neighbouring file unnoticed.
                 together.update(size.to_bytes(8, "little"))
             while count := file.readinto(buffer):
                 for digest in digests:
@@ -75,16 +75,16 @@ def write_checksums(folder: Path, paths: Sequence[Path]) -> None:
 
 
 def checksum_faults(listed: Any, found: Sums) -> Iterator[tuple[str, str]]:
-    """Each file that differs from its checksums.json, with what is wrong with it.
+    """Each file that differs from checksums.json, with a description of the difference.
 
-    listed: the unchecked contents of checksums.json. found: the sums of the existing files.
+    listed: the unchecked contents of checksums.json. found: the checksums of the existing files.
     """
     if not isinstance(listed, dict):
         yield CHECKSUMS, f"holds {type(listed).__name__}, expected a JSON object"
         return
     for name in sorted(listed.keys() | found.keys()):
         if name not in found:
-            yield CHECKSUMS, f"lists {literal(name)}, which is no file of the split"
+            yield CHECKSUMS, f"lists {literal(name)}, which is not a file of the split"
         elif name not in listed:
             yield CHECKSUMS, f"does not list {name}"
         elif listed[name] != found[name]:
@@ -92,14 +92,14 @@ def checksum_faults(listed: Any, found: Sums) -> Iterator[tuple[str, str]]:
 
 
 def changed_files(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """The differences between two splits' `digests` in words: ["x.npy changed", ...]."""
+    """Descriptions of the differences between two splits' `digests`: ["x.npy changed", ...]."""
     both = [f"{name} changed" for name in old if name in new and new[name] != old[name]]
     gone = [f"{name} is gone" for name in old if name not in new]
     return [*both, *gone, *(f"{name} is new" for name in new if name not in old)]
 
 
 class _State(NamedTuple):
-    """A file's identity, size and time of change in nanoseconds, from the system."""
+    """A file's identity, size and modification time in nanoseconds."""
 
     device: int
     inode: int
@@ -123,7 +123,7 @@ class Snapshot:
             before, now = self._states[path], _state(path)
             if now != before:
                 raise DatasetError(
-                    f"{path}: {_change(before, now)} after it was opened; put back the file as it was, "
+                    f"{path}: {_change(before, now)} after it was opened; restore the file, "
                     "and the same command continues from the last checkpoint"
                 )
 
@@ -142,7 +142,7 @@ def _change(before: _State | None, now: _State | None) -> str:
     if before is None:
         return "was made"
     if now.size != before.size:
-        return f"{'was cut' if now.size < before.size else 'grew'} from {before.size:,} to {now.size:,} bytes"
+        return f"{'shrank' if now.size < before.size else 'grew'} from {before.size:,} to {now.size:,} bytes"
     if now.inode != before.inode or now.device != before.device:
         return "was replaced by another file"
     return "was written to"

@@ -1,4 +1,4 @@
-"""Notes on intact data sets that other software wrote differently: what differs, and what follows from it."""
+"""Notes on valid data sets from other software: deviations from the usual contents and their consequences."""
 
 from collections.abc import Iterator
 
@@ -8,14 +8,14 @@ from hrm.data.dataset import PuzzleDataset
 from hrm.data.format import IGNORE_LABEL, PuzzleSet, ignored_labels
 from hrm.data.puzzle_kinds import kind_for, kind_of
 
-# Most examples of a set whose labels are looked at, spread over it.
+# Maximum number of examples per set whose labels are inspected, evenly spaced.
 LOOKED_AT = 1000
 
 
 def deviations(dataset: PuzzleDataset) -> Iterator[str]:
-    """A line for each deviation of a split; none for the data sets of the builders.
+    """A line for each deviation of a split; data sets of the builders have none.
 
-    Reads at most LOOKED_AT examples of each set.
+    Reads at most LOOKED_AT examples per set.
     """
     yield from dataset.notes
     metadata = dataset.metadata
@@ -23,8 +23,8 @@ def deviations(dataset: PuzzleDataset) -> Iterator[str]:
         sizes = kind_for(metadata.vocab_size, metadata.seq_len, metadata.columns).name
         if kind_of(metadata, dataset.sets).name != sizes:
             yield (
-                f"{dataset.folder}: its sizes are those of {sizes}, but most examples break the rules of "
-                f'{sizes}; taken for plain tokens; "kind": "{sizes}" in dataset.json declares it'
+                f"{dataset.folder}: its sizes fit {sizes}, but most examples break the rules of "
+                f'{sizes}; it is read as plain tokens; "kind": "{sizes}" in dataset.json declares it'
             )
     for name, part in dataset.sets.items():
         dataset.check_unchanged(name)
@@ -36,17 +36,17 @@ def deviations(dataset: PuzzleDataset) -> Iterator[str]:
 
 
 def _groups(part: PuzzleSet) -> Iterator[str]:
-    """Whether an epoch sees little of the set, because different puzzles share a group or a puzzle."""
+    """Reports that an epoch uses few examples, because different puzzles share a group or a puzzle."""
     examples, puzzles, groups = len(part.inputs), len(part.puzzle_identifiers), len(part.group_indices) - 1
-    # Puzzles with names of their own are a task and its augmentations.
+    # Puzzles with different names are a task and its augmentations.
     if groups == 1 and puzzles > 1 and len(np.unique(part.puzzle_identifiers)) == 1:
         yield (
-            f"all {puzzles:,} puzzles are in one group, so an epoch sees 1 puzzle; a group is one original "
+            f"all {puzzles:,} puzzles are in one group, so an epoch uses 1 puzzle; a group is one original "
             f"puzzle and its augmentations: for different puzzles, group_indices is 0, 1, ..., {puzzles}"
         )
     elif puzzles == 1 and examples > 1:
         yield (
-            f"all {examples:,} examples are one puzzle, so an epoch sees one batch of them at most; for "
+            f"all {examples:,} examples are one puzzle, so an epoch uses one batch of them at most; for "
             f"different puzzles, puzzle_indices and group_indices are 0, 1, ..., {examples}"
         )
 
@@ -61,12 +61,12 @@ def _labels(dataset: PuzzleDataset, part: PuzzleSet) -> Iterator[str]:
         yield (
             f"labels {IGNORE_LABEL} carry no loss{also}: ignore_label_id is "
             f"{'null' if ignore is None else ignore}; set it to {IGNORE_LABEL} in dataset.json if "
-            f"{IGNORE_LABEL} alone is meant"
+            f"{IGNORE_LABEL} is the only ignored label"
         )
     if ignored.all():
-        yield "no label is known: every one of the examples looked at carries no loss"
+        yield "no label is known: none of the inspected examples carries loss"
     elif not ignored.any() and np.array_equal(labels, inputs):
         yield (
-            f"the labels equal the inputs in all {len(rows):,} examples looked at, so copying solves them; "
+            f"the labels equal the inputs in all {len(rows):,} inspected examples, so copying solves them; "
             "labels are the answers"
         )

@@ -1,10 +1,11 @@
-"""The puzzle data set on disk, read and validated.
+"""The file format of puzzle data sets: reads and validates files.
 
 A data set is a folder `<data>/<split>/` with a `dataset.json` and, for each set named there, five arrays:
 `<set>__inputs.npy` and `<set>__labels.npy` (examples, seq_len), `<set>__puzzle_identifiers.npy` (puzzles),
 `<set>__puzzle_indices.npy` (puzzles + 1: where the examples of each puzzle begin) and
 `<set>__group_indices.npy` (groups + 1: where the puzzles of each group begin). A group holds one original
-puzzle and its augmentations. The layout is that of the official HRM code: either can read the other's data.
+puzzle and its augmentations. The format is that of the official HRM code, and each program can read the
+other's data.
 """
 
 import math
@@ -21,15 +22,15 @@ from hrm.common.errors import UserError
 from hrm.common.files import read_json
 from hrm.common.text import literal, one_line
 
-# Bytes, roughly, that a pass over a memory map reads at a time.
+# Approximate chunk size in bytes for passes over a memory map.
 CHUNK_BYTES = 1 << 23
-# Largest JSON files in bytes. 128 MiB hold the names of three million puzzles; ARC with a thousand
+# Maximum bytes of JSON files. 128 MiB hold the names of three million puzzles; ARC with a thousand
 # augmentations of each task has one million.
 MAX_DESCRIPTION_BYTES, MAX_NAMES_BYTES = 1 << 20, 1 << 27
-# Largest header of an array in bytes; NumPy writes 128.
+# Maximum bytes of an array's header; NumPy writes 128.
 MAX_HEADER_BYTES = 1 << 14
-# The integers of a dataset.json with the range of each. Three of them set the size of a model, so absurd
-# values are refused here, before the allocator sees them.
+# The integers of a dataset.json with their ranges. Three of them determine the size of a model, so absurd
+# values are rejected here, before any allocation.
 NUMBERS = {
     "pad_id": (0, 1 << 20),
     "blank_identifier_id": (0, 1 << 27),
@@ -39,7 +40,7 @@ NUMBERS = {
     "total_groups": (1, 1 << 40),
 }
 MAX_MEAN = 1 << 40
-# Most sets, and most bytes of a set's name: a file name of the set must stay within 255 bytes.
+# Maximum number of sets, and of bytes in a set's name: its file names must stay within 255 bytes.
 MAX_SETS, MAX_SET_NAME = 1000, 200
 # The kinds of puzzle that a data set may declare; "tokens" is any sequence task.
 KINDS = ("sudoku", "maze", "arc", "tokens")
@@ -54,13 +55,13 @@ class DatasetError(UserError):
 
 
 class DamagedFile(DatasetError):
-    """A damaged file of a data set: its path, and what is wrong with it."""
+    """A damaged file of a data set, with its path and the fault."""
 
     def __init__(
         self,
         path: Path,
         what: str,
-        remedy: str = "the data set is damaged or incomplete, build or copy it again",
+        remedy: str = "the data set is damaged or incomplete; build or copy it again",
     ) -> None:
         super().__init__(f"{path}: {what}; {remedy}")
         self.path, self.what = path, what
@@ -144,7 +145,7 @@ def read_metadata(path: Path) -> Metadata:
 
 
 def metadata_faults(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Each faulty field of a dataset.json, with what is wrong with it."""
+    """Each invalid field of a dataset.json, with the fault."""
 
     def expected(key: str, what: str) -> tuple[str, str]:
         there = f"is {literal(values[key])}" if key in values else "is missing"
@@ -184,9 +185,9 @@ def _is_whole(value: Any, low: int, high: int) -> bool:
 
 
 def _is_plain(name: Any) -> bool:
-    """Whether file names with a set's name stay in the split's folder on every system.
+    """Whether the files of a set with this name stay in the split's folder on every system.
 
-    Links are followed: a data set's files cannot create one, so a link is the user's own.
+    Links are followed: data files cannot create links, so the user has made them.
     """
     return (
         isinstance(name, str)
@@ -203,7 +204,7 @@ def array_path(folder: Path, set_name: str, array: str) -> Path:
 
 
 def open_array(path: Path, dimensions: int) -> np.ndarray:
-    """The integers of a .npy file as a memory map, after checks of its header.
+    """Opens the integers of a .npy file as a memory map, after checking its header.
 
     dimensions: 1 for numbers, 2 for rows of cells. Raises DamagedFile.
     """
@@ -216,7 +217,7 @@ def open_array(path: Path, dimensions: int) -> np.ndarray:
                 shape, fortran, dtype = np.lib.format.read_array_header_1_0(head)
             else:
                 shape, fortran, dtype = np.lib.format.read_array_header_2_0(head)
-        # On foreign bytes NumPy raises syntax, token, memory and recursion errors, among others.
+        # On invalid files NumPy raises syntax, token, memory and recursion errors, among others.
         except Exception as error:
             raise DamagedFile(path, f"not a readable .npy array ({one_line(error)})") from None
         if dtype.kind not in "iu":
@@ -301,10 +302,10 @@ def first_outside(values: np.ndarray, limit: int, also: tuple[int, ...] = ()) ->
 
 
 def out_of_range(path: Path, row: int, value: Any, limit: int, reason: str) -> DamagedFile:
-    """The error of a value that `first_outside` found. reason: what sets the limit."""
+    """The error of a value that `first_outside` found. reason: the origin of the limit."""
     what = f"row {row} holds {value}, expected 0 <= value < {limit} ({reason})"
     if value < 0 and path.name.endswith("__labels.npy"):
-        remedy = f"if {value} marks what does not count, set ignore_label_id to it in dataset.json"
+        remedy = f"if {value} marks labels that do not count, set ignore_label_id to it in dataset.json"
         return DamagedFile(path, what, remedy)
     return DamagedFile(path, what)
 
@@ -343,9 +344,9 @@ def _check_range(path: Path, array: np.ndarray, limit: int, reason: str, also: t
 
 
 def true_totals(metadata: Metadata, sets: Mapping[str, PuzzleSet]) -> tuple[Metadata, list[str]]:
-    """The metadata with the totals of its arrays, and a line for each total that dataset.json has otherwise.
+    """The metadata with totals computed from the arrays, and a line for each wrong total in dataset.json.
 
-    The totals serve the length of the schedule alone, so wrong ones damage no data.
+    The totals only set the length of the schedule, so wrong ones damage no data.
     """
     groups = sum(len(part.group_indices) - 1 for part in sets.values())
     mean = sum(len(part.inputs) for part in sets.values()) / sum(

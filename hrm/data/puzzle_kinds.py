@@ -1,6 +1,6 @@
-"""The kinds of puzzle, each with its rules: declared by a data set, else recognised by sizes and contents.
+"""The kinds of puzzle with their rules. A data set declares its kind, or sizes and contents determine it.
 
-A board is S = rows * cols tokens, row by row; the rules of each kind say what its tokens mean.
+A board is S = rows * cols tokens, row by row; each kind defines the meaning of its tokens.
 """
 
 import math
@@ -19,11 +19,11 @@ from hrm.data.maze.rules import MazeRules
 from hrm.data.sudoku.rules import SudokuRules
 from hrm.data.sudoku.solver import BOXES
 
-# (vocab_size, seq_len) of Sudokus of each size, and of ARC.
+# (vocab_size, seq_len) of each size of Sudoku, and of ARC.
 SUDOKU = {(n + 2, n * n) for n in BOXES}
 ARC = (12, 900)
 MAZE_VOCABULARY = 6
-# Examples of each set that must keep a kind's rules, by majority, for the kind to be recognised.
+# Number of sampled examples per set whose majority must satisfy a kind's rules.
 LOOKED_AT = 32
 
 
@@ -31,50 +31,51 @@ LOOKED_AT = 32
 class Kind(Boards):
     """A kind of puzzle on boards of rows x cols cells.
 
-    name: "sudoku", "maze", "arc" or "tokens". Its methods take tokens as sequences of rows * cols integers,
-    whatever they hold: a model's prediction is one.
+    name: "sudoku", "maze", "arc" or "tokens". Its methods take any sequence of rows * cols integers as
+    tokens, such as a model's prediction.
     """
 
     def parse(self, text: str) -> np.ndarray:
-        """Tokens (S,) uint8 of a puzzle that somebody typed: in one line, or a line for each row.
+        """Tokens (S,) uint8 of a typed puzzle: in one line, or in one line per row.
 
-        Sudoku: `.` or `0` is blank, and lines between boxes are passed over. Maze: `#`, `S`, `G` and `o`,
+        Sudoku: `.` or `0` is blank, and lines between boxes are skipped. Maze: `#`, `S`, `G` and `o`,
         with a space or `.` for an open cell. ARC: rows of digits, a grid that fits the canvas. Tokens:
         numbers.
-        Raises UserError with row, column and what stands there.
+        Raises UserError with row, column and the character.
         """
         return _RULES[self.name].parse(self, text)
 
     def text(self, tokens: Tokens, question: Tokens | None = None, color: bool = False) -> str:
         """A board for a terminal, without a newline at its end; `parse` reads it again.
 
-        color: by ANSI codes, what the question did not hold stands out; ARC shows its colours.
+        color: mark differences from the question with ANSI codes; ARC shows its colours.
         """
         asked = None if question is None else self.board(question)
         return _RULES[self.name].text(self, self.board(tokens), asked, color)
 
     def problems(self, question: Tokens, answer: Tokens) -> list[str]:
-        """The rules that an answer breaks, with row, column or box; none when it is right.
+        """The rules that an answer breaks, with row, column or box; empty if it is right.
 
-        Sudoku: clues kept, every digit once in each unit. Maze: cells kept, a shortest path marked from S to
-        G and nothing beside it. ARC: a grid in the upper left corner. Tokens: those of the vocabulary.
+        Sudoku: clues are unchanged, and every digit occurs once in each unit. Maze: cells are unchanged, and
+        exactly a shortest path from S to G is marked. ARC: there is a grid in the upper left corner. Tokens:
+        all are in the vocabulary.
         """
         return list(_RULES[self.name].problems(self, self.board(question), self.board(answer)))
 
     def impossible(self, question: Tokens) -> list[str]:
-        """The faults of a question; none if it has an answer, for Sudoku exactly one."""
+        """The faults of a question; empty if it has an answer (for Sudoku, exactly one)."""
         return list(_RULES[self.name].impossible(self, self.board(question)))
 
     def symbol(self, token: int) -> str:
-        """The character of a token, "?" for one that the kind has none of; a number for tokens."""
+        """The character of a token, "?" for an unknown token; the kind tokens shows numbers."""
         return _RULES[self.name].symbol(token)
 
 
 def kind_of(metadata: Metadata, sets: Mapping[str, PuzzleSet] | None = None) -> Kind:
     """The kind of a data set's puzzles.
 
-    It is the declared one, else the one whose sizes the data set has, if most of some examples of `sets` keep
-    its rules; without sets the sizes decide. Raises UserError for a declared kind of other sizes.
+    It is the declared kind, else the kind with these sizes if most examples of a sample of `sets` satisfy its
+    rules. Without sets only the sizes decide. Raises UserError if the declared kind does not fit the sizes.
     """
     kind = kind_for(metadata.vocab_size, metadata.seq_len, metadata.columns)
     if metadata.kind is not None:
@@ -97,14 +98,15 @@ def declared(sizes: Kind, name: str) -> Kind:
     }
     if not fits[name]:
         raise UserError(
-            f"kind {name}: {rows} x {columns} cells over {vocab_size} tokens are no board of this kind; the "
+            f"kind {name}: {rows} x {columns} cells over {vocab_size} tokens do not fit this kind; the "
             "kind tokens fits every sequence task"
         )
     return kind
 
 
 def kind_for(vocab_size: int, seq_len: int, columns: int | None = None) -> Kind:
-    """The kind of puzzles of seq_len cells over so many tokens. columns: in a row; None for a square."""
+    """The kind of puzzles of seq_len cells over vocab_size tokens. columns: cells in a row; None for a
+    square."""
     side = math.isqrt(seq_len)
     if columns is None:
         columns = side if side * side == seq_len else seq_len
@@ -118,7 +120,7 @@ def kind_for(vocab_size: int, seq_len: int, columns: int | None = None) -> Kind:
 
 
 def recognised(kind: Kind, sets: Iterable[tuple[np.ndarray, np.ndarray]], ignored: Sequence[int]) -> Kind:
-    """The kind if most of some examples, spread over each set, keep its rules, else plain tokens.
+    """The kind if most examples of a sample from each set satisfy its rules, else plain tokens.
 
     sets: inputs and labels (N, S) of each. ignored: the labels that carry no loss.
     """
@@ -129,9 +131,9 @@ def recognised(kind: Kind, sets: Iterable[tuple[np.ndarray, np.ndarray]], ignore
             unknown = np.isin(label, ignored)
             faults = rules.malformed(kind, question)
             answer = np.where(unknown, question, label)
-            # Labels that repeat their inputs say nothing of the rules.
+            # Labels equal to their inputs are no evidence.
             if not np.array_equal(answer, question):
-                # A training grid of ARC stands anywhere on its canvas.
+                # ARC training grids may be anywhere on the canvas.
                 is_arc = kind.name == "arc"
                 right = rules.malformed(kind, label) if is_arc else rules.problems(kind, question, answer)
                 faults = chain(faults, right)
@@ -141,7 +143,7 @@ def recognised(kind: Kind, sets: Iterable[tuple[np.ndarray, np.ndarray]], ignore
 
 
 class TokenRules(Rules):
-    """Any board over the vocabulary."""
+    """Accepts any board over the vocabulary."""
 
     def symbol(self, token: int) -> str:
         return str(token)

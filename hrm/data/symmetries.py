@@ -1,7 +1,7 @@
-"""Fresh symmetries: each draw of a training example takes a random one, computed when its batch is made.
+"""Fresh symmetries: transforms each training example by a random symmetry when its batch is made.
 
 They have the distribution of stored augmentations without their size on disk. The symmetry of a row depends
-on the seed, the batch's place in the run and the row's place in the global batch alone, so it is the same
+only on the seed, the position of the batch in the run and the row in the global batch, so it is the same
 after a resumption and on any number of ranks.
 """
 
@@ -21,14 +21,14 @@ from hrm.data.sudoku.files import row_keys
 from hrm.data.sudoku.symmetry import random_symmetries
 from hrm.data.workers import compiled
 
-# Draws for an example whose symmetric copies are answers of another split, before it stays as it is.
+# Maximum number of draws for an example whose symmetric copy is an answer of another split.
 ATTEMPTS = 64
-# Labels read at a time.
+# Labels per read.
 CHUNK_ROWS = 1 << 15
 
 
 class Held(NamedTuple):
-    """Examples that training must not meet: those of a split, by set; None for all."""
+    """Examples of a split whose answers training must not use, by set; None for all."""
 
     dataset: PuzzleDataset
     examples: dict[str, np.ndarray] | None = None
@@ -37,17 +37,17 @@ class Held(NamedTuple):
 class Symmetries(ABC):
     """The symmetries of one kind of puzzle."""
 
-    # Whether labels determine the puzzle, so that equal labels are a leak.
+    # Whether equal labels mean equal puzzles, and so a leak.
     labels_leak = True
 
     @abstractmethod
     def apply(
         self, batch: Batch, numbers: np.random.Generator, total: int, rows: np.ndarray, sizes: np.ndarray
     ) -> Batch:
-        """The batch, whose rows are `rows` of a global batch of `total`, under random symmetries.
+        """Transforms the batch, rows `rows` of a global batch of `total`, by random symmetries.
 
-        numbers: draws for all rows of the global batch, in an order of its own. sizes: the number of examples
-        of each row's puzzle. The shape stays.
+        numbers: the random generator of the global batch, which every rank uses alike. sizes: the number of
+        examples of each row's puzzle. The shape does not change.
         """
 
 
@@ -69,7 +69,7 @@ class SudokuSymmetries(Symmetries):
 
 
 class MazeSymmetries(Symmetries):
-    """The eight turns and reflections of a square, or the four of a rectangle."""
+    """The eight symmetries of a square, or the four of a rectangle."""
 
     def __init__(self, kind: Kind) -> None:
         board = np.arange(kind.rows * kind.cols).reshape(kind.rows, kind.cols)
@@ -84,10 +84,10 @@ class MazeSymmetries(Symmetries):
 
 
 class ArcSymmetries(Symmetries):
-    """Turns and colours among the names of the data set, and random places on the canvas.
+    """Turns and colours of the data set's names, and random places on the canvas.
 
-    See `hrm.data.arc.fresh`. One of a puzzle's E examples stays in the upper left corner on average, as the
-    builder leaves one there.
+    See `hrm.data.arc.fresh`. On average one of a puzzle's E examples stays in the upper left corner, as in
+    the builder.
     """
 
     labels_leak = False
@@ -130,16 +130,16 @@ def symmetries_of(kind: Kind, dataset: PuzzleDataset) -> Symmetries:
     if kind.name == "arc":
         return ArcSymmetries(kind, dataset)
     raise DatasetError(
-        f"{dataset.folder}: augment=true knows the symmetries of Sudoku, mazes and ARC; set it to "
+        f"{dataset.folder}: augment=true supports Sudoku, mazes and ARC; set it to "
         f"false for data of kind {kind.name}"
     )
 
 
 class FreshSymmetries:
-    """Puts every training example under a random symmetry, an `Augment` of `dataset.train_batches`.
+    """Transforms every training example by a random symmetry; an `Augment` of `dataset.train_batches`.
 
-    held: the examples whose labels no draw may give, as builders keep splits apart; such a draw is repeated,
-    up to ATTEMPTS times, after which the example stays as it is.
+    held: the examples whose labels no draw may produce, as builders keep splits disjoint. Such a draw is
+    repeated up to ATTEMPTS times; then the example does not change.
     """
 
     def __init__(self, dataset: PuzzleDataset, kind: Kind, seed: int, held: Iterable[Held] = ()) -> None:
@@ -149,14 +149,15 @@ class FreshSymmetries:
         self._forbidden = np.unique(np.concatenate([np.zeros(0, np.uint64), *found]))
 
     def __call__(self, batch: Batch, drawn: Drawn, rows: slice) -> Batch:
-        """The batch, the rows `rows` of the global batch `drawn`, under fresh symmetries."""
+        """Transforms the batch, rows `rows` of the global batch `drawn`, by fresh symmetries."""
         places, total = np.arange(len(drawn.examples))[rows], len(drawn.examples)
         starts = self._dataset.sets[drawn.set_name].puzzle_indices
         sizes = (starts[drawn.puzzles + 1] - starts[drawn.puzzles])[rows]
         made = Batch(*(array.copy() for array in _arrays(batch)))
         pending = np.arange(len(places))
         for attempt in range(ATTEMPTS):
-            # A key of four numbers differs from the one of three that draws the examples: none ends in 0.
+            # This key of four numbers differs from the three-number keys that draw the examples: none ends in
+            # 0.
             numbers = np.random.default_rng([self._seed, *drawn.index, attempt + 1])
             part = Batch(*(array[pending] for array in _arrays(batch)))
             new = self._symmetries.apply(part, numbers, total, places[pending], sizes[pending])

@@ -1,4 +1,4 @@
-"""Announces torch.compile with the time it takes, and ends it within seconds of a stop."""
+"""Announces compilations with their expected time, and ends them within seconds of a stop."""
 
 import hashlib
 import os
@@ -14,18 +14,18 @@ import torch
 from hrm.common.errors import UserError
 from hrm.common.files import read_json, to_json, write_whole
 
-# Seconds for a signal to arrive here after it killed the compiler: both belong to one stop.
+# Seconds within which a signal arrives here after it killed the compiler: both belong to one stop.
 GRACE = 0.3
-# The times of earlier compilations, in the compiler's cache: without its code they would mislead.
+# File of earlier compilation times in the compiler's cache, as they apply only with its cached code.
 TIMES = "hrm_compile_seconds.json"
 MOST_TIMES = 500
 
 
 class Compilation:
-    """Announces, times and interrupts compilations; by default it is silent and changes nothing.
+    """Announces, times and interrupts compilations; by default it does nothing.
 
-    say: prints a line. at_once: a context in which a stop raises, even inside of the compiler. Its exception
-    must be no Exception, or the compiler would report it as a fault of its own.
+    say: prints a line. at_once: a context in which a stop raises, even within the compiler. Its exception
+    must not be an Exception, or the compiler would report it as its own failure.
     """
 
     def __init__(
@@ -37,7 +37,8 @@ class Compilation:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Around work of the compiler: a stop raises what `at_once` raises, and no compiler stays."""
+        """A context for work of the compiler: a stop raises the exception of `at_once` and ends all compiler
+        processes."""
         before = _descendants(os.getpid())
         try:
             with self._at_once():
@@ -49,7 +50,7 @@ class Compilation:
         except Exception:
             raise
         except BaseException:
-            # Python waits at its end for threads, which wait for their compilers.
+            # At exit Python waits for threads, which wait for their compilers.
             for process in _descendants(os.getpid()) - before:
                 with suppress(OSError):
                     os.kill(process, signal.SIGKILL)
@@ -57,13 +58,13 @@ class Compilation:
 
     @contextmanager
     def of(self, what: str, *shape: object) -> Iterator[None]:
-        """Around the compilation of `what`, such as "the training step".
+        """A context for the compilation of `what`, such as "the training step".
 
-        shape: all that the time depends on; its text identifies earlier compilations of the same code.
+        shape: everything that the time depends on; its text identifies earlier compilations of the same code.
         """
         key = hashlib.sha256(repr((what, shape, torch.__version__)).encode()).hexdigest()[:16]
         took = _times().get(key)
-        usual = f"took {took:.0f} s the last time" if took else "about a minute on two slow cores, once"
+        usual = f"took {took:.0f} s last time" if took else "about a minute on two slow cores, once"
         self._say(f"compiling {what} ({usual})")
         start = time.perf_counter()
         with self.interruptible():
@@ -78,7 +79,7 @@ def _path() -> Path:
 
 
 def _times() -> dict[str, float]:
-    """Seconds by key; empty where none are kept or the file is not what `_keep` writes."""
+    """Seconds by key; empty without a valid file of `_keep`."""
     with suppress(OSError, UserError):
         times: Any = read_json(_path(), 2**16, "times of compilations")
         if isinstance(times, dict):
@@ -89,13 +90,13 @@ def _times() -> dict[str, float]:
 def _keep(key: str, seconds: float) -> None:
     times = {name: value for name, value in _times().items() if name != key}
     kept = dict([*times.items(), (key, seconds)][-MOST_TIMES:])
-    # A note for the next run is not worth a failure.
+    # Do not fail only because the times cannot be saved.
     with suppress(OSError, UserError):
         write_whole(_path(), to_json(kept))
 
 
 def _descendants(root: int) -> set[int]:
-    """The processes below a process; empty where the system has no /proc."""
+    """The descendants of a process; empty without /proc."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, ValueError, IndexError):

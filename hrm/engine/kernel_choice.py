@@ -1,10 +1,9 @@
-"""Which implementations of its operations a run takes: chosen once, before anything is compiled or captured.
+"""Chooses the implementations of a run's operations once, before anything is compiled or captured.
 
-On CUDA a new run takes what is the fastest on its GPU, measured now or by an earlier run. The main rank
-measures or reads, and every rank takes its table. A checkpoint keeps the table, and a run that resumes takes
-it again: other kernels round differently, so nothing is measured in the middle of a run. A checkpoint
-without a table stays without one. `deterministic=true` measures nothing, since a measurement may come out
-differently the next time.
+On CUDA a new run uses the fastest implementations on its GPU, measured now or by an earlier run. The main
+rank measures or reads a table, and every rank uses it. A checkpoint stores the table and a resumed run reuses
+it, because other kernels round differently. A run resumed from a checkpoint without a table uses none.
+`deterministic=true` measures nothing, because another measurement may give another result.
 """
 
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from kernels import backend, measured
 from kernels.cases import Sizes
 
 NOTHING = backend.Table({}, {})
-# A run of fewer steps would not win back what measuring takes: it takes what is kept.
+# A shorter run would not regain the time to measure, so it uses an earlier measurement.
 LEAST_STEPS = 1000
 Measure = Callable[..., backend.Table]
 
@@ -31,10 +30,9 @@ def choose_kernels(
     say: Callable[[str], None],
     measure: Measure = measured.once,
 ) -> str:
-    """Installs the run's table on every rank; returns it as a checkpoint keeps it, empty for none.
+    """Installs the run's table on every rank; returns it in the form for checkpoints, empty for none.
 
-    recorded: what the checkpoint that the run resumes has kept, None for nothing. measure: as
-    `kernels.measured.once`.
+    recorded: the table in the resumed checkpoint, or None. measure: a function like `kernels.measured.once`.
     """
     backend.install(NOTHING)
     config, world, device = engine.config, engine.world, engine.device
@@ -44,7 +42,7 @@ def choose_kernels(
     maker = measured.made_by(device)
     kept = measured.from_text(text, maker)
     if kept is None and text and not config.deterministic:
-        say("kernels: the checkpoint's choice is of another GPU or other versions, so it is made anew")
+        say("kernels: the checkpoint's choice is for another GPU or other versions, so it is measured again")
     if kept is None and not config.deterministic and (text or not resumes):
         if world.is_main:
             if engine.total_steps < LEAST_STEPS:
@@ -63,7 +61,7 @@ def choose_kernels(
 
 
 def take_measured(device: torch.device) -> None:
-    """Takes what was measured on this GPU, if anything was; measures nothing."""
+    """Uses an earlier measurement on this GPU, if there is one; measures nothing."""
     kept = None
     if device.type == "cuda" and backend.get_backend() == "auto":
         kept = measured.load(measured.made_by(device))
@@ -71,7 +69,7 @@ def take_measured(device: torch.device) -> None:
 
 
 def from_main(world: World, text: str, device: torch.device) -> str:
-    """The main rank's text, on every rank."""
+    """Broadcasts the main rank's text to every rank."""
     if world.size == 1:
         return text
     own = text.encode() if world.is_main else b""
@@ -109,13 +107,13 @@ def measured_cases(engine: Engine) -> list[str]:
         found = ["rms_norm forward", "linear_swiglu", "rms_norm", "swiglu", "swiglu_mlp"]
     if not arch.mlp_t:
         found[1:1] = ["deferred_norm"] * (arch.swiglu != "normed")
-        # A backend that the configuration names is taken whatever it costs.
+        # A backend set in the configuration is used without measuring.
         if config.attention.backend == "auto" and arch.pos_encodings in ROTARY:
             found[1:1] = ["rope", "attention forward", "attention"]
     if arch.use_gating and arch.gating_type == "standard":
         found += ["gate_mix", "gate_mix_two"]
     found += [f"lm_head_{config.loss.loss_type.partition('_')[0]}"]
     if config.optimizer != "muon":
-        # Muon's parts work on buffers of several sizes, and run as kernels wherever these can run.
+        # Muon's parts have buffers of several sizes, and always use the kernels if these can run.
         found += [config.optimizer]
     return found + ["sign_sgd"] * (engine.model.puzzle_emb is not None)

@@ -1,8 +1,8 @@
-"""The memory that a training step needs on a device, estimated without that device.
+"""Estimates the memory of a training step on a device, without that device.
 
 A dry run tracks every tensor from its allocation to its release, including workspaces of this project's
-kernels. It leaves out the memory of libraries and of the CUDA context, what the allocator rounds up or cannot
-reuse, and evaluation. The step is that of mode=eager; a compiled one creates fewer tensors.
+kernels. It omits the memory of libraries and of the CUDA context, rounding and fragmentation of the
+allocator, and evaluation. The step is that of mode=eager; a compiled step creates fewer tensors.
 """
 
 import math
@@ -30,9 +30,9 @@ from hrm.engine.inference import EarlyExit, Inference
 from hrm.engine.modes import EAGER, resolve_dtype
 from hrm.model.hrm import HRM
 
-# The share of a device's memory that is kept free for memory that is not counted.
+# Share of a device's memory that is reserved for uncounted memory.
 RESERVE = 0.05
-# Sequences, enough for memory to grow linearly in spite of small tensors and tiles of kernels.
+# Number of sequences from which memory grows linearly, despite small tensors and kernel tiles.
 _FAR = 512
 
 
@@ -73,7 +73,7 @@ class _Storages(Observer):
 
 
 def step_memory(config: Config, metadata: Metadata, rows: int, device: torch.device) -> StepMemory:
-    """The memory of a training step of `rows` sequences on `device`, which this machine need not have.
+    """The memory of a training step of `rows` sequences on `device`, which may be missing here.
 
     config: model, dtype, optimiser, and gradient_accumulation, which must divide rows. Takes about a second
     at any size.
@@ -91,8 +91,8 @@ def largest_batch(
     """The most sequences whose training step fits into a device's `budget_bytes`, 0 if not even one does.
 
     The result is a multiple of `multiple` and of gradient_accumulation. The peak is a maximum of linear
-    functions and so convex: where the line between a size that fits and one that does not meets the budget,
-    the step fits.
+    functions and therefore convex. So the step fits at the size where the line between a fitting and a too
+    large size meets the budget.
     """
     unit = math.lcm(multiple, config.gradient_accumulation)
 
@@ -121,7 +121,7 @@ def check_inference(
 ) -> None:
     """Raises UserError if solving `rows` sequences at a time needs more memory than there is.
 
-    Checked in advance, because a system that overcommits memory kills the process that uses it. Arguments:
+    This is checked in advance, because a system that overcommits memory would kill the process. Arguments:
     see `inference_does_not_fit`.
     """
     if lack := inference_does_not_fit(config, metadata, rows, device, early=early, sharing=sharing):
@@ -140,15 +140,15 @@ def inference_does_not_fit(
 ) -> str:
     """The error message if `rows` sequences at a time do not fit; empty if they fit.
 
-    early: also with early halting. sharing: processes that share the device's memory. always: memory ran out,
-    so it does not fit even if the rehearsal, which leaves some memory out, says so.
+    early: also with early halting. sharing: number of processes that share the device's memory. always:
+    memory has run out, so report that it does not fit, whatever the estimate.
     """
     least, far = (_inference_peak(config, metadata, count, device, early) for count in (1, _FAR))
     each, available = (far - least) / (_FAR - 1), available_bytes(device) // sharing
     needed = least + (rows - 1) * each
     if needed <= available and not always:
         return ""
-    # Suggest half of it, as fragmentation is not counted.
+    # Suggest half of the memory, as fragmentation is not counted.
     fitting = min(rows // 2, max(0, int((available / 2 - least) // each) + 1))
     remedy = f"batch_size={fitting} would fit" if fitting else "not even one sequence fits"
     each_has = f"each of {sharing} processes on {device}" if sharing > 1 else str(device)
@@ -163,7 +163,7 @@ def _inference_peak(
 ) -> int:
     storages = _Storages()
     cells = np.zeros((rows, metadata.seq_len), np.int32)
-    # Memory no longer grows after the second step.
+    # Memory does not grow after the second step.
     arch = replace(config.arch, halt_max_steps=min(2, config.arch.halt_max_steps))
     with rehearsed(device, storages):
         with torch.device("meta"):
@@ -184,7 +184,7 @@ def fewest_parts(
     fixed = step_memory(replace(config, gradient_accumulation=1), metadata, rows, device).fixed
 
     def fits(parts: int) -> bool:
-        # Every part after the second has the memory of the second.
+        # Every further part needs the memory of the second part.
         some = min(parts, 2)
         part = replace(config, gradient_accumulation=some)
         return fixed + step_memory(part, metadata, some * rows // parts, device).step <= budget_bytes
@@ -195,7 +195,8 @@ def fewest_parts(
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes that this process can use: on CUDA its own and the free ones, else the machine's or its limit."""
+    """Bytes available to this process: on CUDA its own and the free memory, else the machine's memory or its
+    limit."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
@@ -206,11 +207,11 @@ def available_bytes(device: torch.device) -> int:
 
 @contextmanager
 def enough_memory(explanation: Callable[[], str]) -> Iterator[None]:
-    """Turns running out of memory, on CUDA or a CPU, into a UserError with the text of `explanation`."""
+    """Converts out-of-memory errors of CUDA or a CPU into a UserError with the text of `explanation`."""
     try:
         yield
     except RuntimeError as error:
-        # A CPU's allocator has no error class of its own.
+        # The CPU allocator has no error class.
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         raise UserError(explanation()) from None
@@ -219,10 +220,9 @@ def enough_memory(explanation: Callable[[], str]) -> Iterator[None]:
 def does_not_fit(
     config: Config, metadata: Metadata, device: torch.device, available: int | None = None, *, ranks: int = 1
 ) -> str:
-    """The error of a training step that ran out of memory: what it needs, what there is, what would fit.
+    """The message for a training step that ran out of memory: required and available memory, and a remedy.
 
-    available: bytes of each of the `ranks` devices for its process, None to look. What is said to fit leaves
-    RESERVE of them.
+    available: bytes per device for its process, None to measure. The suggested size leaves RESERVE free.
     """
     available = available_bytes(device) if available is None else available
     rows, budget = config.global_batch_size // ranks, int(available * (1 - RESERVE))
@@ -232,7 +232,7 @@ def does_not_fit(
         f"and {device} has {size_text(available)}: "
     )
     if needed <= budget:
-        return text + "end what else uses it, or lower global_batch_size or raise gradient_accumulation"
+        return text + "end other processes on it, lower global_batch_size or raise gradient_accumulation"
     fitting = {
         "global_batch_size": ranks * largest_batch(config, metadata, budget, device),
         "gradient_accumulation": fewest_parts(config, metadata, rows, budget, device),

@@ -1,4 +1,4 @@
-"""How a step runs: launch by launch, compiled, or captured in a CUDA graph; and in which precision."""
+"""Chooses how a step runs (eager, compiled, or captured in a CUDA graph) and its precision."""
 
 import time
 from collections.abc import Callable
@@ -14,19 +14,19 @@ from hrm.config.schema import Config
 from hrm.engine.compilation import GRACE
 from kernels import linear
 
-# Seconds that compiling a small model's step and evaluation took on two AVX2 cores, and the share of an eager
-# step that it saved, as bench/NOTES.md records; a run whose steps cannot save that time is not compiled.
+# Seconds to compile the step and evaluation of a small model on two AVX2 cores, and the share of an eager
+# step that this saved (bench/NOTES.md). A run that would not regain this time is not compiled.
 COMPILE_SECONDS = 170.0
 COMPILE_SAVES = 0.4
-# Seconds after which no further step is measured: one of a large model takes minutes on a CPU.
+# Seconds after which no further step is measured: a step of a large model takes minutes on a CPU.
 ENOUGH_SECONDS = 5.0
 
 
 class Mode(NamedTuple):
     """A resolved `mode`.
 
-    name: eager, compile or graph. compiled: forward and backward go through torch.compile. captured: the
-    step is replayed from a CUDA graph. note: a remark for the user on the choice, or empty.
+    name: eager, compile or graph. compiled: forward and backward go through torch.compile. captured: the step
+    is replayed from a CUDA graph. note: a line for the user about the choice, or empty.
     """
 
     name: str
@@ -50,7 +50,7 @@ def resolve_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 
 def dtype_note(config: Config, device: torch.device) -> str:
-    """One line for the user where a CPU computes in bfloat16; otherwise empty."""
+    """A line for the user if a CPU computes in bfloat16; otherwise empty."""
     if device.type != "cpu" or config.dtype != "bfloat16":
         return ""
     return (
@@ -61,7 +61,7 @@ def dtype_note(config: Config, device: torch.device) -> str:
 
 @cache
 def bfloat16_time() -> float:
-    """Seconds of a product in bfloat16 over those in float32 on the CPU, each the minimum of five."""
+    """The time of a bfloat16 product relative to float32 on the CPU, each the minimum of five."""
 
     def seconds(dtype: torch.dtype) -> float:
         x, weight = (torch.ones(rows, 256, dtype=dtype, device="cpu") for rows in (512, 256))
@@ -76,7 +76,7 @@ def bfloat16_time() -> float:
 
 
 def resolve_mode(name: str, device: torch.device) -> Mode | None:
-    """The mode for `mode=name` on a device; None for auto on a CPU, which has to be measured.
+    """The mode for `mode=name` on a device; None for auto on a CPU, which needs a measurement.
 
     Raises UserError for a mode that cannot run there.
     """
@@ -99,12 +99,12 @@ def resolve_mode(name: str, device: torch.device) -> Mode | None:
 
 
 def compiler_fault(device: torch.device) -> str | None:
-    """Why torch.compile fails on this machine, tried on one operation; None if it works."""
+    """The reason why torch.compile fails on this machine for a simple operation; None if it works."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-    # A missing compiler, header or library can raise nearly any exception.
+    # A missing compiler, header or library may raise any exception.
     except Exception as error:
-        # A stop that killed the compiler also ends this process, and is no finding.
+        # A stop also kills the compiler, which is not a failure of compilation.
         time.sleep(GRACE)
         reason = str(error).strip() or type(error).__name__
         return f"torch.compile fails here ({reason.splitlines()[0][:120]})"
@@ -119,10 +119,10 @@ def faster_mode(
     device: torch.device,
     compiling: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Mode:
-    """Eager or compiled, whichever needs less time for `steps` steps, including the time to compile.
+    """Chooses eager or compiled, whichever takes less time for `steps` steps, including compilation.
 
-    run: runs one step with the given function: `function`, or `whole`, its compiled version. Both are timed;
-    compiling is not tried if it is unlikely to save time. compiling: the context in which it is tried.
+    run: runs one step with `function` or with `whole`, its compiled version. Both are timed; compilation is
+    skipped if it is unlikely to save time. compiling: the context of the compilation.
     """
     eager = _seconds(run, function)
     if steps * eager * COMPILE_SAVES < COMPILE_SECONDS:
@@ -135,9 +135,9 @@ def faster_mode(
     if fault is not None:
         return EAGER._replace(note=f"slower: {fault}")
     spent, fused = time.perf_counter() - start, _seconds(run, whole)
-    measured = f"{fused:.3f} s a step against {eager:.3f}"
+    measured = f"{fused:.3f} s per step against {eager:.3f}"
     if fused >= eager:
-        return EAGER._replace(note=f"compiled it would be {measured}")
+        return EAGER._replace(note=f"compiled it would take {measured}")
     return COMPILE._replace(note=f"{measured} eager; compiling took {spent:.0f} s")
 
 
@@ -159,10 +159,10 @@ def _seconds(run: Callable[[Callable[..., Any]], None], function: Callable[..., 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function compiled as one graph, for one set of shapes.
 
-    Raises UserError with the cause at the first call, if the function cannot be traced, and from the second
-    call on, if it would have to be compiled again: either would make steps slow without notice.
+    Raises UserError with the cause if the function cannot be traced at the first call, or would be recompiled
+    at a later call. Both would silently make steps slow.
     """
-    # The compiler is imported at the first call.
+    # The first call imports the compiler.
     whole: Callable[..., Any] | None = None
 
     def call(*args: Any) -> Any:
@@ -175,7 +175,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
                 if "recompile" not in str(error):
                     raise
                 raise UserError(
-                    f"a compiled step would have to be compiled again ({_cause(error)}); mode=eager runs it"
+                    f"a compiled step would be recompiled ({_cause(error)}); mode=eager runs it"
                 ) from error
         first = torch.compile(function, fullgraph=True, dynamic=False)
         _format_arguments_late()
@@ -183,7 +183,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             out = first(*args)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise UserError(
-                f"the step cannot be compiled whole ({_cause(error)}); mode=eager runs it"
+                f"the step cannot be compiled as one graph ({_cause(error)}); mode=eager runs it"
             ) from error
         whole = first
         return out
@@ -193,10 +193,12 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @cache
 def _format_arguments_late() -> None:
-    """Before torch 2.13: Inductor writes an operator's arguments to a log only where the log is read.
+    """Before torch 2.13: makes Inductor format an operator's arguments for the log only if logging is
+    enabled.
 
-    Inductor 2.10 to 2.12 formats the arguments of each operator that it has not lowered before, and all that
-    they were computed from. This text grows twentyfold with each block of a model, so compiling never ends.
+    Inductor 2.10 to 2.12 formats the arguments of each operator that it lowers for the first time, including
+    everything that they were computed from. This text grows twentyfold with each block of a model, so
+    compilation does not end.
     """
     if TorchVersion(torch.__version__) >= "2.13":
         return
@@ -209,6 +211,6 @@ def _format_arguments_late() -> None:
 
 
 def _cause(error: Exception) -> str:
-    """The compiler's reason on one line, without its preamble and its hints."""
+    """The compiler's error on one line, without preamble and hints."""
     reason = str(error).split("guard failure(s):")[-1].split("Hint:")[0]
     return " ".join(reason.split()).removeprefix("- ")[:300]

@@ -1,8 +1,8 @@
-"""Voting on ARC tests: predictions for the augmentations of a task, mapped back and counted.
+"""Voting on ARC tests: maps predictions for augmentations of a task back and counts them.
 
-Every augmentation of a test votes for one grid. The official evaluations of HRM and TRM rank grids by votes,
-and equal votes by mean q_halt; a prediction without a grid votes for the empty grid. A test is solved at k if
-its answer is among the first k.
+Every augmentation of a test votes for one grid. As in the official evaluations of HRM and TRM, grids are
+ranked by votes and then by mean q_halt; a prediction without a grid votes for the empty grid. A test is
+solved at k if its answer is among the first k.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,10 +31,10 @@ class Answer:
 
 
 class Votes:
-    """The votes of the tests of every task; memory grows with the different grids voted for.
+    """The votes for every task's tests; memory grows with the number of different grids.
 
     tests: test pairs by task, as `read_tests` returns them; tests with the same input share their votes.
-    ranking: "votes" (official), or "q_halt", which weights each vote by its q_halt. Equal grids in rank are
+    ranking: "votes" (official), or "q_halt", which weights each vote by its q_halt. Grids of equal rank are
     ordered by shape and cells, independently of the order of votes.
     """
 
@@ -49,8 +49,9 @@ class Votes:
     def add(self, name: str, inputs: np.ndarray, prediction: np.ndarray, q_halt: float) -> None:
         """Counts the vote of one example.
 
-        name: the puzzle's in identifiers.json. inputs, prediction: tokens (900,). q_halt: probability, 0 to
-        1. Raises DatasetError for an input that is no test, ValueError for q_halt out of range.
+        name: the puzzle's name in identifiers.json. inputs, prediction: tokens (900,). q_halt: probability, 0
+        to
+        1. Raises DatasetError for an input that is not a test, ValueError for q_halt out of range.
         """
         if not 0 <= q_halt <= 1:
             raise ValueError(f"q_halt is {q_halt}, expected a probability")
@@ -60,7 +61,7 @@ class Votes:
         counts = None if asked is None or of_task is None else of_task.get(_key(back(asked)))
         if counts is None:
             raise DatasetError(
-                f"puzzle {name!r}: its input is no test of task {task!r}; take the identifiers and the "
+                f"puzzle {name!r}: its input is not a test of task {task!r}; take the identifiers and the "
                 "examples of one data set"
             )
         grid = grid_of(prediction)
@@ -78,7 +79,7 @@ class Votes:
     def pass_at(self, ks: Sequence[int], whole_tasks: bool = False) -> dict[int, float]:
         """The share of tasks solved with k answers per test, by k; empty if no answer is known.
 
-        A task counts by its share of solved tests, as in ARC Prize and TRM's evaluation. whole_tasks: a task
+        A task counts as its share of solved tests, as in ARC Prize and TRM's evaluation. whole_tasks: a task
         counts only if all its tests are solved, as in HRM's. Tests without a known answer are ignored; tests
         without votes are unsolved.
         """
@@ -91,7 +92,7 @@ class Votes:
         return _solved(self._places(), k, False)
 
     def _places(self) -> dict[str, list[int | None]]:
-        """By task, the place of the right answer to each test that has a known one."""
+        """By task, the rank of the right answer to each test with a known answer."""
         found = {
             task: [self._place(task, number) for number, pair in enumerate(pairs) if pair.output is not None]
             for task, pairs in self.tests.items()
@@ -119,7 +120,8 @@ def _solved(places: Mapping[str, Sequence[int | None]], k: int, whole_tasks: boo
 
 
 def submission(votes: Votes) -> dict[str, list[dict[str, list[list[int]]]]]:
-    """The two best answers to every test in the form of submission.json of Kaggle's ARC Prize competitions.
+    """The two best answers to every test, in the format of submission.json in Kaggle's ARC Prize
+    competitions.
 
     Repeats the best answer if there is no second, gives a black cell if there is none, skips empty grids.
     """
@@ -134,9 +136,9 @@ def submission(votes: Votes) -> dict[str, list[dict[str, list[list[int]]]]]:
 
 
 def read_tests(dataset: PuzzleDataset, names: Sequence[str]) -> dict[str, list[Pair]]:
-    """The tests of every task of an ARC test split, in its order: its puzzles that are not augmented.
+    """The tests of every task of an ARC test split, in its order, from puzzles that are not augmented.
 
-    names: see `format.read_names`. Works on data sets of this project, of HRM and TRM. Raises DatasetError.
+    names: see `format.read_names`. Supports data sets of this project, HRM and TRM. Raises DatasetError.
     """
     where = dataset.folder
     if len(names) != dataset.metadata.num_puzzle_identifiers:

@@ -1,4 +1,4 @@
-"""The accuracy of many paths as tables: by rule and number of paths, and by depth and number of paths."""
+"""Tables of accuracy with many paths: by rule and number of paths, and by depth and number of paths."""
 
 from collections.abc import Iterator, Mapping
 
@@ -6,13 +6,13 @@ from hrm.common.tables import Table
 from hrm.evaluation.metrics import Metrics
 
 _NOTE = (
-    "% of the puzzles solved by the first K paths under each rule, with half of its 95 % interval over the "
-    "puzzles. oracle: a right answer among the first K; pass@K: among K of all paths, estimated without bias"
+    "% of the puzzles solved by the first K paths under each rule, with the half-width of the 95 % interval. "
+    "oracle: a right answer among the first K; pass@K: among K of all paths (unbiased estimate)"
 )
 
 
 def rules_table(name: str, paths: Metrics) -> Table:
-    """Accuracy by number of paths and rule. paths: of `evaluate_paths`, for the set `name`."""
+    """Accuracy by number of paths and rule. paths: results of `evaluate_paths` for the set `name`."""
     rules, pass_at = paths["rules"], paths["pass_at"]
     rows = [[k, *(_cell(of_rule[k]) for of_rule in rules.values()), _cell(pass_at[k])] for k in pass_at]
     lines = [_NOTE]

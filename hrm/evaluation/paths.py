@@ -1,7 +1,7 @@
 """Evaluation with many paths for each puzzle, and one answer chosen among them.
 
-Every row of a batch takes a path, so that K paths of a puzzle run as K sequences do, in one program. Ranks
-take whole groups of puzzles in turn; a path depends on (seed, example, path), not on its place.
+Every row of a batch is a path, so K paths of a puzzle run like K sequences, in one program. Ranks take turns
+with whole groups of puzzles; a path depends on (seed, example, path), not on its row.
 """
 
 import time
@@ -48,9 +48,10 @@ from hrm.evaluation.views import PlainViews, View, Views, views_for
 from hrm.model.act import PLAIN, Randomness, keys_of
 from hrm.model.hrm import HRM
 
-# The deviation of the noise on a model trained without, that of Equilibrium Reasoners (arXiv 2605.21488).
+# Standard deviation of the noise for a model trained without noise, from Equilibrium Reasoners (arXiv
+# 2605.21488).
 NOISE = 0.01
-# A group of puzzles may fill this many batches, so that few rows of its last one stand idle.
+# Maximum number of batches per group of puzzles; more batches leave fewer idle rows.
 MOST_BATCHES = 16
 
 
@@ -58,9 +59,9 @@ MOST_BATCHES = 16
 class Plan:
     """The differences between paths, and the rule that chooses one.
 
-    paths: of each puzzle, K. select: the rule whose answer counts. depths: increasing ACT steps at which
-    answers are judged, the last of them the model's halt_max_steps. views: the puzzle as each path sees it.
-    randomness: of the recurrence, with its seed.
+    paths: number of paths per puzzle, K. select: the rule whose answer is scored. depths: ascending ACT steps
+    at which answers are scored; the last is the model's halt_max_steps. views: transforms the puzzle for each
+    path. randomness: of the recurrence, with its seed.
     """
 
     paths: int
@@ -82,8 +83,8 @@ def differences(
 ) -> tuple[Views, Randomness]:
     """The differences between the paths of puzzles of a kind: views and randomness.
 
-    by: some of init, noise, symmetry. noise: the deviation, None for arch.noise or else NOISE. names: of the
-    puzzles by identifier. Raises UserError for puzzles without symmetries.
+    by: some of init, noise, symmetry. noise: the standard deviation, None for arch.noise or NOISE. names: of
+    the puzzles by identifier. Raises UserError for puzzles without symmetries.
     """
     views: Views = PlainViews(seed)
     if "symmetry" in by:
@@ -96,7 +97,7 @@ def check_rule(select: Rule, kind: Kind) -> None:
     """Raises UserError if a rule cannot choose among answers to puzzles of this kind."""
     if select == "rules" and kind.name not in RULED:
         raise UserError(
-            f"select=rules: puzzles of kind {kind.name} have no rules that tell a right answer; write "
+            f"select=rules: puzzles of kind {kind.name} have no rules that identify a right answer; write "
             "select=q or select=vote"
         )
 
@@ -115,13 +116,14 @@ def evaluate_paths(
     compilation: Compilation | None = None,
     world: World | None = None,
 ) -> dict[str, Metrics]:
-    """The metrics of every set for the answers that plan.select chooses, and all rules' under "paths".
+    """The metrics of every set for the answers chosen by plan.select, and those of all rules under "paths".
 
     "paths" has accuracies by rule and number of paths (`rules`, by depth `depths`), pass@k (`pass_at`), and
-    by rule the wrong answers and those with a right one on another path (`failures`). eval_act: add under
-    "eval_act" the metrics with early halting: a path stops when it halts, a puzzle when its choice is
-    decided. steps: of all paths of a puzzle. listeners receive the chosen answers, of_every_path those of
-    all paths, all in the order of the examples. Other arguments and errors: see `metrics.evaluate`.
+    by rule the numbers of wrong answers and of wrong answers with a right one on another path (`failures`).
+    eval_act: add under "eval_act" the metrics with early halting: a path stops when it halts, a puzzle when
+    its choice is final. steps: summed over a puzzle's paths. listeners receive the chosen answers,
+    of_every_path the answers of all paths, in the order of the examples. Other arguments and errors: see
+    `metrics.evaluate`.
     """
     world, compilation = world or World(), compilation or Compilation()
     model, seq_len = trained.model, dataset.metadata.seq_len
@@ -158,7 +160,7 @@ def evaluate_paths(
 
 
 def _summary(plan: Plan, found: Sequence[Outcomes]) -> Metrics:
-    """The accuracies of all rules, from the outcomes at each depth."""
+    """The accuracy of each rule, from the outcomes at each depth."""
     rules, last = rules_for(found[-1]), found[-1]
     shares = [by_breadth(outcomes, rules) for outcomes in found]
     as_numbers = [
@@ -180,7 +182,7 @@ def _summary(plan: Plan, found: Sequence[Outcomes]) -> Metrics:
 
 
 def group_size(batch_size: int, paths: int) -> int:
-    """The puzzles whose paths are run together, so that the fewest rows of their batches stand idle."""
+    """The number of puzzles per group that leaves the fewest idle rows in its batches."""
     most = max(1, MOST_BATCHES * batch_size // paths)
     return min(range(1, most + 1), key=lambda count: (-(-count * paths // batch_size) / count, count))
 
@@ -200,14 +202,14 @@ class _SetOfPaths:
         batch_size: int,
         world: World,
     ) -> None:
-        """numbered: the examples of earlier sets, so that no two puzzles have the same number."""
+        """numbered: the number of examples in earlier sets, so that puzzle numbers are unique."""
         self._runner, self._dataset, self._name, self._taken = runner, dataset, name, taken
         self._numbered, self._plan, self._judge, self._world = numbered, plan, judge, world
         self._batch_size, self._group = batch_size, group_size(batch_size, plan.paths)
         self._device = runner.model.H_init.device
 
     def _views(self, batch: Batch, count: int, examples: np.ndarray) -> list[View]:
-        """The views of the first `count` puzzles of a batch, whose numbers in the set are `examples`."""
+        """The views of the first `count` puzzles of a batch, whose indices in the set are `examples`."""
         views, paths = self._plan.views, self._plan.paths
         return [
             views.of(batch.inputs[row], int(batch.puzzle_identifiers[row]), self._numbered + example, paths)
@@ -215,12 +217,12 @@ class _SetOfPaths:
         ]
 
     def _keys(self, examples: np.ndarray) -> np.ndarray:
-        """The keys of all paths of puzzles, (n * K, 3) int32, or (n * K, 0) where nothing is random."""
+        """The keys of all paths of puzzles, (n * K, 3) int32, or (n * K, 0) without randomness."""
         paths, words = self._plan.paths, self._plan.randomness.key_words
         numbers = np.repeat(self._numbered + examples, paths)
         return keys_of(self._plan.seed, numbers, np.tile(np.arange(paths), len(examples)))[:, :words]
 
-    # --- every path to its end
+    # --- all steps of every path
 
     def all_steps(
         self, listeners: Sequence[Listener], of_every_path: Sequence[Listener]
@@ -258,8 +260,8 @@ class _SetOfPaths:
     def _groups(self) -> Iterator[tuple[int, Batch, int, np.ndarray, np.ndarray]]:
         """The results of each group of puzzles, on every rank.
 
-        Its first place, its puzzles and their count, the answers of all paths at the last depth (count, K, S)
-        and the numbers of their outcomes (depths, 6, count, K).
+        Each result has the first place, the puzzles and their count, the answers of all paths at the last
+        depth (count, K, S) and the fields of their outcomes (depths, 6, count, K).
         """
         world, paths, turn, first = self._world, self._plan.paths, [], 0
         groups = list(range(0, len(self._taken), self._group))
@@ -268,7 +270,7 @@ class _SetOfPaths:
             turn.append((batch, count))
             if len(turn) < world.size and number < len(groups) - 1:
                 continue
-            # In the last turn, a rank without a group repeats one, for the others wait for it.
+            # In the last round, a rank without a group repeats one, because the others wait for it.
             mine = min(world.rank, len(turn) - 1)
             start = first + mine * self._group
             own = self._run(*turn[mine], self._taken[start : start + turn[mine][1]])
@@ -281,7 +283,7 @@ class _SetOfPaths:
             turn = []
 
     def _gather(self, array: np.ndarray) -> np.ndarray:
-        """The ranks' arrays of one shape (...) as (ranks, ...)."""
+        """Gathers the ranks' arrays of shape (...) as (ranks, ...)."""
         if self._world.size == 1:
             return array[None]
         return self._world.all_gather(torch.from_numpy(array[None]).to(self._device)).cpu().numpy()
@@ -297,7 +299,7 @@ class _SetOfPaths:
         numbers = np.zeros((len(plan.depths), 6, self._group, paths), np.float32)
         flat = numbers.reshape(len(plan.depths), 6, -1)
         for start in range(0, len(inputs), B):
-            # The last batch is filled up with its first rows.
+            # Pad the last batch with its first rows.
             rows = start + np.arange(B) % min(B, len(inputs) - start)
             part = Batch(inputs[rows], np.full((B, inputs.shape[1]), IGNORE_LABEL), identifiers[rows])
             valid = min(B, len(inputs) - start)
@@ -321,7 +323,7 @@ class _SetOfPaths:
     # --- early halting
 
     def early(self) -> Scores:
-        """The scores where a path stops when it halts, and a puzzle when its choice is decided."""
+        """The scores with early halting: a path stops when it halts, a puzzle when its choice is final."""
         world, plan = self._world, self._plan
         scores, racing = Scores(len(self._taken)), dict[int, Race]()
         with progress_bar(f"{self._name}, eval_act", len(self._taken)) as bar:
@@ -371,7 +373,7 @@ class _SetOfPaths:
 
 
 def _fill(outcomes: Outcomes, places: np.ndarray, numbers: np.ndarray) -> None:
-    """Writes the numbers (6, count, K) of a group into the outcomes of the whole set."""
+    """Writes the outcome fields (6, count, K) of a group into the outcomes of the whole set."""
     held = (outcomes.q_halt, outcomes.halts_at, outcomes.residual, outcomes.right, outcomes.answer)
     for array, values in zip(held, numbers[:5], strict=True):
         array[places] = values

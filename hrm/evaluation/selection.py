@@ -1,7 +1,7 @@
-"""The choice of one answer among the paths of a puzzle, by rules that need no label and by the oracle.
+"""Rules that choose one answer among the paths of a puzzle: rules without labels, and the oracle.
 
-A path is one run of the model on a puzzle, from its own start or under its own noise or symmetry; path 0 is
-the deterministic one. Arrays are (N, K) for N puzzles of K paths each.
+A path is one run of the model on a puzzle, with its own initial state, noise or symmetry; path 0 is
+deterministic. Arrays are (N, K) for N puzzles of K paths each.
 """
 
 import math
@@ -21,12 +21,12 @@ RULES: tuple[Rule, ...] = get_args(Rule)
 
 @dataclass(frozen=True)
 class Outcomes:
-    """How the paths ended, each array (N, K).
+    """The outcomes of paths, each array (N, K).
 
-    right: bool, every cell with a label is right. answer: int, the first path with the same answer, of ARC
-    with the same grid. q_halt: float, the logit at the end. halts_at: int, the first ACT step at which the
-    path wishes to halt, or NEVER. residual: float, the mean change of the logits over the last steps. lawful:
-    bool, the answer keeps the puzzle's own rules; None for puzzles without rules.
+    right: bool, every cell with a label is right. answer: int, the first path with the same answer (for ARC,
+    the same grid). q_halt: float, the logit at the end. halts_at: int, the first ACT step at which the path
+    would halt, or NEVER. residual: float, the mean change of the logits over the last steps. lawful: bool,
+    the answer satisfies the puzzle's rules; None for puzzles without rules.
     """
 
     right: np.ndarray
@@ -45,7 +45,7 @@ class Outcomes:
         return self._of_each(lambda array: array[:, chosen])
 
     def puzzles(self, chosen: np.ndarray) -> "Outcomes":
-        """All paths of the puzzles at the indices, or under the mask, `chosen`."""
+        """All paths of the puzzles `chosen`, indices or a mask."""
         return self._of_each(lambda array: array[chosen])
 
     def _of_each(self, part: Callable[[np.ndarray], np.ndarray]) -> "Outcomes":
@@ -55,7 +55,7 @@ class Outcomes:
 
 
 def unfinished(puzzles: int, paths: int, has_rules: bool) -> Outcomes:
-    """The outcomes of paths that have not ended: each loses against any that has."""
+    """Placeholder outcomes of unfinished paths: every finished path is preferred to them."""
     shape = puzzles, paths
     wrong = np.zeros(shape, bool)
     return Outcomes(
@@ -82,15 +82,16 @@ def same_answers(predictions: np.ndarray) -> np.ndarray:
 def choose(rule: Rule, outcomes: Outcomes) -> np.ndarray:
     """The number of the chosen path of each puzzle, (N,).
 
-    q: the highest q_halt. first: the path that wishes to halt first. vote: the surest path with the commonest
-    whole answer, where the sum of sigmoid(q_halt) settles a tie. residual: the least. rules: a path whose
-    answer keeps the puzzle's rules, if there is one. oracle: a right path, if there is one. Ties go to the
-    higher q_halt, then to the lower number. NaN loses. Raises ValueError for puzzles without rules.
+    q: the highest q_halt. first: the first path to halt. vote: the path of highest q_halt with the most
+    common whole answer; the sum of sigmoid(q_halt) breaks ties. residual: the smallest residual. rules: a
+    path whose answer satisfies the puzzle's rules, if there is one. oracle: a right path, if there is one.
+    Ties go to the higher q_halt, then to the lower path number. NaN loses. Raises ValueError for puzzles
+    without rules.
     """
     unsure = -np.nan_to_num(
         np.asarray(outcomes.q_halt, np.float64), nan=-np.inf, posinf=np.inf, neginf=-np.inf
     )
-    # From the first to the last criterion, each to be least.
+    # Criteria in order of priority; each is minimised.
     order: list[np.ndarray]
     if rule == "q":
         order = []
@@ -102,7 +103,7 @@ def choose(rule: Rule, outcomes: Outcomes) -> np.ndarray:
         order = [np.where(np.isnan(outcomes.residual), np.inf, outcomes.residual)]
     elif rule == "rules":
         if outcomes.lawful is None:
-            raise ValueError("these puzzles have no rules to choose by")
+            raise ValueError("these puzzles have no rules")
         order = [~outcomes.lawful]
     else:
         order = [~outcomes.right]
@@ -113,7 +114,7 @@ def _votes(answer: np.ndarray, unsure: np.ndarray) -> tuple[np.ndarray, np.ndarr
     """The votes for each path's answer, and the sum of their sigmoid(q_halt)."""
     N, K = answer.shape
     place = answer + K * np.arange(N)[:, None]
-    # The sigmoid in a form that does not overflow.
+    # A sigmoid without overflow.
     sure = 0.5 * (1 - np.tanh(0.5 * unsure))
     counts = np.bincount(place.ravel(), minlength=N * K)
     sums = np.bincount(place.ravel(), weights=sure.ravel(), minlength=N * K)
@@ -126,11 +127,12 @@ def solved(rule: Rule, outcomes: Outcomes) -> np.ndarray:
 
 
 def useful_steps(rule: Rule, ended: Outcomes, steps: np.ndarray, running: int) -> int:
-    """The ACT steps after which an unfinished path of a puzzle cannot change its answer, 0 if none can.
+    """The number of ACT steps after which no unfinished path can change the answer, 0 if none can.
 
     ended: the paths of one puzzle that have ended, (1, E), after steps (E,). running: the paths that have not
-    ended. Then the answer is that of all paths in step with one another: by `first` and `rules` it falls at
-    the first step at which a path halts or ends lawfully, by `vote` with a majority that no vote can turn.
+    ended. The result equals that of all paths run in parallel: with `first` and `rules` it is final at the
+    first step at which a path halts, or halts with rules satisfied; with `vote` when no vote can change the
+    majority.
     """
     if not ended.right.size:
         return NEVER
@@ -148,7 +150,7 @@ def useful_steps(rule: Rule, ended: Outcomes, steps: np.ndarray, running: int) -
 
 
 def pass_at(right: np.ndarray, k: int) -> np.ndarray:
-    """The chance that k of a puzzle's K paths, drawn without replacement, hold a right one, (N,).
+    """The probability that k of a puzzle's K paths, drawn without replacement, include a right one, (N,).
 
     right: (N, K). Unbiased: 1 - C(K - c, k) / C(K, k) for c right paths (Chen et al. 2021, arXiv 2107.03374).
     Raises ValueError for k below 1 or above K.
@@ -161,7 +163,7 @@ def pass_at(right: np.ndarray, k: int) -> np.ndarray:
 
 
 class Share(NamedTuple):
-    """A mean over puzzles of values from 0 to 1, with its interval of CONFIDENCE."""
+    """A mean over puzzles of values from 0 to 1, with its confidence interval of level CONFIDENCE."""
 
     mean: float
     low: float
@@ -189,18 +191,19 @@ def share(values: np.ndarray) -> Share:
 
 
 def breadths(paths: int) -> list[int]:
-    """The numbers of paths that are compared: 1, 2, 4, ... and `paths`."""
+    """The numbers of paths to compare: 1, 2, 4, ... and `paths`."""
     return sorted({1 << power for power in range(paths.bit_length())} | {paths})
 
 
 def by_breadth(outcomes: Outcomes, rules: Sequence[Rule]) -> dict[Rule, dict[int, Share]]:
-    """The accuracy by rule and number of paths; of fewer paths than K the first ones count."""
+    """The accuracy by rule and number of paths; a smaller number uses the first paths."""
     K = outcomes.right.shape[1]
     heads = {count: outcomes.head(count) for count in breadths(K)}
     return {rule: {k: share(solved(rule, head)) for k, head in heads.items()} for rule in rules}
 
 
 def selection_failures(rule: Rule, outcomes: Outcomes) -> tuple[int, int]:
-    """The puzzles whose chosen answer is wrong, and those of them with a right path among the others."""
+    """The number of puzzles whose chosen answer is wrong, and the number of these with another, right
+    path."""
     wrong = ~solved(rule, outcomes)
     return int(wrong.sum()), int((wrong & outcomes.right.any(axis=1)).sum())

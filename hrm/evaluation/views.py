@@ -1,6 +1,6 @@
-"""Symmetric views of a puzzle, one for each path, and the way back for the answers.
+"""Symmetric views of a puzzle, one per path, and the inverse maps for answers.
 
-The view of a path is a function of (seed, example, path) alone. Path 0 sees the puzzle as it is.
+The view of a path is a function of only (seed, example, path). Path 0 has the original puzzle.
 """
 
 import math
@@ -16,25 +16,25 @@ from hrm.data.maze.search import SYMMETRIES, symmetric
 from hrm.data.puzzle_kinds import Kind
 from hrm.data.sudoku.symmetry import random_symmetries
 
-# The kinds that have symmetric views.
+# Kinds with symmetric views.
 SYMMETRIC = ("sudoku", "maze", "arc")
-# Paths whose views are drawn together; a constant, so that no view depends on the number of paths.
+# Number of views drawn together; constant, so that views do not depend on the number of paths.
 BLOCK = 16
 
 
 class View(ABC):
-    """A puzzle as K paths see it: inputs (K, S), and identifiers (K,) of the puzzle embeddings to use."""
+    """The views of K paths: inputs (K, S), and identifiers (K,) of the puzzle embeddings to use."""
 
     inputs: np.ndarray
     identifiers: np.ndarray
 
     @abstractmethod
     def answers(self, predictions: np.ndarray, paths: np.ndarray) -> np.ndarray:
-        """Predictions (n, S) of the paths (n,), mapped back to answers (n, S) to the puzzle itself."""
+        """Maps predictions (n, S) of the paths (n,) back to answers (n, S) to the original puzzle."""
 
 
 class Plain(View):
-    """The puzzle as it is, for every path."""
+    """The original puzzle for every path."""
 
     def __init__(self, inputs: np.ndarray, identifier: int, paths: int) -> None:
         self.inputs = np.broadcast_to(inputs, (paths, len(inputs)))
@@ -45,7 +45,7 @@ class Plain(View):
 
 
 class Rearranged(View):
-    """Cell i of path k's view is cell cells[k, i] of the puzzle, its token t written as tokens[k, t]."""
+    """Cell i of path k's view is cell cells[k, i] of the puzzle, with token t replaced by tokens[k, t]."""
 
     def __init__(self, inputs: np.ndarray, identifier: int, cells: np.ndarray, tokens: np.ndarray) -> None:
         self.inputs = np.take_along_axis(tokens, inputs[cells], axis=1).astype(inputs.dtype)
@@ -60,9 +60,9 @@ class Rearranged(View):
 
 
 class Turned(View):
-    """An ARC grid turned and recoloured; an answer's grid is mapped back, and its end marks drawn anew.
+    """Transforms and recolours ARC grids; maps an answer's grid back and restores its end marks.
 
-    An answer without a grid becomes an empty canvas. Path 0 is left alone.
+    An answer without a grid becomes an empty canvas. Path 0 is unchanged.
     """
 
     def __init__(self, inputs: np.ndarray, ways: Sequence["Way"]) -> None:
@@ -96,7 +96,7 @@ class Way:
 
 
 class Views(ABC):
-    """Draws the views of puzzles of one kind."""
+    """Draws views of puzzles of one kind."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -108,7 +108,7 @@ class Views(ABC):
     def _drawn(
         self, example: int, paths: int, draw: Callable[[np.random.Generator], tuple[np.ndarray, ...]]
     ) -> tuple[np.ndarray, ...]:
-        """The first `paths` rows of what `draw` yields for each block, BLOCK rows at a time."""
+        """The first `paths` rows drawn by `draw`, which draws blocks of BLOCK rows."""
         blocks = [
             draw(np.random.default_rng([self._seed, example, block])) for block in range(-(-paths // BLOCK))
         ]
@@ -116,14 +116,14 @@ class Views(ABC):
 
 
 class PlainViews(Views):
-    """The puzzle as it is."""
+    """Always the original puzzle."""
 
     def of(self, inputs: np.ndarray, identifier: int, example: int, paths: int) -> View:
         return Plain(inputs, identifier, paths)
 
 
 class SudokuViews(Views):
-    """Digits, bands, rows, stacks and columns permuted, and the grid transposed where boxes are square."""
+    """Permutes digits, bands, rows, stacks and columns, and transposes grids with square boxes."""
 
     def __init__(self, seed: int, kind: Kind) -> None:
         super().__init__(seed)
@@ -139,7 +139,7 @@ class SudokuViews(Views):
 
 
 class MazeViews(Views):
-    """The eight turns and reflections of a square, or the four of a rectangle."""
+    """The eight symmetries of a square, or the four of a rectangle."""
 
     def __init__(self, seed: int, kind: Kind) -> None:
         super().__init__(seed)
@@ -157,8 +157,8 @@ class MazeViews(Views):
 class ArcViews(Views):
     """Turns and colours of an ARC task.
 
-    names: of the puzzles by identifier. A puzzle embedding stands for one turn and one permutation of
-    colours, so a model that has them sees a puzzle under the names of its task alone. None: any symmetry.
+    names: of the puzzles by identifier. A puzzle embedding belongs to one turn and one colour permutation, so
+    a model with embeddings gets only symmetries among the names of the task. None: any symmetry.
     """
 
     def __init__(self, seed: int, names: Sequence[str] | None) -> None:
@@ -194,13 +194,13 @@ class ArcViews(Views):
 
 
 def _way(own: str, other: str, identifier: int) -> Way:
-    """The symmetry that takes the puzzle of one name to that of another of its task."""
+    """The symmetry that maps the puzzle of one name to the puzzle of another name of its task."""
     home, away = inverse(own), inverse(other)
     return Way(lambda grid: _applied(other, home(grid)), lambda grid: _applied(own, away(grid)), identifier)
 
 
 def _applied(name: str, grid: np.ndarray) -> np.ndarray:
-    """A task's grid as the puzzle of this name shows it."""
+    """Transforms a task's grid to that of the puzzle of this name."""
     _, turn, colours = symmetry_of(name)
     return np.array([int(digit) for digit in colours], np.uint8)[TURNS[turn](grid)]
 
@@ -214,6 +214,6 @@ def views_for(kind: Kind, seed: int, names: Sequence[str] | None) -> Views:
     }
     if kind.name not in made:
         raise UserError(
-            f"by=symmetry: puzzles of kind {kind.name} have no symmetries known here; write by=init, by=noise"
+            f"by=symmetry: puzzles of kind {kind.name} have no known symmetries; write by=init, by=noise"
         )
     return made[kind.name]()

@@ -39,19 +39,19 @@ from kernels.rope import rope_tables, rope_tables_2d
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
-# Calls 0 and 1 of the random numbers draw the initial z_H and z_L; updates take those from here on.
+# Random-number calls 0 and 1 draw the initial z_H and z_L; updates use calls from here on.
 FIRST_CALL = 2
 
 
 class Gated(NamedTuple):
-    """A module's gates, one (B, T, D) or (B, T, 1) for each source, and the sources, each (B, T, D)."""
+    """A module's gates, one (B, T, D) or (B, T, 1) per source, and the sources, each (B, T, D)."""
 
     gates: Gates
     sources: tuple[Tensor, ...]
 
 
 class Noise(NamedTuple):
-    """The noise of an ACT step: its deviation, and what its random numbers are a function of.
+    """The noise of an ACT step: its standard deviation and the keys of its random numbers.
 
     keys: (B, 3) int32, the seed, example and path of each sequence; path 0 has no noise. steps: (B,) int32,
     the ACT steps it has taken.
@@ -63,9 +63,9 @@ class Noise(NamedTuple):
 
 
 class ReasoningModule(nn.Module):
-    """A stack of blocks over its combined sources: the sum, or the gated sum where the gate network is.
+    """A stack of blocks over its combined sources: their sum, or their gated sum with a gate network.
 
-    With damping the new state is (1 - damping) z + damping f, f the blocks' result, and noise is added to it.
+    With damping the new state is (1 - damping) z + damping f, where f is the blocks' result, plus noise.
     """
 
     def __init__(self, arch: ArchConfig, num_layers: int, length: int, attention_backend: str) -> None:
@@ -73,11 +73,11 @@ class ReasoningModule(nn.Module):
         self.layers = nn.ModuleList(Block(arch, length, attention_backend) for _ in range(num_layers))
         self.gating_network = make_gating(arch) if arch.use_gating else None
         self.damping = arch.damping
-        # The factor of a token commutes neither with a product over the tokens nor with a norm inside SwiGLU.
+        # A factor per token commutes neither with a product over the tokens nor with a norm inside SwiGLU.
         self.may_defer = not arch.mlp_t and arch.swiglu != "normed"
 
     def hold(self, z: Tensor, o: Tensor, x: Tensor | None) -> Tensor | None:
-        """The values that hierarchical gates keep for an H-cycle; None for other gates."""
+        """The values that hierarchical gates hold for an H-cycle; None for other gates."""
         return None if self.gating_network is None else self.gating_network.hold(z, o, x)
 
     def combine(
@@ -109,9 +109,9 @@ class ReasoningModule(nn.Module):
     ) -> Tensor:
         """z, o, x: (B, T, D). Returns the new primary state (B, T, D).
 
-        With `queries` the last block computes its first positions only: exact, since nothing after it
-        looks at the others. bias: (B, 1, D), added to the combined sources. held: what `hold` returned.
-        seen: a list that gets the gates and what they gated. call: the number of this update within the ACT
+        With `queries` the last block computes only its first positions. This is exact, because no later layer
+        reads the others. bias: (B, 1, D), added to the combined sources. held: the result of `hold`.
+        seen: a list that receives the gates and their sources. call: the number of this update within the ACT
         step, for its noise.
         """
         h, mean_square = self.combine(z, o, x, held, seen), None
@@ -119,7 +119,7 @@ class ReasoningModule(nn.Module):
             h = h + bias
         last = len(self.layers) - 1
         defers = self.may_defer and use_fused("linear_rms", h, measured_as=DEFERRED)
-        # A deferred block needs no second reference, which would keep the sources' sum in memory.
+        # Drop the reference for deferred blocks: it would keep the sources' sum in memory.
         residual = None if defers else h
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, Block)
@@ -144,19 +144,20 @@ def grid_of(seq_len: int, columns: int | None) -> tuple[int, int]:
     rows = seq_len // columns if columns else math.isqrt(seq_len)
     if rows * (columns or rows) != seq_len:
         raise UserError(
-            f"arch.pos_encodings=rope2d: the data's {seq_len} cells are no square grid, and its dataset.json "
+            f"arch.pos_encodings=rope2d: the data's {seq_len} cells are not a square, and its dataset.json "
             "has no fitting columns; set arch.pos_encodings=rope"
         )
     return rows, columns or rows
 
 
 class HRM(nn.Module):
-    """HRM v1 and its variants as `arch` describes them; parameters in float32, states in `dtype`.
+    """HRM v1 and its variants, as defined by `arch`; parameters in float32, states in `dtype`.
 
     A parameter not in `wide` is only used in `dtype` and may be replaced by a copy in it.
 
-    Every parameter is drawn from `seed` on the CPU, so that all devices start equal. A variant's own
-    parameters are drawn last: v1, gated and feudal models of one seed share all other weights.
+    All parameters are drawn from `seed` on the CPU, so that all devices start with equal weights. A variant's
+    own parameters are drawn last, so that v1, gated and feudal models of the same seed share all other
+    weights.
     """
 
     H_init: Tensor
@@ -167,7 +168,7 @@ class HRM(nn.Module):
 
     @classmethod
     def from_config(cls, config: Config, metadata: Metadata, dtype: torch.dtype) -> "HRM":
-        """The model that a run's configuration describes, with the sizes of its data.
+        """The model of a run's configuration, with the sizes of its data.
 
         Raises UserError for rope2d without a grid.
         """
@@ -199,7 +200,7 @@ class HRM(nn.Module):
         self.arch, self.dtype = arch, dtype
         self.embed_scale = math.sqrt(D)
         self.puzzle_emb_len = (arch.puzzle_emb_len or -(-ndim // D)) if ndim else 0
-        # The positions before the cells; the Q head reads the first.
+        # Number of positions before the cells; the Q head reads the first.
         self.prefix_len = self.puzzle_emb_len + arch.register_tokens
         self.length = self.prefix_len + seq_len
 
@@ -216,7 +217,7 @@ class HRM(nn.Module):
         self.subgoal_head = SubgoalHead(arch) if arch.subgoal_head.enabled else None
         self.register_buffer("H_init", torch.empty(D))
         self.register_buffer("L_init", None if arch.single_state else torch.empty(D))
-        # The starts of further chains, for training alone.
+        # Initial states of further chains, used only in training.
         self.register_buffer("L_chains", torch.empty(arch.chains - 1, D) if arch.chains > 1 else None)
         cos, sin = None, None
         if arch.pos_encodings in ROTARY and not arch.mlp_t:
@@ -229,7 +230,7 @@ class HRM(nn.Module):
                 cos, sin = rope_tables_2d(*grid, head_dim, theta, wide, before=self.prefix_len)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        # The parameters that compute in float32 whatever the dtype of the states.
+        # Parameters that compute in float32 for any dtype of the states.
         self.wide = ["q_head.weight", "q_head.bias"]
         if self.subgoal_head is not None:
             self.wide += [f"subgoal_head.{name}" for name in self.subgoal_head.wide]
@@ -237,7 +238,7 @@ class HRM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
-        """Draws every weight afresh; the Q head starts at 0 with bias -5. The puzzle table stays."""
+        """Draws all weights again; the Q head starts at 0 with bias -5. The puzzle table does not change."""
         generator = torch.Generator().manual_seed(seed)
         truncated_normal_(self.H_init, 1.0, generator)
         if self.L_init is not None:
@@ -263,15 +264,16 @@ class HRM(nn.Module):
         nn.init.constant_(self.q_head.bias, -5.0)
 
     def chain_starts(self) -> Tensor:
-        """The states in which the chains of a sequence start, (K, D)."""
+        """The initial states of a sequence's chains, (K, D)."""
         assert self.L_init is not None
         first = self.L_init[None]
         return first if self.L_chains is None else torch.cat([first, self.L_chains])
 
     def matrices(self) -> dict[str, int]:
-        """The weights of the blocks' products, each with the number of matrices along its rows.
+        """The weights of the blocks' matrix products, each with its number of matrices along the rows.
 
-        A packed projection to queries, keys and values is a matrix for every head; gate and up are one.
+        A packed projection to queries, keys and values counts as one matrix per head and kind; gate and up
+        count as one.
         Source: the code of arXiv 2601.19085.
         """
         found = {}
@@ -304,7 +306,7 @@ class HRM(nn.Module):
 
     @property
     def taught_updates(self) -> int:
-        """The last updates of an ACT step that gradient flows through; an H-update follows L_cycles of L."""
+        """The number of last updates with gradient in an ACT step; an H-update follows L_cycles L-updates."""
         arch, of_H = self.arch, 0 if self.arch.single_state else 1
         if arch.gradient == "last_n":
             return arch.gradient_updates
@@ -323,23 +325,23 @@ class HRM(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """One ACT step of the recurrence: H_cycles of L_cycles L-updates and one H-update.
 
-        z_H, z_L, e: (B, T, D). Returns the new (z_H, z_L). Gradient flows through the last L-update and the
-        last H-update alone, with arch.gradient=last_cycle through all updates of the last H-cycle, and with
-        last_n through the last arch.gradient_updates of both levels. With `queries` the new z_H holds its
-        first positions only. bias: (B, 1, D), of the subgoal, added to both levels' input. seen: a list that
-        gets the gates of the last L-update and the last H-update. noise: added to every new state, under the
-        numbers FIRST_CALL, FIRST_CALL + 1, ... of the updates.
+        z_H, z_L, e: (B, T, D). Returns the new (z_H, z_L). Gradient flows only through the last L-update and
+        the last H-update; with arch.gradient=last_cycle through all updates of the last H-cycle, and with
+        last_n through the last arch.gradient_updates of both levels. With `queries` the new z_H holds only
+        its first positions. bias: (B, 1, D), of the subgoal, added to both levels' input. seen: a list that
+        receives the gates of the last L-update and the last H-update. noise: added to every new state;
+        updates have the call numbers FIRST_CALL, FIRST_CALL + 1, ...
         """
         arch, rope = self.arch, (self.cos, self.sin)
         if arch.single_state:
             return self.iterate(z_H, e, queries, noise), z_L
         L_level, H_level = self.L_level, self.H_level or self.L_level
         taught, calls = torch.is_grad_enabled(), count(FIRST_CALL)
-        # The number of the first update with gradient.
+        # Index of the first update with gradient.
         first = FIRST_CALL + arch.H_cycles * (arch.L_cycles + 1) - self.taught_updates
         for i in range(arch.H_cycles):
             last = i == arch.H_cycles - 1
-            # The number of the cycle's last update.
+            # Index of the cycle's last update.
             end = FIRST_CALL + (i + 1) * (arch.L_cycles + 1) - 1
             with torch.set_grad_enabled(taught and end >= first):
                 held_L, held_H = L_level.hold(z_L, z_H, e), H_level.hold(z_H, z_L, None)
@@ -366,7 +368,8 @@ class HRM(nn.Module):
         return z_H, z_L
 
     def iterate(self, z: Tensor, e: Tensor, queries: int | None, noise: Noise | None) -> Tensor:
-        """One ACT step of a single state: H_cycles * L_cycles updates z = f(z + e); arguments as of `recur`.
+        """One ACT step of a single state: H_cycles * L_cycles updates z = f(z + e); for the arguments see
+        `recur`.
 
         Gradient flows through the last `taught_updates`.
         Source: Gao et al. 2025, Universal Reasoning Model (arXiv 2512.14693).

@@ -1,7 +1,7 @@
 """The layers of a hierarchical reasoning model: linear, embedding, attention, SwiGLU, block.
 
-Parameters are kept in float32 and cast to their input's dtype at use. Names of parameters and buffers are
-those of the official checkpoints.
+Parameters are kept in float32 and cast to their input's dtype at use. Parameters and buffers have the names
+of official checkpoints.
 """
 
 import math
@@ -25,12 +25,12 @@ from kernels import (
     swiglu_mlp,
 )
 
-# The standard deviation that is left of a unit normal cut off at two standard deviations.
+# Standard deviation of a unit normal truncated at two standard deviations.
 TRUNCATED_STD = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
 
 
 def truncated_normal_(tensor: Tensor, std: float, generator: torch.Generator) -> None:
-    """Fills with a normal truncated at two (underlying) deviations whose own deviation is exactly std."""
+    """Fills with a normal truncated at two standard deviations and rescaled to the standard deviation std."""
     wide = std / TRUNCATED_STD
     nn.init.trunc_normal_(tensor, std=wide, a=-2 * wide, b=2 * wide, generator=generator)
 
@@ -38,11 +38,11 @@ def truncated_normal_(tensor: Tensor, std: float, generator: torch.Generator) ->
 def chain_starts(
     first: Tensor, weight: Tensor, count: int, generator: torch.Generator, leading: int = 10
 ) -> Tensor:
-    """Starts (count, D) of further chains, none at an advantage over the first start (D,).
+    """Initial states (count, D) of further chains, without an advantage over the first initial state (D,).
 
-    Truncated normals of deviation 1, each rotated until its projection on the `leading` right-singular
-    vectors of weight (out, D) is as long as that of `first`, or as its own norm if that is less. The norms
-    stay. leading must be below D. Source: arXiv 2601.19085.
+    Truncated normals of standard deviation 1, each rotated so that its projection on the `leading`
+    right-singular vectors of weight (out, D) is as long as that of `first`, or as its own norm if that is
+    less. Norms do not change. leading must be below D. Source: arXiv 2601.19085.
     """
     drawn = torch.empty(count, len(first))
     truncated_normal_(drawn, 1.0, generator)
@@ -74,16 +74,16 @@ class Linear(nn.Module):
         return linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
-# Up to this many rows a table's gradient is a product; beyond, the rows are rarely the same.
+# Maximum rows of a table whose gradient is computed as a product; in larger tables few cells share a row.
 ONE_HOT_ROWS = 256
 
 
 class _Lookup(torch.autograd.Function):
-    """Rows of a small table behind given ones, with the table's gradient as a one-hot product.
+    """Appends rows of a small table to given rows, with the table's gradient as a one-hot product.
 
-    Adding the gradient row by row would have thousands of cells of a batch wait for the same few rows, on a
-    GPU by atomic additions in no fixed order and in the narrow dtype. The product runs over the given rows
-    too, which match no row of the table, so that the gradient is read where it lies.
+    Adding gradients by row would make thousands of cells of a batch wait for the same few rows; on a GPU this
+    means atomic additions in random order and in the narrow dtype. The product includes the given rows, which
+    match no row of the table, so that the gradient is read without a copy.
     """
 
     @staticmethod
@@ -106,7 +106,7 @@ class _Lookup(torch.autograd.Function):
 
 
 class Embedding(nn.Module):
-    """A dense table of vectors. embedding_weight: (rows, D), deviation 1/sqrt(D) at the start."""
+    """A dense table of vectors. embedding_weight: (rows, D), initial standard deviation 1/sqrt(D)."""
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
@@ -116,11 +116,11 @@ class Embedding(nn.Module):
         truncated_normal_(self.embedding_weight, 1 / math.sqrt(self.embedding_weight.shape[1]), generator)
 
     def forward(self, index: Tensor, before: Tensor, scale: float = 1.0) -> Tensor:
-        """scale times the rows of `before`, then of the table.
+        """Concatenates the rows of `before` and of the table, times scale.
 
         index: (B, S) integers. before: (B, P, D), P may be 0. Returns (B, P + S, D) in before's dtype.
         """
-        # Scaling the table is a pass over its rows alone, forward and backward.
+        # Scale the table instead of the result: it has fewer rows, forward and backward.
         table, before = scale * self.embedding_weight.to(before.dtype), scale * before
         if len(table) <= ONE_HOT_ROWS:
             return _Lookup.apply(index, table, before)
@@ -128,10 +128,10 @@ class Embedding(nn.Module):
 
 
 class PuzzleEmbedding(nn.Module):
-    """One vector per puzzle identifier, zero at the start.
+    """One vector per puzzle identifier, initially zero.
 
     weights: (num_puzzle_identifiers, puzzle_emb_ndim), a buffer: autograd sees only the gathered rows of a
-    batch, so the memory of a million rows is the table's own and its optimiser needs no state.
+    batch, so a million rows need no memory besides the table, and its optimiser has no state.
     """
 
     weights: Tensor
@@ -161,7 +161,7 @@ class Attention(nn.Module):
         return self.o_proj(self.attend(self.qkv_proj(x), cos, sin, queries))
 
     def attend(self, qkv: Tensor, cos: Tensor | None, sin: Tensor | None, queries: int | None) -> Tensor:
-        """Between the projections. qkv: (B, T, 3D). Returns (B, T or queries, D)."""
+        """The attention between the projections. qkv: (B, T, 3D). Returns (B, T or queries, D)."""
         return attention(qkv, self.num_heads, cos, sin, queries, self.backend)
 
 
@@ -171,13 +171,13 @@ def swiglu_width(hidden_size: int, expansion: float) -> int:
 
 
 class SwiGLU(nn.Module):
-    """The feed-forward half of a block: down(silu(gate) * up), gate and up in one projection.
+    """The feed-forward half of a block: down(silu(gate) * up), with gate and up in one projection.
 
     With a norm it is down(sigmoid(gate) * rms_norm(gate * up)).
     """
 
     def __init__(self, hidden_size: int, expansion: float, norm_eps: float | None = None) -> None:
-        """norm_eps: added to the mean square of the norm; None for no norm."""
+        """norm_eps: added to the mean square of the norm; None disables the norm."""
         super().__init__()
         self.norm_eps = norm_eps
         width = swiglu_width(hidden_size, expansion)
@@ -192,7 +192,7 @@ class SwiGLU(nn.Module):
 
 
 class TokenConv(nn.Module):
-    """The two taps of a depthwise causal convolution over the tokens. weight: (D, 1, 2); bias: (D,)."""
+    """A depthwise causal convolution of two taps over the tokens. weight: (D, 1, 2); bias: (D,)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ class TokenConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(width))
 
     def reset_parameters(self, generator: torch.Generator) -> None:
-        """Uniform within 1 / sqrt(2), the default of PyTorch's convolutions of two taps."""
+        """Uniform within 1 / sqrt(2), PyTorch's default for convolutions of two taps."""
         for parameter in (self.weight, self.bias):
             nn.init.uniform_(parameter, -math.sqrt(0.5), math.sqrt(0.5), generator=generator)
 
@@ -252,17 +252,17 @@ class Block(nn.Module):
         sin: Tensor | None,
         queries: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x, residual: (B, T, D), one value for two readers, as `kernels.rms_norm_pair` returns it.
+        """x, residual: (B, T, D), twice the same tensor for two readers, from `kernels.rms_norm_pair`.
 
-        Returns the same of the block's output: (B, T, D), or (B, queries, D) when only the first positions
-        are wanted.
+        Returns the block's output in the same form: (B, T, D), or (B, queries, D) for the first positions
+        only.
         """
         if self.self_attn is not None:
             attended = self.self_attn(x, cos, sin, queries)
             x, residual = rms_norm_pair(residual[:, :queries], attended, self.eps)
         else:
             assert self.mlp_t is not None
-            # Here the norm, too, is over the tokens.
+            # This norm is also over the tokens.
             columns = x.transpose(1, 2).contiguous()
             columns = rms_norm(columns, self.mlp_t(columns), self.eps)
             x = residual = columns.transpose(1, 2)[:, :queries].contiguous()
@@ -276,14 +276,14 @@ class Block(nn.Module):
         sin: Tensor | None,
         queries: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`forward` of x = rstd * h in four products that leave each norm's factor to its readers.
+        """Computes `forward` of x = rstd * h in four products, with deferred norm factors.
 
-        h: (B, T, D). mean_square: (B, T, P), None where rstd is 1. Returns both for the next block. The norms
-        have no weight, so their factor commutes with a product, and no pass over memory is left for them. For
-        blocks without gradient, see `kernels.linear_rms`.
+        h: (B, T, D). mean_square: (B, T, P), None if rstd is 1. Returns both for the next block. The norms
+        have no weight, so their factor commutes with a product, and they need no pass over memory. It is for
+        blocks without gradient; see `kernels.linear_rms`.
         """
         attn, mlp, dtype = self.self_attn, self.mlp, h.dtype
-        assert attn is not None, "mixing tokens by a product does not commute with a factor of each token"
+        assert attn is not None, "a token mixer does not commute with a factor per token"
         qkv_weight = attn.qkv_proj.weight.to(dtype)
         qkv = linear(h, qkv_weight) if mean_square is None else linear_scaled(h, qkv_weight, mean_square)
         attended = attn.attend(qkv, cos, sin, queries)

@@ -1,7 +1,7 @@
-"""A self-contained page that plays how a puzzle was solved, on any of its paths.
+"""A self-contained page that plays the solution of a puzzle on any of its paths.
 
-This module computes the contents; the script (player.js) shows one step at a time. Without the script the
-page shows the puzzle, the last board and the verdict.
+This module computes the contents; the script (player.js) shows the steps. Without the script the page shows
+the puzzle, the last board and the verdict.
 """
 
 import base64
@@ -23,12 +23,12 @@ from hrm.data.arc.augment import canvas, grid_of
 from hrm.data.sudoku.solver import BOXES
 from hrm.solving.trace import Recorded, Step, Trace
 
-# The display of a token: its cell's class in player.css, its text, and its name.
+# The display of a token: its CSS class in player.css, its text, and its name.
 Symbol = tuple[str, str, str]
 
 _COLOURS = ("black", "blue", "red", "green", "yellow", "grey", "pink", "orange", "light blue", "maroon")
 _PAD, _FIRST_GIVEN = 0, 2
-# Other kinds and tokens are shown as numbers.
+# Tokens that are not listed are shown as numbers.
 _SYMBOLS: Mapping[str, Sequence[Symbol]] = {
     "sudoku": [
         ("pad", "pad", "padding"),
@@ -49,18 +49,18 @@ _SYMBOLS: Mapping[str, Sequence[Symbol]] = {
         *((f"c{number}", str(number), name) for number, name in enumerate(_COLOURS)),
     ],
 }
-# Kinds whose answers fill in the question and whose rules decide whether an answer is right.
+# Kinds whose answers extend the question and whose rules decide whether an answer is right.
 _RULED = ("sudoku", "maze")
-# Paths that a page plays, each of up to 100 kB, and answers that it lists open.
+# Maximum number of playable paths, each of up to 100 kB, and of unfolded answers.
 MOST_PLAYED, MOST_OPEN = 64, 8
-# The sources of a level's gates in words.
+# Descriptions of a level's gate sources.
 _SOURCES = {"primary": "its own state", "secondary": "the other level", "input": "the puzzle"}
 
 
 def page(solved: Trace | Recorded, chosen: int = 0) -> str:
-    """A trace, or those of all paths, as one HTML page that needs no other file, with all text escaped.
+    """A trace, or the traces of all paths, as one self-contained HTML page, with all text escaped.
 
-    The page shows path `chosen` and its verdict. Of several paths it shows how they voted too, and plays the
+    The page shows path `chosen` and its verdict. For several paths it also shows the votes, and plays the
     first MOST_PLAYED and the chosen one. Padding in the answer (0 or less) counts neither as right nor as
     wrong; an ARC canvas is cropped to its grid as in the evaluation. Raises ValueError for a trace without
     steps, or boards of another size than rows * cols.
@@ -119,7 +119,7 @@ def _check(trace: Trace) -> None:
 
 @dataclass(frozen=True)
 class _View:
-    """A trace with its boards for display, arrays (S,); an ARC canvas keeps its grid only."""
+    """A trace with its boards for display, arrays (S,); for ARC only the grid of a canvas."""
 
     trace: Trace
 
@@ -153,7 +153,8 @@ class _View:
         return int((differ if self.trace.kind == "arc" else differ & (self.answer > _PAD)).sum())
 
     def before(self, index: int) -> np.ndarray | None:
-        """The board to compare a step's board with: the one before, or the question for a first step."""
+        """The board to compare a step's board with: the previous board, or the question for the first
+        step."""
         return self.boards[index - 1] if index else self.question if self.ruled else None
 
     def changed(self, index: int) -> np.ndarray | None:
@@ -183,7 +184,7 @@ def _verdict(view: _View) -> tuple[str, str, list[str]]:
         outcome, headline = "bad", "Not solved"
     findings = []
     if wrong is None:
-        findings += [] if view.ruled else ["no answer is known to compare with"]
+        findings += [] if view.ruled else ["the right answer is unknown"]
     else:
         differ = f"{wrong} of {view.compared} cells wrong"
         findings.append(differ if wrong else "every cell right")
@@ -204,7 +205,7 @@ def _verdict(view: _View) -> tuple[str, str, list[str]]:
 
 
 def _votes(recorded: Recorded, view: _View, chosen: int, others: Mapping[int, _View]) -> str:
-    """The answers of the paths, the commonest first, each with its votes and the paths to choose from."""
+    """The answers of the paths, the most common first, each with its votes and a choice of its paths."""
     answer = recorded.outcomes.answer[0]
     firsts, counts = np.unique(answer, return_counts=True)
     rows = []
@@ -228,7 +229,7 @@ def _votes(recorded: Recorded, view: _View, chosen: int, others: Mapping[int, _V
             f"<div>{picks}</div></div>"
         )
     legend = (
-        f"{len(answer)} paths gave {counted(len(rows), 'answer')}, and path {chosen} answers. Choose a path "
+        f"{len(answer)} paths gave {counted(len(rows), 'answer')}, path {chosen} was chosen. Choose a path "
         "to play it; path 0 is the deterministic one"
     )
     if folded := rows[MOST_OPEN:]:
@@ -240,7 +241,7 @@ def _votes(recorded: Recorded, view: _View, chosen: int, others: Mapping[int, _V
 
 
 def _window(view: _View, boards: Sequence[np.ndarray]) -> np.ndarray:
-    """The cells (rows, cols) to show: all, or the corner of an ARC canvas that contains all grids."""
+    """The cells (rows, cols) to show: all, or for ARC the corner that contains all grids."""
     trace = view.trace
     cells = np.arange(trace.rows * trace.cols).reshape(trace.rows, trace.cols)
     used = np.any([board >= _FIRST_GIVEN for board in boards], axis=0).reshape(cells.shape)
@@ -256,7 +257,7 @@ def _size(name: str, window: np.ndarray) -> str:
 
 
 def _board(view: _View, board: np.ndarray, window: np.ndarray, name: str, title: str) -> str:
-    """A board as a table; class `given` marks the puzzle's cells, x and y the first cells of a box."""
+    """A board as a table; class `given` marks the puzzle's cells, x and y mark the first cells of a box."""
     kind = view.trace.kind
     box = BOXES[view.trace.rows] if kind == "sudoku" else None
     marked = _told(view.trace.steps[-1], view.trace) if name == "last" else set()
@@ -291,7 +292,7 @@ def _symbol(kind: str, token: int) -> Symbol:
 
 
 def _told(step: Step, trace: Trace) -> set[int]:
-    """The cells that a step's problems name, counted from 1 as in `hrm.data.puzzle_kinds`."""
+    """The cells in the text of a step's problems, which counts from 1 as in `hrm.data.puzzle_kinds`."""
     pairs = re.findall(r"\brow (\d{1,4}), column (\d{1,4})\b", "\n".join(step.problems))
     places = [(int(row) - 1, int(column) - 1) for row, column in pairs]
     return {
@@ -302,7 +303,7 @@ def _told(step: Step, trace: Trace) -> set[int]:
 
 
 def _data(view: _View, window: np.ndarray, chosen: int, others: Mapping[int, _View]) -> str:
-    """The script's data as JSON that cannot close its element. Cells are indices in the window."""
+    """The script's data as JSON that is safe inside its HTML element. Cells are indices in the window."""
     trace, cells = view.trace, window.ravel()
     boards = [view.question, *(board for each in (view, *others.values()) for board in each.boards)]
     shown = {token for board in boards for token in board.tolist()}
@@ -316,12 +317,12 @@ def _data(view: _View, window: np.ndarray, chosen: int, others: Mapping[int, _Vi
         "others": [_played(other, cells, path) for path, other in others.items()],
     }
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    # json.dumps escapes non-ASCII text; an unescaped "<" could close the element or open a comment.
+    # json.dumps escapes non-ASCII text; escape "<" too, which could close the element or open a comment.
     return text.replace("<", "\\u003c")
 
 
 def _played(view: _View, cells: np.ndarray, path: int) -> dict[str, object]:
-    """The steps and gates of one path. cells: those that are shown."""
+    """The steps and gates of one path. cells: the shown cells."""
     trace, place = view.trace, {cell: index for index, cell in enumerate(cells.tolist())}
     steps = []
     for index, step in enumerate(trace.steps):
@@ -343,7 +344,7 @@ def _played(view: _View, cells: np.ndarray, path: int) -> dict[str, object]:
 
 
 def _gates(trace: Trace, cells: np.ndarray) -> Iterator[dict[str, object]]:
-    """Each gate over the steps; least and most give the range of its heat map."""
+    """Each gate over the steps; least and most are the range of its heat map."""
     for module, sources in trace.steps[0].gates.items():
         for source in sources:
             gates = [step.gates[module][source] for step in trace.steps]
@@ -367,7 +368,7 @@ def _number(value: float) -> float | None:
 def _percent(probability: float) -> str:
     if not math.isfinite(probability):
         return "not a number"
-    # Rounding to 0 or 100 % would claim certainty.
+    # Do not round to 0 or 100 %, which would claim certainty.
     if 0 < probability < 0.001 or 0.999 < probability < 1:
         return "below 0.1 %" if probability < 0.5 else "over 99.9 %"
     return f"{100 * probability:.1f} %"
@@ -383,5 +384,5 @@ def _part(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """The hash of an inline element for the content security policy."""
+    """The hash of an inline element, for the content security policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

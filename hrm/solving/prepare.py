@@ -1,4 +1,4 @@
-"""The trained model for a puzzle that a user gives, and the puzzle's embedding."""
+"""Loads the trained model for a user's puzzle, and selects the puzzle's embedding."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,17 +23,17 @@ from hrm.evaluation.selection import Rule
 from hrm.solving.adapt import learn_embedding
 from hrm.solving.trace import Paths
 
-# Receives one line that the user should know.
+# Called with a line for the user.
 Note = Callable[[str], None]
 
 
 def load_for(
     kind: Kind | None, puzzle: str, checkpoint: str, *, device: str, ema: bool | None, note: Note
 ) -> Trained:
-    """The model of a checkpoint for puzzles of this kind and size; puzzle: as the user gave it.
+    """The model of a checkpoint for puzzles of this kind and size. puzzle: the user's text.
 
-    kind: None for numbers, which any kind may take. Without its training data the model's sizes come from the
-    puzzle. Raises UserError for a checkpoint of another kind or size, and as `load_trained` does.
+    kind: None for numbers, which any kind accepts. Without its training data the model's sizes come from the
+    puzzle. Raises UserError for a checkpoint of another kind or size, and the errors of `load_trained`.
     """
     if not is_remote(checkpoint) and not Path(checkpoint).exists():
         raise UserError(f"{checkpoint}: no such folder or file; expected a run or a checkpoint of one")
@@ -43,7 +43,7 @@ def load_for(
     if kind is not None and found.metadata is None and data is not None and not Path(data).is_dir():
         rows = len(found.weights[PUZZLE_TABLE]) if PUZZLE_TABLE in found.weights else 1
         metadata = Metadata(0, 0, 0, kind.vocab_size, kind.rows * kind.cols, rows, 1, 1.0, ["all"])
-        note(f"{data} is not there; the model is assumed to be trained on {_description(kind)}")
+        note(f"{data} is missing; the model is assumed to be trained on {_description(kind)}")
     trained = load_trained(found, device=place, metadata=metadata, ema=ema)
     for line in trained.notes:
         note(line)
@@ -53,7 +53,8 @@ def load_for(
 
 
 def check_fits(kind: Kind, puzzle: str, checkpoint: str, trained: Trained) -> None:
-    """Raises UserError unless the model was trained on puzzles of this kind and size; ARC has any canvas."""
+    """Raises UserError unless the model was trained on puzzles of this kind and size; ARC puzzles may have
+    any canvas."""
     its = kind_of(trained.metadata)
     is_of_size = (its.rows, its.cols) == (kind.rows, kind.cols) or kind.name == "arc"
     if its.name != kind.name or not is_of_size:
@@ -76,7 +77,7 @@ def _description(kind: Kind) -> str:
 def identifier_for(task: Task | None, asked: str | None, trained: Trained, note: Note) -> int | None:
     """The row of the puzzle table for a puzzle, None for the blank one.
 
-    asked: a name or number that the user gave; without it, an ARC task's own name is looked up. Raises
+    asked: the user's name or number; by default an ARC task's own name is looked up. Raises
     UserError for a name that the training data does not have.
     """
     if trained.model.puzzle_emb is None:
@@ -92,12 +93,12 @@ def identifier_for(task: Task | None, asked: str | None, trained: Trained, note:
     if asked is None:
         why = "was not trained on" if known else f"cannot be looked up without {path}"
         note(
-            f"{name} {why}: it gets the blank identifier, whose embedding knows nothing of the task; "
+            f"{name} {why}: it gets the blank identifier, whose embedding is not specific to the task; "
             "--adapt-steps 100 learns one from its demonstrations"
         )
         return None
     if not (name.isascii() and name.isdigit() and len(name) < 19):
-        what = f"is no puzzle that {trained.path} knows" if known else f"cannot be looked up without {path}"
+        what = f"is unknown to {trained.path}" if known else f"cannot be looked up without {path}"
         raise UserError(
             f"--identifier {one_line(name, 100)} {what}; give the number of a row, or leave it out"
         )
@@ -107,7 +108,8 @@ def identifier_for(task: Task | None, asked: str | None, trained: Trained, note:
 def adapted_embedding(
     steps: int, demonstrations: Sequence[Pair], trained: Trained, note: Note
 ) -> tuple[Tensor, list[float]]:
-    """An embedding (puzzle_emb_ndim) learnt in `steps` updates from demonstrations, and each update's loss.
+    """Learns an embedding (puzzle_emb_ndim) from demonstrations in `steps` updates; returns it with the
+    losses.
 
     demonstrations: pairs with both grids. Raises UserError as `learn_embedding` does.
     """
@@ -148,7 +150,7 @@ def paths_for(
     embedding: Tensor | int | None,
     trained: Trained,
 ) -> Paths:
-    """The paths that a user asks for; arguments as those of `hrm.solve`.
+    """The user's paths; for the arguments see `hrm.solve`.
 
     Raises UserError for a rule or a symmetry that the puzzle does not have.
     """
@@ -162,13 +164,13 @@ def paths_for(
         known = trained.names.hashes
         if names and known is not None and not torch.equal(hashes_of(names), known):
             raise UserError(
-                f"--by symmetry: {folder} has been built anew since {trained.path} was trained on it, so its "
+                f"--by symmetry: {folder} was rebuilt after {trained.path} was trained on it, so its "
                 "names do not fit the model's puzzle embeddings; write --by init or --by noise"
             )
         if not isinstance(embedding, int) or embedding >= len(names):
             raise UserError(
                 "--by symmetry: the model has puzzle embeddings for the augmentations of its training tasks "
-                "alone; write --by init or --by noise for this task"
+                "only; write --by init or --by noise for this task"
             )
     views, randomness = differences(by, kind, trained.model, seed=seed, noise=noise, names=names)
     return Paths(count, views, randomness, seed)

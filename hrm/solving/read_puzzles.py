@@ -1,6 +1,6 @@
-"""Reads puzzles to solve, typed, from a file, or from an ARC task, and checks that each has an answer.
+"""Reads puzzles to solve from the command line, a file or an ARC task, and checks that each has an answer.
 
-Nothing here imports PyTorch, which takes seconds, so that mistakes are reported at once.
+This module does not import PyTorch, which takes seconds, so that mistakes are reported immediately.
 """
 
 import csv
@@ -27,18 +27,18 @@ from hrm.data.tables import Row
 
 MAX_TEXT_BYTES = 16 << 20
 EXPECTED = "puzzles, one a line"
-# Cells along a maze, far more than any model was trained for.
+# Maximum side of a maze, far more than any model was trained for.
 MOST_SIDE = 1024
-# Most problems of a board in one message.
+# Maximum number of problems of a board in one message.
 MOST_TOLD = 5
 _CELLS = frozenset("#SGoEX0123456789.*_|+-= \t\r\n")
-# A typed 16x16 Sudoku also has letters, and is longer than the names of files.
+# A typed 16x16 Sudoku also has letters, and is longer than file names.
 _LETTERS, _LONG = frozenset("ABCDEFGabcdefg"), 250
 
 
 @dataclass(frozen=True)
 class Puzzle:
-    """A puzzle. question, answer: (S) tokens; an unknown answer is None. title: a name."""
+    """A puzzle. question, answer: (S) tokens; an unknown answer is None. title: the puzzle's name."""
 
     question: np.ndarray
     answer: np.ndarray | None
@@ -47,7 +47,7 @@ class Puzzle:
 
 @dataclass(frozen=True)
 class Puzzles:
-    """The puzzles of one file or argument, all of one kind. task: the ARC task that they test."""
+    """The puzzles of one file or argument, all of one kind. task: their ARC task."""
 
     kind: Kind
     puzzles: Sequence[Puzzle]
@@ -57,10 +57,10 @@ class Puzzles:
 def read_puzzles(source: str) -> Puzzles:
     """The puzzles in an argument: cells, a file, `-` for standard input, or an ARC task's .json.
 
-    Raises UserError for a puzzle without an answer, with row and column, or file and cell.
+    Raises UserError for a puzzle without an answer.
     """
     if source != "-" and not os.path.isfile(source):
-        # Text with few foreign characters is a mistyped puzzle, not a file name.
+        # Text with few other characters is a mistyped puzzle, not a file name.
         cells = _CELLS | (_LETTERS if len(source) > _LONG else frozenset())
         strange = sum(character not in cells for character in source)
         if os.sep in source or 4 * strange > len(source):
@@ -70,7 +70,7 @@ def read_puzzles(source: str) -> Puzzles:
             )
         return _boards(source, "the puzzle")
     if source.endswith(".json"):
-        # The canvas is the model's, which is not known here.
+        # The canvas depends on the model, which is unknown here.
         return arc_puzzles(read_task(Path(source), LARGEST_SIDE))
     if source != "-":
         return _boards(read_text(source, MAX_TEXT_BYTES, EXPECTED), source)
@@ -84,9 +84,10 @@ def read_puzzles(source: str) -> Puzzles:
 
 
 def arc_puzzles(task: Task, side: int | None = None) -> Puzzles:
-    """The tests of an ARC task on canvases of this side; None: the usual one, or larger if a grid needs it.
+    """The tests of an ARC task on canvases of this side; None: the official side, or larger if a grid needs
+    it.
 
-    Raises UserError for a grid that the canvas has no room for.
+    Raises UserError for a grid larger than the canvas.
     """
     largest = max((grid for pair in task.pairs for grid in pair.grids), key=lambda grid: max(grid.shape))
     needed = max(largest.shape)
@@ -95,7 +96,7 @@ def arc_puzzles(task: Task, side: int | None = None) -> Puzzles:
         rows, cols = largest.shape
         raise UserError(
             f"{task.where}: a grid of {rows} x {cols} cells, but the model was trained on canvases of "
-            f"{side} x {side}; give a checkpoint whose data were built with --canvas {needed} or more"
+            f"{side} x {side}; give a checkpoint trained on data built with --canvas {needed} or more"
         )
     tests = [
         Puzzle(
@@ -109,11 +110,11 @@ def arc_puzzles(task: Task, side: int | None = None) -> Puzzles:
 
 
 def _boards(text: str, where: str) -> Puzzles:
-    """Sudokus in any form of `sudoku.text`, or mazes: one over several lines, or one on each line."""
+    """Reads Sudokus in any format of `sudoku.text`, or mazes: one over several lines, or one per line."""
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{where}: empty; expected a puzzle")
-    # A '#' may also begin a comment beside a Sudoku, and a table of mazes may have ratings.
+    # A '#' may also start a comment in a Sudoku file, and a table of mazes may have ratings.
     digits = sum(map(text.count, "123456789"))
     if text.count("#") > digits or (not digits and set(text) & set("SGEX")):
         return _mazes(text, lines, where)
@@ -129,7 +130,7 @@ def _mazes(text: str, lines: Sequence[str], where: str) -> Puzzles:
     is_side = range(2, MOST_SIDE + 1).__contains__
     ends = [sum(line.count(mark) for mark in "SGE") for line in lines]
     is_many = len(lines) == 1 or all(count == 2 for count in ends)
-    # One board; its kind reports rows of wrong length.
+    # A single board; its kind reports rows of wrong length.
     if is_side(len(lines)) and (len(lines) in cells or (not is_many and is_side(cells[0]))):
         rows, columns = len(lines), len(lines) if len(lines) in cells else cells[0]
         boards = ["\n".join(lines)]
@@ -143,7 +144,7 @@ def _mazes(text: str, lines: Sequence[str], where: str) -> Puzzles:
 
 
 def _separate_mazes(text: str, where: str) -> list[str]:
-    """The mazes of a table, or of grids with blank lines or titles between them; else none."""
+    """The mazes of a table, or of grids separated by blank lines or titles; empty for other text."""
     numbered = list(enumerate(text.splitlines(keepends=True), 1))
     try:
         rows = list(read_maze_rows(iter(numbered)))
@@ -164,7 +165,7 @@ def _mazes_of(boards: Sequence[str], where: str) -> Puzzles:
     if rows == 1:
         rows = columns = math.isqrt(columns)
     if not (2 <= rows <= MOST_SIDE and 2 <= columns <= MOST_SIDE):
-        raise _unreadable(where, [len(boards[0])], f"a maze of 2 to {MOST_SIDE} cells a side")
+        raise _unreadable(where, [len(boards[0])], f"a maze of 2 to {MOST_SIDE} cells per side")
     kind = Kind("maze", rows, columns, MAZE_VOCABULARY)
     return Puzzles(kind, list(_questions(kind, boards, where)))
 
@@ -192,7 +193,7 @@ def _sudokus(lines: Sequence[str], where: str) -> Puzzles:
 
 
 def _unreadable(where: str, cells: Sequence[int], expected: str, total: int = 0) -> UserError:
-    """The error about the first line that differs from the first one. cells: of each line."""
+    """The error for the first line of another length. cells: number of cells in each line."""
     line = next((n for n, count in enumerate(cells) if count != cells[0]), 0)
     total = total or len(cells)
     place = where if total == 1 else f"{where}, line {line + 1}"
@@ -208,18 +209,18 @@ def _questions(kind: Kind, boards: Sequence[str], where: str) -> Iterator[Puzzle
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
         if wrong := kind.impossible(question):
-            raise UserError(f"{place}: {shortened(wrong)}; correct it, for no answer can be right")
+            raise UserError(f"{place}: {shortened(wrong)}; correct it, as no answer can be right")
         yield Puzzle(question, _only_answer(kind, question), place)
 
 
 def _only_answer(kind: Kind, question: np.ndarray) -> np.ndarray | None:
-    """The only answer of a Sudoku; None for mazes, which may have several."""
+    """The unique answer of a Sudoku; None for mazes, which may have several."""
     if kind.name != "sudoku":
         return None
     return solutions((question - 1).astype(np.uint8))[0][0] + 1
 
 
 def shortened(problems: Sequence[str]) -> str:
-    """The first problems in one line, and the number of others."""
+    """The first problems in one line, and the number of further ones."""
     more = len(problems) - MOST_TOLD
     return "; ".join(problems[:MOST_TOLD]) + (f"; and {more} more" if more > 0 else "")

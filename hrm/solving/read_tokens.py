@@ -1,4 +1,4 @@
-"""Reads sequences of tokens to solve, as numbers: typed, from a file, or from standard input."""
+"""Reads sequences of tokens as numbers from the command line, a file or standard input."""
 
 import os
 import re
@@ -12,20 +12,20 @@ from hrm.data.format import Metadata
 from hrm.data.puzzle_kinds import Kind, declared
 from hrm.solving.read_puzzles import MAX_TEXT_BYTES, Puzzle, Puzzles, shortened
 
-EXPECTED = "whole numbers with commas or spaces between them, a sequence a line"
+EXPECTED = "whole numbers separated by commas or spaces, one sequence per line"
 _NUMBERS = re.compile(r"\s*\d+(?:[\s,]+\d+)+[\s,]*")
 
 
 def may_be_tokens(source: str) -> bool:
-    """Whether a typed argument is several numbers, with commas or spaces between them."""
+    """Whether an argument is several numbers separated by commas or spaces."""
     return _NUMBERS.fullmatch(source) is not None
 
 
 def read_tokens(source: str, kind: Kind, metadata: Metadata) -> Puzzles:
-    """The sequences in an argument: numbers, a file of them, or `-` for standard input; one a line.
+    """The sequences in an argument: numbers, a file, or `-` for standard input; one sequence per line.
 
-    A shorter sequence is filled up with pad_id. Raises UserError with the line, the place in it and what is
-    expected.
+    A shorter sequence is padded with pad_id. Raises UserError with the line, the position and the expected
+    value.
     """
     where, text = "the sequence", source
     if source == "-":
@@ -58,5 +58,5 @@ def _sequences(text: str, where: str, kind: Kind, metadata: Metadata) -> Iterato
                 )
         question = declared(kind, "tokens").parse(" ".join([*words, *padding]))
         if wrong := kind.impossible(question):
-            raise UserError(f"{place}: {shortened(wrong)}; correct it, for no answer can be right")
+            raise UserError(f"{place}: {shortened(wrong)}; correct it, as no answer can be right")
         yield Puzzle(question, None, place)

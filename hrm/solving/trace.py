@@ -1,4 +1,4 @@
-"""A trace of a model that solves one puzzle: board, confidence and gates after every ACT step."""
+"""Traces how a model solves a puzzle: board, confidence and gates after every ACT step."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from hrm.model.act import (
 )
 from hrm.model.hrm import HRM
 
-# The order of the gates in the outputs of an ACT step.
+# Order of the gates in the outputs of an ACT step.
 LEVELS = ("L", "H")
 SOURCES = ("primary", "secondary", "input")
 
@@ -82,7 +82,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Recorded:
-    """The traces of a puzzle's K paths, and how the paths ended, arrays (1, K)."""
+    """The traces of a puzzle's K paths, and the outcomes of the paths, arrays (1, K)."""
 
     traces: list[Trace]
     outcomes: Outcomes
@@ -90,7 +90,8 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Paths:
-    """The differences between a puzzle's K paths; see `hrm.evaluation.paths.Plan`. example: its number."""
+    """The differences between a puzzle's K paths; see `hrm.evaluation.paths.Plan`. example: the puzzle's
+    number."""
 
     paths: int = 1
     views: Views = field(default_factory=lambda: PlainViews(0))
@@ -129,9 +130,9 @@ def record_paths(
     tokens, answer: (S). puzzle: an identifier, a row of the puzzle table (puzzle_emb_ndim), or None for the
     data set's blank identifier; a model without a puzzle table ignores it. steps: ACT steps, None for
     arch.halt_max_steps; act: stop each path at the first step that halts. name, title: of the model and the
-    puzzle. The last board of path 0 equals that of `Inference.solve` after as many steps. Gates of cells are
-    those of the path's own view. Raises UserError for an identifier without a row, ValueError for a wrong
-    number of cells.
+    puzzle. The last board of path 0 equals that of `Inference.solve` after the same number of steps. Gates
+    per cell refer to the path's own view. Raises UserError for an identifier without a row, ValueError for a
+    wrong number of cells.
     """
     question = np.asarray(tokens, dtype=np.int32)
     if question.shape != (metadata.seq_len,):
@@ -157,7 +158,7 @@ def record_paths(
             changes.append((logits - before).norm(dim=-1).mean(-1).cpu().numpy())
         before = logits
         q_halt, q_continue = (q.cpu().double() for q in (outputs.q_halt_logits, outputs.q_continue_logits))
-        # Among paths, a halt that halt_max_steps forces is no choice.
+        # For paths, a halt forced by halt_max_steps does not count.
         wishes = (q_halt > (q_continue if model.arch.q_continue else 0)).numpy() & going
         found.halts_at[0, wishes] = np.minimum(found.halts_at[0, wishes], number)
         found.q_halt[0, going] = q_halt.numpy()[going]
@@ -206,7 +207,7 @@ def puzzle_row(model: HRM, puzzle: int | Tensor) -> Tensor | None:
     if not 0 <= puzzle < len(table):
         raise UserError(
             f"puzzle identifier {puzzle}: the model has rows 0 to {len(table) - 1}; give one of them, "
-            "or none for a puzzle outside the training data"
+            "or None for a puzzle outside the training data"
         )
     return table[puzzle : puzzle + 1]
 
@@ -214,7 +215,7 @@ def puzzle_row(model: HRM, puzzle: int | Tensor) -> Tensor | None:
 def _act_steps(
     model: HRM, questions: np.ndarray, rows: Tensor | None, paths: Paths
 ) -> Iterator[tuple[np.ndarray, Outputs]]:
-    """For each ACT step: which of the K paths halt, (K,) bool, and the outputs with the gates."""
+    """Yields for each ACT step: which of the K paths halt, (K,) bool, and the outputs with the gates."""
     device, randomness = model.H_init.device, paths.randomness
     inputs = torch.from_numpy(np.array(questions)).to(device)
     K, S = inputs.shape
@@ -225,7 +226,7 @@ def _act_steps(
     carry = replace_halted(model, blank, fresh, randomness=randomness)
     at_once = torch.zeros_like(carry.steps)
     while True:
-        # No minimum of steps: `halted` is the model's own choice, and the caller may take further steps.
+        # No minimum number of steps: `halted` is the model's choice, and the caller may take further steps.
         carry, outputs = act_step(
             model,
             carry,

@@ -1,4 +1,4 @@
-"""A comparison of candidates: checked, carried out as a campaign of runs, and concluded in a report."""
+"""Compares candidates: checks them, trains them as a campaign of runs, and writes a report."""
 
 import argparse
 import os
@@ -20,23 +20,23 @@ from hrm.study.results import cautions, compare_runs, tables
 from hrm.study.runs import OWN, Campaign, Run, planned_steps, settings, slots, surroundings
 
 RESULTS = "results.json"
-# Candidates are comparable if they share place, data, their order, and steps.
+# Keys that all candidates must share: device, data, data order and steps.
 SHARED = ("device", "data_path", "global_batch_size", "epochs", "eval_interval", "max_steps")
 
 
 def seeds(text: str) -> list[int]:
-    """The seeds that `3` (0, 1, 2) or `4,7` (these) stands for. Raises UserError."""
+    """Parses seeds: `3` means 0, 1, 2, and `4,7` means 4 and 7. Raises UserError."""
     try:
         found = [int(part) for part in text.split(",")] if "," in text else list(range(min(int(text), 1001)))
     except ValueError:
         found = []
     if not 0 < len(set(found)) == len(found) <= 1000 or not 0 <= min(found) <= max(found) < 2**32:
-        raise UserError(f"--seeds {one_line(text)}: give how many, as in 3, or different ones, as in 0,1,2")
+        raise UserError(f"--seeds {one_line(text)}: give their number, as in 3, or a list, as in 0,1,2")
     return found
 
 
 def refuse_own(words: Sequence[str]) -> None:
-    """Raises UserError for words that a campaign sets itself."""
+    """Raises UserError for keys that a campaign sets itself."""
     for word in words:
         key = word.partition("=")[0].lstrip("+")
         if key in OWN:
@@ -44,7 +44,7 @@ def refuse_own(words: Sequence[str]) -> None:
 
 
 def named(candidates: Sequence[str]) -> dict[str, list[str]]:
-    """The trainer's words for each candidate, by a name of its own: that of its architecture, file or run."""
+    """The trainer's arguments for each candidate, by a unique name from its architecture, file or run."""
     found: dict[str, list[str]] = {}
     for candidate in candidates:
         words = candidate_words(candidate)
@@ -53,7 +53,7 @@ def named(candidates: Sequence[str]) -> dict[str, list[str]]:
         path = Path(words[0].partition("=")[2])
         name = ARCHITECTURE_ALIASES.get(candidate, candidate)
         if path.suffix:
-            # A run's own file is always called config.yaml.
+            # A run's saved configuration is always config.yaml, so use the folder's name.
             name = path.resolve().parent.name if path.stem == "config" else path.stem
         name = base = folder_name(name)
         number = 1
@@ -65,10 +65,10 @@ def named(candidates: Sequence[str]) -> dict[str, list[str]]:
 
 
 def candidate_words(candidate: str) -> list[str]:
-    """The word that gives the trainer a candidate: an architecture or its file, a run or its configuration.
+    """The trainer's argument for a candidate: an architecture or its file, a run or its configuration.
 
-    A file is a saved configuration if one of its keys is the trainer's, and an architecture otherwise.
-    Raises ConfigError for a file that is neither.
+    A file is a saved configuration if it has a key of the trainer, otherwise an architecture. Raises
+    ConfigError for any other file.
     """
     if candidate in ARCHITECTURES or candidate in ARCHITECTURE_ALIASES:
         return [f"--arch={ARCHITECTURE_ALIASES.get(candidate, candidate)}"]
@@ -82,9 +82,9 @@ def candidate_words(candidate: str) -> list[str]:
 
 
 def conduct(campaign: Campaign, args: argparse.Namespace, title: str, swept: Sequence[str] = ()) -> list[Run]:
-    """Checks a campaign, carries it out, and tells and keeps its results; returns the runs that failed.
+    """Checks and runs a campaign, and prints and saves its results; returns the failed runs.
 
-    swept: the keys that may differ although candidates should share them.
+    swept: keys that may differ although candidates usually share them.
     """
     names = [candidate.name for candidate in campaign.candidates]
     baseline = args.baseline or names[0]
@@ -106,7 +106,7 @@ def conduct(campaign: Campaign, args: argparse.Namespace, title: str, swept: Seq
 
 
 def check_comparable(campaign: Campaign, swept: Sequence[str] = ()) -> None:
-    """Raises UserError for candidates that are the same, or differ in data, their order, or steps."""
+    """Raises UserError for candidates that are equal, or differ in device, data, data order or steps."""
     first, *others = campaign.candidates
     seen = {first.name: settings(first.config)}
     for other in others:
@@ -126,7 +126,7 @@ def check_comparable(campaign: Campaign, swept: Sequence[str] = ()) -> None:
 
 
 def describe(campaign: Campaign, at_once: int) -> None:
-    """Says what is about to be done."""
+    """Prints the plan."""
     steps = {planned_steps(candidate.config) for candidate in campaign.candidates}
     length = " or ".join(f"{count:,}" for count in sorted(steps))
     print(
@@ -145,7 +145,7 @@ def describe(campaign: Campaign, at_once: int) -> None:
 
 
 def conclude(campaign: Campaign, baseline: str, title: str, command: str) -> None:
-    """Prints the results and keeps them as results.json, report.html and report.png in the folder."""
+    """Prints the results and saves them as results.json, report.html and report.png in the folder."""
 
     histories = campaign.histories()
     if not any(histories.values()):
@@ -176,7 +176,7 @@ def conclude(campaign: Campaign, baseline: str, title: str, command: str) -> Non
 
 
 def differing(campaign: Campaign) -> Table:
-    """The keys in which candidates differ, with the value of each."""
+    """A table of the keys in which candidates differ."""
     values = {candidate.name: settings(candidate.config) for candidate in campaign.candidates}
     keys = [key for key in KEYS if key not in OWN and len({str(v[key]) for v in values.values()}) > 1]
     rows = [[key, *(typed(of[key]) for of in values.values())] for key in keys]
@@ -187,13 +187,13 @@ def remarks(made_by: Sequence[Mapping[str, Any]], missing: Sequence[str]) -> lis
     """Notes for the reader on how the runs were made."""
     found = []
     if missing:
-        found.append(f"Missing, as they are not finished: {', '.join(missing)}.")
+        found.append(f"Not finished: {', '.join(missing)}.")
     if any(by["shared_device"] for by in made_by):
-        found.append("Runs shared a device: a step took longer than it does alone, and times say little.")
+        found.append("Runs shared a device, so steps took longer and times are not reliable.")
     for what, aspects in {
         "machines": ("processor", "cores", "gpus"),
         "versions": ("commit", "versions", "python"),
     }.items():
         if len({str([by.get(aspect) for aspect in aspects]) for by in made_by}) > 1:
-            found.append(f"The runs were made on several {what}, see {RESULTS}: times may not compare.")
+            found.append(f"The runs were made on several {what}, see {RESULTS}: times may not be comparable.")
     return found

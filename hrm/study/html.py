@@ -80,9 +80,9 @@ def write_report(
 ) -> tuple[Path, Path]:
     """Writes report.html and report.png into `folder`, created if missing; returns their paths.
 
-    groups: by name, runs that are drawn together, such as the seeds of one configuration, as mean, range and
-    thin single lines. Panels without data are omitted. tables, notes: shown above the plots. Files are
-    written atomically. Raises UserError if matplotlib is missing.
+    groups: by name, runs that are plotted together, such as the seeds of a configuration, as mean, range and
+    thin lines. Panels without data are omitted. tables, notes: shown above the plots. Files are written
+    atomically. Raises UserError if matplotlib is missing.
     """
     look = plots.styles(list(groups))
     found = sections(groups)
@@ -127,15 +127,15 @@ def page(
     tables: Sequence[Table],
     notes: Sequence[str],
 ) -> str:
-    """The page as HTML: notes, tables and plots, every text escaped. Raises UserError as `plots.svg`."""
+    """The page as HTML: notes, tables and plots, with all text escaped. Raises UserError like `plots.svg`."""
     parts = [_list("notes", [escape(note) for note in notes])] if notes else []
     parts += [table_html(table, f"table-{i}") for i, table in enumerate(tables)]
     if found:
         parts.append(_legend(groups, look))
     if any(len(runs) > 1 for runs in groups.values()):
         parts.append(
-            "<p>Thick lines are means over the runs of a group, bands reach from the least to the greatest "
-            "of them, thin lines are single runs. A mean ends where the first of its runs ends.</p>"
+            "<p>Thick lines are means over the runs of a group, bands are their range, "
+            "and thin lines are single runs. A mean ends where the first of its runs ends.</p>"
         )
     for i, section in enumerate(found):
         figures = [_figure(panel, look, f"s{i}p{j}") for j, panel in enumerate(section.panels)]
@@ -147,7 +147,7 @@ def page(
 
 
 def filled(title: str, parts: Sequence[str]) -> str:
-    """The page with this title and these parts of its body."""
+    """A page with this title and body."""
     themes = (
         " ".join(f"--c{i}: {pair[ground]};" for i, pair in enumerate(plots.COLOURS)) for ground in (0, 1)
     )
@@ -177,7 +177,7 @@ def _list(name: str, items: Sequence[str]) -> str:
 
 
 def table_html(table: Table, name: str) -> str:
-    """A table that scrolls on a narrow screen, also by keyboard."""
+    """An HTML table that scrolls on a narrow screen, also by keyboard."""
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.columns)
     body = "".join(
         f"<tr>{''.join(_cell(i, cell) for i, cell in enumerate(row))}</tr>\n" for row in table.rows

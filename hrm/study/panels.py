@@ -1,4 +1,4 @@
-"""The panels of reports, their curves, and a description of each in words."""
+"""The panels of reports, their curves, and a text description of each."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +14,13 @@ Read = Callable[[History], Series]
 # share: percent. fraction: 0 to 1, with an axis from 0. log: positive, on a logarithmic axis for wide ranges.
 Unit = Literal["number", "share", "fraction", "seconds", "log"]
 
-# Most points of a drawn curve; longer curves show means of neighbours.
+# Maximum number of points in a curve; longer curves show means of neighbours.
 MOST_DRAWN = 400
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One group's runs in a panel: (steps or seconds, values) of each. dashed: the panel's second kind."""
+    """The runs of a group in a panel: (steps or seconds, values) of each. dashed: the panel's second kind."""
 
     group: str
     runs: list[Series]
@@ -29,9 +29,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot. x: the horizontal axis of its curves; None for bars over single values of runs.
+    """A plot. x: the horizontal axis of its curves; None for a bar chart of single values.
 
-    kinds: names of solid and dashed curves in a panel with both.
+    kinds: names of the solid and the dashed curves.
     """
 
     title: str
@@ -54,12 +54,12 @@ class Section:
 
 
 def sections(groups: Groups) -> list[Section]:
-    """The sections and panels that have data."""
+    """All sections and panels with data."""
     found = [
         Section(
             "Learning",
             "Test puzzles solved exactly, and tokens right. Training time is steps times the "
-            "median time per step, evaluation and saving left out.",
+            "median time per step, without evaluation and saving.",
             _learning(groups),
         ),
         Section(
@@ -70,25 +70,29 @@ def sections(groups: Groups) -> list[Section]:
         ),
         Section(
             "Gate activity",
-            "Mean opening of the gates by module and source: 0 shuts a source out, 1 lets it pass whole.",
+            "Mean gate values by module and source: 0 blocks a source, 1 passes it unchanged.",
             _gates(groups, "fraction", "mean"),
         ),
         Section(
             "Gate saturation",
-            "Share of the gates that are nearly shut or nearly open, where their gradient vanishes.",
+            "Share of saturated gates, nearly closed or open, whose gradient vanishes.",
             _gates(groups, "share", "low", "high", ("below 0.1", "above 0.9")),
         ),
         Section(
             "Gate contribution",
-            "Each source's share, by magnitude, of what its module takes in once the gates are applied.",
+            "Each source's share, by magnitude, of its module's input after gating.",
             _gates(groups, "share", "contribution"),
         ),
         Section(
             "Gate losses",
-            "The auxiliary losses that keep gates off their ends, before their weights.",
+            "The auxiliary gate losses, before weighting.",
             _plain(groups, {f"train/gate_{name}_loss": f"Gate {name}" for name in _GATE_LOSSES}),
         ),
-        Section("Subgoals", "The manager's goals and how the worker follows them.", _plain(groups, _FEUDAL)),
+        Section(
+            "Subgoals",
+            "The manager's goals, and how closely the worker follows them.",
+            _plain(groups, _FEUDAL),
+        ),
     ]
     return [section for section in found if section.panels]
 
@@ -137,7 +141,7 @@ def _computation(groups: Groups) -> list[Panel]:
 def _gates(
     groups: Groups, unit: Unit, value: str, second: str | None = None, kinds: tuple[str, str] | None = None
 ) -> list[Panel]:
-    """A panel for each module and source of the gated groups, L before H, in the order of the sources."""
+    """A panel per module and source of the gated groups, L before H, in the order of the sources."""
     keys = {key for runs in groups.values() for run in runs for key in run.metrics}
     found = [m.groups() for key in keys if (m := re.fullmatch(rf"train/gates/([^/]+)/([^/]+)/{value}", key))]
     place = {name: i for i, name in enumerate(("L", "H", *_SOURCES))}
@@ -160,7 +164,7 @@ def _with_data(panels: Sequence[Panel]) -> list[Panel]:
 
 
 def _curves(groups: Groups, read: Read, dashed: bool = False) -> list[Curve]:
-    """A curve for each group with data: the finite points of its runs."""
+    """A curve per group with data: the finite points of its runs."""
     curves = []
     for group, runs in groups.items():
         series = [(x[finite], y[finite]) for x, y in map(read, runs) if (finite := np.isfinite(x + y)).any()]
@@ -190,9 +194,9 @@ def _single(value: Callable[[History], float | None]) -> Read:
 
 
 def mean_and_range(runs: Sequence[Series]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """x, mean, minimum and maximum over runs, each (n,), where all runs have data.
+    """x, mean, minimum and maximum over runs, each (n,), for the range in which all runs have data.
 
-    x: every x of any run from the latest start to the earliest end; runs are interpolated linearly.
+    x: the union of the runs' x from the latest start to the earliest end; runs are interpolated linearly.
     """
     first, last = max(x[0] for x, _ in runs), min(x[-1] for x, _ in runs)
     x = np.unique(np.concatenate([x for x, _ in runs]))
@@ -202,12 +206,12 @@ def mean_and_range(runs: Sequence[Series]) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def single_values(curve: Curve) -> np.ndarray:
-    """The one value of each run in a panel of bars: (runs,)."""
+    """The values of the runs in a bar chart: (runs,)."""
     return np.array([values[0] for _, values in curve.runs])
 
 
 def thinned(series: Series) -> Series:
-    """At most MOST_DRAWN points; a longer curve becomes means of equal numbers of neighbours."""
+    """Reduces a curve to at most MOST_DRAWN points, by means over equal numbers of neighbours."""
     x, y = series
     if len(x) <= MOST_DRAWN:
         return series
@@ -220,7 +224,7 @@ def thinned(series: Series) -> Series:
 
 
 def value_text(value: float, unit: Unit) -> str:
-    """A value in a readable unit: 93.1 %, 105 ms, 27.3 M."""
+    """Formats a value in a readable unit: 93.1 %, 105 ms, 27.3 M."""
     if not np.isfinite(value):
         return "-"
     if unit == "share":
@@ -234,7 +238,7 @@ def value_text(value: float, unit: Unit) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in a readable unit."""
+    """Formats seconds in a readable unit."""
     if not np.isfinite(seconds):
         return "-"
     if seconds < 1:
@@ -245,7 +249,7 @@ def duration(seconds: float) -> str:
 
 
 def description(panel: Panel) -> str:
-    """A panel in words for screen readers: start and end of each curve."""
+    """Describes a panel for screen readers: start and end of each curve."""
     parts = []
     for curve in panel.curves:
         kind = f" ({panel.kinds[curve.dashed]})" if panel.kinds else ""

@@ -21,13 +21,14 @@ Scores = dict[int, float]
 
 MAIN = "exact_accuracy"
 METRICS = (MAIN, "accuracy", "q_halt_accuracy")
-# Shares of the baseline's last score; the time to reach each measures the speed of learning.
+# Shares of the baseline's last score, as targets for the speed of learning.
 SHARES = {"half": 0.5, "90 %": 0.9}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A candidate's runs by seed, evaluated with the last weights or, with ema, their moving average."""
+    """A candidate's runs by seed, with the scores of the last weights or, with ema, of their moving
+    average."""
 
     candidate: str
     runs: Runs
@@ -52,11 +53,11 @@ class Entry:
         return {seed: score_at(self._over_time(run), seconds) for seed, run in self.runs.items()}
 
     def steps_to(self, aim: float) -> Scores:
-        """Steps by seed until the exact accuracy is `aim`."""
+        """Steps by seed until the exact accuracy reaches `aim`."""
         return {seed: first_reaching(run.evaluation(MAIN, self.ema), aim) for seed, run in self.runs.items()}
 
     def seconds_to(self, aim: float) -> Scores:
-        """Seconds of training by seed until the exact accuracy is `aim`."""
+        """Seconds of training by seed until the exact accuracy reaches `aim`."""
         return {seed: first_reaching(self._over_time(run), aim) for seed, run in self.runs.items()}
 
     def _over_time(self, run: History) -> Series:
@@ -69,8 +70,8 @@ def compare_runs(candidates: Mapping[str, Runs], baseline: str) -> dict[str, Any
 
     equal_steps: the last step that the evaluations of every run reach. equal_seconds: the shortest training
     time of a run, in seconds; training time is steps times the median seconds per step, so it excludes
-    evaluation, saving and compiling. Averaged weights have an entry of their own, compared with the
-    baseline's averaged weights if it has some. Without runs an entry has no scores.
+    evaluation, saving and compilation. Averaged weights have a separate entry, compared with the baseline's
+    averaged weights if there are any. An entry without runs has no scores.
     """
     plain = [Entry(name, runs) for name, runs in candidates.items()]
     base = next(entry for entry in plain if entry.candidate == baseline)
@@ -82,7 +83,7 @@ def compare_runs(candidates: Mapping[str, Runs], baseline: str) -> dict[str, Any
     aims = {share: part * math.fsum(last.values()) / len(last) for share, part in SHARES.items() if last}
     entries = {}
     for entry in [*plain, *(Entry(e.candidate, e.runs, ema=True) for e in plain if e.averages)]:
-        # The baseline has no comparison; its average is compared with its last weights.
+        # The baseline has no difference; its average is compared with its last weights.
         other = Entry(baseline, base.runs if entry.name != baseline else {}, ema=False)
         if base.averages and entry.ema and entry.candidate != baseline:
             other = Entry(baseline, base.runs, ema=True)
@@ -124,17 +125,17 @@ def compare_runs(candidates: Mapping[str, Runs], baseline: str) -> dict[str, Any
 def score_at(series: Series, where: float) -> float:
     """A score at a step or time, interpolated linearly between evaluations; NaN before the first.
 
-    series: places (n,) ascending, and values (n,).
+    series: ascending steps or times (n,), and values (n,).
     """
     places, values = series
     return float(np.interp(where, places, values, left=math.nan, right=math.nan)) if len(places) else math.nan
 
 
 def first_reaching(series: Series, aim: float) -> float:
-    """Where a score first reaches `aim`, interpolated linearly between evaluations; NaN if it never does.
+    """The step or time at which a score first reaches `aim`, interpolated linearly; NaN if it never does.
 
-    series: places (n,) ascending, and values (n,). Returns the place of the first evaluation if that one
-    already reaches the aim.
+    series: ascending steps or times (n,), and values (n,). Returns that of the first evaluation if it already
+    reaches the aim.
     """
     places, values = series
     found = np.flatnonzero(values >= aim)
@@ -165,7 +166,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
             for name, entry in entries.items()
         ],
         "Solved: test puzzles right in every cell, mean over the seeds ± sample deviation. Differences are "
-        "in percentage points, paired by seed, with their 95 % t interval. ACT steps: those of training.",
+        "in percentage points, paired by seed, with their 95 % t interval. ACT steps: in training.",
     )
     at_time = Table(
         f"Equal training time: {duration(results['equal_seconds'])}",
@@ -180,8 +181,8 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
             for name, entry in entries.items()
         ],
         "Training time: a run's steps times its median seconds per step, without evaluation, saving and "
-        "compiling; the time is what the run that took least had. Scores between evaluations are on straight "
-        "lines.",
+        "compilation. The compared time is that of the fastest run. Scores are interpolated "
+        "linearly.",
     )
     own = entries[results["baseline"]]["seconds_per_step"]["mean"]
     pace = Table(
@@ -223,32 +224,32 @@ def _to_aim(results: Mapping[str, Any], share: str) -> Table:
         f"Until {100 * results['aims'][share]:.1f} % are solved: {share} of {baseline}'s at equal steps",
         ["", "seeds there", "steps", f"to {baseline}", "training time", f"to {baseline}"],
         rows,
-        "Means over the seeds that got there; differences over those that did in both, in percent of "
-        f"{baseline}'s mean. On straight lines between evaluations, and never before the first.",
+        "Means over the seeds that reach it; differences over the seeds that reach it in both, in percent of "
+        f"{baseline}'s mean. Interpolated linearly between evaluations, from the first on.",
     )
 
 
 def cautions(results: Mapping[str, Any]) -> list[str]:
-    """Cautions for reading the tables, of one or two sentences each."""
+    """Notes of one or two sentences on the interpretation of the tables."""
     entries, baseline = results["entries"], results["baseline"]
     most = max(len(entry["seeds"]) for entry in entries.values())
     found = []
     if most == 1:
-        found.append("One seed: nothing tells a difference from chance, so there is no interval.")
+        found.append("With one seed, a difference may be chance, so there is no interval.")
     if most > 1 and len(entries) > 2:
         found.append(
-            f"{len(entries) - 1} comparisons: an interval of 95 % misses the truth once in twenty times, so "
+            f"{len(entries) - 1} comparisons: a 95 % interval misses the true value once in twenty times, so "
             "a single clear difference among many may be chance."
         )
     if not results["aims"]:
         found.append(f"{baseline} solves no test puzzle, so the time to reach its score is unknown.")
     if any(entry["ema"] for entry in entries.values()):
-        found.append("EMA: the same runs, tested with the moving average of their weights.")
+        found.append("EMA: the same runs, evaluated with the moving average of their weights.")
     return found
 
 
 def _last(series: Series, step: float) -> float:
-    """The last finite value up to a step."""
+    """The last finite value at or before a step."""
     values = series[1][(series[0] <= step) & np.isfinite(series[1])]
     return float(values[-1]) if len(values) else math.nan
 
@@ -265,7 +266,7 @@ def _stats(scores: Scores) -> dict[str, Any]:
 
 
 def _compared(scores: Scores, other: Scores) -> dict[str, Any]:
-    """`_stats`, with the paired difference to the baseline's scores; null without a common seed."""
+    """`_stats` with the paired difference from the baseline; null without a common seed."""
     summary = paired_difference(_finite(scores), _finite(other))
     difference = None
     if summary is not None:
@@ -292,7 +293,7 @@ def _relative(difference: Mapping[str, Any] | None, whole: float | None) -> str:
 
 
 def _difference(difference: Mapping[str, Any] | None, factor: float, unit: str) -> str:
-    """A paired difference in words: mean, interval, and whether the difference is clear."""
+    """Formats a paired difference: mean, interval, and whether the difference is clear."""
     if difference is None:
         return "-"
     mean = f"{factor * difference['mean']:+.1f}{unit}"

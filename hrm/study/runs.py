@@ -1,4 +1,4 @@
-"""A campaign: many runs of the trainer, which can be interrupted at any moment and continued.
+"""A campaign: many runs of the trainer, which can be interrupted at any time and continued.
 
 Its folder:
 
@@ -37,26 +37,26 @@ from hrm.data.sudoku.build import data_folder
 from hrm.study.history import History, read_history
 from hrm.training.run_folder import METRICS, run_lock
 
-# The train.py beside this package, in a checkout and in an installation, not in the current folder.
+# The train.py next to this package, in a checkout or an installation, not in the current folder.
 TRAINER = Path(__file__).resolve().parents[2] / "train.py"
 PLAN, FINISHED = "plan.json", "finished.json"
-# Most bytes of either; a thousand candidates take a quarter.
+# Maximum bytes of either file; a thousand candidates need a quarter.
 RECORD_LIMIT = 1 << 24
 
-# Keys that a campaign sets for each run, and what the user gives instead.
+# Keys that a campaign sets for each run, and the remedy for the user.
 OWN = {
     "seed": "give --seeds N, or --seeds 0,1,2",
     "output_dir": "give --output DIR",
-    "project_name": "give --output DIR, whose name it is",
-    "run_name": "leave it out, the name of a run is its candidate and seed",
-    "resume": "leave it out, the same command continues unfinished runs",
-    "max_seconds": "leave it out, a signal ends all runs and the same command continues",
+    "project_name": "give --output DIR, whose name is used",
+    "run_name": "leave it out; a run is named by candidate and seed",
+    "resume": "leave it out; the same command continues unfinished runs",
+    "max_seconds": "leave it out; a signal ends all runs, and the same command continues",
 }
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A configuration to run with every seed, with the trainer's words that give it."""
+    """A configuration to run with every seed, and the trainer's arguments for it."""
 
     name: str
     words: tuple[str, ...]
@@ -65,7 +65,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Run:
-    """One candidate with one seed, in its own folder."""
+    """A run of a candidate with a seed, in its own folder."""
 
     candidate: str
     seed: int
@@ -83,12 +83,12 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether its trainer has ended well and its metrics are there."""
+        """Whether its trainer succeeded and its metrics exist."""
         return (self.folder / FINISHED).is_file() and (self.folder / METRICS).is_file()
 
     def made_by(self) -> dict[str, Any]:
-        """The `surroundings` that finished it, and whether it shared its device with other runs."""
-        path, expected = self.folder / FINISHED, "what a finished run leaves; give another --output"
+        """The `surroundings` of the run, and whether it shared its device with other runs."""
+        path, expected = self.folder / FINISHED, "the record of a finished run; give another --output"
         found = read_json(path, RECORD_LIMIT, expected)
         if not isinstance(found, dict) or not isinstance(found.get("shared_device"), bool):
             raise UserError(f"{path}: expected {expected}")
@@ -106,7 +106,8 @@ class Campaign:
     """Candidates and seeds, their runs, and the folder that keeps them."""
 
     def __init__(self, folder: str | Path, candidates: Mapping[str, Sequence[str]], seeds: Sequence[int]):
-        """candidates: the trainer's words by name. Raises UserError for words that the trainer refuses."""
+        """candidates: the trainer's arguments by name. Raises UserError for arguments that the trainer
+        rejects."""
         self.folder = Path(os.path.abspath(folder))
         self.seeds = list(seeds)
         place = [f"output_dir={self.folder.parent}", f"project_name={self.folder.name}"]
@@ -114,7 +115,7 @@ class Campaign:
         for name, words in candidates.items():
             own = [*place, f"run_name={name}-seed{max(seeds)}", f"seed={max(seeds)}"]
             self.candidates.append(Candidate(name, tuple(words), parse_args([*words, *own])))
-        # Seed by seed, so that an interrupted campaign has treated the candidates equally.
+        # Order by seed, so that an interrupted campaign has equally many runs of each candidate.
         self.runs = [
             Run(candidate.name, seed, self.folder / f"{candidate.name}-seed{seed}")
             for seed in seeds
@@ -127,9 +128,7 @@ class Campaign:
 
         plan = {"seeds": self.seeds, "candidates": {c.name: settings(c.config) for c in self.candidates}}
         if _held(self.folder):
-            raise UserError(
-                f"{self.folder}: another process works on it; wait for it, or give another --output"
-            )
+            raise UserError(f"{self.folder}: another process uses it; wait for it, or give another --output")
         with run_lock(self.folder):
             path = self.folder / PLAN
             if path.exists():
@@ -148,10 +147,10 @@ class Campaign:
             yield
 
     def carry_out(self, slots: Sequence[Mapping[str, str]]) -> list[Run]:
-        """Trains the unfinished runs, one in each slot at a time; returns those that failed.
+        """Trains the unfinished runs, one per slot at a time; returns the failed runs.
 
-        slots: environment variables of each. Prints when a run starts and ends, and the time left. The runs
-        end with this process unless it is killed; the next call waits for runs that still train.
+        slots: environment variables of each slot. Prints when a run starts and ends, and the remaining time.
+        If this process is killed, its runs continue; the next call waits for them.
         """
         pending = [run for run in self.runs if not run.finished]
         active: dict[int, _Active] = {}
@@ -223,7 +222,7 @@ class Campaign:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """Every key's value by name as JSON values, except the keys that a campaign sets."""
+    """The values of all keys as JSON values, except the keys that a campaign sets."""
     values = config_values(config)
     return {name: values[name] for name in sorted(KEYS.keys() - OWN.keys())}
 
@@ -238,9 +237,9 @@ def planned_steps(config: Config) -> int:
 
 
 def slots(device: str, jobs: int | None) -> list[dict[str, str]]:
-    """Environment variables for each of the parallel runs, which give it a GPU or a share of the CPU.
+    """Environment variables that assign a GPU or a share of the CPU to each parallel run.
 
-    device: see the key. jobs: number of parallel runs; None for one on each GPU, else for one.
+    device: see the key. jobs: number of parallel runs; None for one per GPU, or one without a GPU.
     """
     gpus: list[str] = []
     if device in ("auto", "cuda"):
@@ -254,11 +253,11 @@ def slots(device: str, jobs: int | None) -> list[dict[str, str]]:
 
 
 def surroundings() -> dict[str, Any]:
-    """The conditions of a result beside its configuration: commit, versions, machine."""
+    """The conditions of a result besides its configuration: commit, versions, machine."""
     git = ["git", "-C", str(TRAINER.parent)]
     commit = None
     with suppress(OSError, subprocess.CalledProcessError):
-        # Ignore a repository around an installation that does not track the code.
+        # Ignore an enclosing repository that does not track this code.
         tracked = [*git, "ls-files", "--error-unmatch", TRAINER.name]
         subprocess.run(tracked, check=True, capture_output=True)
         described = [*git, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
@@ -295,7 +294,7 @@ def _read_plan(path: Path) -> dict[str, Any]:
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """The first difference between two plans in words; empty for equal plans."""
+    """Describes the first difference between two plans; empty for equal plans."""
     if old["candidates"].keys() != new["candidates"].keys():
         return f"of {one_line(', '.join(old['candidates']))} and not of {', '.join(new['candidates'])}"
     if old["seeds"] != new["seeds"]:
@@ -314,7 +313,7 @@ def _listed(seeds: Sequence[int]) -> str:
 
 
 def _check(job: _Active, made_by: str) -> bool:
-    """Whether a process ended well, which is recorded; otherwise prints its last lines."""
+    """Whether a process succeeded; records a success, and prints the last lines after a failure."""
     run, status = job.run, job.process.returncode
     problem = f"signal {-status}" if status < 0 else f"exit status {status}"
     if status == 0:
@@ -335,7 +334,8 @@ def _check(job: _Active, made_by: str) -> bool:
 
 
 def _left(runs: Sequence[Run], seconds: Mapping[str, Sequence[float]], at_once: int) -> str:
-    """The expected time for the runs, from those that this command finished, as the end of a message."""
+    """The end of a message: the expected time for the remaining runs, from runs that this command
+    finished."""
     known = [taken for of_candidate in seconds.values() for taken in of_candidate]
     if not runs or not known:
         return ""
@@ -345,7 +345,7 @@ def _left(runs: Sequence[Run], seconds: Mapping[str, Sequence[float]], at_once: 
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Terminates processes and waits for them; checkpoints are atomic, so none is left partial."""
+    """Terminates processes and waits for them; checkpoints are atomic, so none remains partial."""
     for process in processes:
         process.terminate()
     for process in processes:

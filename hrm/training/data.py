@@ -1,4 +1,4 @@
-"""The data of a run: both splits, their identity, and the batches that training and evaluation draw."""
+"""The data of a run: both splits, their identity, and the batches for training and evaluation."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -35,14 +35,14 @@ from hrm.distributed import World
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The training and the test split of a run, and what follows from them.
+    """The training and the test split of a run, and properties derived from them.
 
     test_set: None for a data set without a test split. fingerprint: sha256 of the training split. source: its
-    `path` and the digest of each of its `files`, as checkpoints record them. groups: of each training set,
-    those that train; None for all. valid: the examples of the others, None without valid_fraction. sample:
-    the valid or test examples of each set that evaluations before the end use; None for all. augment: see
+    `path` and the digest of each of its `files`, as checkpoints record them. groups: the training groups of
+    each training set; None for all. valid: the held-out examples, None without valid_fraction. sample: the
+    valid or test examples of each set that evaluations before the last use; None for all. augment: see
     `dataset.train_batches`. total_steps: length of the run. epochs_per_iter: epochs between two evaluations.
-    notes: what the data set does in its own way, and what follows for the run.
+    notes: lines about deviations of the data set and their consequences.
     """
 
     config: Config
@@ -146,10 +146,11 @@ class TrainingData:
         )
 
     def ranking_batches(self, world: World) -> Iterator[tuple[str, Batch, int]]:
-        """The batches whose results rank evaluations: of `sample`, else of `valid` or of the test split.
+        """The batches that determine the score of an evaluation: of `sample`, else of `valid` or the test
+        split.
 
-        This rank's rows of each. A set of `valid` is called valid, with the training set's own name behind it
-        where there are several.
+        This rank's rows of each. A set of `valid` is called valid, followed by the training set's name if
+        there are several.
         """
         if self.valid is None:
             return self.test_batches(world, self.sample)
@@ -182,12 +183,12 @@ class TrainingData:
 
     @property
     def is_ranked_by_all_tests(self) -> bool:
-        """Whether every evaluation takes the whole test split."""
+        """Whether every evaluation uses the whole test split."""
         return self.valid is None and self.sample is None
 
 
 def _idle_names(train_set: PuzzleDataset) -> int:
-    """The names that no stored puzzle has, where ARC tasks are stored once (`--plain`); else 0."""
+    """The number of names without a stored puzzle if ARC tasks are stored once (`--plain`); else 0."""
     parts = train_set.sets.values()
     once = all(len(part.group_indices) - 1 == len(part.puzzle_identifiers) for part in parts)
     if not once or kind_of(train_set.metadata, train_set.sets).name != "arc":
@@ -202,7 +203,7 @@ def _notes_on_ranking(
     test_set: PuzzleDataset | None,
     valid: dict[str, np.ndarray] | None,
 ) -> Iterator[str]:
-    """Notes on the examples that rank evaluations: how many, and whether the ranking flatters."""
+    """Notes on the examples that determine the score: their number, and whether the score is biased."""
     folder = train_set.folder.parent
     if valid is not None:
         yield f"valid: {sum(map(len, valid.values())):,} examples of training groups are held out"
@@ -212,6 +213,6 @@ def _notes_on_ranking(
         yield f"{folder}: there is no test split, so the run is not evaluated"
     elif config.early_stop_patience is not None or (config.keep_best and config.eval_interval is not None):
         yield (
-            "the best checkpoint is the best one on the test set, which flatters its accuracy; "
+            "the best checkpoint is the best one on the test set, which biases its accuracy upwards; "
             "valid_fraction=0.1 ranks by training groups held out"
         )

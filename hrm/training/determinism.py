@@ -1,10 +1,10 @@
 """Runs that are reproducible bit for bit on one machine: `deterministic=true`.
 
 Weights, batches and exploration are always functions of the seed and the step. This project's kernels sum in
-a fixed order, without atomics, with blocks chosen by shape and none by measurement. On a GPU, PyTorch and its
+a fixed order, without atomics, with blocks chosen by shape, not by measurement. On a GPU, PyTorch and its
 libraries are not deterministic by default: cuBLAS splits sums by workspace, some backward passes add
-atomically, and the compiler chooses kernels by timing them. PyTorch's own switch makes these deterministic or
-raises an error.
+atomically, and the compiler chooses kernels by timing them. PyTorch's deterministic mode makes these
+deterministic or raises an error.
 """
 
 import os
@@ -25,7 +25,7 @@ WORKSPACE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 def deterministic(config: Config, device: torch.device) -> Iterator[list[str]]:
     """Makes PyTorch deterministic within the context, if `deterministic=true`; yields notes for the user.
 
-    Enter it before the first matrix product on a CUDA device, at which cuBLAS reads its setting. Raises
+    Enter it before the first matrix product on a CUDA device, which makes cuBLAS read its setting. Raises
     UserError for settings that contradict it, and for a PyTorch operation without a deterministic version.
     """
     if not config.deterministic:
@@ -40,7 +40,7 @@ def deterministic(config: Config, device: torch.device) -> Iterator[list[str]]:
     filled = memory.fill_uninitialized_memory
     try:
         torch.use_deterministic_algorithms(True)
-        # Filling every new tensor costs time and only helps to find reads of unwritten memory.
+        # Filling every new tensor costs time and only helps to find uninitialised reads.
         memory.fill_uninitialized_memory = False
         yield notes
     except RuntimeError as error:
@@ -49,7 +49,7 @@ def deterministic(config: Config, device: torch.device) -> Iterator[list[str]]:
             raise
         raise UserError(
             f"deterministic=true: PyTorch's {operation} is not deterministic on {device}; "
-            "set deterministic=false or another option than the one that calls it"
+            "set deterministic=false or disable the option that uses it"
         ) from error
     finally:
         memory.fill_uninitialized_memory = filled
@@ -60,12 +60,12 @@ def _require(config: Config, device: torch.device) -> list[str]:
     """Checks the configuration, sets environment variables of libraries, and returns notes."""
     if config.spike_rewinds:
         raise UserError(
-            f"deterministic=true excludes spike_rewinds={config.spike_rewinds}: a rewind returns to a "
-            "checkpoint, and the clock decides when those are saved; set spike_rewinds=0"
+            f"deterministic=true conflicts with spike_rewinds={config.spike_rewinds}: a rewind returns to a "
+            "checkpoint, and these are saved by the clock; set spike_rewinds=0"
         )
     if device.type not in ("cpu", "cuda"):
         raise UserError(
-            f"deterministic=true: PyTorch promises the same bits on cpu and cuda, not on {device}; "
+            f"deterministic=true: PyTorch is deterministic on cpu and cuda, not on {device}; "
             "set device=cpu or deterministic=false"
         )
     if device.type == "cpu":

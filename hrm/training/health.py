@@ -1,4 +1,4 @@
-"""Symptoms of a run that goes wrong, recognised in its log lines, with remedies."""
+"""Recognises symptoms of a failing run in its log lines, and gives remedies."""
 
 import math
 import re
@@ -8,30 +8,31 @@ from collections.abc import Iterator, Mapping
 from hrm.config.schedule import interval_epochs
 from hrm.config.schema import Config
 
-# Log lines in a row that must show a symptom; a single line may be chance.
+# Number of consecutive log lines that must show a symptom; a single line may be chance.
 LINES = 10
-# No symptom is expected to mean anything before this share of the run and before the end of the warm-up.
+# Symptoms are ignored before this share of the run and before the end of the warm-up.
 SETTLED = 0.1
-# A model that solves nothing before this share of the run may still begin to.
+# A model that solves nothing before this share of the run may still start to.
 UNSOLVED = 1 / 3
-# Halting can be learnt from this share of solved sequences on.
+# Share of solved sequences from which halting can be learnt.
 SOLVED = 0.2
-# The mean number of steps is this close to its limit if almost no sequence halts earlier.
+# If the mean number of steps is this close to its limit, almost no sequence halts earlier.
 STEPS_MARGIN = 0.01
-# Below SHUT a gate passes almost nothing, above 1 - SHUT almost everything. Fresh gates are at 0.1, or 0.05
-# with a gate_init_strategy, so the shares below 0.1 and above 0.9 do not suffice.
+# A mean below SHUT is a closed gate, above 1 - SHUT an open one. Initial gates are at 0.1, or 0.05 with a
+# gate_init_strategy, so the shares below 0.1 and above 0.9 do not suffice.
 SHUT = 0.02
-# The share of values above 0.9 that only a gate saturated at both ends has; fresh gates have almost none.
+# Minimum share of values above 0.9 for a gate saturated at both ends; initial gates have almost none.
 OPEN = 0.1
-# The share of values below 0.1 or above 0.9 that makes a gate saturated.
+# Minimum share of values below 0.1 or above 0.9 for a saturated gate.
 AT_THE_EDGES = 0.95
-# Fresh gates have a standard deviation of 0.03 or more; below UNIFORM a gate is a constant factor.
+# Initial gates have a standard deviation of at least 0.03; below UNIFORM a gate is a constant factor.
 UNIFORM = 0.005
-# The share of all evaluations without a solved puzzle that is a symptom; at least two, if there are two.
+# Share of all evaluations without a solved puzzle that is a symptom; at least two evaluations, if there are
+# two.
 EVALUATIONS = 0.5
-# A model that solves this share of training sequences and no test puzzle does not generalise.
+# A model that solves this share of training sequences but no test puzzle does not generalise.
 OVERFITTED = 0.5
-# Fewer ACT steps were too few for Sudoku.
+# Minimum number of ACT steps for Sudoku.
 ENOUGH_STEPS = 8
 
 _EXACT = re.compile(r"eval(_ema)?/.+/exact_accuracy")
@@ -41,7 +42,7 @@ _GATE = re.compile(r"train/gates/(\w+/\w+)/mean")
 class Symptoms:
     """Reads a run's log lines one by one and reports each lasting symptom once.
 
-    The reports depend on the configuration and the lines alone, so a saved metrics.jsonl reproduces them. A
+    The reports depend only on the configuration and the lines, so a saved metrics.jsonl reproduces them. A
     resumed run counts lines from its resumption on.
     """
 
@@ -62,7 +63,7 @@ class Symptoms:
         self._train_exact: float | None = None
 
     def check(self, step: int, metrics: Mapping[str, float]) -> list[str]:
-        """A line of text for each symptom that the line of `step` completes, with numbers and remedies.
+        """A text for each symptom that the log line of `step` completes, with numbers and remedies.
 
         metrics: any of the names in metrics.jsonl, `train/...`, `eval/<set>/...`; NaN counts as missing.
         """
@@ -94,7 +95,7 @@ class Symptoms:
         if self._lasts("frozen", late and config.puzzle_emb_lr == 0):
             yield from self._tell(
                 "puzzle_emb",
-                "the puzzle embeddings stay as they are: puzzle_emb_lr=0",
+                "the puzzle embeddings do not change: puzzle_emb_lr=0",
                 f"puzzle_emb_lr={Config.puzzle_emb_lr:g}",
                 f"puzzle_emb_lr={config.lr:g} as for Sudoku" if config.lr else "",
             )
@@ -127,7 +128,7 @@ class Symptoms:
             yield from self._tell(
                 "never solved",
                 f"every sequence takes all {limit} ACT steps, as none is solved yet at step {step} "
-                f"({accuracy:.1%} of cells right), and only solved ones teach when to halt",
+                f"({accuracy:.1%} of cells right), and halting is learnt only from solved ones",
                 *self._learns_nothing(),
             )
         if self._lasts("never halts", step > self._settled and limit is not None and exact >= SOLVED):
@@ -162,7 +163,7 @@ class Symptoms:
                 "saturated",
                 f"gates are saturated at step {step}: {', '.join(saturated)}",
                 self._calmer(),
-                "in a new run arch.gate_init_bias=-1.5 against shut gates and -3.0 against open ones",
+                "in a new run arch.gate_init_bias=-1.5 for closed gates or -3.0 for open gates",
                 f"a loss.gate_saturation_weight above {self.config.loss.gate_saturation_weight:g}",
             )
         if uniform:
@@ -202,7 +203,7 @@ class Symptoms:
         thinks_short = arch.halt_max_steps < ENOUGH_STEPS
         easier = "easier puzzles (sudoku.min_difficulty=0, more sudoku.clues)"
         if config.data_path is not None:
-            easier = "easier puzzles (--min-difficulty 0 when the data are made)"
+            easier = "easier puzzles (--min-difficulty 0 when the data set is built)"
         return [
             f"arch.halt_max_steps={ENOUGH_STEPS} or more" if thinks_short else "",
             "arch.H_cycles=2 arch.L_cycles=2" if min(arch.H_cycles, arch.L_cycles) < 2 else "",
@@ -218,6 +219,6 @@ class Symptoms:
 
 
 def rates(config: Config, factor: float) -> str:
-    """The words that multiply the learning rates of all weights but the puzzle embeddings."""
+    """The arguments that scale the learning rates of all weights except the puzzle embeddings."""
     names = ("muon_lr", "lr") if config.optimizer == "muon" else ("lr",)
     return " ".join(f"{name}={factor * getattr(config, name):g}" for name in names)

@@ -21,7 +21,7 @@ def parameter_count(engine: Engine) -> int:
 
 
 def start_line(engine: Engine, data: TrainingData) -> str:
-    """One line with the model, the device, the data and the length of the run."""
+    """A line with the model, the device, the data and the length of the run."""
     config, world = engine.config, engine.world
     ranks = f" x {world.size} ranks" if world.size > 1 else ""
     threads = f", {threads_note(torch.get_num_threads())}" if engine.device.type == "cpu" else ""
@@ -41,7 +41,7 @@ def start_line(engine: Engine, data: TrainingData) -> str:
 
 
 def model_name(arch: ArchConfig) -> str:
-    """The kind of model, in words."""
+    """A description of the kind of model."""
     kinds = ["gated"] * arch.use_gating + ["feudal"] * arch.subgoal_head.enabled
     if arch.single_state:
         return "URM"
@@ -49,7 +49,7 @@ def model_name(arch: ArchConfig) -> str:
 
 
 def compiling_ended_line(ended_by: int) -> str:
-    """The last line of a run that a stop ended before its first step; ended_by: a request of REASONS."""
+    """The last line of a run that was stopped before its first step. ended_by: a key of REASONS."""
     return (
         f"{REASONS[ended_by][0]}: stopped before the first step, so nothing had to be saved; the same "
         "command starts or continues the run"
@@ -57,7 +57,7 @@ def compiling_ended_line(ended_by: int) -> str:
 
 
 def end_lines(config: Config, progress: Progress, run_dir: Path, ended_by: int) -> str:
-    """The last lines of a run. ended_by: the request of REASONS that ended it early, or GO_ON."""
+    """The last lines of a run. ended_by: the key of REASONS that ended it early, or CONTINUE."""
     if ended_by:
         return (
             f"{REASONS[ended_by][0]}: stopped after step {progress.step} of {progress.total_steps}, saved in "
@@ -66,9 +66,7 @@ def end_lines(config: Config, progress: Progress, run_dir: Path, ended_by: int) 
     lines = []
     if progress.stopped_early and progress.step < progress.total_steps:
         best = progress.best
-        lines.append(
-            f"stopped early: no evaluation better than that of step {best.step} in the last {best.stale}"
-        )
+        lines.append(f"stopped early: no improvement over step {best.step} in the last {best.stale}")
     return "\n".join([*lines, *_summary(config, progress, run_dir)])
 
 
@@ -90,7 +88,7 @@ def _summary(config: Config, progress: Progress, run_dir: Path) -> list[str]:
         f"checkpoint: {checkpoint}",
         f"metrics:    {run_dir / 'metrics.jsonl'}",
         "next:",
-        # The epochs of a run with stages follow from them.
+        # A staged run's epochs are determined by its stages.
         *([] if config.stages else [f"{again} epochs={2 * config.epochs}   train twice as long in total"]),
         f"{again} checkpoint_path={checkpoint} run_name={config.run_name}-next   start from its weights",
         f"  {python} -m hrm.solve {run_dir} PUZZLE --trace   watch it solve a puzzle of yours",

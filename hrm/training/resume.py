@@ -1,4 +1,4 @@
-"""Where a run starts: from its last checkpoint, from another run's weights, or from fresh ones."""
+"""Starts a run from its last checkpoint, from another run's weights, or from new weights."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -26,18 +26,18 @@ from hrm.engine.kernel_choice import choose_kernels
 from hrm.training.data import TrainingData
 from hrm.training.progress import Progress
 
-# The entries of an identity that the order of batches, and the score of an evaluation, depend on.
+# Entries of an identity that determine the order of batches, and the score of an evaluation.
 ORDER = ("data_fingerprint", "seed", "global_batch_size", "eval_interval", "epochs", "valid_fraction")
-# Newer entries, which older checkpoints lack.
+# Entries that older checkpoints lack.
 ADDED = ("best_metric", "eval_samples", "valid_fraction", "augment", "optimizer")
 RANKING = ("data_fingerprint", "best_metric", "eval_samples", "valid_fraction", "seed")
 
 
 def run_identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
-    """The settings that a checkpoint must share with the run that resumes it; all others may change."""
+    """Settings that a checkpoint must share with the run that resumes it; all others may change."""
     names = ("seed", "global_batch_size", "eval_interval", *ADDED)
     same = {name: getattr(config, name) for name in names}
-    # A shorter last interval has an order of its own.
+    # A shorter last interval has another order.
     if config.eval_interval is None or config.epochs % config.eval_interval:
         same["epochs"] = config.epochs
     if config.stages is not None:
@@ -54,7 +54,7 @@ def run_identity(config: Config, data_fingerprint: str) -> dict[str, Any]:
 def restore_or_start(
     config: Config, engine: Engine, data: TrainingData, run_dir: Path, say: Callable[[str], None]
 ) -> Progress:
-    """Loads the state that the run starts from into the engine; returns the rest of it.
+    """Loads the run's initial state into the engine; returns the state of the loop.
 
     All ranks call it together. Raises UserError for a checkpoint that is damaged or does not fit, with the
     values that differ, and for ranks that start from different states.
@@ -66,7 +66,7 @@ def restore_or_start(
         for note in checkpoint.notes:
             say(note)
         _resume(config, engine, data, progress, checkpoint, say)
-        # The checkpoint of another run is not one of this run.
+        # The checkpoint belongs to another run.
         progress.unsaved = checkpoint.path.parent.resolve() != run_dir.resolve()
     elif config.checkpoint_path is not None:
         shapes = {name: tensor.shape for name, tensor in engine.weights().items()}
@@ -86,24 +86,24 @@ def restore_or_start(
 
 
 def _checkpoint_to_resume(config: Config, run_dir: Path, say: Callable[[str], None]) -> Path | None:
-    """The path of the checkpoint that `resume` asks for; None to start anew."""
+    """The path of the checkpoint to resume; None for a new run."""
     if config.resume == "none":
         return None
     if config.resume != "auto":
         return Path(config.resume)
     source, notes = latest_checkpoint(run_dir)
     if source is None and notes:
-        raise UserError(f"{notes[0]}; resume=none starts anew and keeps what is there")
+        raise UserError(f"{notes[0]}; resume=none starts a new run and keeps the old one")
     for note in notes:
         say(note)
     return source
 
 
 def restore(engine: Engine, checkpoint: Checkpoint, **parts: bool) -> None:
-    """Loads a checkpoint's whole state into the engine. parts: passed on to `Engine.load_training_state`."""
+    """Loads a checkpoint's whole state into the engine. parts: arguments of `Engine.load_training_state`."""
     engine.load_weights(checkpoint.weights)
     if engine.average is not None:
-        # A checkpoint without an average leaves it equal to the weights.
+        # If the checkpoint has no average, it stays equal to the weights.
         engine.average.load_state_dict(checkpoint.extra.get(AVERAGE, {}))
     engine.load_training_state(checkpoint.training, **parts)
 
@@ -120,7 +120,7 @@ def _resume(
     identity = progress.identity
     saved = with_defaults(checkpoint.manifest["run"])
     if config.checkpoint_path is None:
-        # A resumed run keeps the record of the weights that it started from.
+        # Keep the path of the weights that the run started from.
         identity["checkpoint_path"] = saved.get("checkpoint_path")
     manifest = {**checkpoint.manifest, "run": saved}
     found = [line for line in differences(manifest, identity) if not line.startswith("data_fingerprint ")]
@@ -132,7 +132,7 @@ def _resume(
     if found and not config.resume_force:
         raise CheckpointError(
             f"cannot resume from {checkpoint.path}: {'; '.join(found)}; give the options and data it was "
-            "trained with, another run_name, resume=none, or resume_force=true to resume all the same"
+            "trained with, another run_name, resume=none, or resume_force=true to resume anyway"
         )
     notes = []
     if saved.get("data_fingerprint") != identity["data_fingerprint"]:
@@ -142,9 +142,9 @@ def _resume(
     def differs(*names: str) -> bool:
         return any(saved.get(name) != identity.get(name) for name in names)
 
-    # The carry holds sequences of the old data, in batches of the old size.
+    # The carry holds sequences of the old data and batch size.
     restore(engine, checkpoint, carry=not differs("data_fingerprint", "global_batch_size", "arch", "loss"))
-    say(f"resuming {checkpoint.path} at step {checkpoint.step}; resume=none or a run_name starts anew")
+    say(f"resuming {checkpoint.path} at step {checkpoint.step}; resume=none or a new run_name starts again")
     for line in [*(f"resume_force=true: {line}" for line in found), *notes]:
         say(line)
     outdated = ["best"] * differs(*RANKING) + ["incidents", "evaluation_due"] * differs(*ORDER)
@@ -161,7 +161,7 @@ def _resume(
 def _other_data(
     old: Any, saved: Mapping[str, Any], dataset: Mapping[str, Any], identity: Mapping[str, Any]
 ) -> str:
-    """One line with the data of a checkpoint, the present data, and the files that differ."""
+    """A line with the data of a checkpoint, the current data, and the differing files."""
     prints = [str(run.get("data_fingerprint"))[:12] for run in (saved, identity)]
     old = old if isinstance(old, dict) else {}
     files = old.get("files")
@@ -174,15 +174,17 @@ def _other_data(
 
 
 def _follow_names(engine: Engine, data: TrainingData, checkpoint: Checkpoint) -> list[str]:
-    """Reorders the checkpoint's puzzle table by the names in other data; returns what to say of it.
+    """Reorders the checkpoint's puzzle table by the names in other data; returns a note for the user.
 
-    Raises CheckpointError if none of its puzzles is there.
+    Raises CheckpointError if the data has none of its puzzles.
     """
     table, own = checkpoint.weights.get(PUZZLE_TABLE), engine.model.puzzle_emb
     if table is None or own is None or table.shape[1:] != own.weights.shape[1:]:
         return []
     there = identifiers_of_checkpoint(checkpoint.path / WEIGHTS, len(table))
-    remedy = "resume=none checkpoint_path=PATH reset_puzzle_emb=true starts a new run from its other weights"
+    remedy = (
+        "resume=none checkpoint_path=PATH reset_puzzle_emb=true starts a new run from its remaining weights"
+    )
     checkpoint.weights[PUZZLE_TABLE], notes = follow_names(
         table, there, data.names, len(own.weights), checkpoint.path, remedy
     )
@@ -205,18 +207,18 @@ def _check_shapes(engine: Engine, checkpoint: Checkpoint) -> None:
 
 
 def _epochs_done(saved: Mapping[str, Any], iteration: int) -> int:
-    """The epochs in the first `iteration` intervals of a saved run."""
+    """The number of epochs in the first `iteration` intervals of a saved run."""
     return int(iteration * (saved.get("eval_interval") or saved.get("epochs") or 1))
 
 
 def with_defaults(run: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's identity, completed with the defaults of options that are newer than it."""
+    """A checkpoint's identity, completed with defaults of newer options."""
     try:
         arch = dict(run["arch"])
         arch["subgoal_head"] = SubgoalConfig(**arch.get("subgoal_head", {}))
         known = {"arch": asdict(ArchConfig(**arch)), "loss": asdict(LossConfig(**run["loss"]))}
         added = {name: getattr(Config, name) for name in ADDED}
         return {**added, **run, **known}
-    # From a later version or another program: comparing the identities reports what differs.
+    # If a later version or another program wrote it, comparing the identities reports the differences.
     except (KeyError, TypeError, ValueError):
         return run

@@ -1,4 +1,4 @@
-"""The folder of a run: locked for one process, and cleared of any other run by moving that one aside."""
+"""The folder of a run: locks it for one process, and renames the folder of an earlier run."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks
+except ImportError:  # Windows has no file locks of this kind
     fcntl = None  # type: ignore[assignment]
 
 from hrm.common.errors import UserError
@@ -17,9 +17,9 @@ from hrm.config.load import Config, to_yaml
 if TYPE_CHECKING:
     from hrm.distributed import World
 
-# The files of a run beside its checkpoints.
+# The files of a run besides its checkpoints.
 CONFIG, METRICS, INCIDENTS = "config.yaml", "metrics.jsonl", "incidents.jsonl"
-# Bytes of a line of METRICS; a run writes shorter ones.
+# Maximum bytes of a line of METRICS; a run writes shorter lines.
 LONGEST_LINE = 2**20
 
 
@@ -34,7 +34,7 @@ def run_folder(
 ) -> Iterator[Path]:
     """A run's folder with its config.yaml, locked for this process; all ranks enter it together.
 
-    Moves an earlier run in it aside, unless the run continues from `checkpoint` in that very folder. Raises
+    Renames the folder of an earlier run, unless the run continues from `checkpoint` in this folder. Raises
     UserError if another process trains there or the folder cannot be written.
     """
     path = folder_of(config)
@@ -51,9 +51,9 @@ def run_folder(
 
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
-    """Holds a run's folder for this process alone, until the context or the process ends.
+    """Locks a run's folder for this process until the context or the process ends.
 
-    The lock lies beside the folder, which may be moved meanwhile. Raises UserError if another process has it.
+    The lock file is next to the folder, which may be renamed. Raises UserError if another process holds it.
     """
     path = run_dir.with_name(f".{run_dir.name}.lock")
     try:
@@ -71,13 +71,11 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 
 
 def set_aside(run_dir: Path) -> Path:
-    """Moves a run's folder to the first free name beside it and returns that name."""
+    """Renames a run's folder to the first free name and returns it."""
     number = 1
     while (kept := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
         number += 1
     try:
         return run_dir.rename(kept)
     except OSError as error:
-        raise UserError(
-            f"{run_dir}: cannot be moved aside ({error.strerror}); give another run_name"
-        ) from None
+        raise UserError(f"{run_dir}: cannot be renamed ({error.strerror}); give another run_name") from None

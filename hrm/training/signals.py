@@ -1,6 +1,6 @@
-"""Requests to end a run early, by a signal, a time limit or output without a reader.
+"""Requests to end a run early: by a signal, a time limit or output without a reader.
 
-The run finishes its step and saves it first.
+The run first finishes and saves its step.
 """
 
 import os
@@ -18,10 +18,10 @@ from hrm.common.streams import CLOSED_STATUS, on_failure
 if TYPE_CHECKING:
     from hrm.distributed import World
 
-# Requests by urgency. Ranks share the most urgent one.
-GO_ON, SAVE, TIME_OVER, UNREAD, HANG_UP, INTERRUPT, TERMINATE = range(7)
+# Requests in order of urgency. All ranks follow the most urgent one.
+CONTINUE, SAVE, TIME_OVER, UNREAD, HANG_UP, INTERRUPT, TERMINATE = range(7)
 # Name and exit status of each request to end. 75 is EX_TEMPFAIL of sysexits.h, "try again later"; the others
-# are those of a process that the signal killed.
+# are the statuses of a process killed by the signal.
 REASONS = {
     TIME_OVER: ("max_seconds", 75),
     UNREAD: ("standard output", CLOSED_STATUS),
@@ -29,36 +29,36 @@ REASONS = {
     INTERRUPT: ("SIGINT", 130),
     TERMINATE: ("SIGTERM", 143),
 }
-# A scheduler and a launcher may both forward one request: ignore signals for so many seconds after the first.
+# Seconds to ignore signals after the first: a scheduler and a launcher may both forward one request.
 ECHO = 1.0
 # Windows has no SIGHUP.
 _CODES = {getattr(signal, name): code for code, (name, _) in REASONS.items() if hasattr(signal, name)}
 
 
 class StopSignals:
-    """Collects requests to end the run or to save it; within the context, signals only make such a request.
+    """Collects requests to end or save the run; within the context, signals only create requests.
 
-    The first SIGINT, SIGTERM or SIGHUP is a request. From ECHO seconds later on, signals have their default
-    effect again, so a second one ends the process at once. A signal that the process ignored from its start,
-    as under nohup, stays ignored. Outside the main thread, which alone receives signals, only the time limit
+    The first SIGINT, SIGTERM or SIGHUP is a request. After ECHO seconds, signals have their default effect
+    again, so a second signal ends the process immediately. A signal that the process ignored at its start, as
+    under nohup, stays ignored. Only the main thread receives signals; in other threads only the time limit
     and the output work.
     """
 
     def __init__(self, max_seconds: float | None, save_seconds: float | None, *, speaks: bool = True) -> None:
-        """max_seconds: from now until the run ends; save_seconds: between checkpoints; None: never.
+        """max_seconds: from now to the end of the run; save_seconds: between checkpoints; None: never.
 
-        speaks: whether this rank prints a line when a signal arrives.
+        speaks: whether this rank prints a line after a signal.
         """
         self._start = self._saved = time.monotonic()
         self._max_seconds, self._save_seconds, self._speaks = max_seconds, save_seconds, speaks
-        self._signal, self._asked, self._raises = GO_ON, False, False
+        self._signal, self._asked, self._raises = CONTINUE, False, False
         self._before: dict[int, Any] = {}
         self._streams = ExitStack()
 
     def check(self, world: "World", least: int = TIME_OVER) -> bool:
-        """Raises Stopped on all ranks if any has a request of at least the urgency `least`.
+        """Raises Stopped on all ranks if any rank has a request of at least the urgency `least`.
 
-        Returns whether the clock asks for a checkpoint. All ranks call it together.
+        Returns whether the clock requires a checkpoint. All ranks call it together.
         """
         code = world.highest(self.ask())
         if code >= least:
@@ -66,7 +66,7 @@ class StopSignals:
         return code == SAVE
 
     def ask(self) -> int:
-        """This rank's most urgent request. SAVE is returned once, then not until `saved` was called."""
+        """This rank's most urgent request. SAVE is returned once until `saved` is called."""
         now = time.monotonic()
         if self._signal:
             return self._signal
@@ -74,14 +74,14 @@ class StopSignals:
             return TIME_OVER
         due = self._save_seconds is not None and now - self._saved >= self._save_seconds
         asked_before, self._asked = self._asked, self._asked or due
-        return SAVE if due and not asked_before else GO_ON
+        return SAVE if due and not asked_before else CONTINUE
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """A context in which a request to end raises Stopped at once, for work that is lost without harm.
+        """A context in which a request to end raises Stopped immediately, for work that may be lost.
 
-        A failure in the context counts as the stop if there is a request: one signal reaches this process and
-        those it started. Outside the main thread the request raises at the end.
+        If there is a request, a failure in the context counts as the stop, because a signal reaches this
+        process and its children. Outside the main thread the request raises at the end.
         """
         self._raise()
         is_main = threading.current_thread() is threading.main_thread()
@@ -108,7 +108,7 @@ class StopSignals:
             raise Stopped(code)
 
     def saved(self) -> None:
-        """Starts the time to the next checkpoint."""
+        """Restarts the timer of the next checkpoint."""
         self._saved, self._asked = time.monotonic(), False
 
     def _unread(self, text: str) -> None:
@@ -124,7 +124,7 @@ class StopSignals:
         if self._speaks:
             name = REASONS[self._signal][0]
             then = "ends now, before this step" if self._raises else "saves and ends after this step"
-            # Not print, which the signal may have interrupted.
+            # Do not use print, which the signal may have interrupted.
             with suppress(OSError):
                 os.write(2, f"\n{name}: {then}; a second signal ends at once\n".encode())
         time.sleep(ECHO)

@@ -1,4 +1,4 @@
-"""How `make versions` counts and keeps results."""
+"""Results of `make versions`: counted and stored."""
 
 import sys
 from pathlib import Path

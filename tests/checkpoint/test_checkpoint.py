@@ -100,7 +100,7 @@ def test_views_of_one_flat_buffer_are_saved_apart_and_compactly(tmp_path: Path) 
     assert sum(file.stat().st_size for file in path.iterdir()) < 10_000
 
 
-def test_what_was_read_may_be_changed_without_changing_the_checkpoint(tmp_path: Path) -> None:
+def test_changing_loaded_tensors_does_not_change_the_checkpoint(tmp_path: Path) -> None:
     path = save(tmp_path, 1, 2.0)
     read = load_checkpoint(path)
     read.training["moment"].zero_()
@@ -118,7 +118,7 @@ def test_what_was_read_may_be_changed_without_changing_the_checkpoint(tmp_path: 
         ({"a": {(1, 2): 3}}, "training.a: key (1, 2)"),
     ],
 )
-def test_what_could_not_be_read_back_is_not_saved(tmp_path: Path, training: dict, place: str) -> None:
+def test_unreadable_values_are_not_saved(tmp_path: Path, training: dict, place: str) -> None:
     with pytest.raises(TypeError) as caught:
         save_checkpoint(tmp_path / "run", 1, weights={}, training=training, run={})
     assert place in str(caught.value)
@@ -128,7 +128,7 @@ def test_what_could_not_be_read_back_is_not_saved(tmp_path: Path, training: dict
 # --- which one is the newest, which ones stay
 
 
-def test_only_the_last_ones_stay(tmp_path: Path) -> None:
+def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (9, 10, 100, 101):
         save(tmp_path, step, step, keep=2)
     assert names(tmp_path) == ["step_100", "step_101"]
@@ -170,7 +170,7 @@ def test_a_run_without_checkpoints(tmp_path: Path) -> None:
     refused(tmp_path / "file", "is a file")
 
 
-def test_leftovers_of_killed_saves_are_passed_over_and_then_cleaned(tmp_path: Path) -> None:
+def test_leftovers_of_killed_saves_are_skipped_and_then_cleaned(tmp_path: Path) -> None:
     save(tmp_path, 1, 1.0)
     shutil.copytree(tmp_path / "step_1", tmp_path / ".tmp_step_2_abcd")
     (tmp_path / "step_1").rename(tmp_path / "step_1.old")
@@ -189,7 +189,7 @@ def test_leftovers_of_killed_saves_are_passed_over_and_then_cleaned(tmp_path: Pa
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "training.pt", "manifest.json"])
-def test_any_flipped_byte_is_named_and_the_one_before_is_used(tmp_path: Path, file: str) -> None:
+def test_a_flipped_byte_is_reported_and_the_previous_checkpoint_is_used(tmp_path: Path, file: str) -> None:
     save(tmp_path, 1, 1.0)
     damaged = save(tmp_path, 2, 2.0) / file
     data = damaged.read_bytes()
@@ -224,7 +224,7 @@ def test_missing_and_truncated_files(tmp_path: Path, file: str, length: int | No
     refused(tmp_path, "no undamaged checkpoint", str(damaged))
 
 
-def test_a_damaged_checkpoint_is_never_what_pruning_counts_on(tmp_path: Path) -> None:
+def test_pruning_does_not_count_damaged_checkpoints(tmp_path: Path) -> None:
     save(tmp_path, 1, 1.0)
     save(tmp_path, 2, 2.0)
     (tmp_path / "step_2" / "manifest.json").unlink()
@@ -298,7 +298,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("how", ["torch", "pickle", "legacy"])
-def test_pickled_objects_are_refused_and_run_nothing(tmp_path: Path, how: str) -> None:
+def test_pickled_objects_are_refused_without_running(tmp_path: Path, how: str) -> None:
     marker, path = tmp_path / "was_run", save(tmp_path / "run", 1)
     hostile = {"value": 1.0, "extra": [Payload(marker)]}
     if how == "pickle":
@@ -318,11 +318,11 @@ def test_pickled_objects_are_refused_and_run_nothing(tmp_path: Path, how: str) -
     assert not marker.exists()
 
 
-def test_the_hostile_object_is_named(tmp_path: Path) -> None:
+def test_a_malicious_object_is_reported(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     torch.save({"a": Payload(tmp_path / "was_run")}, path / "training.pt")
     reseal(path)
-    refused(path, f"it asks for {os.system.__module__}.system, which was not run")
+    refused(path, f"it refers to {os.system.__module__}.system, which was not run")
 
 
 def test_training_files_that_unfold_beyond_their_size(tmp_path: Path) -> None:
@@ -397,7 +397,7 @@ def test_an_interrupted_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     assert names(tmp_path) == ["step_1"] and load_checkpoint(tmp_path).training["value"] == 1.0
 
 
-def test_an_output_folder_that_cannot_be(tmp_path: Path) -> None:
+def test_an_invalid_output_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError) as caught:
         save(tmp_path / "file" / "run", 1)

@@ -93,7 +93,7 @@ def test_a_run_of_ours_by_every_path(tmp_path):
     assert trained.path == first and len(trained.notes) == 1 and "damaged" in trained.notes[0]
 
 
-def test_weights_alone_beside_a_configuration(tmp_path):
+def test_weights_next_to_a_configuration(tmp_path):
     checkpoint = make_run(tmp_path / "run")
     moved = tmp_path / "moved"
     moved.mkdir()
@@ -116,9 +116,7 @@ def test_the_average(tmp_path):
     )
     save_file({"q_head.bias": torch.zeros(3)}, checkpoint / "ema.safetensors")
     reseal(checkpoint)
-    with pytest.raises(
-        CheckpointError, match=r"is no average of the weights beside it: q_head\.bias differs"
-    ):
+    with pytest.raises(CheckpointError, match=r"does not fit the weights next to it: q_head\.bias differs"):
         load_trained(checkpoint, device="cpu", metadata=METADATA, ema=True)
     without = make_run(tmp_path, step=8)
     with pytest.raises(CheckpointError, match=r"has no averaged weights .* leave ema out"):
@@ -186,7 +184,7 @@ def test_a_run_of_stages_has_the_depth_of_its_last_epoch(position, steps, tmp_pa
     trained = load_trained(checkpoint, device="cpu", metadata=METADATA)
     assert trained.model.arch.halt_max_steps == trained.config.arch.halt_max_steps == steps
     broken = make_run(tmp_path, config, step=8, training={"position": "here"})
-    with pytest.raises(CheckpointError, match="does not tell the place in the data"):
+    with pytest.raises(CheckpointError, match="does not hold the position in the data"):
         load_trained(broken, device="cpu", metadata=METADATA)
 
 
@@ -227,7 +225,7 @@ def test_an_official_folder(tmp_path):
     assert not config.arch.use_gating and config.dtype == "auto"
 
 
-def test_what_else_an_official_configuration_says(tmp_path):
+def test_other_keys_of_an_official_configuration(tmp_path):
     make_official(
         tmp_path,
         {"new_option": [1, {"a": 2}], "seed": 4},
@@ -239,7 +237,7 @@ def test_what_else_an_official_configuration_says(tmp_path):
     found = find_trained(tmp_path)
     assert found.config.dtype == "float32"
     assert found.config.arch.use_gating and found.config.arch.gate_init_bias == -1.5
-    assert len(found.notes) == 1 and "new_option is not known here and changes nothing" in found.notes[0]
+    assert len(found.notes) == 1 and "new_option is unknown and has no effect here" in found.notes[0]
     trained = load_trained(found, device="cpu", metadata=METADATA)
     assert "it has no gate networks" in trained.notes[1]
 
@@ -262,11 +260,11 @@ def test_what_else_an_official_configuration_says(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "arch", "message"),
     [
-        ({}, {"hidden_sise": 64}, r"line \d+: arch\.hidden_sise is not known here.*is it hidden_size\?"),
+        ({}, {"hidden_sise": 64}, r"line \d+: arch\.hidden_sise is unknown.*is it hidden_size\?"),
         ({}, {"name": "other@Model"}, r"line \d+: arch\.name ends in Model, expected one of Hierarch"),
         ({}, {"hidden_size": "many"}, r"arch\.hidden_size=many is not allowed: give a whole number"),
         ({}, {"num_heads": 5}, r"all_config\.yaml: arch\.hidden_size=32 is not a multiple of"),
-        ({}, {"loss": {"name": "x", "scale": 2}}, r"arch\.loss\.scale is not known here"),
+        ({}, {"loss": {"name": "x", "scale": 2}}, r"arch\.loss\.scale is unknown"),
         ({}, {"loss": None}, r"no arch\.loss\.loss_type"),
         ({"global_batch_size": 0}, {}, r"global_batch_size=0 is not allowed"),
     ],

@@ -68,19 +68,20 @@ def test_weights_from_every_kind_of_source(tmp_path: Path) -> None:
         assert equal(read, {name: tensor + 1 for name, tensor in weights.items()}) and notes == []
 
 
-def test_the_starts_of_chains_are_left_out_or_stay_fresh(tmp_path: Path) -> None:
+def test_initial_states_of_chains_are_omitted_or_new(tmp_path: Path) -> None:
     one = state()
     many = {**one, "L_chains": torch.zeros(2, 8)}
     for saved, wanted, text in (
-        (many, one, "all but the first are left out"),
-        (one, many, "keep their fresh"),
+        (many, one, "only the initial state of the first chain is used"),
+        (one, many, "keep their initial"),
     ):
         step = save_checkpoint(tmp_path / text, 1, weights=saved, training={}, run={})
         read, notes = load_weights(step, shapes_of(wanted))
         assert equal(read, one) and len(notes) == 1 and text in notes[0]
     with pytest.raises(CheckpointError, match=r"L_chains is \(2, 8\) there, \(3, 8\) here"):
         load_weights(
-            tmp_path / "all but the first are left out", shapes_of({**one, "L_chains": torch.zeros(3, 8)})
+            tmp_path / "only the initial state of the first chain is used",
+            shapes_of({**one, "L_chains": torch.zeros(3, 8)}),
         )
 
 
@@ -97,7 +98,7 @@ def test_v1_weights_into_a_gated_model(tmp_path: Path) -> None:
     torch.save(weights, tmp_path / "step_3")
     read, notes = load_weights(tmp_path / "step_3", shapes_of(gated))
     assert equal(read, weights)
-    assert len(notes) == 1 and "no gate networks" in notes[0] and "all 4 tensors of it keep" in notes[0]
+    assert len(notes) == 1 and "no gate networks" in notes[0] and "its 4 tensors keep" in notes[0]
     # a gated checkpoint fits itself without a note, but neither with a gate missing nor an ungated model
     torch.save(gated, tmp_path / "step_4")
     assert equal(load_weights(tmp_path / "step_4", shapes_of(gated))[0], gated)
@@ -112,7 +113,7 @@ def test_v1_weights_into_a_gated_model(tmp_path: Path) -> None:
         load_weights(tmp_path / "step_5", shapes_of(state(gates=True)))
 
 
-def test_another_architecture_is_named(tmp_path: Path) -> None:
+def test_another_architecture_is_reported(tmp_path: Path) -> None:
     torch.save(state(width=8, layers=2), tmp_path / "step_1")
     with pytest.raises(CheckpointError) as caught:
         load_weights(tmp_path / "step_1", shapes_of(state(width=12)))
@@ -157,7 +158,7 @@ def test_a_puzzle_table_of_another_length(tmp_path: Path) -> None:
         ({"w": 3}, "not a state dict"),
         ({3: torch.zeros(1)}, "not a state dict"),
         ({"w": torch.zeros(1, dtype=torch.int64)}, "not a state dict"),
-        ({"w": torch.eye(2).to_sparse()}, "asks for torch._utils._rebuild_sparse_tensor, which was not run"),
+        ({"w": torch.eye(2).to_sparse()}, "refers to torch._utils._rebuild_sparse_tensor, which was not run"),
         ({"w": torch.zeros(1).expand(9)}, "not a state dict"),
         ([torch.zeros(1)], "not a state dict"),
         ({"w": torch.zeros(1), "model.inner.w": torch.zeros(1)}, "holds w twice"),

@@ -37,7 +37,7 @@ def test_the_folder_of_the_files_is_given(fake_hub: FakeHub) -> None:
         hub.fetch_files("hub:someone/puzzles", ["train.csv"])
 
 
-def test_the_size_is_said_before_the_download(
+def test_the_size_is_printed_before_the_download(
     fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     serve(fake_hub, "a.csv", "b.csv", "c.csv")
@@ -63,7 +63,7 @@ def test_the_size_is_said_before_the_download(
     ("error", "message"),
     [
         ("OfflineModeIsEnabled", "it is not in the cache and the hub cannot be reached; try again online"),
-        ("GatedRepoError", "access has to be asked for"),
+        ("GatedRepoError", "request access on its page"),
         ("RepositoryNotFoundError", "no such data set on the hub, or a private one"),
         ("RevisionNotFoundError", "no revision v2 of this data set"),
         ("HFValidationError", "no such data set on the hub"),
@@ -71,7 +71,7 @@ def test_the_size_is_said_before_the_download(
         (TimeoutError(), r"it is not in the cache and the hub cannot be reached \(TimeoutError\)"),
     ],
 )
-def test_the_hubs_faults_are_told(fake_hub: FakeHub, error: Any, message: str) -> None:
+def test_errors_of_the_hub_are_reported(fake_hub: FakeHub, error: Any, message: str) -> None:
     fake_hub.error = getattr(fake_hub.utils, error)("a long\nstory") if isinstance(error, str) else error
     with pytest.raises(HubError, match=rf"^hub:someone/puzzles@v2: {message}[^\n]*$"):
         hub.fetch_files("hub:someone/puzzles@v2", ["a.csv"])
@@ -86,7 +86,9 @@ def test_without_a_network_the_cache_serves(fake_hub: FakeHub) -> None:
         hub.fetch_files("hub:someone/puzzles", ["a.csv", "b.csv"])
 
 
-def test_a_broken_download_is_told_in_a_line(fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_download_is_reported_in_one_line(
+    fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     serve(fake_hub, "a.csv", "b.csv")
 
     def broken(**_: Any) -> str:
@@ -104,7 +106,7 @@ def test_a_broken_download_is_told_in_a_line(fake_hub: FakeHub, monkeypatch: pyt
             hub.fetch_files("hub:someone/puzzles", ["a.csv", "b.csv"])
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(HubError, match=r"needs the package huggingface_hub; pip install -e '\.\[hub\]'"):
         hub.fetch_files("hub:someone/puzzles", ["a.csv"])
@@ -113,7 +115,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "name", ["hub:", "hub:puzzles", "hub:/puzzles", "hub:a/", "hub:a/b/../c", "hub:a/b@..", "hub:a/b//c"]
 )
-def test_a_name_that_is_none_is_refused_before_anything(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_name_is_refused_first(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(HubError, match=rf"{name}: expected hub:OWNER/NAME"):
         hub.fetch_files(name, ["a.csv"])

@@ -13,7 +13,7 @@ from tests.cuda_host.stand_in import environment, fault
 
 def main(words: list[str]) -> None:
     if (reason := fault()) is not None:
-        sys.exit(f"{reason}: make cuda-host sets an environment up")
+        sys.exit(f"{reason}: make cuda-host creates an environment")
     named = any(word.startswith("tests/") for word in words)
     tests = ["-m", "pytest", *([] if named else ["tests/cuda_host"]), *words]
     program = words[1:] if words[:1] == ["--run"] else tests

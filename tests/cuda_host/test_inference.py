@@ -47,7 +47,7 @@ def test_evaluation_replays_a_graph_and_solving_works_beside_it(stand_in, tmp_pa
     assert not waits(logged(stand_in, tmp_path / "train", lambda: engine.train_step(next(batches))))
 
 
-def test_early_exit_waits_for_who_has_halted_alone(stand_in, tmp_path, trained):
+def test_early_exit_drops_paths_that_cannot_change_the_choice(stand_in, tmp_path, trained):
     engine, batches = trained
     early = EarlyExit(engine.model, ROWS, CELLS, mode=engine.mode)
     program, halted = early._program, early.carry.halted

@@ -91,7 +91,7 @@ def test_a_step_is_captured_and_replayed(stand_in, tmp_path, compiled, case):
     check(steps, config, engine)
 
 
-def test_a_long_sequence_takes_flash_attention(stand_in, tmp_path):
+def test_a_long_sequence_uses_flash_attention(stand_in, tmp_path):
     config = configuration("v1 global_batch_size=8")
     engine, batches = engine_of(config, 900)
     engine._mode = engine.mode._replace(compiled=False)

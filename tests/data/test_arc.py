@@ -59,7 +59,7 @@ def make(folder: Path, *sources: str | Path, num_aug: int = 0, seed: int = 0, wo
 SHAPES = [(1, 1), (1, 30), (30, 1), (30, 30), (29, 30), (7, 4)]
 
 
-def test_a_canvas_written_out() -> None:
+def test_a_canvas_by_hand() -> None:
     board = canvas(grid([3, 0, 9], [1, 1, 1]), 1, 2).reshape(30, 30)
     expected = np.zeros((30, 30), int)
     expected[1:4, 2:6] = [[5, 2, 11, 1], [3, 3, 3, 1], [1, 1, 1, 0], [0, 0, 0, 0]][:3]
@@ -302,7 +302,7 @@ def test_bytes_do_not_depend_on_workers_or_the_form_of_the_source(source: Path, 
     )
 
 
-def test_a_task_is_the_same_whatever_stands_beside_it(source: Path, tmp_path: Path) -> None:
+def test_a_task_does_not_depend_on_other_tasks(source: Path, tmp_path: Path) -> None:
     whole = held_pairs(make(tmp_path / "whole", source, num_aug=4), "train")
     alone = write_tasks(tmp_path / "evaluation", {"task6": random_task(6, 2, 2)})
     part = held_pairs(make(tmp_path / "part", alone, num_aug=4), "train")
@@ -325,8 +325,8 @@ def test_repetitions_are_left_out_and_the_test_stays_unseen(tmp_path: Path, caps
     assert len(held_pairs(folder, "train")["renamed"]) == 3
     printed = capsys.readouterr().out
     assert "a: 2 training and 0 evaluation tasks" in printed and "c: 1 training and 0 eval" in printed
-    assert "left out, same as another task: 2: shared, other" in printed
-    assert "like a training task" not in printed
+    assert "left out, equal to another task: 2: shared, other" in printed
+    assert "equal to a training task" not in printed
 
 
 def test_different_tasks_of_one_name_are_refused(tmp_path: Path, capsys: Any) -> None:
@@ -335,7 +335,7 @@ def test_different_tasks_of_one_name_are_refused(tmp_path: Path, capsys: Any) ->
     words = ["--source", str(tmp_path / "a"), str(tmp_path / "b"), "--output-dir", str(tmp_path / "out")]
     assert build(*words) == 2
     error = capsys.readouterr().err
-    assert f"{tmp_path / 'b' / 'same.json'}: the name same is that of another task too" in error
+    assert f"{tmp_path / 'b' / 'same.json'}: another task has the same name same" in error
     assert str(tmp_path / "a" / "same.json") in error
     assert not (tmp_path / "out").exists()
 
@@ -348,7 +348,7 @@ def test_tasks_of_the_same_cells_and_other_shapes_differ(tmp_path: Path) -> None
     assert [task.name for task in kept] == ["high", "wide"] and not left_out
 
 
-def test_leaks_are_told(tmp_path: Path, capsys: Any) -> None:
+def test_leaks_are_reported(tmp_path: Path, capsys: Any) -> None:
     def turned(task: Any, turn: int, colours: Any) -> Any:
         def mapped(side: Any) -> Any:
             return TURNS[turn](np.array(colours)[np.array(side)]).tolist()
@@ -375,7 +375,7 @@ def test_leaks_are_told(tmp_path: Path, capsys: Any) -> None:
     write_tasks(tmp_path / "evaluation", held)
     make(tmp_path / "out", tmp_path / "training", tmp_path / "evaluation")
     printed = capsys.readouterr().out
-    assert "evaluation tasks like a training task but for turns and colours: 1: leak (one0)" in printed
+    assert "evaluation tasks equal to a training task up to symmetry and colours: 1: leak (one0)" in printed
 
 
 def test_tests_without_an_answer(tmp_path: Path, capsys: Any) -> None:
@@ -396,7 +396,7 @@ def test_the_summary_counts(source: Path, tmp_path: Path, capsys: Any) -> None:
     make(tmp_path / "out", source / "training", num_aug=2)
     printed = capsys.readouterr().out
     assert "train: 57 examples of 15 puzzles of 5 tasks" in printed
-    assert "no test: none are evaluation tasks" in printed
+    assert "no test split: there are no evaluation tasks" in printed
     assert not (tmp_path / "out" / "test").exists()
     plain = {"train": [{"input": [[1]], "output": [[1]]}], "test": [{"input": [[1]], "output": [[0]]}]}
     write_tasks(tmp_path / "plain", {"plain": plain})
@@ -444,8 +444,8 @@ def test_a_build_that_a_scheduler_ends_leaves_nothing(
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_process_that_dies_is_told() -> None:
-    with pytest.raises(DatasetError, match="--workers 2: a process was ended from outside"):
+def test_a_dying_process_is_reported() -> None:
+    with pytest.raises(DatasetError, match="--workers 2: a process was killed"):
         list(arc._in_order(os._exit, [3], 2))
 
 

@@ -57,7 +57,7 @@ def test_folders_with_sub_folders(tmp_path: Path) -> None:
     ("folder", "evaluation"),
     [("evaluation", True), ("test", True), ("evaluation2", True), ("training", False), ("corpus", False)],
 )
-def test_the_folder_or_the_prefix_says_what_a_task_is_for(
+def test_the_folder_or_prefix_determines_the_split_of_a_task(
     tmp_path: Path, folder: str, evaluation: bool
 ) -> None:
     flat = write_tasks(tmp_path / folder, tasks("a"))
@@ -82,7 +82,7 @@ def test_solutions_take_the_place_of_outputs(tmp_path: Path) -> None:
     assert key(found["b"].test[0].grids[:1] * 2) == key((tasks("c")["c"]["test"][0]["input"],) * 2)
 
 
-def test_hidden_answers_are_for_evaluation_alone(tmp_path: Path) -> None:
+def test_only_evaluation_tasks_may_lack_answers(tmp_path: Path) -> None:
     (task,) = read(write_kaggle(tmp_path, "x_test", tasks("a"), solutions=False))
     assert [pair.output for pair in task.test] == [None] and len(task.test[0].grids) == 1
     shown = {**TASK, "train": [{"input": GRID}]}
@@ -154,7 +154,7 @@ FAULTS: list[tuple[Callable[[Any], Any], str]] = [
     (changed("train", 1, "output", 0, 1, to=-1), "output, row 0, column 1: -1, expected a colour 0 to 9"),
     (changed("train", 1, "output", 0, 1, to=1.0), "column 1: 1.0, expected a colour 0 to 9"),
     (changed("train", 1, "output", 0, 1, to=True), "column 1: True, expected a colour 0 to 9"),
-    (changed("train", 1, "output", 0, 1, to=float("nan")), "not readable as JSON (NaN is no number of JSON)"),
+    (changed("train", 1, "output", 0, 1, to=float("nan")), "not readable as JSON (NaN is not a JSON number)"),
     (changed("train", 1, "output", 0, 1, to=[1]), "column 1: [1], expected a colour 0 to 9"),
     (
         changed("train", 1, "output", 0, 1, to="7" * 99),
@@ -167,7 +167,7 @@ FAULTS: list[tuple[Callable[[Any], Any], str]] = [
     (changed("name", to="a\nb"), r"the name is 'a\nb', expected"),
     (changed("name", to="\ud800"), "the name is '\\ud800', expected"),
     (changed("name", to="x" * 201), "the name is 'xxxxxxxxxxxxxxxx"),
-    (changed("name", to="a_t3_0987654321"), "the name a_t3_0987654321 is that of an augmented puzzle"),
+    (changed("name", to="a_t3_0987654321"), "the name a_t3_0987654321 looks like an augmented puzzle's"),
 ]
 
 
@@ -187,11 +187,11 @@ def test_faults_of_a_task(tmp_path: Path, fault: Callable[[Any], Any], message: 
         (b"\xff\xfe{}", "not readable as JSON ("),
         (b'{"train": ' + b"9" * 5000 + b"}", "not readable as JSON ("),
         (b"[" * 100_000, "not readable as JSON (maximum recursion depth exceeded"),
-        (b'{"train": [], "test": [], "train": []}', "'train' is there twice in one object"),
-        (b'{"train": [{"input": 1, "output": 2, "input": 3}]}', "'input' is there twice in one object"),
+        (b'{"train": [], "test": [], "train": []}', "'train' occurs twice in one object"),
+        (b'{"train": [{"input": 1, "output": 2, "input": 3}]}', "'input' occurs twice in one object"),
     ],
 )
-def test_files_that_are_no_json(tmp_path: Path, text: bytes, message: str) -> None:
+def test_files_that_are_not_json(tmp_path: Path, text: bytes, message: str) -> None:
     path = tmp_path / "bad.json"
     path.write_bytes(text)
     assert refusal(tmp_path).startswith(f"{path}: {message}")
@@ -211,7 +211,7 @@ def test_files_of_absurd_size_are_not_read(tmp_path: Path, monkeypatch: pytest.M
     assert refusal(prefix).startswith(f"{prefix}_challenges.json: more than 100 bytes")
 
 
-def test_sources_that_are_none(tmp_path: Path) -> None:
+def test_invalid_sources(tmp_path: Path) -> None:
     assert refusal(tmp_path / "none").startswith(
         f"{tmp_path / 'none'}: no such folder, and no none_challenges"
     )
@@ -239,7 +239,7 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         ),
         ("challenges", lambda value: {"": value["a"]}, "task '': the name is ''"),
         ("solutions", lambda value: [], "[], expected a JSON object"),
-        ("solutions", lambda value: {}, "task 'a': not there, but in x_training_challenges.json"),
+        ("solutions", lambda value: {}, "task 'a': missing, but in x_training_challenges.json"),
         (
             "solutions",
             lambda value: {"a": [GRID, GRID]},

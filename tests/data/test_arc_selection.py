@@ -1,4 +1,4 @@
-"""Which tasks of a source are built, under which name, for which split, and on which canvas."""
+"""The tasks of a source that are built, and their names, splits and canvases."""
 
 import json
 from pathlib import Path
@@ -45,9 +45,9 @@ def test_all_faults_of_all_sources_are_one_error(mixed: list[str], tmp_path: Pat
     assert capsys.readouterr().err == (
         f"error: {where / 'wide.json'}: train pair 0, input, row 0: 31 cells, expected 1 to 30; "
         f"{where / 'wider.json'}: train pair 0, input, row 0: 34 cells, expected 1 to 30; "
-        f"{tmp_path / 'a' / 'training' / 'same.json'}: the name same is that of another task too "
+        f"{tmp_path / 'a' / 'training' / 'same.json'}: another task has the same name same "
         f"({where / 'same.json'}); 3 bad in all, --skip-bad leaves them out, --canvas 36 or more makes room, "
-        "--rename-duplicates gives every task a name of its own\n"
+        "--rename-duplicates makes names unique\n"
     )
     assert not (tmp_path / "out").exists()
 
@@ -71,7 +71,7 @@ def test_all_faults_of_all_sources_are_one_error(mixed: list[str], tmp_path: Pat
         ),
     ],
 )
-def test_faulty_tasks_are_left_out_or_made_room_for(
+def test_invalid_tasks_are_skipped_or_get_a_larger_canvas(
     mixed: list[str],
     tmp_path: Path,
     capsys: Any,
@@ -155,12 +155,12 @@ def test_requests_without_an_answer(two_years: Path, capsys: Any, words: list[st
     assert message in capsys.readouterr().err
 
 
-def test_lists_of_pairs_beside_a_description(tmp_path: Path, capsys: Any) -> None:
+def test_lists_of_pairs_with_a_description_file(tmp_path: Path, capsys: Any) -> None:
     pairs = [*lines(4, 0)["train"], *lines(4, 1)["train"], *lines(4, 2)["test"]]
     write_tasks(tmp_path / "re_arc" / "tasks", {"a": pairs, "b": pairs[::2]})
     (tmp_path / "re_arc" / "metadata.json").write_text(json.dumps({"a": {"runtime": 1.0}}))
     status, out = build(tmp_path, "--source", str(tmp_path / "re_arc"), "--test-set", "tasks")
-    assert status == 0 and "metadata.json: no task" in capsys.readouterr().out
+    assert status == 0 and "metadata.json: not a task" in capsys.readouterr().out
     train, test = (held_pairs(out, split) for split in ("train", "test"))
     assert [key(grids) for grids, _ in train["a"]] == [key(pair) for pair in pairs[:-1]]
     assert {name: [key(grids) for grids, _ in found] for name, found in test.items()} == {

@@ -142,7 +142,10 @@ def test_checksums_that_do_not_fit_are_named(tmp_path: Path) -> None:
             json.dumps(good | {"dataset.json": good["dataset.json"] | {"size": 7}}),
             r"dataset\.json: its bytes",
         ),
-        (json.dumps(good | {"../x": {}}), r"checksums\.json: lists '\.\./x', which is no file of the split"),
+        (
+            json.dumps(good | {"../x": {}}),
+            r"checksums\.json: lists '\.\./x', which is not a file of the split",
+        ),
         (json.dumps({n: good[n] for n in NAMES[1:]}), r"checksums\.json: does not list dataset\.json"),
     ):
         path.write_text(text)
@@ -171,7 +174,7 @@ def test_a_file_is_read_once_for_both_digests(tmp_path: Path, monkeypatch: pytes
     assert len(reads) == 1 and digests(data) and len(reads) == 2
 
 
-def test_what_differs_is_told_file_by_file() -> None:
+def test_differences_are_reported_by_file() -> None:
     old, new = {"a": "1", "b": "2", "c": "3"}, {"a": "1", "c": "4", "d": "5"}
     assert changed_files(old, new) == ["c changed", "b is gone", "d is new"]
     assert changed_files(old, dict(old)) == []
@@ -193,8 +196,8 @@ def replaced(path: Path) -> None:
 
 
 CHANGES = [
-    (lambda path: os.truncate(path, 200), "was cut from 293 to 200 bytes"),
-    (lambda path: os.truncate(path, 0), "was cut from 293 to 0 bytes"),
+    (lambda path: os.truncate(path, 200), "shrank from 293 to 200 bytes"),
+    (lambda path: os.truncate(path, 0), "shrank from 293 to 0 bytes"),
     (lambda path: path.open("ab").write(b"00"), "grew from 293 to 295 bytes"),
     (Path.unlink, "was removed"),
     (lambda path: shutil.rmtree(path.parent), "was removed"),
@@ -221,7 +224,7 @@ def test_no_batch_is_taken_from_changed_files(
         assert text.startswith(
             f"{path}: " if path.parent.exists() else f"{tmp_path}/train/set0__inputs.npy: "
         )
-        assert "put back the file as it was, and the same command continues from the last checkpoint" in text
+        assert "restore the file, and the same command continues from the last checkpoint" in text
 
 
 def test_the_rest_of_a_folder_may_change(tmp_path: Path) -> None:
@@ -237,7 +240,7 @@ def test_the_rest_of_a_folder_may_change(tmp_path: Path) -> None:
     (tmp_path / "data/train/set0__inputs.npy").chmod(0o400)
     next(batches)
     data.check_unchanged("set0")
-    with pytest.raises(DatasetError, match=r"set1__inputs\.npy: was cut"):
+    with pytest.raises(DatasetError, match=r"set1__inputs\.npy: shrank"):
         data.check_unchanged("set1")
 
 
@@ -266,7 +269,7 @@ def test_changes_while_a_split_is_opened_are_caught(
 
 
 @pytest.mark.parametrize(("array", "value"), [("inputs", 200), ("labels", VOCAB)])
-def test_values_are_held_against_the_vocabulary_once_more(tmp_path: Path, array: str, value: int) -> None:
+def test_values_are_checked_against_the_vocabulary_again(tmp_path: Path, array: str, value: int) -> None:
     """A disk that gives other bytes than it was given changes no time."""
     data = written(tmp_path, MIXED)
     path, row = tmp_path / f"train/set0__{array}.npy", 17
@@ -285,7 +288,7 @@ def test_values_are_held_against_the_vocabulary_once_more(tmp_path: Path, array:
     assert len(list(dataset.test_batches(data, global_batch_size=6, examples=taken))) == 6
 
 
-def test_the_difficulty_is_checked_where_it_is_read(tmp_path: Path) -> None:
+def test_difficulty_is_checked_when_read(tmp_path: Path) -> None:
     written(tmp_path, MIXED)
     path = tmp_path / "train/set0__difficulty.npy"
     np.save(path, np.arange(34, dtype=np.uint8))

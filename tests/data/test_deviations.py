@@ -103,7 +103,7 @@ def test_wrong_totals_are_taken_from_the_arrays(tmp_path: Path) -> None:
 
 def test_puzzles_that_share_a_group_are_counted(tmp_path: Path) -> None:
     (note,) = notes(foreign(tmp_path / "group", groups=np.array([0, EXAMPLES])))
-    assert "all 40 puzzles are in one group, so an epoch sees 1 puzzle" in note
+    assert "all 40 puzzles are in one group, so an epoch uses 1 puzzle" in note
     one, all_of_it = np.array([0, 1]), np.array([0, EXAMPLES])
     (note,) = notes(foreign(tmp_path / "puzzle", groups=one, puzzles=all_of_it))
     assert "all 40 examples are one puzzle" in note
@@ -111,10 +111,10 @@ def test_puzzles_that_share_a_group_are_counted(tmp_path: Path) -> None:
     assert notes(foreign(tmp_path / "test", "test", groups=np.array([0, EXAMPLES])), "test") == []
 
 
-def test_labels_that_teach_nothing(tmp_path: Path) -> None:
+def test_labels_without_loss(tmp_path: Path) -> None:
     X, _ = masked()
     (note,) = notes(foreign(tmp_path / "copied", X=X, Y=X.copy()))
-    assert "the labels equal the inputs in all 40 examples looked at" in note
+    assert "the labels equal the inputs in all 40 inspected examples" in note
     (note,) = notes(foreign(tmp_path / "unknown", Y=np.full((EXAMPLES, CELLS), -100)))
     assert "no label is known" in note
 
@@ -124,9 +124,7 @@ def sudokus() -> tuple[np.ndarray, np.ndarray]:
     return train_set.questions.astype(np.int64) + 1, train_set.answers.astype(np.int64) + 1
 
 
-def test_the_contents_must_bear_out_a_kind_that_is_not_declared(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_contents_must_confirm_an_undeclared_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     X, Y = sudokus()
     right = foreign(tmp_path / "right", X=X, Y=Y, vocab_size=11)
     other = foreign(tmp_path / "other", X=X, Y=X[:, ::-1].copy(), vocab_size=11)
@@ -137,7 +135,7 @@ def test_the_contents_must_bear_out_a_kind_that_is_not_declared(
     assert main(["inspect", str(other), "--samples", "1"]) == 0
     told = capsys.readouterr().out
     assert "train: tokens, 9 x 9 cells" in told and "violations: 0" in told
-    assert "its sizes are those of sudoku, but most examples break the rules" in told
+    assert "its sizes fit sudoku, but most examples break the rules" in told
     # Asked for by the user, the rules hold.
     with pytest.raises(SystemExit, match="1"):
         main(["inspect", str(other), "--samples", "0", "--kind", "sudoku"])
@@ -161,7 +159,7 @@ def test_a_declared_kind_must_fit_the_sizes(tmp_path: Path, capsys: pytest.Captu
     foreign(tmp_path, kind="tokens")
     assert kind_of(split_of(tmp_path).metadata).name == "tokens"
     assert main(["inspect", str(tmp_path), "--kind", "maze"]) == 2
-    assert "kind maze: 1 x 12 cells over 14 tokens are no board of this kind" in capsys.readouterr().err
+    assert "kind maze: 1 x 12 cells over 14 tokens do not fit this kind" in capsys.readouterr().err
 
 
 def test_a_run_without_a_test_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,14 +204,14 @@ def test_unknown_answers_are_not_scored(tmp_path: Path, capsys: pytest.CaptureFi
         ("data/train/dataset.json", r"a file, expected the folder of a data set; .*hrm.data sudoku --help"),
     ],
 )
-def test_no_remedy_replaces_what_is_there(tmp_path: Path, path: str, message: str) -> None:
+def test_no_remedy_overwrites_data(tmp_path: Path, path: str, message: str) -> None:
     foreign(tmp_path / "data")
     with pytest.raises(DatasetError, match=message) as raised:
         PuzzleDataset(tmp_path / path, "test")
     assert "--output-dir" not in str(raised.value)
 
 
-def test_a_builder_replaces_no_data_set_of_another_program(
+def test_a_builder_does_not_replace_data_sets_of_other_programs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     foreign(tmp_path / "mine")

@@ -129,7 +129,7 @@ def test_a_picture_of_the_samples(mazes: Path, tmp_path: Path) -> None:
     assert width == round(4 * 3.4 * 110) and height > width / 4
 
 
-def test_sudoku_is_told_with_clues_and_solved_when_asked(
+def test_inspection_reports_clues_and_solves_on_request(
     tiny_sudoku: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     skipped = shutil.ignore_patterns("checksums.json", "fingerprints.json")
@@ -179,15 +179,15 @@ def test_arc_labels_may_be_shared_and_canvases_are_checked(
     folder = arc(tmp_path / "arc")
     assert command(folder) == 0
     out = capsys.readouterr().out
-    assert "5 label rows of the training are in the test too" in out
+    assert "5 training label rows are also in the test split" in out
     assert "examples per puzzle: 2 to 3, mean 2.5" in out and "puzzle identifiers used: 2 of 3" in out
     change(folder / "test" / "all__inputs.npy", put(1, 2 * 30 + 6, value=1))
     change(folder / "test" / "all__labels.npy", put(4, 0, value=1))
     # A hidden answer is no answer.
     change(folder / "test" / "all__labels.npy", lambda array: array.__setitem__(2, 0))
     assert violations(folder, capsys) == [
-        "test/all__inputs.npy: row 1: the colours fill no rectangle: row 3, column 7 has none",
-        "test/all__labels.npy: row 4: the grid is not closed by end marks and padding alone: row 1, column 1",
+        "test/all__inputs.npy: row 1: the colours do not fill a rectangle: row 3, column 7 has none",
+        "test/all__labels.npy: row 4: the grid is not surrounded by end marks and padding: row 1, column 1",
     ]
 
 
@@ -204,7 +204,7 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in values.items() if value != "missing"}))
 
 
-def test_each_damage_is_told_beside_all_the_others(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_damages_are_reported_together(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train, test = data / "train", data / "test"
     change(train / "all__inputs.npy", put(3, 5, value=9))
     change(train / "all__inputs.npy", put(70, 0, value=6))
@@ -234,7 +234,7 @@ def test_each_damage_is_told_beside_all_the_others(data: Path, capsys: pytest.Ca
         "test/all__group_indices.npy: no such file",
         "identifiers.json: 2 names, but train/dataset.json says num_puzzle_identifiers 1",
         "identifiers.json: 2 names, but test/dataset.json says num_puzzle_identifiers 1",
-        "identifiers.json: name 1, '<blank>', is that of 0",
+        "identifiers.json: name 1, '<blank>', is also name 0",
         "train/all__labels.npy: row 3: row 1, column 6 is no cell of a maze; expected '#', '.', 'S' or 'G' "
         "(and 1 more)",
         "train/all__labels.npy: row 70: row 1, column 1 is no cell of a maze; expected '#', '.', 'S' or 'G' "
@@ -351,7 +351,7 @@ def test_each_damage_is_told_beside_all_the_others(data: Path, capsys: pytest.Ca
         ),
     ],
 )
-def test_every_damage_is_told(
+def test_every_damage_is_reported(
     data: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], expected: list[str]
 ) -> None:
     damage(data)
@@ -361,7 +361,7 @@ def test_every_damage_is_told(
         assert line.startswith(beginning)
 
 
-def test_checksums_are_held_against_the_files(
+def test_checksums_are_compared_with_the_files(
     mazes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = Path(shutil.copytree(mazes, tmp_path / "data"))
@@ -374,8 +374,8 @@ def test_checksums_are_held_against_the_files(
     assert sorted(sums) == ["all__difficulty.npy", *sorted(f"all__{a}.npy" for a in ARRAYS), "dataset.json"]
     assert violations(data, capsys) == [
         "train/all__difficulty.npy: its bytes are not those that checksums.json lists",
-        "test/checksums.json: lists '../x', which is no file of the split",
-        "test/checksums.json: lists 'all__difficulty.npy', which is no file of the split",
+        "test/checksums.json: lists '../x', which is not a file of the split",
+        "test/checksums.json: lists 'all__difficulty.npy', which is not a file of the split",
         "test/checksums.json: does not list dataset.json",
     ]
     for text, told in (
@@ -422,7 +422,7 @@ def test_training_labels_of_the_test_are_found(data: Path, capsys: pytest.Captur
         change(data / "train" / f"all__{array}.npy", put(11, value=row))
         # Another type of number makes no other label.
         change(data / "test" / f"all__{array}.npy", lambda a: a.astype(np.int64))
-    assert violations(data, capsys) == ["train/all__labels.npy: row 11 is a label of the test too"]
+    assert violations(data, capsys) == ["train/all__labels.npy: row 11 is also a label of the test split"]
     assert violations(data, capsys, "--split", "train") == []
 
 
@@ -454,7 +454,7 @@ def test_arrays_are_walked_in_chunks(
         (("--samples", "0", "--png", "x.png"), "error: x.png: there is no sample to draw; raise --samples"),
     ],
 )
-def test_what_cannot_be_looked_at(
+def test_uninspectable_data(
     mazes: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
 ) -> None:
     assert command(*words if words[0] == "nowhere" else (mazes, *words)) == 2

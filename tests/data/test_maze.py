@@ -128,7 +128,7 @@ def test_perfect_mazes_are_trees_and_braided_ones_have_no_dead_end(side: int) ->
         assert len(np.unique(mazes.questions, axis=0)) > 1
 
 
-def test_paths_are_as_long_as_asked() -> None:
+def test_paths_have_the_requested_length() -> None:
     assert some(50, 30, False, 110).lengths.min() >= 110
     # No corridor of a 5 x 5 maze is longer than 6 steps.
     assert some(5, 5, False, 7).lengths.tolist() == [0] * 5
@@ -214,7 +214,7 @@ def test_augmentations_turn_question_and_answer_together() -> None:
     assert all(0 < a < b for a, b in chosen) and len({k for pair in chosen for k in pair}) == 7
 
 
-def test_a_generated_data_set_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_generated_data_set_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "--size 7 --num-train 20 --num-test 10 --num-aug 3 --min-length 4 --kind braided"
     words = text.split()
     assert command("--output-dir", tmp_path / "a", *words) == 0
@@ -393,8 +393,8 @@ def test_every_fault_of_a_file_is_named(tmp_path: Path, row: list[str], message:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no maze in it, expected some, or rows of question,answer"),
-        (b"source,question,answer,rating\n", "no maze in it, expected some, or rows of question,answer"),
+        (b"", "it holds no maze; expected mazes, or rows of question,answer"),
+        (b"source,question,answer,rating\n", "it holds no maze; expected mazes, or rows of question,answer"),
         (b"question\n####\n", "line 2: question of 4 characters, expected a square of at least 5 a side"),
         (b"question\n######\n", "line 2: question of 6 characters, expected a square of at least 5 a side"),
         # Five rows of seven cells, or seven rows of five.
@@ -445,9 +445,9 @@ def test_two_files_become_a_data_set_without_repetitions(
         np.testing.assert_array_equal(part.inputs, kept.questions)
         np.testing.assert_array_equal(part.labels, kept.answers)
     out = capsys.readouterr().out
-    assert "left out of train: 3 that repeat another one, turned or mirrored" in out
-    assert "left out of test: 2 that repeat another one, turned or mirrored" in out
-    assert "left out of train: 4 that are in the test, turned or mirrored" in out
+    assert "left out of train: 3 duplicates, up to rotation and reflection" in out
+    assert "left out of test: 2 duplicates, up to rotation and reflection" in out
+    assert "left out of train: 4 test mazes, up to rotation and reflection" in out
 
     fetched = []
 
@@ -485,7 +485,7 @@ def test_files_that_do_not_make_a_data_set(tmp_path: Path, capsys: pytest.Captur
         assert command("--output-dir", tmp_path / "out", "--source", tmp_path) == 2
         return capsys.readouterr().err
 
-    assert "train.csv: every maze is one of the test" in refused(every, turned(every, 2))
+    assert "train.csv: every maze is also in the test file" in refused(every, turned(every, 2))
     assert "train.csv: mazes of 7 x 7 cells, but 9 x 9 in" in refused(some(3, 7), every)
     one = write_csv(
         tmp_path / "one.csv", joined(every.take(np.array([0])), turned(every.take(np.array([0])), 1))

@@ -58,7 +58,7 @@ def plain(text: str) -> str:
         (12, 81, "tokens", 9, 9),
     ],
 )
-def test_the_kind_is_told_by_vocabulary_and_cells(
+def test_vocabulary_and_cells_determine_the_kind(
     vocab_size: int, seq_len: int, name: str, rows: int, cols: int
 ) -> None:
     metadata = Metadata(0, 0, 0, vocab_size, seq_len, 1, 1, 1.0, ["all"])
@@ -106,7 +106,7 @@ def test_an_arc_grid_is_read_onto_its_canvas_and_cut_from_it(shape: tuple[int, i
     assert arc_grid(moved) == (slice(30 - shape[0], 30), slice(30 - shape[1], 30))
 
 
-def test_a_damaged_canvas_is_written_whole() -> None:
+def test_a_damaged_canvas_is_shown_completely() -> None:
     tokens = canvas(np.full((2, 3), 4, np.uint8))
     tokens[0] = 0
     assert ARC.text(tokens).splitlines()[:4] == [
@@ -156,13 +156,13 @@ def test_other_tokens_are_numbers() -> None:
         (Kind("tokens", 1, 2, 5), "1", "1 number, expected 2"),
     ],
 )
-def test_what_cannot_be_read_is_named(kind: Kind, text: str, message: str) -> None:
+def test_unreadable_input_is_reported(kind: Kind, text: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         kind.parse(text)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
-def test_in_colour_what_the_question_did_not_hold_stands_out() -> None:
+def test_colours_mark_differences_from_the_question() -> None:
     question = sudoku(4).parse("1..." + "." * 12)
     answer = sudoku(4).parse("23.." + "." * 12)
     text = sudoku(4).text(answer, question, color=True)
@@ -346,7 +346,7 @@ def test_impossible_mazes_are_explained() -> None:
 # --- ARC's canvas
 
 
-def test_a_canvas_is_right_only_as_it_was_made() -> None:
+def test_a_canvas_is_valid_only_if_unchanged() -> None:
     draw = rng(7)
     for _ in range(12):
         height, width = draw.integers(1, 31, 2)
@@ -371,15 +371,15 @@ def test_a_malformed_canvas_is_explained() -> None:
     assert ARC.impossible(np.zeros(900, int)) == ["there is no grid: no cell holds a colour"]
     hole = tokens.copy()
     hole[2 * 30 + 2] = 1
-    assert ARC.impossible(hole) == ["the colours fill no rectangle: row 3, column 3 has none"]
+    assert ARC.impossible(hole) == ["the colours do not fill a rectangle: row 3, column 3 has none"]
     open_end = tokens.copy()
     open_end[3 * 30 + 1] = 0
     assert ARC.impossible(open_end) == [
-        "the grid is not closed by end marks and padding alone: row 4, column 2"
+        "the grid is not surrounded by end marks and padding: row 4, column 2"
     ]
 
 
-def test_an_answer_is_its_grid_whatever_lies_around_it() -> None:
+def test_only_the_grid_of_an_answer_counts() -> None:
     tokens = canvas(np.full((2, 3), 4, np.uint8))
     littered = np.where(tokens == 0, 7, tokens)
     assert ARC.problems(tokens, littered) == [] and ARC.text(littered) == "444\n444"
@@ -441,7 +441,7 @@ def test_a_sudoku_is_drawn_with_its_clues_bold_and_answers_blue() -> None:
 
 
 @pytest.mark.parametrize("kind", [sudoku(4), MAZE, ARC, Kind("tokens", 1, 7, 30)])
-def test_boards_become_a_png(kind: Kind, tmp_path: Path) -> None:
+def test_boards_are_drawn_as_png(kind: Kind, tmp_path: Path) -> None:
     from matplotlib.image import imread
 
     board = np.ones(kind.rows * kind.cols, int)

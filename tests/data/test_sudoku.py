@@ -144,7 +144,7 @@ def test_difficulty_is_the_search_and_not_the_names_of_the_digits() -> None:
     assert min(ratings) == 0 and max(ratings) >= 3
 
 
-def test_a_digit_without_a_place_is_seen_without_guessing() -> None:
+def test_a_digit_without_a_cell_is_found_without_guessing() -> None:
     # Row 1 has no cell left for 1, though each of its blank cells has two candidates.
     grid = np.array([[0, 0, 0, 2], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]], np.uint8)
     found, guesses = solutions(grid.ravel())
@@ -164,7 +164,9 @@ def test_a_puzzle_of_two_solutions_and_one_guess() -> None:
 
 
 @pytest.mark.parametrize(("size", "train", "test", "aug"), [(4, 150, 40, 12), (6, 30, 20, 5), (9, 25, 15, 5)])
-def test_a_data_set_keeps_every_promise(tmp_path: Path, size: int, train: int, test: int, aug: int) -> None:
+def test_a_data_set_satisfies_all_invariants(
+    tmp_path: Path, size: int, train: int, test: int, aug: int
+) -> None:
     write_sudoku(tmp_path / "d", *generate(size, train, test, seed=3), num_aug=aug, seed=3)
     splits = {split: PuzzleDataset(tmp_path / "d", split) for split in ("train", "test")}
     rows = {}
@@ -210,7 +212,7 @@ def test_augmentations_that_would_leak_are_redrawn_not_dropped() -> None:
     assert {row.tobytes() for row in free} & held
 
 
-def test_a_group_of_few_symmetries_keeps_some_repetitions_and_ends() -> None:
+def test_a_group_with_few_symmetries_keeps_some_repetitions() -> None:
     # A solved grid as its own question: the symmetries of a 4x4 grid give 96 or 192 grids, not 301.
     grid = solutions(np.zeros(16, np.uint8), 1)[0]
     inputs, _ = augment(grid, grid, 300, grid[:0], seed=0)
@@ -363,7 +365,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
             read_puzzles(source, 9, workers=threads)
 
 
-def test_shares_cover_all_rows_and_the_first_fault_is_told() -> None:
+def test_shares_cover_all_rows_and_report_the_first_fault() -> None:
     seen = np.zeros(3 * SHARE + 7, int)
     broken = range(0)
 
@@ -495,10 +497,10 @@ GOOD = "1..434.2.1434.21"
         ),
         (f"1..5{GOOD[4:]},{GOOD_ANSWER},0", "character '5' at place 4 of the question"),
         (f"1..é{GOOD[4:]},{GOOD_ANSWER},0", "character 'é' at place 4 of the question"),
-        (f"1..1{GOOD[4:]},{GOOD_ANSWER},0", "a digit is twice in row 1 of the question"),
-        (f"1.......1.......,{GOOD_ANSWER},0", "a digit is twice in column 1 of the question"),
-        (f"1....1..........,{GOOD_ANSWER},0", "a digit is twice in box 1 of the question"),
-        (f"{GOOD},1234341221434322,0", "a digit is twice in row 4 of the answer"),
+        (f"1..1{GOOD[4:]},{GOOD_ANSWER},0", "a digit repeats in row 1 of the question"),
+        (f"1.......1.......,{GOOD_ANSWER},0", "a digit repeats in column 1 of the question"),
+        (f"1....1..........,{GOOD_ANSWER},0", "a digit repeats in box 1 of the question"),
+        (f"{GOOD},1234341221434322,0", "a digit repeats in row 4 of the answer"),
         (f"{GOOD},{GOOD},0", "the answer does not solve the question"),
         (f"2...............,{GOOD_ANSWER},0", "the answer does not solve the question"),
         (f"{GOOD},{GOOD_ANSWER},hard", "rating 'hard', expected a whole number"),
@@ -540,14 +542,14 @@ def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "", "no puzzle in it"),
+        ("a.csv", "", "it holds no puzzle"),
         (
             "a.csv",
             "name,board\nx,y\n",
             "line 1: no column 'question' among 'name', 'board'; rename one: puzzles",
         ),
-        ("a.csv", "question,answer\n", "no puzzle in it"),
-        ("a.txt", "# nothing\n", "no puzzle in it"),
+        ("a.csv", "question,answer\n", "it holds no puzzle"),
+        ("a.txt", "# nothing\n", "it holds no puzzle"),
         ("a.txt", None, "cannot be read"),
         ("a.csv", None, "cannot be read"),
     ],
@@ -578,8 +580,8 @@ def test_repetitions_are_left_out_and_counted(tmp_path: Path, capsys: pytest.Cap
     assert lines[-4:] == [
         "  0 of 3 test puzzles have a solution grid equivalent to a training one up to symmetry, 0 are "
         "equivalent to a training puzzle themselves",
-        "  train.csv: left out 3 that repeat the question of an earlier line",
-        "  test.csv: left out 1 that repeat the question of an earlier line",
+        "  train.csv: left out 3 with the question of an earlier line",
+        "  test.csv: left out 1 with the question of an earlier line",
         "  left out of train: 2 with the solution of a test puzzle, 1 of them the same puzzle",
     ]
 
@@ -634,7 +636,7 @@ def test_improper_puzzles_are_left_out_on_request(
         source = tmp_path / "puzzles.txt"
         source.write_text("\n".join(["# header", *map(as_text, every)]))
     assert main([*command, str(source)]) == 2
-    assert "line 23: a digit is twice in row 1 of the question" in capsys.readouterr().err.splitlines()[-1]
+    assert "line 23: a digit repeats in row 1 of the question" in capsys.readouterr().err.splitlines()[-1]
     read = read_puzzles(source, 4, skip_improper=True)
     first = np.sort(np.unique(np.vstack([questions[:20], questions[20:]]), axis=0, return_index=True)[1])
     np.testing.assert_array_equal(read.questions, questions[first])
@@ -645,7 +647,7 @@ def test_improper_puzzles_are_left_out_on_request(
         "26 and 4 more"
     ) in capsys.readouterr().out.splitlines()
     source.write_text("question\n" * (kind == "csv") + "1" + "." * 15)
-    with pytest.raises(SudokuError, match="no puzzle of one solution in it"):
+    with pytest.raises(SudokuError, match="no puzzle has exactly one solution"):
         read_puzzles(source, 4, skip_improper=True)
 
 
@@ -694,7 +696,7 @@ def test_reading_takes_twice_the_puzzles_and_not_more(
     assert kept == min(rows, 2 ** len(given)) and peak < (share * 174 + 10) * rows + 2_000_000
 
 
-def test_a_difficulty_nothing_reaches_names_the_hardest(tmp_path: Path) -> None:
+def test_an_unreachable_difficulty_reports_the_hardest(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text(f"question,answer,rating\n{GOOD},{GOOD_ANSWER},6\n")
     assert len(read_puzzles(path, 4, min_difficulty=6).lines or []) == 1

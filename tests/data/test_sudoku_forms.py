@@ -76,7 +76,7 @@ def test_every_form_gives_the_puzzle(tmp_path: Path, name: str, text: str, diffi
     assert solved.puzzles[0].answer is not None and (solved.puzzles[0].answer - 1).tolist() == digits(A)
 
 
-def test_a_quote_that_never_closes_spoils_its_line_alone(tmp_path: Path) -> None:
+def test_an_unclosed_quote_affects_only_its_line(tmp_path: Path) -> None:
     path = tmp_path / "open.csv"
     path.write_text(f'puzzle,solution\n"{P},{A}\n' + f"{Q},{B}\n" * 100)
     with pytest.raises(SudokuError, match="line 2: 1 field, expected 2 as in the header") as caught:
@@ -141,7 +141,9 @@ def test_16x16_is_generated_and_inspected(tmp_path: Path, capsys: pytest.Capture
     assert clues.tolist() == [110] * 12
 
 
-def test_all_faults_come_at_once_or_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_faults_are_reported_together_or_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     several, none = "1" + "." * 15, "123....4........"
     lines = [
         "question,answer",
@@ -199,11 +201,11 @@ def test_a_field_longer_than_the_csv_module_reads_is_refused(tmp_path: Path) -> 
         (b'{"question": "1..."}\n', "bad.csv: line 1: JSON; write it as a .csv file with the columns"),
         (
             f"puzzle\n{ZEROS[1:]}".encode(),
-            "expected 16 for size 4; read the column as text, for leading zeros",
+            "expected 16 for size 4; read the column as text, because leading zeros are missing",
         ),
     ],
 )
-def test_what_is_no_text_of_puzzles_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+def test_files_without_puzzle_text_are_reported(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "bad.csv"
     path.write_bytes(content)
     with pytest.raises(SudokuError, match=message):

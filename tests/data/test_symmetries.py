@@ -36,7 +36,7 @@ def sudoku(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return builtin_sudoku(4, 40, 30, 0, 0)
 
 
-def test_sudokus_stay_sudokus_and_meet_no_answer_of_the_test(sudoku):
+def test_sudoku_draws_are_valid_and_avoid_test_answers(sudoku):
     train, test = (PuzzleDataset(sudoku, split) for split in ("train", "test"))
     kind = kind_of(train.metadata)
     plain = list(train_batches(train, **OPTIONS))
@@ -115,7 +115,7 @@ def arc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
-def test_an_arc_draw_is_the_puzzle_whose_identifier_it_takes(arc):
+def test_an_arc_draw_equals_the_puzzle_of_its_identifier(arc):
     data, names = PuzzleDataset(arc, "train"), read_names(arc)
     part = data.sets["all"]
     options = OPTIONS | {"epochs": 30, "epochs_per_iter": 30}
@@ -184,5 +184,7 @@ def test_a_kind_without_symmetries_is_refused(tmp_path):
         part = PuzzleSet(rows, rows, np.zeros(4, np.int32), numbers, numbers)
         data.split("train", Shape(seq_len=5, vocab_size=7)).add("all", part)
         data.close(["<blank>"])
-    with pytest.raises(DatasetError, match=r"augment=true knows .* set it to false for data of kind tokens"):
+    with pytest.raises(
+        DatasetError, match=r"augment=true supports .* set it to false for data of kind tokens"
+    ):
         fresh(PuzzleDataset(tmp_path / "data", "train"))

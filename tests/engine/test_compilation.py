@@ -33,7 +33,7 @@ def lines_of(*shapes: int, clock: list[float], monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_time_of_the_last_compilation_of_the_same_shape_is_announced(folder, monkeypatch):
     unknown = "compiling a step (about a minute on two slow cores, once)"
-    known = "compiling a step (took 7 s the last time)"
+    known = "compiling a step (took 7 s last time)"
     assert lines_of(1, 2, 1, clock=[0.0], monkeypatch=monkeypatch) == [unknown, unknown, known]
     for damage in ("", "[]", '{"a": "b"}', "\x00"):
         (folder / TIMES).write_text(damage)
@@ -42,7 +42,7 @@ def test_the_time_of_the_last_compilation_of_the_same_shape_is_announced(folder,
     assert lines_of(1, 2, 1, clock=[0.0], monkeypatch=monkeypatch) == [known, unknown, unknown]
 
 
-def test_a_stopped_compilation_leaves_no_time(folder):
+def test_a_stopped_compilation_records_no_time(folder):
     with pytest.raises(Stopped), Compilation().of("a step"):
         raise Stopped(INTERRUPT)
     assert not (folder / TIMES).exists()
@@ -62,7 +62,7 @@ def driver() -> "subprocess.Popen[bytes]":
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes by /proc")
 @pytest.mark.parametrize("error", [Stopped(INTERRUPT), KeyboardInterrupt(), ValueError("a fault")])
-def test_a_stop_ends_the_processes_that_compile_and_no_other(error, monkeypatch):
+def test_a_stop_ends_only_compiler_processes(error, monkeypatch):
     monkeypatch.setattr(module, "GRACE", 0.0)
     with driver() as earlier:
         started = []
@@ -89,7 +89,7 @@ def test_a_failure_waits_for_the_signal_that_caused_it(monkeypatch):
     assert waited == [module.GRACE]
 
 
-def test_a_stop_while_it_measures_settles_no_mode(monkeypatch):
+def test_a_stop_during_measurement_chooses_no_mode(monkeypatch):
     found = [Stopped(INTERRUPT), None]
 
     def measure(function, whole, run, steps, device, compiling):

@@ -34,14 +34,14 @@ def apple(monkeypatch):
 @pytest.mark.parametrize(
     ("mps", "words", "chosen", "note"),
     [
-        (0.2, [], MPS, "device=auto takes mps: 0.200 s a step on mps, 1.000 on the CPU"),
-        (0.9, [], CPU, "device=auto takes cpu: 0.900 s a step on mps, 1.000 on the CPU"),
+        (0.2, [], MPS, "device=auto takes mps: 0.200 s per step on mps, 1.000 on the CPU"),
+        (0.9, [], CPU, "device=auto takes cpu: 0.900 s per step on mps, 1.000 on the CPU"),
         (None, [], CPU, "device=auto takes cpu: a step on the Apple GPU fails (no kernel for it)"),
         (0.2, ["device=cpu"], CPU, ""),
         (0.2, ["deterministic=true"], CPU, ""),
     ],
 )
-def test_auto_takes_the_apple_gpu_where_it_is_measured_faster(apple, monkeypatch, mps, words, chosen, note):
+def test_auto_uses_the_apple_gpu_if_it_measures_faster(apple, monkeypatch, mps, words, chosen, note):
     def seconds(config, data, device):
         if device == MPS and mps is None:
             raise NotImplementedError("no kernel for it\nand more")
@@ -107,7 +107,7 @@ def has_kernel():
         ["--arch", "trm", "arch.mlp_t=true"],
     ],
 )
-def test_a_run_needs_nothing_that_mps_lacks(words, has_kernel):
+def test_a_run_uses_only_operations_of_mps(words, has_kernel):
     config = parse_args([*words, *SMALL, "device=cpu", "arch.halt_max_steps=2"])
     before = kernels.get_backend()
     # oneDNN is a CPU's; so is PyTorch's fused attention, which is made of other operators on MPS.

@@ -77,7 +77,7 @@ def test_a_step_never_waits_and_takes_one_copy_from_the_host(arch, name, monkeyp
         lambda x: x.masked_select(x > 0),
     ],
 )
-def test_what_waits_for_the_device_cannot_be_rehearsed(call):
+def test_synchronisation_fails_in_a_dry_run(call):
     with pytest.raises((RuntimeError, NotImplementedError)), Observer():
         call(torch.empty(4, device="meta"))
 
@@ -99,7 +99,7 @@ def test_a_step_runs_the_kernels_of_the_device_in_its_ranges():
     assert not any(name.endswith("_kernel") for name in on_cpu)
 
 
-def test_an_observer_sees_inside_kernels_and_through_what_is_made_of_others():
+def test_an_observer_sees_operations_inside_kernels_and_composites():
     x, calls = torch.empty(3, 16, device="meta", dtype=torch.bfloat16), Calls()
     with explained(CUDA), calls:
         rms_norm(x, x)
@@ -132,7 +132,7 @@ def test_attention_of_pytorch_is_that_of_the_device(device, dtype, taken):
     assert any(name.startswith(f"aten::{taken}_backward") for name in names)
 
 
-def test_a_rehearsal_leaves_nothing_behind():
+def test_a_dry_run_leaves_no_state():
     before = regions._open, backend._stand_in, backend._record
     rehearsal = Rehearsal(full("v1"), SUDOKU, CUDA, observer := Observer())
     assert (regions._open, backend._stand_in, backend._record) == before

@@ -37,7 +37,7 @@ def test_training_learns_and_replaces_sequences():
     [{}, {"init": "random", "noise": 0.05, "damping": 0.9}, {"chains": 3, "noise": 0.05}],
     ids=["plain", "random", "chains"],
 )
-def test_a_restored_engine_goes_on_bit_for_bit(arch):
+def test_a_restored_engine_continues_bit_for_bit(arch):
     straight = make_engine(make_config(arch))
     source = list(zip(range(20), batches(), strict=False))
     for i, batch in source:
@@ -79,7 +79,7 @@ def test_metrics_are_means_over_the_interval():
     assert together["lr"] == 1e-2 and singles[0]["lr"] == pytest.approx(1e-2 / 3)
 
 
-def test_metrics_of_halted_sequences_are_absent_while_none_has():
+def test_metrics_of_halted_sequences_are_absent_without_any():
     engine = make_engine()
     engine.train_step(next(batches()))
     metrics = engine.pop().metrics
@@ -103,7 +103,7 @@ CARRY = Carry._fields
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("options", [{}, {"ema": True, "grad_clip": 1.0, "gradient_accumulation": 2}])
-def test_a_gradient_that_is_not_finite_changes_nothing_that_lasts(value, options):
+def test_a_non_finite_gradient_changes_no_persistent_state(value, options):
     engine, source = make_engine(make_config(**options)), batches()
     poison(engine, 3, 5, value=value)
     untouched = make_engine(make_config(**options))
@@ -138,7 +138,7 @@ def engine_after(engine: Engine, source: Any) -> Any:
     return engine.pop()
 
 
-def test_a_loss_that_is_not_finite_is_skipped_and_explained():
+def test_a_non_finite_loss_is_skipped_and_reported():
     engine, source = make_engine(), batches()
     engine.train_step(next(source))
     assert engine.pop().skipped_in_a_row == 0
@@ -162,7 +162,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_explained():
 
 
 @pytest.mark.parametrize("grad_clip", [None, 1.0])
-def test_what_is_not_finite_is_named(grad_clip):
+def test_non_finite_tensors_are_reported(grad_clip):
     engine, source = make_engine(make_config(grad_clip=grad_clip)), batches()
     poison(engine, 1, name="H_level.layers.0.self_attn.qkv_proj.weight", value=math.inf)
     engine.train_step(next(source))
@@ -199,7 +199,7 @@ def test_evaluation_adds_up_in_float64():
 
 def test_implementations_that_cannot_run_are_refused_before_the_first_step(monkeypatch):
     with pytest.raises(
-        UserError, match=r"^attention: backend 'flash' was asked for, but flash-attn 2\.6 or later"
+        UserError, match=r"^attention: backend 'flash' was requested, but flash-attn 2\.6 or later"
     ):
         make_engine(make_config(attention=AttentionConfig("flash")))
     make_engine(make_config(attention=AttentionConfig("sdpa"))).train_step(next(batches()))
@@ -207,7 +207,7 @@ def test_implementations_that_cannot_run_are_refused_before_the_first_step(monke
     monkeypatch.setattr(backend, "INTERPRETED", True)
     monkeypatch.setattr(backend, "_backend", "triton")
     with pytest.raises(
-        UserError, match=r"^gate_mix: backend 'triton' was asked for, but its kernels hold hidden"
+        UserError, match=r"^gate_mix: backend 'triton' was requested, but its kernels hold hidden"
     ):
         make_engine(make_config({"gate_hidden_ratio": 16.0}))
     monkeypatch.setattr(backend, "_backend", "fast")
@@ -248,7 +248,7 @@ def test_a_resumed_run_keeps_the_mode_that_was_measured(monkeypatch, mode):
 
 
 @pytest.mark.slow
-def test_what_was_compiled_to_be_measured_is_what_trains(monkeypatch):
+def test_the_measured_compiled_step_is_used(monkeypatch):
     """It takes the buffers themselves, so that the first step meets no reason to compile again."""
     compilations = []
     compiler = torch.compile

@@ -152,7 +152,7 @@ def test_a_slower_kernel_gives_way_to_the_reference():
     assert fake.taken == "reference"
 
 
-def test_what_is_wrong_is_not_taken_however_fast_it_is():
+def test_wrong_candidates_are_never_chosen():
     table = Table({}, {})
     row = Fake(TIMES, {"triton 1": 1e-3}).measure(table)
     assert "wrong: output 0 is off by 0.001" in str(row.tiles[TILE]["BLOCK=1"])
@@ -162,7 +162,7 @@ def test_what_is_wrong_is_not_taken_however_fast_it_is():
     assert table == Table({CLASS: {"eager": "reference"}}, {}) and "off by nan" in str(row.seconds["triton"])
 
 
-def test_what_a_table_has_is_not_measured_again():
+def test_existing_choices_are_not_measured_again():
     table = Table({CLASS: {"eager": "reference"}}, {TILE: {"BLOCK": 64}})
     row = Fake(TIMES).measure(table)
     assert not row.seconds and not row.tiles
@@ -206,7 +206,7 @@ def test_a_real_operation_is_measured_compiled_too():
     }
 
 
-def test_a_case_that_fails_costs_the_others_nothing(monkeypatch):
+def test_a_failing_case_does_not_affect_the_others(monkeypatch):
     monkeypatch.setattr(fastest, "measure_case", failing_case)
     rows = fastest.measure(
         SIZES,
@@ -254,7 +254,7 @@ def kept(**changes: Any) -> measured.Kept:
     return measured.Kept(MAKER, TABLE, ["done"], [{"case": "x"}])._replace(**changes)
 
 
-def test_what_is_kept_comes_back():
+def test_stored_measurements_are_read_back():
     assert measured.load(MAKER) is None
     assert measured.save(kept()) is None
     assert measured.load(MAKER) == kept()
@@ -271,7 +271,7 @@ def test_another_gpu_version_or_source_finds_nothing():
         assert measured.from_text(measured.to_text(kept()), other) is None
 
 
-def test_a_damaged_file_is_none():
+def test_a_damaged_file_is_ignored():
     text = measured.to_text(kept())
     assert measured.from_text(text, MAKER) == kept()
     for cut in range(0, len(text), 7):
@@ -293,12 +293,12 @@ def test_a_damaged_file_is_none():
     assert measured.load(MAKER) is None
 
 
-def test_unknown_implementations_are_none():
+def test_unknown_implementations_are_refused():
     unknown = Table({CLASS: {"eager": "magic"}}, {})
     assert measured.from_text(measured.to_text(kept(table=unknown)), MAKER) is None
 
 
-def test_where_it_lies(monkeypatch, tmp_path):
+def test_the_cache_folder(monkeypatch, tmp_path):
     assert measured.cache_folder() == tmp_path / "cache" / "hrm-kernels"
     monkeypatch.setenv("HOME", str(tmp_path))
     for value in ("", "relative"):
@@ -306,13 +306,13 @@ def test_where_it_lies(monkeypatch, tmp_path):
         assert measured.cache_folder() == tmp_path / ".cache" / "hrm-kernels"
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+def test_an_unwritable_folder_is_reported(tmp_path):
     (tmp_path / "cache").write_text("a file")
     problem = measured.save(kept())
     assert problem is not None and "cannot be written" in problem and str(tmp_path) in problem
 
 
-def test_what_a_measurement_holds_for():
+def test_the_key_of_a_measurement():
     maker = measured.made_by(torch.device("cpu"))
     assert maker["torch"] == torch.__version__ and maker["device"] == "cpu" and len(maker["kernels"]) == 16
 
@@ -369,7 +369,7 @@ def test_a_measurement_that_fails_is_not_tried_again(maker):
     assert len(measuring.commands) == 1 and "failed after" in measuring.lines[0]
 
 
-def test_one_that_is_ended_leaves_what_it_found(maker):
+def test_a_killed_measurement_keeps_its_results(maker):
     measured.save(kept(done=[]))
     assert Measuring("").once() == TABLE
 
@@ -435,14 +435,14 @@ class Measured:
         return choose_kernels(engine, say=self.lines.append, measure=self, **state)
 
 
-def test_a_new_run_takes_what_is_measured(maker):
+def test_a_new_run_uses_the_measurement(maker):
     measure = Measured()
     text = measure.choose()
     assert measure.calls == 1 and backend.installed() == TABLE
     assert measured.from_text(text, MAKER) == kept(done=[], rows=[])
 
 
-def test_a_run_that_resumes_takes_the_same_choice_and_measures_nothing(maker):
+def test_a_resumed_run_reuses_the_choice_without_measuring(maker):
     text, other = Measured().choose(), Measured(Table({}, {}))
     assert other.choose(recorded=text, resumes=True) == text
     assert other.calls == 0 and backend.installed() == TABLE and not other.lines
@@ -451,24 +451,24 @@ def test_a_run_that_resumes_takes_the_same_choice_and_measures_nothing(maker):
     assert backend.installed() == TABLE
 
 
-def test_a_checkpoint_without_a_choice_stays_without_one(maker):
+def test_a_run_resumed_without_a_table_uses_none(maker):
     measure = Measured()
     for recorded in (None, "", 3, {"choices": {}}):
         assert measure.choose(recorded=recorded, resumes=True) == ""
     assert measure.calls == 0 and backend.installed() == Table({}, {})
 
 
-def test_on_another_gpu_the_choice_is_made_anew(maker):
+def test_another_gpu_requires_a_new_choice(maker):
     text, other = Measured().choose(), Measured(Table({}, {TILE: {"BLOCK": 1}}))
     maker["device"] = "another GPU"
     anew = other.choose(recorded=text, resumes=True)
     assert other.calls == 1 and backend.installed() == other.table and anew != text
     assert other.lines == [
-        "kernels: the checkpoint's choice is of another GPU or other versions, so it is made anew"
+        "kernels: the checkpoint's choice is for another GPU or other versions, so it is measured again"
     ]
 
 
-def test_where_nothing_is_measured(maker):
+def test_runs_without_measurement(maker):
     measure = Measured()
     assert measure.choose("deterministic=true") == ""
     text = measured.to_text(kept())
@@ -481,7 +481,7 @@ def test_where_nothing_is_measured(maker):
     assert measure.calls == 0
 
 
-def test_a_short_run_takes_what_is_kept(maker):
+def test_a_short_run_uses_a_stored_measurement(maker):
     measure = Measured(Table({}, {}))
     assert measured.from_text(measure.choose(steps=999), MAKER) == kept(table=Table({}, {}), done=[], rows=[])
     measured.save(kept())
@@ -504,7 +504,7 @@ class Rank:
         return tensor.copy_(self.wire.pop(0))
 
 
-def test_every_rank_takes_the_main_ones_choice(maker, monkeypatch):
+def test_every_rank_uses_the_main_ranks_choice(maker, monkeypatch):
     on_cpu = lambda world, text, device: from_main(world, text, torch.device("cpu"))  # noqa: E731
     monkeypatch.setattr(kernel_choice, "from_main", on_cpu)
     wire: list[torch.Tensor] = []
@@ -526,7 +526,7 @@ def test_every_rank_takes_the_main_ones_choice(maker, monkeypatch):
         ("arch.swiglu=conv", "loss.loss_type=softmax_cross_entropy"),
     ],
 )
-def test_what_is_measured_is_what_a_step_asks_for(words):
+def test_measured_cases_match_the_queries_of_a_step(words):
     """By the classes: those of the cases, and those of the engine's own step, both without data."""
     rehearsal = Rehearsal(run_config(*words), metadata(16, 6), GPU, Observer())
     chosen = measured_cases(rehearsal._engine)

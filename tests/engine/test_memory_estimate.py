@@ -81,16 +81,16 @@ def compare(config: Config, tolerance: float) -> None:
     [("float32", 4, 64), ("float32", 8, 0), ("bfloat16", 8, 64), ("bfloat16", 4, 0)],
 )
 @pytest.mark.parametrize("arch", ["v1", "gated"])
-def test_a_step_takes_what_the_profiler_sees(arch, dtype, batch, puzzle):
+def test_the_memory_of_a_step_equals_the_profilers(arch, dtype, batch, puzzle):
     compare(small(arch, dtype=dtype, global_batch_size=batch, puzzle_emb_ndim=puzzle), 0.002)
 
 
-def test_parts_of_a_batch_take_what_the_profiler_sees():
+def test_the_memory_of_batch_parts_equals_the_profilers():
     compare(small("v1", dtype="float32", global_batch_size=12, gradient_accumulation=3), 0.002)
 
 
 @pytest.mark.parametrize("arch", ["v1", "gated"])
-def test_kernels_take_what_the_profiler_sees(arch, monkeypatch):
+def test_the_memory_of_kernels_equals_the_profilers(arch, monkeypatch):
     """Launched on nothing, for what the kernels compute is not asked here."""
 
     class Dropped(list):
@@ -135,7 +135,7 @@ def test_the_published_model_by_hand(arch, gate, data, block):
         assert memory.peak < 24 * GIB
 
 
-def test_what_lives_between_steps_by_hand():
+def test_persistent_memory_by_hand():
     """Weights, gradients, two moments in float32, weights in bfloat16; carry, batch, rows."""
     gaps, D, B, S = 27_275_280, 512, 768, 81
     carry = B * (2 * (S + 1) * D * 2 + 2 * S * 4 + 4 + 1 + 4)
@@ -154,7 +154,7 @@ def test_references_take_more_than_kernels(data, monkeypatch):
     assert 1.9 * ours.step < reference.step < 2.3 * ours.step
 
 
-def test_attention_of_pytorch_keeps_no_scores():
+def test_pytorchs_attention_does_not_store_scores():
     """They would be 19 GiB of the 8 blocks in float32."""
     narrow, wide = (
         step_memory(full("v1", dtype=dtype, **ONE_CYCLE), MAZE, 96, CUDA).step
@@ -163,7 +163,7 @@ def test_attention_of_pytorch_keeps_no_scores():
     assert 1.9 * narrow < wide < 2.1 * narrow
 
 
-def test_a_named_attention_is_rehearsed_as_it_would_run(monkeypatch):
+def test_a_dry_run_uses_the_selected_attention(monkeypatch):
     def attends(name: Any, data: Metadata) -> StepMemory:
         config = shallow()
         return step_memory(replace(config, attention=replace(config.attention, backend=name)), data, 96, CUDA)
@@ -204,7 +204,7 @@ def test_the_fewest_parts_fit_and_fewer_do_not():
     assert fewest_parts(config, MAZE, rows, GIB, CUDA) is None
 
 
-def test_the_error_names_what_is_needed_what_is_there_and_what_would_fit():
+def test_the_error_gives_needed_available_and_fitting_sizes():
     config, device = shallow(global_batch_size=4608), torch.device("cuda:0")
     budget = 80 * GIB
     text = does_not_fit(config, MAZE, device, budget, ranks=2)
@@ -228,7 +228,7 @@ def test_the_error_where_nothing_or_everything_would_fit():
     assert "needs about 8.816 GiB" in everything and "end what else uses it" in everything
 
 
-def test_a_device_has_what_is_free_and_what_the_process_holds(monkeypatch):
+def test_available_memory_is_free_memory_plus_the_processs_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * GIB, 80 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70 * GIB)
     assert available_bytes(torch.device("cuda:3")) == 73 * GIB
@@ -238,7 +238,7 @@ def test_a_device_has_what_is_free_and_what_the_process_holds(monkeypatch):
         assert available_bytes(CPU) == total
 
 
-def test_a_step_that_runs_out_of_memory_says_what_would_fit(monkeypatch):
+def test_a_step_out_of_memory_suggests_a_fitting_size(monkeypatch):
     engine = Engine(small("v1", global_batch_size=8), SUDOKU, total_steps=10)
 
     def out_of_memory(*_: Any) -> None:
@@ -256,7 +256,7 @@ def test_a_step_that_runs_out_of_memory_says_what_would_fit(monkeypatch):
 
 
 @pytest.mark.parametrize("at", ["train_step", "evaluate"])
-def test_the_trainer_says_what_would_fit(tiny_sudoku, tmp_path, capsys, monkeypatch, at):
+def test_the_trainer_suggests_a_fitting_size(tiny_sudoku, tmp_path, capsys, monkeypatch, at):
     def out_of_memory(engine: Engine, *_: Any) -> None:
         if engine.step == 12:
             raise torch.OutOfMemoryError
@@ -272,7 +272,7 @@ def test_the_trainer_says_what_would_fit(tiny_sudoku, tmp_path, capsys, monkeypa
     )
 
 
-def test_memory_that_really_ran_out_is_answered_with_what_would_fit():
+def test_real_out_of_memory_suggests_a_fitting_size():
     """In a process of its own, limited to 4 GiB, which the carry alone of this batch exceeds."""
     script = """
 import resource, sys

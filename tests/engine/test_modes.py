@@ -50,7 +50,7 @@ def test_modes_and_dtypes_resolve_by_machine(monkeypatch):
         (["dtype=bfloat16"], CPU, torch.bfloat16, "takes 48 times as long as in float32 on this processor"),
     ],
 )
-def test_the_dtype_follows_the_device_and_says_what_bfloat16_costs(monkeypatch, words, device, dtype, note):
+def test_the_dtype_follows_the_device_and_notes_the_cost_of_bfloat16(monkeypatch, words, device, dtype, note):
     monkeypatch.setattr(modes, "bfloat16_time", lambda: 48.2)
     config = parse_args(["device=cpu", *words])
     assert resolve_dtype(config, device) == dtype
@@ -132,8 +132,8 @@ def test_the_faster_mode_is_measured_for_the_steps_ahead(monkeypatch, clock, eag
     mode = measured()
     assert mode.compiled == (expected == "compile") and bool(made) == (expected != "untried")
     start = {
-        "compile": "0.002 s a step against 0.010 eager",
-        "eager": "compiled it would be 0.020 s a step against 0.010",
+        "compile": "0.002 s per step against 0.010 eager",
+        "eager": "compiled it would take 0.020 s per step against 0.010",
         "untried": "",
     }[expected]
     assert mode.note.startswith(start)
@@ -158,25 +158,27 @@ def test_long_steps_are_measured_once(clock):
 
 
 @pytest.mark.slow
-def test_a_compiled_function_is_compiled_once_and_whole():
+def test_a_function_is_compiled_once_as_one_graph():
     double = compiled(lambda x: 2 * x)
     assert torch.equal(double(torch.ones(3)), torch.full((3,), 2.0))
     assert torch.equal(double(torch.arange(3.0)), torch.tensor([0.0, 2.0, 4.0]))
     with pytest.raises(
         UserError,
-        match=r"would have to be compiled again \(.*'x' size mismatch.* expected 3, actual 4\); mode=e",
+        match=r"would be recompiled \(.*'x' size mismatch.* expected 3, actual 4\); mode=e",
     ):
         double(torch.ones(4))
 
     def breaks(x):
         return x if x.sum().item() > 0 else -x
 
-    with pytest.raises(UserError, match=r"^the step cannot be compiled whole \(.*\); mode=eager runs it$"):
+    with pytest.raises(
+        UserError, match=r"^the step cannot be compiled as one graph \(.*\); mode=eager runs it$"
+    ):
         compiled(breaks)(torch.ones(3))
 
 
 @pytest.mark.slow
-def test_lowering_a_new_operator_formats_none_of_its_arguments(monkeypatch):
+def test_lowering_a_new_operator_does_not_format_its_arguments(monkeypatch):
     """The text of an argument holds all that it was computed from, so it grows with each block of a model."""
     from torch._inductor.ir import TensorBox
 
@@ -199,7 +201,7 @@ def test_lowering_a_new_operator_formats_none_of_its_arguments(monkeypatch):
     assert formatted == []
 
 
-def test_what_is_compiled_replaces_no_fields_of_a_tuple():
+def test_compiled_code_does_not_use_tuple_replace():
     """Dynamo of torch 2.11 traces `_replace` to an empty tuple."""
     # These run on the host alone.
     host = {"__main__.py", "fastest.py", "measured.py"}

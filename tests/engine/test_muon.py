@@ -140,7 +140,7 @@ def test_ranks_share_the_matrices_and_stay_equal(ranks):
         torch.testing.assert_close(member.flat.data, alone.flat.data, rtol=1e-6, atol=1e-7)
 
 
-def test_a_skipped_update_keeps_every_bit():
+def test_a_skipped_update_changes_no_bit():
     example = Example(torch.float32)
     example.step(0)
     before = {"data": example.flat.data, "count": example.optimizer.count, **example.optimizer.buffers()}

@@ -60,7 +60,7 @@ def test_a_compiled_step_shows_its_parts(tmp_path, monkeypatch):
     assert names >= PARTS and not names & INNER
 
 
-def test_a_run_that_ends_early_keeps_what_it_has(tmp_path):
+def test_a_run_that_ends_early_keeps_its_results(tmp_path):
     said: list[str] = []
     profiled(make_config(profile="torch", profile_after=1, profile_steps=9), tmp_path, steps=3, said=said)
     assert ranges(tmp_path).count("step") == 2 and said[0].startswith("profile of steps 2 to 3")
@@ -94,12 +94,12 @@ def test_nvidias_profilers_see_the_steps_between_their_marks(kind, tmp_path, mon
         Profile(config, tmp_path, CUDA, print)
 
 
-def test_what_cannot_be_profiled_is_refused(tmp_path):
+def test_unsupported_profiles_are_refused(tmp_path):
     with pytest.raises(UserError, match="profile=nsys needs a CUDA device, and this run is on cpu"):
         Profile(make_config(profile="nsys"), tmp_path, CPU, print)
 
 
-def test_a_replayed_step_is_said_to_hide_its_parts(tmp_path):
+def test_a_note_says_that_replay_hides_parts(tmp_path):
     said: list[str] = []
     Profile(make_config(profile="torch"), tmp_path, CPU, said.append, captured=True)
     assert len(said) == 1 and said[0].startswith("profile: mode=graph replays a step as one launch")
@@ -108,7 +108,7 @@ def test_a_replayed_step_is_said_to_hide_its_parts(tmp_path):
     assert len(said) == 1
 
 
-def test_what_ranks_exchange_is_a_part_of_its_own():
+def test_exchanges_between_ranks_are_separate_parts():
     opened: list[str] = []
 
     @contextmanager

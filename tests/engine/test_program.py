@@ -239,7 +239,7 @@ def test_a_program_runs_warms_up_and_replays(captures_on_cpu):
     assert total.item() == 2 * (WARM_UP + 3) and len(captures_on_cpu) == 1
 
 
-def test_the_stand_in_shows_what_would_not_replay(captures_on_cpu):
+def test_the_stand_in_detects_unreplayable_code(captures_on_cpu):
     """It is worth what it finds: a number from the host stays as it was, and reading one back is refused."""
     rate, total = [1.0], torch.zeros(())
 
@@ -262,7 +262,7 @@ def test_the_stand_in_shows_what_would_not_replay(captures_on_cpu):
 
 
 @pytest.mark.parametrize("use_gating", [False, True])
-def test_weights_cast_once_a_step_give_what_casts_at_every_use_give(use_gating):
+def test_weights_cast_once_per_step_equal_casts_at_every_use(use_gating):
     copies, casts = (engine_in(EAGER, {"use_gating": use_gating}, dtype="bfloat16") for _ in range(2))
     # The second computes with the float32 weights themselves, which every layer then casts for itself.
     flat = casts.parameters

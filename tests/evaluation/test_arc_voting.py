@@ -141,13 +141,13 @@ def test_tests_of_the_same_input_share_their_votes() -> None:
 @pytest.mark.parametrize(
     ("name", "inputs", "message"),
     [
-        ("x", canvas(ASKED), "puzzle 'x': its input is no test of task 'x'"),
-        ("a", canvas(OTHER), "puzzle 'a': its input is no test of task 'a'"),
-        ("a", np.zeros(900, int), "puzzle 'a': its input is no test of task 'a'"),
+        ("x", canvas(ASKED), "puzzle 'x': its input is not a test of task 'x'"),
+        ("a", canvas(OTHER), "puzzle 'a': its input is not a test of task 'a'"),
+        ("a", np.zeros(900, int), "puzzle 'a': its input is not a test of task 'a'"),
         (
             TURNED,
             canvas(ASKED),
-            "no test of task 'a'; take the identifiers and the examples of one data set",
+            "not a test of task 'a'; take the identifiers and the examples of one data set",
         ),
         ("a_t1_0121456789", canvas(ASKED), "0121456789 holds a colour twice"),
     ],
@@ -163,7 +163,7 @@ def test_a_vote_needs_a_probability(q_halt: float) -> None:
         vote(one_test(), RIGHT, q_halt)
 
 
-def test_memory_grows_with_different_grids_alone() -> None:
+def test_memory_grows_only_with_different_grids() -> None:
     votes, board = one_test(), canvas(np.full((30, 30), 7, np.uint8))
     vote(votes, np.full((30, 30), 7, np.uint8), 0.5)
     grown = []
@@ -217,7 +217,7 @@ def test_answers_that_are_not_known_stay_unknown(tmp_path: Path) -> None:
     assert Votes(tests).pass_at([1]) == {}
 
 
-def test_damaged_names_are_told(source: Path, tmp_path: Path) -> None:
+def test_damaged_names_are_reported(source: Path, tmp_path: Path) -> None:
     write_arc(tmp_path / "out", list(read_source(str(source))), num_aug=0, seed=0)
     dataset, path = PuzzleDataset(tmp_path / "out", "test"), tmp_path / "out" / "identifiers.json"
     with pytest.raises(DatasetError, match=r"identifiers\.json: 2 names, expected 7 as .*dataset\.json says"):

@@ -87,7 +87,7 @@ def rated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, np.ndar
 
 @pytest.mark.parametrize("arch", ["v1", "gated"])
 @pytest.mark.parametrize("ema", [False, True])
-def test_what_training_logged(arch, ema, runs, capsys):
+def test_evaluation_equals_logged_metrics(arch, ema, runs, capsys):
     for line in map(json.loads, (runs[arch] / "metrics.jsonl").read_text().splitlines()):
         prefix = f"eval{'_ema' * ema}/all/"
         logged = {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
@@ -144,7 +144,7 @@ def test_degrees_hold_about_as_many_each():
     assert dict(degrees(np.full(10, 4))) == {} == dict(degrees(np.zeros(0)))
 
 
-def test_the_solver_rates_sudoku_that_nobody_rated(tiny_sudoku, monkeypatch):
+def test_the_solver_rates_unrated_sudoku(tiny_sudoku, monkeypatch):
     dataset = PuzzleDataset(tiny_sudoku, "test")
     monkeypatch.setattr("hrm.evaluation.metrics.read_difficulty", lambda *_: None)
     taken = np.array([1, 4, 6, 19])
@@ -293,7 +293,7 @@ def test_arc_is_judged_by_votes(arc, capsys, tmp_path):
 # --- files and refusals
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
+def test_a_file_is_written_atomically(tmp_path):
     with new_file(tmp_path / "a.npz") as file:
         file.write_text("new")
         assert not (tmp_path / "a.npz").exists()
@@ -316,7 +316,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         (["checkpoint={run}", "emma=true"], "unknown key emma: did you mean ema?"),
         (["checkpoint={run}", "--arch", "v1"], "unknown flag --arch: the flags are --json, --help"),
         (["checkpoint={run}", "samples=0"], "samples=0 is not allowed: give a whole number"),
-        (["checkpoint={run}", "submission=out.json"], "is no ARC data; leave it out"),
+        (["checkpoint={run}", "submission=out.json"], "is not an ARC data set; leave it out"),
         (["checkpoint={run}", "submission={run}"], "cannot be written; give a file in a folder that exists"),
         (["checkpoint={run}", "save_predictions=no/p.npz"], "cannot be written; give a file in a folder"),
         (["checkpoint={run}", "data_path={sudoku}"], "table of 3 rows, but 1 are needed here"),

@@ -89,7 +89,7 @@ def test_ranks_vote_as_one_process(paths, tmp_path, capsys):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_a_fault_of_one_rank_ends_all_in_one_line(run):
+def test_a_fault_of_one_rank_ends_all_ranks_with_one_line(run):
     argv = [f"checkpoint={run}", "device=cpu", "mode=eager", "submission=/nowhere/x.json"]
     (ended,) = torchrun(2, "-m", "hrm.evaluate", *argv)
     assert ended.status != 0

@@ -80,7 +80,7 @@ def overwrite(path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "damage", "what"),
     [
-        ("train/all__inputs.npy", cut, "was cut from 896 to 0 bytes"),
+        ("train/all__inputs.npy", cut, "shrank from 896 to 0 bytes"),
         ("train/all__labels.npy", overwrite, "was written to"),
         ("test/all__labels.npy", Path.unlink, "was removed"),
     ],
@@ -100,7 +100,7 @@ def test_a_run_ends_before_it_uses_data_that_change(
         assert trainer.end() == 2, (trainer.out, trainer.err)
         told = trainer.err
     # Behind the progress, which goes there too.
-    assert told.splitlines()[-1].startswith(f"error: {path}: {what} after it was opened; put back the file")
+    assert told.splitlines()[-1].startswith(f"error: {path}: {what} after it was opened; restore the file")
     assert told.count("error") == 1 and "Traceback" not in told
     assert 0 < load_checkpoint(run).step == newest(run) < 72
     if damage is cut:

@@ -66,7 +66,7 @@ def copy(run, tmp_path) -> Path:
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_file_of_the_newest_checkpoint_costs_that_one_alone(
+def test_a_damaged_newest_checkpoint_is_skipped(
     copy, whole, capsys, name: str, damage: Callable[[Path], None]
 ):
     damage(copy / "step_24" / name)
@@ -87,7 +87,7 @@ def test_without_a_good_checkpoint_a_run_is_refused_and_left_as_it_is(copy, caps
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     status, _, err = run_main(*resumption(copy), capsys=capsys)
     assert status == 2 and err.count("\n") == 1 and err.startswith(f"error: {copy}/step_24/training.pt")
-    assert "resume=none starts anew and keeps what is there" in err
+    assert "resume=none starts a new run and keeps the old one" in err
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
     # And the remedy is one.
     assert run_main(*resumption(copy)[:-1], "max_steps=1", "resume=none", capsys=capsys)[0] == 0
@@ -97,7 +97,7 @@ def test_without_a_good_checkpoint_a_run_is_refused_and_left_as_it_is(copy, caps
     }
 
 
-def test_a_checkpoint_that_is_gone_is_not_asked_for(copy, whole, capsys):
+def test_a_missing_checkpoint_is_not_requested(copy, whole, capsys):
     shutil.rmtree(copy / "step_24")
     status, out, err = run_main(*resumption(copy), capsys=capsys)
     assert status == 0 and resumed_step(out) == 12, err

@@ -59,7 +59,7 @@ def test_nearly_valid_inputs(target):
 
 
 @pytest.mark.parametrize("path", FOUND, ids=lambda path: f"{path.parent.name}-{path.name}")
-def test_what_was_once_a_finding(path):
+def test_former_findings(path):
     warm(target := TARGETS[path.parent.name])
     judge(target, path.read_bytes())
 
@@ -90,7 +90,7 @@ def spin(data):
             pass
 
 
-def test_what_counts_as_a_finding(monkeypatch):
+def test_tracebacks_are_findings(monkeypatch):
     assert judged(raises(KeyError("step"))) == "KeyError: 'step'"
     assert judged(raises(RecursionError())).startswith("RecursionError")
     assert judged(raises(UserError("two\nlines"))) == "not one short line: 'two\\nlines' (9 characters)"
@@ -117,7 +117,7 @@ def test_what_does_not():
     assert judge(Target("good", raises(SystemExit(1)), lambda: (b"",), status=(1,)), b"") is None
 
 
-def test_a_process_that_dies_is_a_finding_and_the_others_go_on(monkeypatch):
+def test_a_dying_process_is_a_finding_and_the_others_continue(monkeypatch):
     def run(data):
         if data == b"die":
             os._exit(3)

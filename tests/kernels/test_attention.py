@@ -141,7 +141,7 @@ def test_launches_cover_every_size():
         (82, 64, torch.bfloat16, "cpu", False, True, "sdpa"),
     ],
 )
-def test_what_auto_takes(length, head_dim, dtype, device, triton, flash, expected):
+def test_choices_of_auto(length, head_dim, dtype, device, triton, flash, expected):
     chosen = module.attention_backend(length, head_dim, dtype, device, triton=triton, flash_attn=flash)
     assert chosen == expected
 
@@ -226,7 +226,7 @@ def installed(monkeypatch):
         (("flash_attn_interface", "3.0.0", lambda o: (o, None)), torch.bfloat16),
     ],
 )
-def test_flash_takes_longer_sequences(installed, package, dtype):
+def test_flash_handles_longer_sequences(installed, package, dtype):
     flash = stand_in(*package)
     installed(flash)
     cos, sin = tables(130, 8)
@@ -261,15 +261,15 @@ def test_old_flash_is_not_taken(installed):
     installed(stand_in("flash_attn", "2.5.9", lambda o: o))
     assert not library.has_flash()
     with pytest.raises(
-        RuntimeError, match=r"'flash' was asked for, but flash-attn 2\.6 or later is not inst"
+        RuntimeError, match=r"'flash' was requested, but flash-attn 2\.6 or later is not inst"
     ):
         attention(torch.zeros(1, 9, 24, device=DEVICE), 1, backend="flash")
 
 
-def test_a_named_backend_says_what_is_missing(monkeypatch):
+def test_a_selected_backend_reports_a_missing_package(monkeypatch):
     long = torch.zeros(1, 129, 24, device=DEVICE)
     with pytest.raises(
-        RuntimeError, match=r"'triton' was asked for, but .*at most 128 positions, got 129; use"
+        RuntimeError, match=r"'triton' was requested, but .*at most 128 positions, got 129; use"
     ):
         attention(long, 1, backend="triton")
     with pytest.raises(RuntimeError, match=r"an even head_dim of at most 128, got 136; use 'auto'"):
@@ -278,7 +278,7 @@ def test_a_named_backend_says_what_is_missing(monkeypatch):
         attention(torch.zeros(1, 9, 15, device=DEVICE), 1, backend="triton")
     monkeypatch.setattr(library, "FLASH2", lambda *_, **__: None)
     with pytest.raises(
-        RuntimeError, match=r"'flash' was asked for, but it takes float16 and bfloat16 on CUDA"
+        RuntimeError, match=r"'flash' was requested, but it takes float16 and bfloat16 on CUDA"
     ):
         attention(long, 1, backend="flash")
     assert "steps of 8, got 66" in library.flash_limit(66, torch.float16, "cuda")

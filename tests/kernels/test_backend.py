@@ -13,7 +13,7 @@ from tests.kernels.compare import DEVICE
 
 
 def launches(call) -> int:
-    """How many kernels a call launches."""
+    """The number of kernels that a call launches."""
     count = 0
     run = backend.launch
 
@@ -45,9 +45,9 @@ def test_auto_leaves_float64_and_other_devices_to_the_reference():
     assert not backend.use_triton("op", torch.zeros(1, device=DEVICE), "it is Tuesday")
 
 
-def test_a_named_backend_says_what_stands_in_its_way(monkeypatch):
+def test_a_selected_backend_reports_its_obstacle(monkeypatch):
     x = torch.zeros(1, device=DEVICE)
-    with pytest.raises(RuntimeError, match="op: backend 'triton' was asked for, but it is Tuesday"):
+    with pytest.raises(RuntimeError, match="op: backend 'triton' was requested, but it is Tuesday"):
         backend.use_triton("op", x, "it is Tuesday")
     monkeypatch.setattr(backend, "INTERPRETED", False)
     with pytest.raises(RuntimeError, match=r"a tensor on cpu needs Triton's interpreter \(TRITON_INTERPRET"):

@@ -114,7 +114,7 @@ def test_steps_equal_the_straight_lines(case):
     assert 0 < theirs["halted"].sum() < B
 
 
-def test_no_chain_starts_at_an_advantage():
+def test_no_chain_has_an_advantage_at_the_start():
     sizes: dict[str, Any] = {"vocab_size": V, "seq_len": S, "num_puzzle_identifiers": PUZZLES}
     one, many = (HRM(make_arch(chains=chains), **sizes) for chains in (1, 5))
     for name, tensor in one.state_dict().items():
@@ -132,10 +132,13 @@ def test_no_chain_starts_at_an_advantage():
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["arch.init=random"], "arch.chains=2 gives each chain a start of its own"),
-        (["arch.hidden_size=8", "arch.num_heads=1"], "arch.hidden_size=8 is too narrow for the starts"),
+        (["arch.init=random"], "arch.chains=2 gives each chain its own initial state"),
+        (
+            ["arch.hidden_size=8", "arch.num_heads=1"],
+            "arch.hidden_size=8 is too narrow for the initial states",
+        ),
     ],
 )
-def test_chains_that_cannot_be_are_refused(words, text):
+def test_invalid_chains_are_refused(words, text):
     with pytest.raises(ConfigError, match=text):
         parse_args(["data_path=x", "arch.chains=2", *words])

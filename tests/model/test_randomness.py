@@ -88,7 +88,7 @@ def test_rope2d_takes_the_grid_of_the_data():
     angles = torch.tensor([[0, 0, 1, 0.01], [1, 0.01, 0, 0]])
     assert model.sin is not None
     torch.testing.assert_close(model.sin[[1, 4]], angles.repeat(1, 2).sin())
-    with pytest.raises(UserError, match=r"rope2d: the data's 8 cells are no square grid"):
+    with pytest.raises(UserError, match=r"rope2d: the data's 8 cells are not a square"):
         HRM(arch, seq_len=8, **sizes)
 
 

@@ -195,7 +195,7 @@ def test_the_data_of_each_step():
 
 def test_the_votes_of_paths_and_what_is_played(monkeypatch):
     text = page(recorded(), 1)
-    assert "3 paths gave 2 answers, and path 1 answers" in text
+    assert "3 paths gave 2 answers, path 1 was chosen" in text
     right, wrong = re.findall(r'<div class="answer (\w+)"><p>(.*?)</p>', text)
     assert right == (
         "good",
@@ -243,7 +243,7 @@ PADDED = Trace("tokens", 1, 3, [1, 2, 3], [5, 0, -1], [Step([5, 7, 7], 1.0, None
         (
             other(),
             "Answered",
-            ["no answer is known to compare with", "50.0 % sure", "would not stop by itself in 2 steps"],
+            ["the right answer is unknown", "50.0 % sure", "would not stop by itself in 2 steps"],
         ),
         # Padding of the answer is not compared.
         (PADDED, "Solved", ["every cell right", "100.0 % sure", "would stop after step 1 of 1"]),
@@ -407,7 +407,7 @@ def test_keys(opened):
     assert shown.is_checked("input[name=gate][value='0']") and step_of(shown) == 2
 
 
-def test_everything_is_reached_by_the_tab_key_and_seen_to_be(opened):
+def test_every_control_is_reached_by_tab_and_visibly_focused(opened):
     shown = opened(small())
     shown.keyboard.press("Home")
     # The first step has none before it, so `previous` is disabled.
@@ -626,7 +626,7 @@ def contrast(shown: "Page", name: str, page_ground: str) -> float:
     return (luminance[:, 1] / luminance[:, 0]).min()
 
 
-def test_nothing_moves_for_who_wants_no_motion(opened):
+def test_reduced_motion_disables_animation(opened):
     for options, seconds in (({}, "0s"), ({"reduced_motion": "no-preference"}, "0.2s")):
         moves = each(opened(small(), **options), "#live td", "getComputedStyle(e).transitionDuration")
         assert moves[0] == seconds

@@ -58,7 +58,7 @@ def test_it_is_evaluated_on_its_own_test_split(run, capsys):
 
 
 @pytest.mark.parametrize("given", [["--tokens", "3,5,1"], ["3 5 1"], ["--tokens", "FILE"]])
-def test_numbers_are_solved_however_they_come(given, run, tmp_path, capsys):
+def test_numbers_are_solved_from_any_source(given, run, tmp_path, capsys):
     (tmp_path / "input.txt").write_text("3, 5, 1\n")
     given = [str(tmp_path / "input.txt") if word == "FILE" else word for word in given]
     assert solve.main([str(run), *given, "--json", "--device", "cpu"]) == 0
@@ -80,8 +80,8 @@ def test_a_page_shows_the_tokens(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "give PUZZLE or --tokens"),
-        (["1,2", "--tokens", "1,2"], "give PUZZLE or --tokens"),
+        ([], "give either PUZZLE or --tokens"),
+        (["1,2", "--tokens", "1,2"], "give either PUZZLE or --tokens"),
         (["--tokens", "1,2,10"], "number 3 is '10', expected 0 to 9"),
         (["--tokens", "1,-2"], "number 2 is '-2', expected 0 to 9"),
         (["--tokens", "1 " * 13], "13 numbers, expected at most 12"),

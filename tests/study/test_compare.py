@@ -35,7 +35,7 @@ def test_scores_between_evaluations_are_on_straight_lines():
     assert np.isnan(first_reaching(series, 0.51))
 
 
-def test_equal_steps_are_the_last_that_every_run_has_come_to():
+def test_equal_steps_are_the_last_that_every_run_reached():
     results = compare_runs(
         {
             "v1": {0: history({10: 0.2, 20: 0.6}), 1: history({10: 0.1, 20: 0.4})},
@@ -99,7 +99,7 @@ def test_steps_and_time_to_shares_of_the_baselines_last_score():
     assert row == ["gated", "1 of 2", "16", "-16.0 % (one seed)", "32 s", "+48.0 % (one seed)"]
 
 
-def test_averaged_weights_are_beside_the_raw_ones_and_held_against_averaged_ones():
+def test_averaged_weights_are_compared_with_averaged_weights():
     runs = {"v1": {0: history({10: 0.2})}, "trm": {0: history({10: 0.5}, ema={10: 0.7})}}
     results = compare_runs(runs, "v1")
     ema = results["entries"]["trm (EMA)"]["equal_steps"]["exact_accuracy"]
@@ -112,7 +112,7 @@ def test_averaged_weights_are_beside_the_raw_ones_and_held_against_averaged_ones
     assert any("moving average" in note for note in cautions(results))
 
 
-def test_sizes_and_thinking_steps_are_told():
+def test_sizes_and_act_steps_are_reported():
     more = {"model/parameters": {0: 1234567}, "train/steps": {5: 4.0, 10: 3.5, 15: np.nan, 30: 1.0}}
     results = compare_runs({"v1": {0: history({20: 0.5}, **more)}, "b": {0: history({20: 0.5})}}, "v1")
     assert results["entries"]["v1"]["parameters"] == 1234567
@@ -120,13 +120,13 @@ def test_sizes_and_thinking_steps_are_told():
     assert any("1,234,567" in table.text() for table in tables(results))
 
 
-def test_what_the_numbers_cannot_say_is_said():
+def test_the_report_notes_limits_of_the_data():
     def said(**candidates: dict[int, History]) -> str:
         return " ".join(cautions(compare_runs(candidates, next(iter(candidates)))))
 
     two = {seed: history({10: 0.5}) for seed in (0, 1)}
     assert said(v1=two, gated=two) == ""
-    assert "One seed" in said(v1={0: two[0]}, gated={0: two[0]})
+    assert "With one seed" in said(v1={0: two[0]}, gated={0: two[0]})
     assert "2 comparisons" in said(v1=two, gated=two, feudal=two)
     assert "solves no test puzzle" in said(v1={s: history({10: 0.0}) for s in two}, gated=two)
     # A candidate without a finished run has no score, and its table still stands.
@@ -146,7 +146,7 @@ def run_main(*argv: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
     return status, captured.out, captured.err
 
 
-def test_mistakes_are_answered_by_one_line_before_anything_is_made(
+def test_mistakes_are_reported_in_one_line_before_files_are_written(
     tiny_sudoku, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -181,7 +181,7 @@ def test_mistakes_are_answered_by_one_line_before_anything_is_made(
     refused("v1", str(saved), "preset=quick", parts=("sudoku.size is 4 for v1 and 9 for saved",))
 
 
-def test_candidates_are_told_apart_by_their_keys(tmp_path):
+def test_candidates_differ_by_their_keys(tmp_path):
     architecture, bare = tmp_path / "mine.yaml", tmp_path / "bare.yaml"
     architecture.write_text("defaults: [gated]\nhalt_max_steps: 3\n")
     bare.write_text("hidden_size: 64\n")
@@ -208,7 +208,7 @@ def test_seeds():
     assert comparison.seeds("3") == [0, 1, 2] and comparison.seeds("4,7") == [4, 7]
 
 
-def test_each_gpu_takes_a_run_and_a_shared_processor_is_shared_out(monkeypatch):
+def test_each_gpu_gets_a_run_and_a_shared_cpu_is_divided(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("hrm.common.threads.usable_cpus", lambda: 8)
     assert slots("cpu", None) == [{}] and slots("cpu", 3) == [{"OMP_NUM_THREADS": "2"}] * 3
@@ -243,7 +243,7 @@ def pretend(tiny_sudoku, tmp_path, monkeypatch, capsys):
 ALL = ["v1 seed 0", "gated seed 0", "v1 seed 1", "gated seed 1"]
 
 
-def test_what_could_not_be_drawn_is_not_trained(pretend, tmp_path, monkeypatch):
+def test_a_comparison_without_matplotlib_does_not_train(pretend, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     status, out, error = pretend("--seeds", "2")
     assert status == 2 and "pip install -e '.[plots]'" in error
@@ -278,7 +278,7 @@ def test_seeds_take_turns_and_the_results_are_kept(pretend, tmp_path):
     assert status == 0 and started(out) == [] and "4 of them are finished" in out and "-20.0 [" in out
 
 
-def test_another_plan_is_not_mixed_in(pretend, tmp_path):
+def test_another_plan_is_refused(pretend, tmp_path):
     assert pretend("--seeds", "1")[0] == 0
     for words, said in {
         ("--seeds", "2"): "with seeds 0 and not 0,1",
@@ -292,7 +292,7 @@ def test_another_plan_is_not_mixed_in(pretend, tmp_path):
     (tmp_path / "out" / "plan.json").unlink()
     assert "is not empty" in pretend("--seeds", "1")[2]
     with run_lock(tmp_path / "out"):
-        assert "another process works on it" in pretend("--seeds", "1")[2]
+        assert "another process uses it" in pretend("--seeds", "1")[2]
 
 
 def test_a_failed_run_is_shown_and_missing_and_tried_again(pretend, tmp_path):
@@ -301,7 +301,7 @@ def test_a_failed_run_is_shown_and_missing_and_tried_again(pretend, tmp_path):
     status, out, err = pretend("--seeds", "2")
     assert status == 1 and started(out) == ALL
     assert "v1 seed 1 failed with exit status 1" in err and "  error: as it was told" in err
-    assert "Missing, as they are not finished: v1 seed 1." in out
+    assert "Not finished: v1 seed 1." in out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["missing"] == ["v1 seed 1"]
     gated = results["entries"]["gated"]["equal_steps"]["exact_accuracy"]
@@ -311,7 +311,7 @@ def test_a_failed_run_is_shown_and_missing_and_tried_again(pretend, tmp_path):
     assert status == 0 and started(out) == ["v1 seed 1"] and "Missing" not in out
 
 
-def test_a_request_to_end_ends_the_runs_and_says_how_to_go_on(pretend, tmp_path, monkeypatch):
+def test_a_stop_ends_the_runs_and_prints_how_to_continue(pretend, tmp_path, monkeypatch):
     (tmp_path / "wait").touch()
     processes: list[subprocess.Popen] = []
     start, sleep, handler = Campaign._start, time.sleep, signal.getsignal(signal.SIGTERM)
@@ -334,7 +334,7 @@ def test_a_request_to_end_ends_the_runs_and_says_how_to_go_on(pretend, tmp_path,
     assert status == 2 and "no run is finished" in err and started(out) == []
 
 
-def test_a_run_that_another_process_still_trains_is_waited_for(pretend, tmp_path):
+def test_a_run_of_another_process_is_awaited(pretend, tmp_path):
     """What a command that was killed outright has left behind."""
     with run_lock(tmp_path / "out" / "v1-seed0"):
         # Beside the folder, so that the lock's own file is not in the way of a new campaign.
@@ -359,7 +359,7 @@ def test_a_run_that_another_process_still_trains_is_waited_for(pretend, tmp_path
     assert out.count("v1 seed 0: waiting for the process that trains it") == 1
 
 
-def test_runs_at_once_share_the_processor_and_the_report_says_so(pretend, tmp_path, monkeypatch):
+def test_parallel_runs_share_the_cpu_and_the_report_notes_it(pretend, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("hrm.common.threads.usable_cpus", lambda: 4)
     status, out, _ = pretend("--seeds", "1", "--jobs", "2")
@@ -370,7 +370,7 @@ def test_runs_at_once_share_the_processor_and_the_report_says_so(pretend, tmp_pa
 # --- the real trainer
 
 
-def test_a_comparison_killed_outright_comes_to_its_end(tiny_sudoku, tmp_path):
+def test_a_killed_comparison_can_be_completed(tiny_sudoku, tmp_path):
     """kill -9 while the first run trains, then the same command."""
     out = tmp_path / "out"
     words = ["v1", "gated", *TINY, f"data_path={tiny_sudoku}", "--seeds", "1", "--output", str(out)]

@@ -58,7 +58,7 @@ def panel(groups: dict[str, list[History]], title: str) -> Panel:
 # --- what there is to draw
 
 
-def test_a_plain_run_has_no_panels_of_what_it_lacks(tmp_path):
+def test_a_plain_run_has_no_panels_without_data(tmp_path):
     assert titles({"v1": [run(tmp_path / "v1")]}) == {
         "Learning": [
             "Exact accuracy by step",
@@ -99,7 +99,7 @@ def test_subgoals_have_their_section(tmp_path):
     assert list(found) == ["Subgoals"] and len(found["Subgoals"]) == 6
 
 
-def test_averaged_weights_stand_beside_the_raw_ones_of_the_same_group(tmp_path):
+def test_averaged_weights_are_drawn_with_raw_weights(tmp_path):
     raw = {"step": 5, "eval/all/exact_accuracy": 0.25, "eval/all/count": 4}
     both = {**raw, "eval_ema/all/exact_accuracy": 0.75, "eval_ema/all/count": 4}
     groups = {"v1": [run(tmp_path / "v1", raw)], "trm": [run(tmp_path / "trm", both)]}
@@ -118,7 +118,7 @@ def test_training_time_is_steps_times_the_median_step(tmp_path):
     assert (seconds.tolist(), exact.tolist()) == ([5.0, 10.0], [0.5, 0.25])
 
 
-def test_what_is_not_finite_is_not_drawn(tmp_path):
+def test_non_finite_values_are_not_drawn(tmp_path):
     lines = [{"step": step, "train/loss": value} for step, value in enumerate([1.0, None, 10**400, 4.0])]
     groups = {"a": [run(tmp_path / "a", *lines)], "b": [run(tmp_path / "b", {"step": 1, "train/loss": None})]}
     (curve,) = panel(groups, "Training loss").curves
@@ -222,7 +222,7 @@ def lab(rgb: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("eye", EYES)
 @pytest.mark.parametrize("place", [0, 1])
-def test_every_eye_tells_the_colours_apart(place, eye):
+def test_colours_are_distinct_for_colour_blind_readers(place, eye):
     seen = [lab(np.array(EYES[eye]) @ linear(pair[place])) for pair in plots.COLOURS]
     for i, one in enumerate(seen):
         for other in seen[:i]:
@@ -230,7 +230,7 @@ def test_every_eye_tells_the_colours_apart(place, eye):
 
 
 @pytest.mark.parametrize(("place", "grounds"), [(0, ("#ffffff", "#f6f8fa")), (1, ("#14181d", "#1b2027"))])
-def test_every_colour_stands_out_from_its_ground(place, grounds):
+def test_every_colour_has_enough_contrast(place, grounds):
     for pair in plots.COLOURS:
         for ground in grounds:
             assert re.search(rf"--(page|card): ({ground}|{ground[:4]});", page._PAGE.template)
@@ -267,7 +267,7 @@ def drawn(one: Panel, look: dict[str, plots.Style]) -> Any:
     return axes
 
 
-def test_seeds_are_drawn_as_their_mean_their_range_and_themselves():
+def test_seeds_are_drawn_as_mean_range_and_lines():
     x = np.array([1, 2])
     runs = [(x, np.array([0.0, 0.2])), (x, np.array([0.4, 0.6]))]
     axes = drawn(Panel("", [Curve("a", runs)]), plots.styles(["a"]))
@@ -351,7 +351,7 @@ class Reader(HTMLParser):
         self.texts.append(data)
 
 
-def test_the_page_holds_everything_and_escapes_it(tmp_path):
+def test_the_page_is_self_contained_and_escaped(tmp_path):
     name = "<script>alert('a & b')</script>"
     groups = {name: [run(tmp_path / "a"), run(tmp_path / "b")], '"v1"': [run(tmp_path / "c")]}
     tables = [Table("Table <i>", ["<b>", "n"], [["<u>", "1"]], "note <s>")]
@@ -387,13 +387,13 @@ def test_a_page_without_groups_of_several_runs_does_not_explain_bands(tmp_path):
     assert "Thick lines" not in html.read_text(encoding="utf-8")
 
 
-def test_a_report_of_nothing_is_still_a_page(tmp_path):
+def test_an_empty_report_is_a_valid_page(tmp_path):
     html, image = write_report(tmp_path, "new", {"new": [run(tmp_path / "new", {"step": 0})]})
     assert "<figure" not in html.read_text(encoding="utf-8")
     assert image.read_bytes().startswith(PNG_SIGNATURE)
 
 
-def test_a_report_that_cannot_be_drawn_leaves_the_last_one(tmp_path, monkeypatch):
+def test_a_failed_report_keeps_the_previous_one(tmp_path, monkeypatch):
     groups = {"a": [run(tmp_path / "a")]}
     html, _ = write_report(tmp_path / "out", "first", groups)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -459,7 +459,7 @@ def test_a_table_on_a_terminal_is_aligned():
     assert table.text() == "Runs\nrun        n\nv1     1,000\ngated      1\nnote"
 
 
-def test_configurations_are_told_apart_by_what_differs(tmp_path):
+def test_configurations_are_compared_by_their_differences(tmp_path):
     one = run(
         tmp_path / "a", config="lr: 0.1\nrun_name: a\narch:\n  use_gating: true\n  depth: 1\nnew: null\n"
     )
@@ -500,10 +500,10 @@ def test_symptoms_are_fed_every_line_in_order(tmp_path, monkeypatch, config, log
 def test_symptoms_need_a_configuration_that_is_understood(tmp_path):
     assert symptoms(run(tmp_path / "a", config=None)) == []
     (text,) = symptoms(run(tmp_path / "b", config="no_such_key: 1\n"))
-    assert text.startswith("symptoms were not looked for: ") and "no_such_key" in text
+    assert text.startswith("no check for symptoms: ") and "no_such_key" in text
 
 
-def test_a_run_that_solves_nothing_has_a_symptom_and_one_that_learns_has_none(tmp_path):
+def test_only_a_run_that_solves_nothing_has_a_symptom(tmp_path):
     config = "{epochs: 10, eval_interval: 1, max_steps: 1000}"
     for name, gain, count in (("a", 0.0, 1), ("b", 0.001, 0)):
         lines = [
@@ -542,6 +542,6 @@ def test_several_runs_are_reported_side_by_side(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "elsewhere" / "report.png").exists()
 
 
-def test_a_folder_without_a_run_is_told_in_one_line(tmp_path, capsys):
+def test_a_folder_without_a_run_is_reported_in_one_line(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no metrics.jsonl there; give")

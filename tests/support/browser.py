@@ -1,9 +1,9 @@
-"""A headless Chromium for tests of pages, and a picture of a page:
+"""A headless Chromium for tests of pages, and screenshots of a page:
 
     python -m tests.support.browser PAGE.html IMAGE.png [--step N] [--gate N] [--dark] [--size 1200x800]
 
-Chromium is what CHROMIUM names, or else found on the PATH. Without one, or without playwright, the tests that
-need it are skipped; where HRM_BROWSER=1 says that it must be there, they fail.
+CHROMIUM gives the path of Chromium; by default it is searched on the PATH. Without it, or without playwright,
+tests that need it are skipped, or fail with HRM_BROWSER=1.
 """
 
 import argparse
@@ -32,17 +32,17 @@ FLAGS = (
 
 
 def missing() -> str | None:
-    """Why no browser can be had; None when one can."""
+    """The reason why there is no browser; None if there is one."""
     try:
         import playwright.sync_api  # noqa: F401
     except ImportError:
         return "playwright is missing: pip install -e '.[dev]'"
-    return None if _chromium() else f"no Chromium: CHROMIUM or the PATH must lead to {', '.join(NAMES)}"
+    return None if _chromium() else f"no Chromium: set CHROMIUM or the PATH to find {', '.join(NAMES)}"
 
 
 @contextmanager
 def chromium() -> Iterator["Browser"]:
-    """A browser with a new profile. Skips the test where there is none, or fails it with HRM_BROWSER=1."""
+    """A browser with a new profile. Skips the test if there is none, or fails it with HRM_BROWSER=1."""
     if reason := missing():
         if os.environ.get("HRM_BROWSER") == "1":
             pytest.fail(reason)
@@ -61,13 +61,13 @@ def _chromium() -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Takes a picture of a page of hrm.solving.player.")
+    parser = argparse.ArgumentParser(description="Takes a screenshot of a page of hrm.solving.player.")
     parser.add_argument("page", type=Path)
     parser.add_argument("image", type=Path)
     parser.add_argument("--step", type=int, help="the step to show (default: the last)")
-    parser.add_argument("--gate", type=int, help="the gate to lay over the board, from 0")
+    parser.add_argument("--gate", type=int, help="the gate to show over the board, from 0")
     parser.add_argument("--dark", action="store_true")
-    parser.add_argument("--size", default="1200x800", help="of the window (default 1200x800)")
+    parser.add_argument("--size", default="1200x800", help="size of the window (default 1200x800)")
     args = parser.parse_args()
     width, height = map(int, args.size.split("x"))
     with chromium() as browser:

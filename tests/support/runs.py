@@ -1,4 +1,4 @@
-"""Small training runs, what they wrote, and whether two are the same bit for bit."""
+"""Small training runs, their output files, and a bitwise comparison of two runs."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def tensors(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Bit for bit: weights, optimiser, carry, position and every metric but the clock's."""
+    """Asserts that weights, optimiser, carry, position and all metrics except times are bit-identical."""
     a, b = (load_checkpoint(run) for run in (one, other))
     assert a.step == b.step
     for mine, theirs in ((a.weights, b.weights), (tensors(a.training), tensors(b.training))):

@@ -87,13 +87,13 @@ def trained(config: Config, steps: int = 12) -> dict[str, Tensor]:
         {"arch": "feudal", "dtype": "bfloat16", "loss__loss_type": "softmax_cross_entropy"},
     ],
 )
-def test_two_runs_are_one_bit_for_bit(changes):
+def test_two_runs_are_bit_identical(changes):
     first, second, other = (trained(make_config(**changes, seed=seed)) for seed in (3, 3, 4))
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items()) and len(first) > 20
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
 
 
-def test_two_runs_on_two_threads_are_one():
+def test_runs_on_two_threads_are_bit_identical():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -104,7 +104,7 @@ def test_two_runs_on_two_threads_are_one():
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_bit_for_bit():
+def test_two_processes_are_bit_identical():
     """Nor does it hang on the order of sets, which Python seeds anew in each process."""
     code = (
         "from hrm.distributed import digest\n"
@@ -123,7 +123,7 @@ def test_two_processes_are_one_bit_for_bit():
     assert out[0].stdout == out[1].stdout and len(set(out[0].stdout.split())) > 10, out[0].stderr
 
 
-def test_an_operation_that_is_not_deterministic_is_named():
+def test_a_nondeterministic_operation_is_reported():
     table = torch.zeros(4)
 
     def put() -> None:
@@ -140,7 +140,7 @@ def test_an_operation_that_is_not_deterministic_is_named():
         torch.zeros(2) + torch.zeros(3)
 
 
-def test_what_was_set_is_set_again():
+def test_settings_are_restored():
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with deterministic(make_config(), CPU):
@@ -151,7 +151,7 @@ def test_what_was_set_is_set_again():
         torch.use_deterministic_algorithms(False)
 
 
-def test_threads_are_told_on_a_cpu():
+def test_threads_are_reported_on_a_cpu():
     with deterministic(make_config(), CPU) as notes:
         assert len(notes) == 1 and f"OMP_NUM_THREADS={torch.get_num_threads()}" in notes[0]
 
@@ -159,11 +159,11 @@ def test_threads_are_told_on_a_cpu():
 @pytest.mark.parametrize(
     ("changes", "device", "message"),
     [
-        ({"spike_rewinds": 2}, "cpu", "excludes spike_rewinds=2: .* set spike_rewinds=0"),
+        ({"spike_rewinds": 2}, "cpu", "conflicts with spike_rewinds=2: .* set spike_rewinds=0"),
         ({}, "mps", "not on mps; set device=cpu or deterministic=false"),
     ],
 )
-def test_what_cannot_be_is_refused(changes, device, message):
+def test_invalid_settings_are_refused(changes, device, message):
     with pytest.raises(UserError, match=f"deterministic=true.*{message}"):
         deterministic(make_config(**changes), torch.device(device)).__enter__()
     freely = make_config(**changes, deterministic=False)

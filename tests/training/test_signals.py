@@ -13,7 +13,7 @@ import pytest
 from hrm.common.errors import Stopped
 from hrm.training import signals as interruption
 from hrm.training.signals import (
-    GO_ON,
+    CONTINUE,
     HANG_UP,
     INTERRUPT,
     REASONS,
@@ -36,25 +36,25 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_a_checkpoint_is_due_by_time_and_the_end_goes_before_it(clock):
     asked = StopSignals(max_seconds=60, save_seconds=10)
-    assert asked.ask() == GO_ON
+    assert asked.ask() == CONTINUE
     clock[0] += 9.9
-    assert asked.ask() == GO_ON
+    assert asked.ask() == CONTINUE
     clock[0] += 0.1
     assert asked.ask() == SAVE
     # Once: by the time that all ranks have heard it another call has been made.
-    assert asked.ask() == GO_ON
+    assert asked.ask() == CONTINUE
     asked.saved()
-    assert asked.ask() == GO_ON
+    assert asked.ask() == CONTINUE
     clock[0] = 159.9
     assert asked.ask() == SAVE
     clock[0] = 160
     assert asked.ask() == TIME_OVER
     never = StopSignals(None, None)
     clock[0] += 1e9
-    assert never.ask() == GO_ON
+    assert never.ask() == CONTINUE
 
 
-def test_the_statuses_are_those_that_the_readme_tells():
+def test_exit_statuses_match_the_documents():
     assert {code: status for code, (_, status) in REASONS.items()} == {
         TIME_OVER: 75,
         UNREAD: 141,
@@ -141,7 +141,7 @@ def test_an_ignored_signal_stays_ignored():
     try:
         with StopSignals(None, None) as asked:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert asked.ask() == GO_ON
+            assert asked.ask() == CONTINUE
             os.kill(os.getpid(), signal.SIGTERM)
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -150,7 +150,7 @@ def test_an_ignored_signal_stays_ignored():
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, INTERRUPT), (signal.SIGTERM, TERMINATE)])
-def test_at_once_a_signal_ends_what_takes_every_exception_for_its_own(number, code, monkeypatch, capfd):
+def test_a_signal_ends_code_that_catches_every_exception(number, code, monkeypatch, capfd):
     monkeypatch.setattr(interruption, "ECHO", 0.0)
     reached: list[int] = []
     with StopSignals(None, None) as asked, pytest.raises(Stopped) as stopped, asked.at_once():
@@ -165,7 +165,7 @@ def test_at_once_a_signal_ends_what_takes_every_exception_for_its_own(number, co
     )
 
 
-def test_at_once_the_time_limit_ends_what_runs_and_does_not_outlive_it():
+def test_the_time_limit_applies_only_within_at_once():
     with StopSignals(0.05, None) as asked:
         with pytest.raises(Stopped) as stopped, asked.at_once():
             time.sleep(60)
@@ -179,7 +179,7 @@ def test_at_once_the_time_limit_ends_what_runs_and_does_not_outlive_it():
         assert signal.getitimer(signal.ITIMER_REAL) == (0, 0) and signal.getsignal(signal.SIGALRM) == before
 
 
-def test_at_once_a_failure_beside_a_request_is_the_stop(monkeypatch):
+def test_a_failure_after_a_request_counts_as_the_stop(monkeypatch):
     """The signal may have ended the compiler as well; without one, a failure stays what it is."""
     monkeypatch.setattr(interruption, "ECHO", 0.0)
     with StopSignals(None, None) as asked:

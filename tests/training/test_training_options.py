@@ -112,7 +112,7 @@ def run_metrics(config):
     return engine.pop().metrics
 
 
-def test_puzzle_embeddings_are_seen_to_move():
+def test_moving_puzzle_embeddings_are_logged():
     metrics = run_metrics(make_config(puzzle_emb_lr=1e-2, lr_warmup_steps=0))
     # From zero, sign-SGD moves every element by the learning rate.
     assert metrics["puzzle_emb_norm"] == pytest.approx(1e-2 * math.sqrt(32), rel=1e-5)
@@ -172,7 +172,7 @@ def test_a_run_stops_early_and_keeps_its_best(tiny_sudoku, tmp_path, capsys):
     argv += ["early_stop_patience=2", "best_metric=lm_loss"]
     status, out, _ = run_main(*argv, capsys=capsys)
     assert status == 0
-    assert "stopped early: no evaluation better than that of step 12 in the last 2" in out
+    assert "stopped early: no improvement over step 12 in the last 2" in out
     run = tmp_path / tiny_sudoku.name / "r"
     assert sorted(folder.name for folder in run.glob("step_*")) == ["step_12", "step_36"]
     # The same command again finds that it has stopped, and no more steps are made.
@@ -189,7 +189,7 @@ def test_a_run_stops_early_and_keeps_its_best(tiny_sudoku, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_best_is_saved_though_only_the_end_is_asked_for(tiny_sudoku, tmp_path):
+def test_the_best_is_saved_without_checkpoint_every_eval(tiny_sudoku, tmp_path):
     argv = words(tiny_sudoku, tmp_path, "lr=0", "puzzle_emb_lr=0", "checkpoint_every_eval=false")
     for keep_best, steps in (("true", ["step_12", "step_48"]), ("false", ["step_48"])):
         assert train.main([*argv, f"run_name={keep_best}", f"keep_best={keep_best}"]) == 0
@@ -250,12 +250,12 @@ def test_a_checkpoint_from_before_an_option_existed_resumes(tiny_sudoku, tmp_pat
         assert torch.equal(load_checkpoint(run).weights[name], tensor)
 
 
-def test_a_symptom_is_told_while_training(tiny_sudoku, tmp_path, capsys):
+def test_a_symptom_is_reported_during_training(tiny_sudoku, tmp_path, capsys):
     argv = words(tiny_sudoku, tmp_path, "run_name=r", "puzzle_emb_lr=0", "log_interval=1")
     status, _, error = run_main(*argv, capsys=capsys)
     assert status == 0
     lines = [line for line in error.splitlines() if line.startswith("warning: ")]
-    assert sum("the puzzle embeddings stay as they are: puzzle_emb_lr=0" in line for line in lines) == 1
+    assert sum("the puzzle embeddings do not change: puzzle_emb_lr=0" in line for line in lines) == 1
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ def test_a_quarter_of_the_groups_is_held_out_and_never_trains(tiny_sudoku, tmp_p
     assert ranked == [("valid", 8), ("valid", 4)]
 
 
-def test_a_group_is_held_out_with_all_its_puzzles_and_judged_by_its_first(tmp_path):
+def test_a_held_out_group_is_evaluated_by_its_first_puzzle(tmp_path):
     data = written(tmp_path / "data", [[1, 1], [3], [2, 4, 1], [7]], [[1], [2, 2]])
     training, examples = held_out(data.folder, data.sets, 0.5, 0)
     assert [len(training[name]) for name in data.sets] == [2, 1]
@@ -46,13 +46,13 @@ def test_a_group_is_held_out_with_all_its_puzzles_and_judged_by_its_first(tmp_pa
     assert [len(held_out(data.folder, data.sets, 0.999, 0)[0][name]) for name in data.sets] == [1, 1]
 
 
-def test_a_set_of_one_group_has_nothing_to_hold_out(tmp_path):
+def test_a_set_with_one_group_cannot_be_held_out(tmp_path):
     data = written(tmp_path / "data", [[1, 1, 1]])
     with pytest.raises(DatasetError, match=r"holds out whole groups.* set0 is a single one"):
         held_out(data.folder, data.sets, 0.1, 0)
 
 
-def test_valid_ranks_the_run_and_the_test_comes_at_the_end_alone(tiny_sudoku, tmp_path, capsys):
+def test_valid_ranks_the_run_and_test_is_only_at_the_end(tiny_sudoku, tmp_path, capsys):
     argv = words(tiny_sudoku, tmp_path, "valid_fraction=0.25", "project_name=p", "run_name=r")
     status, out, _ = run_main(*argv, capsys=capsys)
     assert status == 0
@@ -76,10 +76,12 @@ def test_early_stopping_looks_at_valid_and_still_ends_with_the_test(tiny_sudoku,
     assert "eval/all/count" not in lines[1] and lines[2]["eval/all/count"] == 20
 
 
-def test_without_it_the_log_says_that_the_test_flatters(tiny_sudoku, tmp_path, capsys):
+def test_without_valid_the_log_warns_of_bias(tiny_sudoku, tmp_path, capsys):
     short = ["max_steps=2", "eval_interval=null"]
     argv = words(tiny_sudoku, tmp_path, "max_steps=7", "run_name=a")
-    assert run_main(*argv, capsys=capsys)[1].count("which flatters its accuracy; valid_fraction=0.1") == 1
+    assert (
+        run_main(*argv, capsys=capsys)[1].count("which biases its accuracy upwards; valid_fraction=0.1") == 1
+    )
     # A run with one evaluation at its end chooses nothing.
     argv = words(tiny_sudoku, tmp_path, *short, "run_name=b")
     assert "flatters" not in run_main(*argv, capsys=capsys)[1]

@@ -1,12 +1,12 @@
 """Builds ARC data sets: reads, augments, splits and writes tasks (`python -m hrm.data arc`).
 
 A group is a task: the original puzzle, then its augmentations, each with its own identifier and name
-(see `augment`). The pairs of training tasks, demonstrations and tests, train; of evaluation tasks the
-demonstrations train and the tests test, under the same identifiers. In training, every pair but one of each
-puzzle stands at a random place on its canvas; in the test all stand in the upper left corner. Labels carry no
-loss at padding, and a test whose answer is not known has padding for labels: it is not counted. Both splits
-have one set, `all`. The layout is the official builder's, of HRM; `test_puzzles.json` beside it, the
-evaluation tasks by name as they came, is that of TRM's.
+(see `augment`). All pairs of training tasks are training data. The demonstrations of evaluation tasks are
+training data and their tests are test data, under the same identifiers. In training, every pair but one of
+each puzzle is at a random place on its canvas; in the test split all are in the upper left corner. Padding
+labels carry no loss; a test without a known answer has only padding labels and is not scored. Both splits
+have one set, `all`. The format is that of the official HRM builder; `test_puzzles.json`, the original
+evaluation tasks by name, follows TRM's builder.
 """
 
 import argparse
@@ -37,10 +37,10 @@ from hrm.data.options import add_shared
 from hrm.data.writer import Shape, check_output, new_dataset
 
 SET = "all"
-# A stream of random numbers: the choice of evaluation tasks.
+# Random stream of the choice of evaluation tasks.
 HOLDING_OUT = 1
 TEST_PUZZLES = "test_puzzles.json"
-# Most task names in a line of the summary.
+# Maximum number of task names in a line of the summary.
 NAMED = 8
 
 Item = TypeVar("Item")
@@ -49,17 +49,17 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Group:
-    """A task ready to be written: the names of its N puzzles and, by split, inputs and labels (N * E, S)
-    and difficulty (N * E,): the cells of the output, 0 where it is not known."""
+    """A task ready to be written: the names of its N puzzles and, by split, inputs and labels (N * E, S) and
+    difficulty (N * E,), the number of output cells, 0 if unknown."""
 
     names: list[str]
     splits: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 def build_group(task: Task, num_aug: int, seed: int, side: int = SIDE, *, plain: bool = False) -> Group:
-    """A task and up to num_aug augmentations, which depend on seed, name and pairs of the task alone.
+    """A task and up to num_aug augmentations, which depend only on seed, name and pairs of the task.
 
-    side: of the canvas. plain: only the task itself trains, in the corner, under the names of all.
+    side: of the canvas. plain: store only the original task for training, in the corner, under all names.
     """
     digest = hashlib.sha256(task.name.encode()).digest()
     rng = np.random.default_rng([seed, *np.frombuffer(digest, "<u4").tolist()])
@@ -86,8 +86,8 @@ def write_arc(
 ) -> list[tuple[str, int]]:
     """Augments tasks and writes the data set; returns each task's name and number of puzzles.
 
-    tasks: of different names. The bytes written do not depend on workers, the number of processes. There is
-    no test split without evaluation tasks. Raises DatasetError.
+    tasks: with unique names. The bytes do not depend on workers, the number of processes. Without evaluation
+    tasks there is no test split. Raises DatasetError.
     """
     made: list[tuple[str, int]] = []
     identifiers = [BLANK]
@@ -97,7 +97,7 @@ def write_arc(
         groups = _in_order(
             partial(build_group, num_aug=num_aug, seed=seed, side=side, plain=plain), tasks, workers
         )
-        # The bar closes before an error is printed.
+        # Close the bar before an error is printed.
         with tqdm(groups, desc="tasks", total=len(tasks), leave=False) as bar:
             for group in bar:
                 count = len(group.names)
@@ -132,7 +132,7 @@ def _as_json(task: Task) -> dict[str, Any]:
 
 
 def _in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """The results for the items in order, from several processes that work little ahead."""
+    """The results for the items in order, computed by several processes a few items ahead."""
     if workers == 1:
         yield from map(function, items)
         return
@@ -149,7 +149,7 @@ def _in_order(function: Callable[[Item], Result], items: Iterable[Item], workers
             yield waiting.popleft().result()
     except BrokenProcessPool:
         raise DatasetError(
-            f"--workers {workers}: a process was ended from outside, mostly for want of memory; try fewer"
+            f"--workers {workers}: a process was killed, usually for lack of memory; try fewer"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -157,7 +157,7 @@ def _in_order(function: Callable[[Item], Result], items: Iterable[Item], workers
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Processes started in the context ignore Ctrl-C; this process answers it."""
+    """Processes started in the context ignore Ctrl-C; only this process handles it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
@@ -173,7 +173,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--source",
         nargs="+",
         required=True,
-        help="folders of task JSON, or with sub-folders of it (training, evaluation, ...); or prefixes of "
+        help="folders of task JSON, or of sub-folders of it (training, evaluation, ...); or prefixes of "
         "Kaggle's PREFIX_challenges.json and PREFIX_solutions.json",
     )
     add(
@@ -181,14 +181,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=(),
         metavar="NAME",
-        help="folders (by name or path) or last words of prefixes whose tests are the test set; all others "
-        "train (default: those that begin with evaluation or test)",
+        help="folders (by name or path) or last parts of prefixes whose tests are the test set; other tasks "
+        "are for training (default: names that begin with evaluation or test)",
     )
     add(
         "--holdout",
         type=float,
         metavar="SHARE",
-        help="make this part of the tasks evaluation tasks, where no folder or prefix is of them",
+        help="share of the tasks to make evaluation tasks, if no folder or prefix has any",
     )
     add(
         "--canvas",
@@ -208,7 +208,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--rename-duplicates",
         action="store_true",
-        help="give a different task of a name that is taken the name NAME-2; else it is an error",
+        help="rename a different task with the same name NAME-2; else it is an error",
     )
     add_shared(parser, "tasks", "--seed", "--workers")
     parser.set_defaults(run=run)
@@ -262,12 +262,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _remedy(reader: Reader, clashes: int) -> str:
-    """The options that a source with faults could be built with. clashes: faults for a name that is taken."""
+    """The options with which an invalid source could be built. clashes: faults for duplicate names."""
     ways = ["--skip-bad leaves them out"]
     if reader.largest:
         ways.append(f"--canvas {reader.largest} or more makes room")
     if clashes:
-        ways.append("--rename-duplicates gives every task a name of its own")
+        ways.append("--rename-duplicates makes names unique")
     return ", ".join(ways)
 
 
@@ -284,7 +284,7 @@ def _summary(
     if plain:
         yield f"    {sum(made.values())} names; train with augment=true, which draws puzzles among them"
     if len(_splits(tasks)) < 2:
-        yield "    no test: none are evaluation tasks; --holdout 0.1 or --test-set makes some"
+        yield "    no test split: there are no evaluation tasks; --holdout 0.1 or --test-set makes some"
     unknown = sum(pair.output is None for task in tasks for pair in task.test)
     if unknown:
         yield f"    {unknown} tests without an answer, which are not counted"
@@ -292,10 +292,10 @@ def _summary(
     if fewer:
         yield f"  fewer than {num_aug} different augmentations: {_some(fewer)}"
     if left_out:
-        yield f"  left out, same as another task: {_some([task.name for task in left_out])}"
+        yield f"  left out, equal to another task: {_some([task.name for task in left_out])}"
     found = [f"{name} ({other})" for name, other in leaks(tasks)]
     if found:
-        yield f"  evaluation tasks like a training task but for turns and colours: {_some(found)}"
+        yield f"  evaluation tasks equal to a training task up to symmetry and colours: {_some(found)}"
 
 
 def _some(names: Sequence[str]) -> str:

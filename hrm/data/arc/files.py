@@ -1,18 +1,18 @@
 """Reads ARC tasks from folders of JSON files, or Kaggle's challenges and solutions, and checks every cell.
 
 A task is `{"train": [pair, ...], "test": [pair, ...]}`, a pair `{"input": grid, "output": grid}`, a grid a
-list of 1 to 30 rows (or as many as the canvas has) of as many colours 0 to 9. A list of pairs, as re-arc has
-them, is a task whose last pair is the test. A task may have a `name`; without it, its file's name counts.
+list of 1 to 30 rows (or up to the side of the canvas) of equal length with colours 0 to 9. A list of pairs,
+as in re-arc, is a task whose last pair is the test. A task may have a `name`; the default is its file's name.
 Other keys are ignored. A source is one of
 
-- a folder with sub-folders of task files, as ARC-AGI (training/, evaluation/) and ConceptARC (one a concept);
+- a folder with sub-folders of task files, as ARC-AGI (training/, evaluation/) and ConceptARC (one per
+  concept);
 - a folder of task files;
 - the prefix of Kaggle's files, `<prefix>_challenges.json` and, if answers are known,
   `<prefix>_solutions.json`: a list of the tests' outputs for each task.
 
-Tasks are evaluation tasks if their folder, or the last word of the prefix, begins with `evaluation` or
-`test` (or is one of `Reader.test_sets`), else training tasks. Only tests of evaluation tasks may lack an
-output.
+Tasks are evaluation tasks if their folder, or the last part of the prefix, begins with `evaluation` or `test`
+(or is one of `Reader.test_sets`), else training tasks. Only tests of evaluation tasks may lack an output.
 """
 
 from collections.abc import Sequence
@@ -28,12 +28,12 @@ from hrm.data.arc.augment import COLOURS, LARGEST_SIDE, SIDE, Pair, task_of
 from hrm.data.faults import Faults
 from hrm.data.format import DatasetError
 
-# Limits far above real tasks, at which reading JSON is still harmless.
+# Limits far above real tasks that keep the reading of JSON harmless.
 MAX_TASK_BYTES = 16 << 20
 MAX_KAGGLE_BYTES = 32 << 20
 MAX_PAIRS = 10_000
 MAX_NAME = 200
-# The name of identifier 0, which belongs to no puzzle.
+# The name of identifier 0, which has no puzzle.
 BLANK = "<blank>"
 
 
@@ -53,7 +53,7 @@ class Task:
 
 
 def read_source(source: str) -> list[Task]:
-    """The tasks of a source on the usual canvas. Raises DatasetError with file, task, pair and cell."""
+    """The tasks of a source, for the official canvas. Raises DatasetError with file, task, pair and cell."""
     reader = Reader()
     tasks = reader.read(source)
     reader.faults.check()
@@ -61,17 +61,17 @@ def read_source(source: str) -> list[Task]:
 
 
 def read_task(path: Path, side: int = SIDE) -> Task:
-    """The task in one file, whose tests may lack an output. Raises DatasetError."""
+    """The task in a file; its tests may lack an output. Raises DatasetError."""
     return Reader(side)._task(_read(path, MAX_TASK_BYTES), path.stem, str(path), True)
 
 
 class Reader:
     """Reads sources and collects the faults of all tasks.
 
-    side: of the canvas, the most rows and columns of a grid. test_sets: the names or paths of the folders and
-    prefixes with evaluation tasks; without any, the beginning of the name counts. faults: collects tasks that
-    are faulty. notes: lines about files that are no tasks. largest: most rows or columns of the grids that a
-    larger canvas would take, 0 without any.
+    side: of the canvas, the maximum number of rows and columns of a grid. test_sets: the names or paths of
+    the folders and prefixes with evaluation tasks; by default the beginning of the name decides. faults:
+    collects invalid tasks. notes: lines about files that are not tasks. largest: the largest number of rows
+    or columns of a grid beyond the canvas, 0 without any.
     """
 
     def __init__(self, side: int = SIDE, test_sets: Sequence[str] = (), faults: Faults | None = None) -> None:
@@ -84,7 +84,7 @@ class Reader:
         self._used: set[str] = set()
 
     def read(self, source: str) -> list[Task]:
-        """The sound tasks of a source, by sub-folder and name. Raises DatasetError for one that is none."""
+        """The valid tasks of a source, by sub-folder and name. Raises DatasetError for an invalid source."""
         folder = Path(source)
         if folder.is_dir():
             return self._folder(folder)
@@ -136,9 +136,9 @@ class Reader:
             for path in paths:
                 with self.faults.item():
                     value = read_json(path, MAX_TASK_BYTES, "a file of ARC tasks", DatasetError)
-                    # re-arc describes its folder of tasks in a file beside it.
+                    # re-arc has a file that describes its folder of tasks.
                     if part == folder and any(files[each] for each in subfolders) and _is_no_task(value):
-                        self.notes.append(f"passed over {path}: no task, but there are sub-folders of tasks")
+                        self.notes.append(f"skipped {path}: not a task, and there are sub-folders of tasks")
                         continue
                     name = value.get("name", path.stem) if isinstance(value, dict) else path.stem
                     tasks.append(self._task(value, name, str(path), evaluation))
@@ -170,11 +170,13 @@ class Reader:
         solutions: Path,
         answers: dict[str, Any],
     ) -> dict[str, Any]:
-        """A task of Kaggle's files with the outputs of its tests."""
+        """A task from Kaggle's files, with the outputs of its tests."""
         tests = _list(value.get("test"), f"{where}: test", MAX_PAIRS)
         there = f"{solutions}: task {literal(name)}"
         if name not in answers:
-            raise DatasetError(f"{there}: not there, but in {challenges.name}; take both of one version")
+            raise DatasetError(
+                f"{there}: missing, but in {challenges.name}; use both files from the same version"
+            )
         outputs = _list(answers[name], there, MAX_PAIRS)
         if len(outputs) != len(tests):
             raise DatasetError(
@@ -183,7 +185,7 @@ class Reader:
         self._note_sides(value)
         for grid in outputs:
             self._note_grid(grid)
-        # Checked here, so that messages give the right file.
+        # Check here, so that messages name the right file.
         for number, grid in enumerate(outputs):
             self._grid(grid, f"{there}: output {number}")
         tests = [
@@ -214,7 +216,7 @@ class Reader:
             )
         if task_of(name) != name:
             raise DatasetError(
-                f"{where}: the name {name} is that of an augmented puzzle; rename the task, or take the "
+                f"{where}: the name {name} looks like an augmented puzzle's; rename the task, or take the "
                 "original"
             )
         self._note_sides(value)
@@ -257,7 +259,7 @@ class Reader:
         return np.array(rows, np.uint8)
 
     def _note_sides(self, task: dict[str, Any]) -> None:
-        """Counts every grid for `largest`, because reading a task ends at its first fault."""
+        """Updates `largest` from all grids, because reading a task ends at its first fault."""
         for pairs in (task.get("train"), task.get("test")):
             for pair in pairs if isinstance(pairs, list) else ():
                 if isinstance(pair, dict):

@@ -1,4 +1,4 @@
-"""ARC grids read, written and checked, on a square canvas.
+"""Reads, writes and checks ARC grids on a square canvas.
 
 Tokens: 0 is padding, 1 the end of the grid, c + 2 the colour c.
 """
@@ -13,12 +13,12 @@ from hrm.common.text import counted
 from hrm.data.arc.augment import VOCAB_SIZE, canvas, grid_of
 from hrm.data.boards import PLAIN, Boards, Rules, Tokens
 
-# Each colour as one of a terminal's 256.
+# Terminal colour (of 256) for each colour.
 TERMINAL_COLOURS = (16, 27, 160, 34, 220, 244, 199, 208, 117, 88)
 
 
 class ArcRules(Rules):
-    """An answer has a grid of colours in the upper left corner of the canvas."""
+    """Checks that an answer has a grid of colours in the upper left corner of the canvas."""
 
     symbols = "_|0123456789"
 
@@ -44,7 +44,7 @@ class ArcRules(Rules):
         grid = board.reshape(boards.rows, boards.cols)
         if (read := grid_of(board)) is not None:
             grid = grid[: read.shape[0], : read.shape[1]]
-        # Training places grids anywhere on the canvas; a canvas without a grid is shown whole.
+        # Training grids may be anywhere on the canvas; without a grid, show the whole canvas.
         elif not any(self.malformed(boards, board)):
             grid = grid[arc_grid(board)]
         lines = self.shown(Boards(boards.name, *grid.shape), grid.reshape(-1), None, False)
@@ -61,7 +61,7 @@ class ArcRules(Rules):
         return self.malformed(boards, question)
 
     def malformed(self, boards: Boards, board: np.ndarray) -> Iterator[str]:
-        """Where the canvas differs from one with a single grid, closed on its right and below it."""
+        """The differences of the canvas from one with a single grid and its end marks."""
         rows, cols = arc_grid(board)
         if not rows.stop:
             yield "there is no grid: no cell holds a colour"
@@ -71,13 +71,13 @@ class ArcRules(Rules):
         if len(holes):
             row, column = divmod(int(holes[0]), cols.stop - cols.start)
             cell = (rows.start + row) * boards.cols + cols.start + column
-            yield f"the colours fill no rectangle: {boards.at(cell)} has none"
+            yield f"the colours do not fill a rectangle: {boards.at(cell)} has none"
             return
         grid = (cells[rows, cols] - 2).astype(np.uint8)
         expected = canvas(grid, rows.start, cols.start, boards.rows)
         wrong = np.nonzero(expected != board)[0]
         if len(wrong):
-            yield f"the grid is not closed by end marks and padding alone: {boards.at(int(wrong[0]))}"
+            yield f"the grid is not surrounded by end marks and padding: {boards.at(int(wrong[0]))}"
 
 
 def arc_grid(tokens: Tokens) -> tuple[slice, slice]:

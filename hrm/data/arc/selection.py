@@ -1,4 +1,5 @@
-"""Chooses among ARC tasks of several sources: one of each, one of each name, some held out, leaks found."""
+"""Selects ARC tasks of several sources: removes duplicates, makes names unique, holds tasks out, finds
+leaks."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +14,7 @@ from hrm.data.format import DatasetError
 
 
 def distinct(tasks: Iterable[Task]) -> tuple[list[Task], list[Task]]:
-    """The different tasks, and the repetitions that were removed: tasks with the pairs of a kept one.
+    """The different tasks, and the removed duplicates, which have the same pairs as a kept task.
 
     Evaluation tasks are kept before training tasks.
     """
@@ -34,10 +35,10 @@ def distinct(tasks: Iterable[Task]) -> tuple[list[Task], list[Task]]:
 def of_different_names(
     tasks: Sequence[Task], faults: Faults, *, rename: bool
 ) -> tuple[list[Task], list[tuple[str, str]]]:
-    """The tasks, of different names, in the same order, and each renamed one's file and new name.
+    """The tasks with unique names, in the same order, and the file and new name of each renamed task.
 
-    A name belongs to its first evaluation task, else to its first task. The others of that name get a number,
-    `<name>-2`, with `rename`; else they are left out and become `faults`.
+    A name belongs to its first evaluation task, else to its first task. With `rename` the other tasks of that
+    name get a number, `<name>-2`; else they are left out and added to `faults`.
     """
     owners: dict[str, Task] = {}
     for task in sorted(tasks, key=lambda task: not task.evaluation):
@@ -56,12 +57,12 @@ def of_different_names(
             kept.append(new)
             renamed.append((task.where, new.name))
         else:
-            faults.add(task.where, f"the name {task.name} is that of another task too ({owner.where})")
+            faults.add(task.where, f"another task has the same name {task.name} ({owner.where})")
     return kept, renamed
 
 
 def hold_out(tasks: Sequence[Task], share: float, rng: np.random.Generator) -> list[Task]:
-    """The tasks, about `share` of them made evaluation tasks at random. Raises DatasetError."""
+    """Makes a random `share` of the tasks evaluation tasks. Raises DatasetError."""
     if not 0 < share < 1:
         raise DatasetError(f"--holdout {share:g}: expected a part of the tasks, between 0 and 1")
     if found := next((task for task in tasks if task.evaluation), None):
@@ -79,8 +80,8 @@ def hold_out(tasks: Sequence[Task], share: float, rng: np.random.Generator) -> l
 def leaks(tasks: Sequence[Task]) -> list[tuple[str, str]]:
     """Evaluation tasks that a training task reveals: the names of both.
 
-    Their pairs are the same after one of the eight turns of all grids and a renaming of colours 1 to 9, which
-    may differ from pair to pair.
+    Their pairs are equal up to one of the eight symmetries for all grids and a permutation of colours 1 to 9
+    for each pair.
     """
     training = {_likeness(task): task.name for task in tasks if not task.evaluation}
     alike = ((task.name, training.get(_likeness(task))) for task in tasks if task.evaluation)

@@ -37,10 +37,10 @@ from hrm.data.inspect.render import png
 from hrm.data.inspect.rules import check_rules, check_unique
 from hrm.data.puzzle_kinds import Kind
 
-# Tokens of larger vocabularies are not counted.
+# Maximum vocabulary whose tokens are counted.
 MOST_TOKENS = 1 << 12
 MOST_SAMPLES = 100
-# Widest pair of boards, in characters, that is printed side by side.
+# Maximum width, in characters, of two boards printed side by side.
 MOST_COLUMNS = 100
 
 
@@ -48,13 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m hrm.data inspect`."""
     add = parser.add_argument
     add("path", type=Path, help="folder of a data set, or of one of its splits")
-    add("--split", help="the one split to look at: train or test (default: all)")
-    add("--samples", type=int, default=2, help="puzzles of each split to show, at random (default 2)")
-    add("--kind", choices=KINDS, help="the kind of puzzle, in place of the data set's own or its sizes'")
-    add("--png", type=Path, metavar="FILE", help="draw the samples into this file as well")
-    add("--seed", type=int, default=0, help="chooses the samples (default 0)")
-    add("--deep", action="store_true", help="solve every Sudoku, to prove that it has one solution")
-    parser.epilog = "exit status: 0 all checks passed, 1 something is wrong with the data set, 2 no data set"
+    add("--split", help="split to inspect: train or test (default: both)")
+    add("--samples", type=int, default=2, help="random puzzles to show from each split (default 2)")
+    add("--kind", choices=KINDS, help="the kind of puzzle (default: as declared, or by sizes)")
+    add("--png", type=Path, metavar="FILE", help="also draw the samples into this file")
+    add("--seed", type=int, default=0, help="seed of the samples (default 0)")
+    add("--deep", action="store_true", help="solve every Sudoku, to check that it has one solution")
+    parser.epilog = "exit status: 0 all checks passed, 1 the data set has a fault, 2 there is no data set"
     parser.set_defaults(run=run)
 
 
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
         print("\n".join(_statistics(split)))
         print("\n".join(_texts(split, drawn[split.folder.name])))
     if shared:
-        print(f"{shared:,} label rows of the training are in the test too")
+        print(f"{shared:,} training label rows are also in the test split")
     if args.png is not None:
         _draw(args.png, splits, drawn)
     print("\n".join(_notes(root, splits)))
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _notes(root: Path, splits: list[Split]) -> Iterator[str]:
-    """Deviations that are no violation, in splits without checksums, which other programs wrote."""
+    """Deviations that are not violations, for splits without checksums, which other programs wrote."""
     for split in splits:
         if split.asked is None and not (split.folder / CHECKSUMS).exists():
             with suppress(DatasetError):
@@ -111,7 +111,7 @@ def _folders(path: Path, wanted: str | None) -> tuple[Path, list[Path]]:
         if wanted not in (None, path.name):
             raise DatasetError(f"{path}: is the split {path.name}, not {wanted}; leave out --split")
         return path.parent, [path]
-    # train before test.
+    # Put train before test.
     found = sorted((folder for folder in path.iterdir() if _is_split(folder)), reverse=True)
     folders = [folder for folder in found if wanted in (None, folder.name)]
     if not folders:
@@ -128,10 +128,8 @@ def _is_split(folder: Path) -> bool:
 
 
 def _check_leaks(splits: list[Split], findings: Findings) -> int:
-    """Reports training labels that are also test labels.
-
-    They are violations for Sudoku and mazes; elsewhere different questions may share an answer, so they are
-    only counted.
+    """Reports training labels that are also test labels. They are violations for Sudoku and mazes; for other
+    kinds, different questions may share an answer, so they are only counted.
     """
     named = {split.folder.name: split for split in splits}
     count = 0
@@ -139,7 +137,7 @@ def _check_leaks(splits: list[Split], findings: Findings) -> int:
         kind = named["train"].kind
         for path, rows in leaks(named["train"], named["test"]):
             if kind is not None and kind.name in ("sudoku", "maze"):
-                findings.add_rows(path, rows, "row {} is a label of the test too".format)
+                findings.add_rows(path, rows, "row {} is also a label of the test split".format)
             else:
                 count += len(rows)
     return count
@@ -212,7 +210,7 @@ def _tokens(kind: Kind, array: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class Sample:
-    """An example of a split: its set and row, its input and label, (S,) integers."""
+    """An example of a split: its set and row, and its input and label, (S,) integers."""
 
     name: str
     row: int
@@ -258,9 +256,9 @@ def _texts(split: Split, samples: list[Sample]) -> Iterator[str]:
 def _draw(path: Path, splits: list[Split], drawn: dict[str, list[Sample]]) -> None:
     split = next((split for split in splits if drawn[split.folder.name]), None)
     if split is None or split.kind is None:
-        raise UserError(f"{path}: there is no sample to draw; raise --samples or mend the data set")
+        raise UserError(f"{path}: there is no sample to draw; raise --samples or repair the data set")
     boards: list[tuple[str, Tokens, Tokens | None]] = []
-    # A picture shows one kind; splits of different kinds are a violation.
+    # A picture shows a single kind; splits of different kinds are a violation.
     for other in splits:
         if other.kind == split.kind:
             for sample in drawn[other.folder.name]:

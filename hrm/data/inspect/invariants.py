@@ -1,7 +1,7 @@
-"""Checks of every invariant of a data set on disk, which report all violations.
+"""Checks every invariant of a data set on disk, and reports all violations.
 
 `format.read_set` stops at the first fault, because training must not start on damaged data. These checks
-continue, in chunks of the memory maps, and skip only what depends on a damaged part.
+continue, in chunks of the memory maps, and skip only those that depend on a damaged part.
 """
 
 import math
@@ -36,13 +36,13 @@ from hrm.data.format import (
 )
 from hrm.data.puzzle_kinds import Kind, declared, kind_for, recognised
 
-# Violations of one file that are reported; further ones are counted.
+# Maximum number of reported violations per file; further ones are only counted.
 MOST = 20
 INDICES = {"puzzle_indices": "inputs", "group_indices": "puzzle_identifiers"}
 
 
 class Findings:
-    """The violations of each file: the first MOST of them, and their number."""
+    """The first MOST violations of each file, and their number."""
 
     def __init__(self) -> None:
         self.told: dict[Path, list[str]] = {}
@@ -52,7 +52,7 @@ class Findings:
         self.add_rows(path, range(1), lambda _: what)
 
     def add_rows(self, path: Path, rows: Sequence[int] | np.ndarray, tell: Callable[[int], str]) -> None:
-        """Adds one violation for each of `rows`, described by tell(row)."""
+        """Adds a violation for each of `rows`; tell(row) describes it."""
         if not len(rows):
             return
         told = self.told.setdefault(path, [])
@@ -76,8 +76,8 @@ class Findings:
 class Split:
     """The readable parts of a split.
 
-    facts: the valid fields of dataset.json. sets: by set, the arrays of the right type and number of
-    dimensions, as memory maps. asked: the kind that the user gave, in place of dataset.json's.
+    facts: the valid fields of dataset.json. sets: by set, the arrays with the right type and number of
+    dimensions, as memory maps. asked: the user's kind, which replaces that of dataset.json.
     """
 
     folder: Path
@@ -87,9 +87,9 @@ class Split:
 
     @cached_property
     def kind(self) -> Kind | None:
-        """The kind of the puzzles, as `puzzle_kinds.kind_of` tells it; None without their sizes.
+        """The kind of the puzzles, by `puzzle_kinds.kind_of`; None if the sizes are unknown.
 
-        Raises UserError if the user gave a kind of other sizes.
+        Raises UserError if the user's kind does not fit the sizes.
         """
         if not {"vocab_size", "seq_len"} <= self.facts.keys():
             return None
@@ -117,7 +117,7 @@ class Split:
         return (inputs, labels) if inputs.shape[1] == self.facts.get("seq_len") else None
 
     def answers(self, inputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Labels (..., S) int64; cells without loss take the input's token, except padding in ARC."""
+        """Labels (..., S) int64; cells without loss get the input's token, except padding in ARC."""
         if self.kind is not None and self.kind.name == "arc":
             return labels.astype(np.int64)
         return np.where(np.isin(labels, self.ignored), inputs, labels).astype(np.int64)
@@ -286,7 +286,7 @@ def check_identifiers(folder: Path, splits: list[Split], findings: Findings) -> 
     first: dict[str, int] = {}
     again = [row for row, name in enumerate(names) if first.setdefault(name, row) != row]
     findings.add_rows(
-        path, again, lambda row: f"name {row}, {literal(names[row])}, is that of {first[names[row]]}"
+        path, again, lambda row: f"name {row}, {literal(names[row])}, is also name {first[names[row]]}"
     )
 
 
@@ -301,7 +301,7 @@ def check_same_task(splits: list[Split], findings: Findings) -> None:
 
 
 def leaks(train: Split, test: Split) -> Iterator[tuple[Path, np.ndarray]]:
-    """Rows of the training labels that are also label rows of the test, by file, in chunks."""
+    """Training label rows that are also test label rows, by file, in chunks."""
     known = np.unique([digest for name in test.sets for _, found in _digests(test, name) for digest in found])
     for name in train.sets:
         for first, found in _digests(train, name):
@@ -310,7 +310,7 @@ def leaks(train: Split, test: Split) -> Iterator[tuple[Path, np.ndarray]]:
 
 
 def _digests(split: Split, name: str) -> Iterator[tuple[int, np.ndarray]]:
-    """The first row of each chunk and 16 bytes for each answer, independent of the labels' integer type."""
+    """Yields each chunk's first row and a 16-byte hash of each answer, independent of the integer type."""
     if examples := split.examples(name):
         for rows in chunks(examples[1]):
             answers = np.ascontiguousarray(split.answers(*(array[rows] for array in examples)))

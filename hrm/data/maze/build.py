@@ -1,10 +1,9 @@
 """Builds maze data sets, generated or from files (`python -m hrm.data maze`).
 
 Tokens: 0 is padding, 1 to 5 are the characters of "# SGo"; labels are the mazes with a shortest path marked.
-A group is one maze and its turned and mirrored copies; every maze is one example, and its difficulty is the
-length of its path. Mazes that are symmetric to each other count as equal: apart from augmentations a data set
-has each of them once, and training and test share none. Mazes pass through memory in chunks; about a hundred
-bytes of each stay.
+A group is one maze and its rotated and reflected copies; every maze is one example, and its difficulty is the
+length of its path. Symmetric mazes count as equal: apart from augmentations each occurs once, and training
+and test share none. Mazes are processed in chunks; memory keeps about a hundred bytes per maze.
 """
 
 import argparse
@@ -31,22 +30,22 @@ from hrm.data.writer import Shape, check_output, new_dataset
 VOCABULARY = 6
 GENERATED = "generated"
 DEFAULTS = {"size": (30, 30), "kind": "perfect", "min_length": 0, "num_train": 1000, "num_test": 1000}
-# Draws for one maze before its length of path, or a new maze, counts as out of reach.
+# Maximum number of draws for one maze of the requested path length.
 ATTEMPTS = 10_000
-# Most cells of a maze, the longest sequence of a data set.
+# Maximum number of cells in a maze, which is the sequence length.
 MOST_CELLS = NUMBERS["seq_len"][1]
-# Cells, roughly, in a chunk of generated mazes.
+# Approximate number of cells in a chunk of generated mazes.
 CHUNK_CELLS = 1 << 22
-# Streams of random numbers: mazes of each split, augmentations, selection.
+# Random streams: mazes of each split, augmentations, selection.
 STREAMS = {"test": 1, "train": 2}
 AUGMENTING, CHOOSING = 3, 4
 
 
 @dataclass(frozen=True)
 class Request:
-    """The mazes to generate: of rows x columns cells, with a path of at least min_length steps.
+    """The mazes to generate: rows x columns cells, with a path of at least min_length steps.
 
-    braided: without dead ends, so with loops; see `search.random_mazes`.
+    braided: with loops instead of dead ends; see `search.random_mazes`.
     """
 
     rows: int = 30
@@ -57,7 +56,7 @@ class Request:
 
     @property
     def row_length(self) -> int | None:
-        """As in `Mazes.columns`."""
+        """See `Mazes.columns`."""
         return None if self.rows == self.columns else self.columns
 
 
@@ -66,8 +65,8 @@ def generate(
 ) -> Iterator[Mazes]:
     """Yields `count` random mazes in chunks, none of them in `taken`, and adds them to `taken`.
 
-    split: "test" or "train", which have their own random numbers. taken: see `files.keys`. workers: threads;
-    mazes do not depend on their number. Raises MazeError if such mazes are out of reach.
+    split: "test" or "train", which have separate random streams. taken: see `files.keys`. workers: threads;
+    mazes do not depend on their number. Raises MazeError if it finds no such mazes.
     """
     cells = request.rows * request.columns
     size = max(1, CHUNK_CELLS // cells)
@@ -113,14 +112,14 @@ def _out_of_reach(request: Request) -> MazeError:
     size = f"{request.rows}" + f"x{request.columns}" * (request.rows != request.columns)
     return MazeError(
         f"size={size} min_length={request.min_length}: none of {ATTEMPTS} random "
-        "mazes has a path that long and is not there yet; lower --min-length, --num-train or --num-test, or "
+        "mazes has a path that long and is new; lower --min-length, --num-train or --num-test, or "
         "raise --size"
     )
 
 
 @dataclass(frozen=True)
 class Form:
-    """How files of mazes are read, see `files.read_mazes`. skip_bad: leaves out faulty mazes."""
+    """Options for reading maze files; see `files.read_mazes`. skip_bad: skip invalid mazes."""
 
     columns: int | None = None
     skip_bad: bool = False
@@ -128,9 +127,9 @@ class Form:
 
 @dataclass(frozen=True)
 class Selection:
-    """The mazes of a file for a split: a bool for each; the numbers of repetitions and of test mazes.
+    """The selected mazes of a file, as a bool for each, and the numbers of duplicates and of test mazes.
 
-    form: how the file is read. notes: lines about the faulty mazes that are left out.
+    form: how the file is read. notes: lines about skipped mazes.
     """
 
     path: Path
@@ -141,7 +140,7 @@ class Selection:
     notes: tuple[str, ...] = ()
 
     def mazes(self) -> Iterator[Mazes]:
-        """Reads them, in chunks."""
+        """Reads the selected mazes, in chunks."""
         first = 0
         faults = Faults(skip=self.form.skip_bad, error=MazeError)
         for chunk in read_mazes(self.path, columns=self.form.columns, check=False, faults=faults):
@@ -150,9 +149,9 @@ class Selection:
 
 
 def select(train: Path, test: Path, form: Form = Form()) -> dict[str, Selection]:
-    """Reads and checks two files; keeps the first of equal mazes, and no test maze for training.
+    """Reads and checks two files; removes duplicates, and test mazes from training.
 
-    Mazes that are symmetric to each other are equal. Raises MazeError.
+    Symmetric mazes count as equal. Raises MazeError.
     """
     classes, shapes, notes = {}, {}, {}
     for split, path in (("test", test), ("train", train)):
@@ -166,7 +165,7 @@ def select(train: Path, test: Path, form: Form = Form()) -> dict[str, Selection]
     in_test = np.isin(classes["train"], classes["test"])
     kept = first_of_train & ~in_test
     if not kept.any():
-        raise MazeError(f"{train}: every maze is one of the test {test}; expected others")
+        raise MazeError(f"{train}: every maze is also in the test file {test}; expected other mazes")
     repeated = {"train": int((~first_of_train & ~in_test).sum()), "test": int((~first_of_test).sum())}
     return {
         "train": Selection(train, kept, repeated["train"], int(in_test.sum()), form, notes["train"]),
@@ -177,7 +176,7 @@ def select(train: Path, test: Path, form: Form = Form()) -> dict[str, Selection]
 def hold_out(
     path: Path, test_size: float, rng: np.random.Generator, form: Form = Form()
 ) -> dict[str, Selection]:
-    """Reads and checks one file, and takes about `test_size` of its mazes for the test. Raises MazeError."""
+    """Reads and checks one file, and uses a share of about `test_size` for the test. Raises MazeError."""
     if not 0 < test_size < 1:
         raise MazeError(f"test_size={test_size:g}: expected a part of the mazes, between 0 and 1")
     classes, _, notes = _classes(path, form)
@@ -198,14 +197,14 @@ def hold_out(
 
 
 def _classes(path: Path, form: Form) -> tuple[np.ndarray, tuple[int, int], tuple[str, ...]]:
-    """The key of every sound maze of a file, the shape of all, and notes on those left out."""
+    """The key of every valid maze of a file, their common shape, and notes on skipped mazes."""
     faults = Faults(skip=form.skip_bad, error=MazeError)
     found: list[np.ndarray] = []
     for mazes in read_mazes(path, columns=form.columns, faults=faults):
         found.append(keys(mazes.questions, mazes.columns))
         shape = mazes.shape
     if not found:
-        raise MazeError(f"{path}: no sound maze in it; {faults.listed()}")
+        raise MazeError(f"{path}: it holds no valid maze; {faults.listed()}")
     return np.concatenate(found), shape, tuple(f"  {path.name}: {note}" for note in faults.notes())
 
 
@@ -216,8 +215,8 @@ def _first_of_each(classes: np.ndarray) -> np.ndarray:
 
 
 def augment(mazes: Mazes, num_aug: int, rng: np.random.Generator) -> Mazes:
-    """Every maze, followed by `num_aug` random ones of its other symmetric mazes in the order of
-    `search.symmetric`: seven of a square, three of a rectangle."""
+    """Every maze, followed by `num_aug` random symmetric copies in the order of `search.symmetric`; a square
+    has seven, a rectangle three."""
     count, shape = len(mazes.lengths), mazes.shape
     keeping = np.array(symmetries_of(shape))
     _check_num_aug(num_aug, shape)
@@ -239,9 +238,9 @@ def augment(mazes: Mazes, num_aug: int, rng: np.random.Generator) -> Mazes:
 def write_mazes(
     folder: str | Path, splits: Mapping[str, Iterable[Mazes]], num_aug: int, seed: int
 ) -> dict[str, np.ndarray]:
-    """Writes a data set with augmented training mazes; returns the lengths of paths of every split.
+    """Writes a data set with augmented training mazes; returns the path lengths of every split.
 
-    splits: name to chunks of mazes, all of one shape. Raises DatasetError; see `writer.new_dataset`.
+    splits: chunks of mazes by name, all of one shape. Raises DatasetError; see `writer.new_dataset`.
     """
     rng = np.random.default_rng([seed, AUGMENTING])
     lengths: dict[str, list[np.ndarray]] = {split: [] for split in splits}
@@ -279,24 +278,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=GENERATED,
         help="'generated' (default); folder with train and test files; one file, a part of which is held out "
         "for the test; hub:NAME, a data set of the Hugging Face hub. A .csv has the columns "
-        "question,answer, a .txt a maze a line or grids; letters '# SGo' or those of maze-dataset, '# SEX'",
+        "question,answer; a .txt has a maze per line or grids; letters '# SGo' or maze-dataset's '# SEX'",
     )
-    add(
-        "--columns", type=int, help="cells in a row of a file's mazes (default: they are square, or of lines)"
-    )
+    add("--columns", type=int, help="cells in a row of a file's mazes (default: square, or one line per row)")
     add(
         "--size",
         type=_size,
         help=f"sides of generated mazes in cells, such as 30 or 20x40, {SMALLEST_SIDE} or more (default 30)",
     )
-    add("--kind", choices=("perfect", "braided"), help="one way between any two cells (default), or loops")
+    add("--kind", choices=("perfect", "braided"), help="one path between any two cells (default), or loops")
     add("--min-length", type=int, help="least steps from start to goal of generated mazes (default: any)")
     add_shared(parser, "mazes", "--num-train", "--num-test")
     add(
         "--num-aug",
         type=int,
         default=0,
-        help="of every training maze, turned and mirrored: 0 (default) to 7, or 3 if it is not square",
+        help="rotated and reflected copies of each training maze: 0 (default) to 7, or 3 if not square",
     )
     add_shared(parser, "mazes", "--subsample-size", "--test-size", "--skip-bad", "--seed", "--workers")
     parser.set_defaults(run=run)
@@ -320,7 +317,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _complete(args: argparse.Namespace) -> None:
-    """Refuses options that are out of range or have no effect, and fills in defaults."""
+    """Rejects options that are out of range or have no effect, and fills in defaults."""
     generated = args.source == GENERATED
     made = ("size", "kind", "min_length", "num_train", "num_test", "workers")
     refuse_idle(
@@ -362,7 +359,7 @@ def _is_one_file(source: str) -> bool:
 def _generated(args: argparse.Namespace) -> tuple[dict[str, Iterable[Mazes]], list[str]]:
     rows, columns = args.size
     request = Request(rows, columns, args.kind == "braided", args.min_length, args.seed)
-    # The first mazes of a larger draw are a draw themselves.
+    # The first mazes of a random selection are a random selection too.
     counts = {"test": args.num_test, "train": min(args.num_train, args.subsample_size or args.num_train)}
     taken: set[bytes] = set()
     return {name: generate(request, name, count, taken, args.workers) for name, count in counts.items()}, []
@@ -383,12 +380,12 @@ def _from_files(args: argparse.Namespace) -> tuple[dict[str, Iterable[Mazes]], l
         train.kept[:] = False
         train.kept[rng.choice(rows, args.subsample_size, replace=False)] = True
     notes = [
-        f"  left out of {name}: {selection.repeated} that repeat another one, turned or mirrored"
+        f"  left out of {name}: {selection.repeated} duplicates, up to rotation and reflection"
         for name, selection in selections.items()
         if selection.repeated
     ]
     if train.in_test:
-        notes.append(f"  left out of train: {train.in_test} that are in the test, turned or mirrored")
+        notes.append(f"  left out of train: {train.in_test} test mazes, up to rotation and reflection")
     notes += [note for selection in selections.values() for note in selection.notes]
     return {name: selection.mazes() for name, selection in selections.items()}, notes
 

@@ -1,4 +1,4 @@
-"""Reads mazes in any of the forms of `maze.text`, and checks every one."""
+"""Reads mazes in any format of `maze.text`, and checks each."""
 
 import csv
 from collections.abc import Iterator
@@ -20,17 +20,17 @@ from hrm.data.maze.text import SMALLEST_SIDE, read_rows
 from hrm.data.puzzle_kinds import Kind
 from hrm.data.tables import Row
 
-# Rows in memory at a time.
+# Maximum number of rows in memory.
 CHUNK_ROWS = 1000
-# Most characters of a line: two fields of the csv module's limit.
+# Maximum characters of a line: two fields of the csv module's limit.
 LINE_LIMIT = 2 * csv.field_size_limit() + (1 << 12)
-# The token of every character; 0 for foreign ones.
+# The token of every character; 0 for an invalid character.
 TOKENS = np.zeros(256, np.uint8)
 TOKENS[np.frombuffer(b"# SGo.EX", np.uint8)] = (1, 2, 3, 4, 5, 2, 4, 5)
 
 
 class MazeError(UserError):
-    """A maze, file or request that no maze data set can be built from."""
+    """A maze, file or request that does not allow a maze data set."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Mazes:
 
 
 def shape_of(cells: int, columns: int | None) -> tuple[int, int]:
-    """Rows and columns of a maze of so many cells. columns: cells in a row; None for a square."""
+    """Rows and columns of a maze with this number of cells. columns: cells in a row; None for a square."""
     columns = columns or isqrt(cells)
     return cells // columns, columns
 
@@ -76,12 +76,12 @@ def keys(questions: np.ndarray, columns: int | None = None) -> np.ndarray:
 def read_mazes(
     path: Path, *, columns: int | None = None, check: bool = True, faults: Faults | None = None
 ) -> Iterator[Mazes]:
-    """The sound mazes of a file in order, up to CHUNK_ROWS at a time, all of one shape.
+    """The valid mazes of a file in order, in chunks of up to CHUNK_ROWS, all of one shape.
 
-    Their characters are "# SGo" or "# SEX", with "." for an open cell too; missing answers are solved.
-    columns: cells in a row of a grid that is one line; None for a square.
-    faults: collects the faulty mazes, by file, line, row and column; unless they are left out, MazeError is
-    raised at the end. check=False skips the rules, for a second reading of a sound file.
+    Their characters are "# SGo" or "# SEX", or "." for an open cell; missing answers are computed. columns:
+    cells in a row of a maze in one line; None for a square. faults: collects invalid mazes, by file, line,
+    row and column; unless they are skipped, MazeError is raised at the end. check=False skips the rules, to
+    read a checked file again.
     """
     faults = faults or Faults(skip=False, error=MazeError)
     kind, any_row = None, False
@@ -105,7 +105,7 @@ def read_mazes(
         ) from None
     faults.check()
     if not any_row:
-        raise MazeError(f"{path}: no maze in it, expected some, or rows of question,answer")
+        raise MazeError(f"{path}: it holds no maze; expected mazes, or rows of question,answer")
 
 
 def _sound(lines: Iterator[tuple[int, str]], path: Path, faults: Faults) -> Iterator[Row]:
@@ -129,7 +129,7 @@ def _kind(path: Path, first: Row, columns: int | None) -> Kind:
             raise _bad(path, line, f"question of {len(lines)} lines; leave --columns out")
         rows, columns, expected = len(lines), len(lines[0]), "rows"
     elif columns is None:
-        # Take no other shape: 35 cells may be 5 x 7 or 7 x 5.
+        # Do not guess a shape: 35 cells may be 5 x 7 or 7 x 5.
         rows = columns = isqrt(len(question))
         expected = "a square"
     else:
@@ -177,12 +177,12 @@ def _tokens(path: Path, kind: Kind, line: int, text: str, what: str) -> np.ndarr
     """The tokens (S,) uint8 of one maze."""
     rows, cells = text.splitlines(), kind.rows * kind.cols
     if len(rows) > 1 and any(len(row) != kind.cols for row in rows):
-        raise _bad(path, line, f"{what} with rows of other lengths than {kind.cols}, the first one's")
+        raise _bad(path, line, f"{what} with rows of other lengths than {kind.cols}, as in the first maze")
     text = "".join(rows)
     if len(text) != cells:
         found = f"{what} of {counted(len(text), 'character')}"
         raise _bad(path, line, f"{found}, expected {cells} as in the first row of the file")
-    # One byte a character; non-ASCII ones become '?', which is foreign too.
+    # One byte per character; non-ASCII ones become '?', which is invalid too.
     tokens = TOKENS[np.frombuffer(text.encode("ascii", "replace"), np.uint8)]
     if not tokens.all():
         cell = int((tokens == 0).argmax())

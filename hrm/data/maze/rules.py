@@ -1,4 +1,4 @@
-"""Mazes read, written and checked. Tokens: 0 is padding, 1 to 5 are the characters of "# SGo"."""
+"""Reads, writes and checks mazes. Tokens: 0 is padding, 1 to 5 are the characters of "# SGo"."""
 
 from collections.abc import Iterator
 from typing import ClassVar
@@ -10,7 +10,7 @@ from hrm.data.maze.search import GOAL, OPEN, PATH, START, WALL, distances
 
 
 class MazeRules(Rules):
-    """Cells stay, and the marked cells are a shortest path from S to G and nothing else."""
+    """Checks that cells are unchanged and that the marked cells are exactly a shortest path from S to G."""
 
     symbols = "_#.SGo"
     # The letters of maze-dataset: E is the end, X the path.
@@ -18,7 +18,7 @@ class MazeRules(Rules):
     blank = OPEN
 
     def expected(self, boards: Boards) -> str:
-        return "'#', 'S', 'G' (or E), 'o' (or X), or '.' or a space where it is open"
+        return "'#', 'S', 'G' (or E), 'o' (or X), or '.' or a space for an open cell"
 
     def problems(self, boards: Boards, question: np.ndarray, answer: np.ndarray) -> Iterator[str]:
         wrong = list(self.impossible(boards, question))
@@ -32,7 +32,7 @@ class MazeRules(Rules):
         if wrong:
             return
         start, goal = int((question == START).argmax()), int((question == GOAL).argmax())
-        # The path stays on cells that are open in the question.
+        # The path may only use cells that are open in the question.
         marked = (answer == PATH) & (question == OPEN)
         way = marked.copy()
         way[[start, goal]] = True

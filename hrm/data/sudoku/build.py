@@ -1,9 +1,9 @@
 """Builds Sudoku data sets, generated or from files (`python -m hrm.data sudoku`).
 
 Tokens: 0 is padding, 1 a blank cell, digit d is d + 1. A group is the original puzzle and its
-augmentations; every puzzle is one example. Training and test share no solution grid as written, augmentations
-included: no label row of one is in the other. Up to symmetry they may: a test grid can be a relabelled or
-rearranged training grid. Such leaks are counted, and `--drop-leaks` removes them from training.
+augmentations; every puzzle is one example. Training and test share no solution grid, augmentations included:
+no label row of one is in the other. A test grid may still equal a training grid up to symmetry. The summary
+counts such leaks, and `--drop-leaks` removes them from training.
 """
 
 import argparse
@@ -26,18 +26,18 @@ from hrm.data.sudoku.symmetry import leaks, random_symmetries
 from hrm.data.tables import file_of
 from hrm.data.writer import Shape, cached, check_output, new_dataset
 
-# Part of the name of cached data sets; raise it when equal parameters give other arrays. Runs resume on the
+# Part of the name of cached data sets; increase it if equal parameters give other arrays. Runs resume on
 # cached data of earlier versions, whose dataset.json has no kind.
 FORMAT = 2
-# Clues of generated puzzles whose search for few clues would not end.
+# Default number of clues for a size whose search for few clues would not end.
 FEWEST = {16: 110}
-# Draws for one puzzle before its difficulty, or a new puzzle, counts as out of reach.
+# Maximum number of draws for one puzzle of the requested difficulty.
 ATTEMPTS = 10_000
-# Redraws of augmentations that repeat a puzzle of their group; then repetitions stay.
+# Maximum number of redraws of augmentations that duplicate a puzzle of their group.
 REDRAWS = 32
-# Rows augmented at a time, which bounds the memory of index arrays.
+# Rows per augmentation chunk, which limits the memory of index arrays.
 CHUNK_ROWS = 1 << 15
-# Makes equal puzzles of different groups differ: an odd number without structure.
+# Multiplier that makes equal puzzles of different groups differ: an arbitrary odd number.
 GROUP_KEY = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -52,7 +52,7 @@ def builtin_sudoku(
 ) -> Path:
     """The folder of a generated data set, built on first use and cached (see `writer.cached`).
 
-    size: 4, 6 or 9 cells a side; num_train, num_test: puzzles; num_aug: augmentations of each training
+    size: 4, 6 or 9 cells per side; num_train, num_test: puzzles; num_aug: augmentations of each training
     puzzle; min_difficulty, clues: see `generate`. Raises SudokuError or DatasetError.
     """
     _check_request(size, num_train, num_test, num_aug, seed)
@@ -78,12 +78,12 @@ def data_folder(config: Config) -> Path:
 def generate(
     size: int, num_train: int, num_test: int, seed: int, min_difficulty: int = 0, clues: int = 0
 ) -> tuple[Puzzles, Puzzles]:
-    """Random training and test puzzles with one solution each; the splits share no solution grid.
+    """Random training and test puzzles with unique solutions; the splits share no solution grid.
 
-    Puzzles are irreducible, or keep at least `clues` clues; FEWEST replaces 0. Each puzzle has a new grid;
-    the 288 grids of 4x4 cells are divided between the splits first and reused in turn. A split repeats a
-    puzzle only if there is no other. Raises SudokuError if puzzles of min_difficulty guesses are out of
-    reach.
+    Puzzles are irreducible, or keep at least `clues` clues; clues=0 means FEWEST[size] if it is given. Each
+    puzzle has a new grid; the 288 grids of 4x4 cells are divided between the splits first and reused in turn.
+    A split repeats a puzzle only if there is no other. Raises SudokuError if it finds no puzzles of
+    min_difficulty guesses.
     """
     _check_request(size, num_train, num_test, 0, seed)
     clues = clues or FEWEST.get(size, 0)
@@ -93,7 +93,7 @@ def generate(
     pools: dict[str, np.ndarray] = {}
     if size == 4:
         grids = np.random.default_rng([seed, 0]).permutation(solutions(np.zeros(16, np.uint8), 288)[0])
-        # Divide in proportion, with at least a tenth of the grids for a test of that many puzzles.
+        # Divide the grids in proportion; the test gets at least a tenth, or num_test if that is less.
         cut = max(round(len(grids) * num_test / (num_train + num_test)), min(num_test, len(grids) // 10))
         cut = min(max(cut, 1), len(grids) - 1)
         pools = {"test": grids[:cut], "train": grids[cut:]}
@@ -135,14 +135,14 @@ def _draw(
                 f"min_difficulty={min_difficulty}: none of {ATTEMPTS} random {size}x{size} puzzles needs "
                 "that many guesses; lower it"
             )
-        # All puzzles are used: start over, so that none comes a third time before nearly all came twice.
+        # All puzzles are used: start again, so that hardly any occurs a third time before all occur twice.
         seen.clear()
         return repeated
 
     questions = np.zeros((count, size * size), np.uint8)
     answers = np.zeros_like(questions)
     difficulty = np.zeros(count, np.int32)
-    # The bar closes before an error is printed.
+    # Close the bar before an error is printed.
     with tqdm(range(count), desc=f"{split} puzzles", leave=False) as numbers:
         for number in numbers:
             questions[number], answers[number], difficulty[number] = one(number)
@@ -190,7 +190,7 @@ def augment(
 def _transform(
     questions: np.ndarray, answers: np.ndarray, size: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Every puzzle under its own random symmetry, (M, n*n) each."""
+    """Applies a random symmetry to every puzzle, (M, n*n) each."""
     cells, digits = random_symmetries(len(questions), size, rng)
     new_answers = np.take_along_axis(digits, np.take_along_axis(answers, cells, axis=1), axis=1)
     return np.where(np.take_along_axis(questions, cells, axis=1) > 0, new_answers, np.uint8(0)), new_answers
@@ -243,8 +243,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="generated",
         help="'generated' (default); a folder with a train and a test file; hub:NAME, a data set of the "
         "Hugging Face hub with train.csv and test.csv, such as hub:sapientinc/sudoku-extreme; one file, of "
-        "which a part is held out for the test. A file is a table (columns found by name: question, puzzle, "
-        "quizzes; answer, solution; rating, difficulty), a puzzle a line, or grids (.sdk, .ss, .sdm)",
+        "which a share is held out for the test. A file is a table (columns found by name: question, puzzle, "
+        "quizzes; answer, solution; rating, difficulty), one puzzle per line, or grids (.sdk, .ss, .sdm)",
     )
     add("--size", type=int, default=9, choices=list(BOXES), help="cells a side (default 9)")
     add_shared(parser, "puzzles", "--num-train", "--num-test")
@@ -259,19 +259,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-difficulty",
         type=int,
         default=0,
-        help="least rating, or guesses of the solver where there is none",
+        help="minimum rating, or guesses of the solver without ratings",
     )
     add_shared(parser, "puzzles", "--test-size")
     add(
         "--skip-improper",
         action="store_true",
-        help="leave out puzzles with no or several solutions, and say how many; else they are an error",
+        help="skip puzzles with no or several solutions, and report how many; else they are an error",
     )
     add_shared(parser, "puzzles", "--skip-bad")
     add(
         "--drop-leaks",
         action="store_true",
-        help="leave training puzzles out whose solution grid is a test one's up to symmetry (9x9)",
+        help="remove training puzzles whose solution grid equals a test grid up to symmetry (9x9)",
     )
     add_shared(parser, "puzzles", "--seed", "--workers")
     parser.set_defaults(run=run)
@@ -296,7 +296,7 @@ def run(args: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise SudokuError(f"{option}={value}: expected at least 1")
     # Smaller grids are nearly all equivalent: there are 2 classes of 4x4 and 49 of 6x6. Canonical forms of
-    # larger ones are out of reach.
+    # larger grids take too long.
     if args.drop_leaks and args.size != 9:
         raise SudokuError(f"--drop-leaks has no meaning for --size {args.size}; leave it out")
     rng = np.random.default_rng([args.seed, 4])
@@ -361,6 +361,6 @@ def _apart(
 def _kept(args: argparse.Namespace, train: Puzzles, rows: np.ndarray) -> Puzzles:
     if not rows.any():
         raise SudokuError(
-            f"{args.source}: every training puzzle has the solution of a test puzzle; nothing is left"
+            f"{args.source}: every training puzzle has the solution of a test puzzle; none is left"
         )
     return train.take(rows)

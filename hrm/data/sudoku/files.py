@@ -1,4 +1,4 @@
-"""Reads Sudoku puzzles in any of the forms of `sudoku.text`, and checks every one."""
+"""Reads Sudoku puzzles in any format of `sudoku.text`, and checks each."""
 
 import math
 import re
@@ -18,15 +18,15 @@ from hrm.data.sudoku.text import FOREIGN, cells_of, digit_table, expected, read_
 from hrm.data.tables import Row
 from hrm.data.workers import over_rows
 
-# Lines checked at a time, which bounds memory.
+# Lines per chunk, which limits memory.
 CHUNK_LINES = 20_000
-# Most characters of a line, more than any puzzle takes; a whole chunk of lines is in memory.
+# Maximum characters of a line, more than any puzzle needs; a whole chunk of lines is in memory.
 LINE_LIMIT = 1 << 12
-# Most line numbers in a message about skipped lines.
+# Maximum number of line numbers in a message about skipped lines.
 NAMED_LINES = 5
 # Spellings of a missing rating.
 MISSING = ("nan", "na", "n/a", "null", "none", "-")
-# Ratings are written as int32.
+# Ratings are stored as int32.
 MOST_RATING = 2**31 - 1
 
 
@@ -35,7 +35,7 @@ class Puzzles:
     """Puzzles before augmentation: questions and answers (N, n*n) uint8 digits, 0 blank; difficulty (N,).
 
     For a file, `path` and `lines` (N,) give the origin, `solved` whether the solver has checked each puzzle,
-    and `notes` what was skipped. A 9x9 puzzle takes 174 bytes, and twice that while a file is read.
+    and `notes` describe skipped lines. A 9x9 puzzle takes 174 bytes, and twice that while a file is read.
     """
 
     questions: np.ndarray
@@ -60,9 +60,9 @@ class Puzzles:
 
 
 def row_keys(grids: np.ndarray) -> np.ndarray:
-    """A hash of every row: sums of cells with random weights, (N, n*n) to (N,) uint64.
+    """A hash of every row, the sum of cells with random weights: (N, n*n) to (N,) uint64.
 
-    Different rows collide once in 2^60.
+    Different rows collide with probability 2^-60.
     """
     weights = np.random.default_rng(0).integers(1, 1 << 63, grids.shape[1], dtype=np.uint64)
     keys = np.empty(len(grids), np.uint64)
@@ -81,12 +81,11 @@ def read_puzzles(
     skip_bad: bool = False,
     workers: int = 1,
 ) -> Puzzles:
-    """Reads and checks a file of puzzles; keeps those of at least min_difficulty, each question once.
+    """Reads and checks a file of puzzles; keeps puzzles of at least min_difficulty, each question once.
 
-    Missing answers are solved, on `workers` threads; the difficulty is the rating, rounded down, else the
-    solver's guesses. A puzzle with no or several solutions is skipped with skip_improper, and with skip_bad
-    so is every other faulty one; else they are an error with the first faults, by file and line. Raises
-    SudokuError.
+    Missing answers are computed on `workers` threads; the difficulty is the rating, rounded down, else the
+    solver's guesses. skip_improper skips puzzles with no or several solutions, and skip_bad skips all other
+    invalid ones; else they are an error with the first faults, by file and line. Raises SudokuError.
     """
     faults = Faults(skip=skip_bad, error=SudokuError)
     puzzles, answered, rated, hardest = _read(path, size, min_difficulty, skip_improper, faults)
@@ -95,19 +94,19 @@ def read_puzzles(
         first = np.zeros(len(puzzles.questions), bool)
         first[np.unique(row_keys(puzzles.questions), return_index=True)[1]] = True
         if repeated := len(first) - int(first.sum()):
-            notes.append(f"{path.name}: left out {repeated} that repeat the question of an earlier line")
+            notes.append(f"{path.name}: left out {repeated} with the question of an earlier line")
         puzzles = puzzles.take(first)
         if skip_improper or skip_bad or not (answered and rated):
             solved, found = _solve(puzzles, workers, improper=skip_improper or skip_bad)
             proper = found == 1
-            # The given answer of a proper puzzle is the solver's, unless it is missing.
+            # The given answer of a puzzle with a unique solution equals the solver's, unless it is missing.
             if not proper.all():
                 notes.append(f"{path.name}: {_improper(puzzles, found)}")
             difficulty = puzzles.difficulty if rated else solved.difficulty
             hardest = max(hardest, int(difficulty[proper].max(initial=0)))
             puzzles = replace(solved, difficulty=difficulty).take(proper)
             if not len(puzzles.questions):
-                raise SudokuError(f"{path}: no puzzle of one solution in it; expected at least one")
+                raise SudokuError(f"{path}: no puzzle has exactly one solution; expected at least one")
             puzzles = puzzles.take(puzzles.difficulty >= min_difficulty)
     if not len(puzzles.questions):
         raise SudokuError(
@@ -118,19 +117,20 @@ def read_puzzles(
 
 
 def prove_proper(puzzles: Puzzles, workers: int = 1) -> None:
-    """Raises SudokuError for a puzzle with several solutions among those that the solver has not checked."""
+    """Raises SudokuError for a puzzle with several solutions; checks puzzles that are not yet solved."""
     if not puzzles.solved:
         _solve(puzzles, workers, improper=False)
 
 
 def hold_out(puzzles: Puzzles, test_size: float, rng: np.random.Generator) -> tuple[Puzzles, Puzzles]:
-    """Splits puzzles into training and test, about `test_size` of them, without a common solution grid.
+    """Splits puzzles into training and a share of about `test_size` for the test, without a common solution
+    grid.
 
     Puzzles with the same solution stay together. Raises SudokuError if a split would be empty.
     """
     if not 0 < test_size < 1:
         raise SudokuError(f"test_size={test_size:g}: expected a part of the puzzles, between 0 and 1")
-    # Rows as byte strings, which sort fast and in the order of rows.
+    # Byte strings sort fast, in the order of rows.
     texts = np.ascontiguousarray(puzzles.answers).view(f"S{puzzles.answers.shape[1]}").ravel()
     _, grid, counts = np.unique(texts, return_inverse=True, return_counts=True)
     if len(counts) < 2:
@@ -148,7 +148,8 @@ def hold_out(puzzles: Puzzles, test_size: float, rng: np.random.Generator) -> tu
 def _read(
     path: Path, size: int, min_difficulty: int, skip_improper: bool, faults: Faults
 ) -> tuple[Puzzles, bool, bool, int]:
-    """A file's puzzles, unsolved; whether all have answers, and whether any has a rating; the highest rating.
+    """Reads a file without solving: its puzzles, whether all have answers, whether any has a rating, the
+    highest rating.
 
     Puzzles rated too low are skipped at once, to save memory.
     """
@@ -176,14 +177,14 @@ def _read(
         raise SudokuError(f"{path}: line 1: {fault}") from None
     faults.check()
     if not chunks:
-        raise SudokuError(f"{path}: no puzzle in it, expected puzzles of {size * size} characters")
+        raise SudokuError(f"{path}: it holds no puzzle; expected puzzles of {size * size} characters")
     lines, questions, answers, ratings = (_joined(chunks, field) for field in range(4))
     puzzles = Puzzles(questions, answers, np.maximum(ratings, 0), path, lines, solved=False)
     return puzzles, not unanswered, rated, hardest
 
 
 def _joined(chunks: list[list[Any]], field: int) -> Any:
-    """One field of all chunks, removed from them to free memory."""
+    """Joins one field of all chunks, and removes it from them to free memory."""
     parts = [chunk[field] for chunk in chunks]
     for chunk in chunks:
         chunk[field] = None
@@ -193,7 +194,7 @@ def _joined(chunks: list[list[Any]], field: int) -> Any:
 def _check(
     size: int, table: np.ndarray, rows: list[Row], skip_improper: bool, wrong: dict[int, str]
 ) -> list[np.ndarray]:
-    """Line numbers, questions, answers and ratings of the sound rows, checked except by the solver.
+    """Line numbers, questions, answers and ratings of the valid rows, before the solver's check.
 
     A missing answer is all 0, a missing rating -1. The first fault of every other row is added to `wrong`, by
     line.
@@ -230,9 +231,9 @@ def _check(
 
 
 def _rating(text: str) -> int | None:
-    """A rating rounded down; None for what is none."""
+    """A rating rounded down; None for an invalid rating."""
     try:
-        # A comma may be the decimal point; with three digits behind it, it may also divide thousands.
+        # A comma may be the decimal point; before three digits it may also separate thousands.
         number = float(re.sub(r"^(\d+),(\d{1,2})$", r"\1.\2", text))
     except ValueError:
         return None
@@ -242,18 +243,18 @@ def _rating(text: str) -> int | None:
 def _digits(
     size: int, table: np.ndarray, texts: list[str], what: str, fault: Callable[[int, str], None]
 ) -> np.ndarray:
-    """Texts as grids (N, n*n) uint8; a row of wrong length or characters is a fault, and blank."""
+    """Texts as grids (N, n*n) uint8; a row of wrong length or characters is a fault, and left blank."""
     cells = size * size
     texts = [cells_of(text, size) for text in texts]
     for row, text in enumerate(texts):
         if len(text) != cells:
-            # Spreadsheets and pandas read digits as a number.
+            # Spreadsheets and pandas read the digits as a number and drop leading zeros.
             dropped = len(text) < cells and text.isdigit() and "0" in text
-            hint = "; read the column as text, for leading zeros were dropped" if dropped else ""
+            hint = "; read the column as text, because leading zeros are missing" if dropped else ""
             found = f"{what} of {counted(len(text), 'character')}, expected {cells} for size {size}"
             fault(row, found + hint)
             texts[row] = "." * cells
-    # One byte a character; those beyond Latin-1 become '?', which is no cell.
+    # One byte per character; characters beyond Latin-1 become '?', which is not a cell.
     grids = table[np.frombuffer("".join(texts).encode("latin-1", "replace"), np.uint8)].reshape(-1, cells)
     foreign = grids == FOREIGN
     for row in np.nonzero(foreign.any(axis=1))[0].tolist():
@@ -265,8 +266,8 @@ def _digits(
 
 
 def _clashes(size: int, grids: np.ndarray) -> np.ndarray:
-    """Whether a digit is twice in a unit, (N, 3n) bool."""
-    # One bit for each digit, none for a blank: without repetition, sum and union of a unit are equal.
+    """Whether a digit occurs twice in a unit, (N, 3n) bool."""
+    # One bit per digit, none for a blank: without repetition, sum and union of a unit are equal.
     bits = (1 << grids.astype(np.int16)) & ~1
     digits = bits[:, units(size)[0]]
     return digits.sum(axis=2, dtype=np.int32) != np.bitwise_or.reduce(digits, axis=2)
@@ -277,7 +278,7 @@ def _add_clashes(size: int, clash: np.ndarray, what: str, fault: Callable[[int, 
         unit = int(clash[row].argmax())
         fault(
             row,
-            f"a digit is twice in {('row', 'column', 'box')[unit // size]} {unit % size + 1} of the {what}",
+            f"a digit repeats in {('row', 'column', 'box')[unit // size]} {unit % size + 1} of the {what}",
         )
 
 

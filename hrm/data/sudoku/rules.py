@@ -1,4 +1,4 @@
-"""Sudoku boards read, written and checked. Tokens: 0 is padding, 1 a blank cell, d + 1 the digit d."""
+"""Reads, writes and checks Sudoku boards. Tokens: 0 is padding, 1 a blank cell, d + 1 the digit d."""
 
 from collections.abc import Iterator
 from typing import ClassVar
@@ -10,7 +10,7 @@ from hrm.data.sudoku.solver import BOXES, GAVE_UP, MOST_GUESSES, solutions, unit
 
 
 class SudokuRules(Rules):
-    """Clues stay, and every digit stands once in each row, column and box."""
+    """Checks that clues are unchanged and that every digit occurs once in each row, column and box."""
 
     symbols = "_.123456789ABCDEFG"
     also: ClassVar = {**dict.fromkeys("0*_", "."), **dict(zip("abcdefg", "ABCDEFG", strict=True))}
@@ -57,12 +57,12 @@ class SudokuRules(Rules):
         if not wrong:
             found, guesses = solutions((question - 1).astype(np.uint8))
             if guesses > MOST_GUESSES:
-                yield f"{GAVE_UP}, so it is not known to have exactly one"
+                yield f"{GAVE_UP}, so a unique solution is not proved"
             elif len(found) != 1:
                 yield "the puzzle has several solutions" if len(found) else "the puzzle has no solution"
 
     def repetitions(self, boards: Boards, board: np.ndarray) -> Iterator[str]:
-        """Every digit that a row, column or box holds more than once, and where."""
+        """Every digit that occurs more than once in a row, column or box, and where."""
         size = boards.rows
         for number, unit in enumerate(units(size)[0]):
             held = board[unit]

@@ -10,7 +10,7 @@ from hrm.data.sudoku.symmetry import Leaks
 
 
 def summary(train: Puzzles, test: Puzzles, num_aug: int, found: Leaks | None) -> Iterator[str]:
-    """Lines about the two splits as written, and about what they share up to symmetry."""
+    """Lines about the two splits, and about their overlap up to symmetry."""
     for split, puzzles, rows in (("train", train, num_aug + 1), ("test", test, 1)):
         clues = (puzzles.questions > 0).sum(axis=1)
         count = len(clues)
@@ -19,7 +19,7 @@ def summary(train: Puzzles, test: Puzzles, num_aug: int, found: Leaks | None) ->
             f"difficulty {puzzles.difficulty.min()} to {puzzles.difficulty.max()}"
         )
         if repeated := count - len(np.unique(row_keys(puzzles.questions))):
-            yield f"    {repeated} of the puzzles repeat another one"
+            yield f"    {repeated} of the puzzles are duplicates"
     yield from shares({"train": train.difficulty, "test": test.difficulty})
     if found is not None:
         grids, themselves = int(found.test_grids.sum()), int(found.test_puzzles.sum())
