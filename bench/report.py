@@ -62,13 +62,17 @@ def shared_rows(results: Path) -> list[tuple[str, str, str]]:
     for name, condition in SHARED.items():
         if (results / name).exists():
             runs = json.loads((results / name).read_text())["runs"]
-            seconds = [run["seconds"] for run in runs]
-            exact = [100 * run["eval/all/exact_accuracy"] for run in runs]
-            measured = (
-                f"{min(seconds):.0f} to {max(seconds):.0f} s; {min(exact):.1f} to {max(exact):.1f} % solved"
-            )
+            seconds = _span([f"{run['seconds']:.0f}" for run in runs])
+            exact = _span([f"{100 * run['eval/all/exact_accuracy']:.1f}" for run in runs])
+            measured = f"{seconds} s; {exact} % solved"
             rows.append((f"`make train` {condition}, {counted(len(runs), 'seed')}", measured, name))
     return rows
+
+
+def _span(values: list[str]) -> str:
+    """The least and the greatest of numbers of one format, or the only one."""
+    least, greatest = min(values, key=float), max(values, key=float)
+    return least if least == greatest else f"{least} to {greatest}"
 
 
 def data_rows(results: Path) -> list[tuple[str, str, str]]:
