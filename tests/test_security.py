@@ -364,9 +364,9 @@ def test_nothing_is_written_through_a_link(tmp_path):
         path.symlink_to(target)
     with pytest.raises(UserError, match=r"metrics\.jsonl: is a link, and writes do not follow links"):
         MetricsFile(run)
-    with pytest.raises(UserError, match=r"\.run\.lock: a link"), run_lock(run):
+    with pytest.raises(UserError, match=r"\.run\.lock: is a link"), run_lock(run):
         raise AssertionError
-    with pytest.raises(UserError, match=r"run\.log: a link"):
+    with pytest.raises(UserError, match=r"run\.log: is a link"):
         open_own(run / "run.log", "ab")
     write_whole(run / "config.yaml", "seed: 0\n")
     assert target.read_text() == "mine\n"

@@ -158,8 +158,8 @@ def _leaves(node: yaml.Node | None, path: str, prefix: str = "") -> Iterator[tup
             yield prefix + name, child, where
 
 
-def _text(node: yaml.Node) -> str:
-    """A value as the command line writes it."""
+def _text(node: yaml.Node, inner: bool = False) -> str:
+    """A value in the form of the command line; inner lists become [...], as they may be nested deeply."""
     if isinstance(node, yaml.SequenceNode):
-        return f"[{', '.join(_text(child) for child in node.value)}]"
+        return "[...]" if inner else f"[{', '.join(_text(child, inner=True) for child in node.value)}]"
     return str(node.value) if isinstance(node, yaml.ScalarNode) else "{...}"

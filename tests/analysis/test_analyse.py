@@ -553,7 +553,7 @@ def test_augmented_tasks_vote(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "0 runs are given: write one, or two to see them side by side"),
+        ([], "0 runs are given: give one, or two to compare them"),
         (["a", "b", "c"], "3 runs are given"),
         (["{run}", "sections=dept"], "sections=dept: no such section; did you mean depth?"),
         (["{run}", "depth=0"], "depth=0 is not allowed: give a whole number from 1 to 64"),

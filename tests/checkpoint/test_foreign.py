@@ -224,7 +224,9 @@ def test_one_of_several_on_the_hub(fake_hub):
         ]
     with pytest.raises(CheckpointError, match="hub:lab/all/gone: no file of weights there"):
         find_trained("hub:lab/all/gone")
-    with pytest.raises(CheckpointError, match=r"hub:lab/all/arc: .* expected all_config\.yaml beside step_9"):
+    with pytest.raises(
+        CheckpointError, match=r"hub:lab/all/arc: .* expected all_config\.yaml next to step_9"
+    ):
         find_trained("hub:lab/all/arc")
     fake_hub.error = fake_hub.utils.OfflineModeIsEnabled()
     assert find_trained("hub:lab/all/runs/sudoku").config.data_path == "data/sudoku"

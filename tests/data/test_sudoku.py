@@ -661,9 +661,9 @@ def test_long_lines_and_open_quotes_do_not_swallow_a_file(tmp_path: Path) -> Non
         with pytest.raises(SudokuError, match="line 3: longer than 4096 characters"):
             read_puzzles(path, 4)
     path = tmp_path / "a.csv"
+    # A field of two lines.
     path.write_text(f'source,question\n"a,{GOOD}\nb",{GOOD}\n')
-    with pytest.raises(SudokuError, match="line 2: 1 field, expected 2"):
-        read_puzzles(path, 4)
+    assert len(read_puzzles(path, 4).questions) == 1
 
 
 @pytest.mark.parametrize(("repeats", "share"), [(0, 1.5), (1, 2.0)])

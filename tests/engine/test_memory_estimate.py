@@ -225,7 +225,7 @@ def test_the_error_where_nothing_or_everything_would_fit():
         "cuda:1 has 512 MiB: lower arch.hidden_size or the layers, not even one sequence fits"
     )
     everything = does_not_fit(full("v1", **rows), SUDOKU, device, 80 * GIB)
-    assert "needs about 8.816 GiB" in everything and "end what else uses it" in everything
+    assert "needs about 8.816 GiB" in everything and "end other processes on it" in everything
 
 
 def test_available_memory_is_free_memory_plus_the_processs_own(monkeypatch):

@@ -193,7 +193,12 @@ def assert_compiled_follows_eager(variant: str, metrics: float, loss: float, wei
     (expected, evaluation), (actual, fused_evaluation) = run(eager), run(fused)
     for mine, theirs in zip(actual[:10], expected[:10], strict=True):
         # Absolutely where a deviation is the small difference of larger numbers.
-        assert mine == pytest.approx(theirs, rel=metrics, abs=metrics / 10)
+        shares = {name for name in theirs if name.endswith(("/low", "/high"))}
+        parts = [{name: of[name] for name in of if name not in shares} for of in (mine, theirs)]
+        assert parts[0] == pytest.approx(parts[1], rel=metrics, abs=metrics / 10)
+        # Shares of gates beyond a bound: rounding may move a gate across it.
+        gate = 1.01 / eager.program.carry.z_H.numel()
+        assert all(abs(mine[name] - theirs[name]) < gate for name in shares), (mine, theirs)
     first = expected[0]["loss"]
     assert max(abs(a["loss"] - e["loss"]) for a, e in zip(actual, expected, strict=True)) < loss * first
     way = (eager.parameters.data - start).norm()

@@ -321,7 +321,7 @@ def test_identifiers(arc, task, capsys):
     assert boards["known"] == boards["1"] and boards["05269061"] == boards["2"] == boards["0"]
     told = refused(arc, task, "--identifier", "unheard", capsys=capsys)
     assert told.startswith("--identifier unheard is unknown to ") and told.endswith(
-        "step_1 knows; give the number of a row, or leave it out"
+        "step_1; give the number of a row, or leave it out"
     )
     told = refused(arc, task, "--identifier", "7", capsys=capsys)
     assert told.startswith("puzzle identifier 7: the model has rows 0 to 2")
