@@ -33,7 +33,7 @@ TESTS = (
     "tests/engine/test_modes.py",
     "tests/kernels",
 )
-# What these tests run: another commit that leaves it as it is makes no result old.
+# The code that these tests run. A commit that changes none of it leaves every result current.
 SOURCES = (
     *("hrm", "kernels", "train.py", "bench/implementations.py", "pyproject.toml"),
     *("tests/conftest.py", "tests/support", *TESTS),
@@ -42,8 +42,8 @@ SOURCES = (
 NUMPY = {"2.10": "numpy<2.4", "2.11": "numpy<2.4"}
 # Dependencies of the tests besides PyTorch, which installs its Triton.
 PACKAGES = (
-    *("numba", "omegaconf", "PyYAML", "safetensors", "tqdm", "nvtx", "pydantic"),
-    *("pytest", "hypothesis", "matplotlib"),
+    *("numba", "omegaconf", "pydantic", "PyYAML", "safetensors", "scipy", "tqdm"),
+    *("pytest", "hypothesis", "matplotlib", "nvtx"),
 )
 OUTCOMES = ("passed", "failed", "skipped")
 

@@ -60,8 +60,9 @@ def selection(study: Study) -> Finding:
             "any": ceiling._asdict(),
         }
         told.append(
-            f"With {name} one path solves {percent(alone)} of the puzzles, and any of {K - 1} paths solves "
-            f"{percent(rescued)} of the failures. q_halt's choice among {K} paths changes the accuracy by "
+            f"With {name} one path solves {percent(alone)} of the puzzles"
+            + (f", and any of {K - 1} paths solves {percent(rescued)} of the failures" if wrong.any() else "")
+            + f". q_halt's choice among {K} paths changes the accuracy by "
             f"{points(gain)} points; it picks a wrong answer beside a right one {missed:,} times."
         )
     sentence = " ".join([f"The plain path fails on {int(wrong.sum()):,} of {len(own):,} puzzles.", *told])
