@@ -79,7 +79,7 @@ STUDIES: dict[str, dict[str, tuple[str, ...]]] = {
 # Lengths. Equal time gives TRM more steps than the recipe, whose steps take longer.
 LENGTHS: dict[str, dict[str, tuple[str, ...]]] = {
     "architectures": {name: ("epochs=13", "eval_interval=3") for name in STUDIES["architectures"]},
-    "ingredients": {name: ("epochs=6", "eval_interval=3", "ema_start=57") for name in STUDIES["ingredients"]},
+    "ingredients": {name: ("epochs=4", "eval_interval=2", "ema_start=38") for name in STUDIES["ingredients"]},
     "record": {
         "trm": ("epochs=9", "eval_interval=3", "arch.hidden_size=128"),
         "sic": ("epochs=4", "eval_interval=1", "ema_start=38", "arch.hidden_size=128"),
