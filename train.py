@@ -64,7 +64,7 @@ def run(config: Config, ranks: "World", device: "torch.device", stop: StopSignal
     from hrm.engine.device_choice import faster_device
     from hrm.engine.engine import Engine
     from hrm.engine.memory_estimate import does_not_fit, enough_memory
-    from hrm.engine.modes import dtype_note
+    from hrm.engine.modes import dtype_note, resolve_dtype
     from hrm.engine.profiling import Profile
     from hrm.training.checkpointer import Checkpointer
     from hrm.training.data import TrainingData
@@ -81,7 +81,7 @@ def run(config: Config, ranks: "World", device: "torch.device", stop: StopSignal
     data, run_dir, ended_by = TrainingData.open(config), folder_of(config), CONTINUE
     for note in data.notes:
         say(f"note: {note}")
-    ranks.check_equal({"training data": data.fingerprint})
+    ranks.check_equal({"training data": data.fingerprint, "dtype": str(resolve_dtype(config, device))})
     if ranks.size == 1:
         device, choice = faster_device(config, data.metadata, device)
         if choice:

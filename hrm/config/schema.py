@@ -269,7 +269,8 @@ class Config:
     )
     dtype: Literal["auto", "float32", "bfloat16"] = key(
         "auto",
-        "precision of the forward pass; auto is bfloat16 on cuda and float32 elsewhere",
+        "precision of the forward pass; auto is bfloat16 on cuda, and on a CPU if its products are faster, "
+        "else float32",
     )
     mode: Literal["auto", "eager", "compile", "graph"] = key(
         "auto", "how a step runs; auto is graph on cuda, and the faster mode by measurement on a CPU"

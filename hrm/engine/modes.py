@@ -20,6 +20,9 @@ COMPILE_SECONDS = 170.0
 COMPILE_SAVES = 0.4
 # Seconds after which no further step is measured: a step of a large model takes minutes on a CPU.
 ENOUGH_SECONDS = 5.0
+# Relative time of a bfloat16 product below which dtype=auto takes bfloat16 on a CPU. Processors with
+# instructions for it need about half of float32's time, others more than all of it (bench/NOTES.md).
+BFLOAT16_PAYS = 0.8
 
 
 class Mode(NamedTuple):
@@ -42,20 +45,24 @@ COMPILE = Mode("compile", compiled=True, captured=False)
 def resolve_dtype(config: Config, device: torch.device) -> torch.dtype:
     """The dtype of the forward for the configuration's `dtype`.
 
-    auto is bfloat16 on CUDA and float32 elsewhere: a resumed run must not depend on a measurement.
+    auto is bfloat16 on CUDA, float32 on other devices, and on a CPU the one with the faster product. A run
+    with `deterministic=true` measures nothing and takes float32 on a CPU.
     """
     if config.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    if device.type == "cpu" and not config.deterministic and bfloat16_time() < BFLOAT16_PAYS:
+        return torch.bfloat16
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def dtype_note(config: Config, device: torch.device) -> str:
     """A line for the user if a CPU computes in bfloat16; otherwise empty."""
-    if device.type != "cpu" or config.dtype != "bfloat16":
+    if device.type != "cpu" or resolve_dtype(config, device) != torch.bfloat16:
         return ""
+    relative = bfloat16_time()
     return (
-        f"dtype=bfloat16: a product takes {bfloat16_time():.2g} times as long as in float32 on this processor"
-        f"{'; dtype=float32 is faster' if bfloat16_time() > 1 else ''}"
+        f"dtype=bfloat16: a product takes {relative:.2g} times as long as in float32 on this processor"
+        f"{'; dtype=float32 is faster' if relative > 1 else ''}"
     )
 
 

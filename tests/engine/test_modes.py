@@ -42,21 +42,32 @@ def test_modes_and_dtypes_resolve_by_machine(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "device", "dtype", "note"),
+    ("words", "device", "relative", "dtype", "note"),
     [
-        ([], CUDA, torch.bfloat16, ""),
-        ([], CPU, torch.float32, ""),
-        (["dtype=float32"], CUDA, torch.float32, ""),
-        (["dtype=bfloat16"], CPU, torch.bfloat16, "takes 48 times as long as in float32 on this processor"),
+        ([], CUDA, 48.2, torch.bfloat16, ""),
+        ([], MPS, 0.5, torch.float32, ""),
+        ([], CPU, 1.1, torch.float32, ""),
+        ([], CPU, 0.5, torch.bfloat16, "takes 0.5 times as long as in float32 on this processor"),
+        (["deterministic=true"], CPU, 0.5, torch.float32, ""),
+        (["dtype=float32"], CUDA, 0.5, torch.float32, ""),
+        (
+            ["dtype=bfloat16"],
+            CPU,
+            48.2,
+            torch.bfloat16,
+            "takes 48 times as long as in float32 on this processor",
+        ),
     ],
 )
-def test_the_dtype_follows_the_device_and_notes_the_cost_of_bfloat16(monkeypatch, words, device, dtype, note):
-    monkeypatch.setattr(modes, "bfloat16_time", lambda: 48.2)
+def test_the_dtype_follows_device_and_measurement_and_notes_bfloat16(
+    monkeypatch, words, device, relative, dtype, note
+):
+    monkeypatch.setattr(modes, "bfloat16_time", lambda: relative)
     config = parse_args(["device=cpu", *words])
     assert resolve_dtype(config, device) == dtype
-    said = dtype_note(config, device)
-    assert note in said and bool(said) == bool(note)
-    assert said.endswith("dtype=float32 is faster") == bool(note)
+    line = dtype_note(config, device)
+    assert note in line and bool(line) == bool(note)
+    assert line.endswith("dtype=float32 is faster") == (bool(note) and relative > 1)
 
 
 def test_the_time_of_a_product_is_measured_on_the_cpu():
