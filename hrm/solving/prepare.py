@@ -45,7 +45,7 @@ def load_for(
         metadata = Metadata(0, 0, 0, kind.vocab_size, kind.rows * kind.cols, rows, 1, 1.0, ["all"])
         note(f"{data} is missing; the model is assumed to be trained on {_description(kind)}")
     # On a CPU the products of one puzzle are too small to gain from bfloat16.
-    dtype = "float32" if place.type == "cpu" and found.config.dtype == "auto" else "auto"
+    dtype = "float32" if place == "cpu" and found.config.dtype == "auto" else "auto"
     trained = load_trained(found, device=place, dtype=dtype, metadata=metadata, ema=ema)
     for line in trained.notes:
         note(line)
