@@ -20,7 +20,12 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 README, DOCUMENT = ROOT / "README.md", ROOT / "docs" / "results.md"
 PLOT = RESULTS / "steps.svg"
-COMPARISON = "architectures_cpu"
+# Folders of `bench.studies`, each with the text of its plot.
+STUDIES = {
+    "architectures_cpu": "The architectures compared",
+    "ingredients_cpu": "The ingredients of the record recipe",
+    "record_cpu": "The record recipe and TRM",
+}
 SHARED = {
     "quick_busy_cpu.json": "with one busy process on 2 cores",
     "quick_quota_cpu.json": "in a container of 1.5 CPUs",
@@ -205,36 +210,41 @@ def step_table(name: str, file: dict[str, Any]) -> str:
     return "\n".join([where(name, file, first), "", *lines])
 
 
-def comparison_parts(results: Path) -> list[str]:
-    """A table of the architectures, with the command that trained them, and the plot."""
-    file = results / COMPARISON / "results.json"
-    if not file.is_file():
-        return []
-    found = json.loads(file.read_text())
+def study_parts(results: Path) -> list[str]:
+    """For each study: the command that trained it, a table, and the plot."""
+    return [
+        part
+        for name, title in STUDIES.items()
+        if (file := results / name / "results.json").is_file()
+        for part in study_table(name, title, json.loads(file.read_text()))
+    ]
+
+
+def study_table(name: str, title: str, found: dict[str, Any]) -> list[str]:
+    """A study's conditions, table and plot. found: its results.json."""
     at_steps, at_time, pace, *aims = tables(found)
-    # The last aim is the largest share of the baseline's score.
-    aim = aims[-1]
-    by_name = [{row[0]: row for row in each.rows} for each in (at_steps, at_time, pace, aim)]
     against = f"to {found['baseline']}"
-    solved = f"steps until {100 * found['aims'][list(found['aims'])[-1]]:.0f} % are solved"
-    columns = ["", "parameters", "a step", at_steps.title, against, at_time.title, against, solved, against]
+    columns = ["", "parameters", "a step", at_steps.title, against, at_time.title, against]
+    by_name = [{row[0]: row for row in each.rows} for each in (at_steps, at_time, pace)]
+    reached: dict[str, list[str]] = {}
+    if aims:
+        # The last aim is the largest share of the baseline's score.
+        reached = {row[0]: row[2:4] for row in aims[-1].rows}
+        columns += [f"steps until {100 * list(found['aims'].values())[-1]:.0f} % are solved", against]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for name in by_name[0]:
-        steps, time, _, reached = (rows.get(name, []) for rows in by_name)
-        own = by_name[2].get(name, ["", "", ""])
-        cells = [name, own[1], own[2], steps[2], steps[3], time[2], time[3]]
-        lines.append(f"| {' | '.join([*cells, *reached[2:4]])} |")
+    for candidate in by_name[0]:
+        steps, time, own = (rows.get(candidate, ["", "", "", ""]) for rows in by_name)
+        cells = [candidate, own[1], own[2], steps[2], steps[3], time[2], time[3]]
+        lines.append(f"| {' | '.join([*cells, *reached.get(candidate, [])])} |")
     machine = found["made_by"]
-    folder = f"bench/results/{COMPARISON}"
-    said = (
-        f"`{COMPARISON}/results.json`: {machine['processor']}, {machine['cores']} cores, PyTorch "
+    conditions = (
+        f"`{name}/results.json`: {machine['processor']}, {machine['cores']} cores, PyTorch "
         f"{machine['versions']['torch']}, commit {machine['commit'][:7]}; seeds "
         f"{', '.join(map(str, found['seeds']))}; `{found['command'].partition(' --output')[0]}`. Solved: "
         "test puzzles right in every cell, mean ± sample deviation; differences are paired by seed, with "
         "their 95 % t interval."
     )
-    image = f"![The architectures compared](../{folder}/report.png)"
-    return [said, "\n".join(lines), image]
+    return [conditions, "\n".join(lines), f"![{title}](../bench/results/{name}/report.png)"]
 
 
 def where(name: str, file: dict[str, Any], info: dict[str, Any]) -> str:
@@ -254,7 +264,7 @@ def table(results: Path = RESULTS) -> str:
     if files:
         parts.append(f"![Training steps: time over ours](../bench/results/{PLOT.name})")
         parts += [step_table(*each) for each in files]
-    return "\n\n".join([*parts, *comparison_parts(results)])
+    return "\n\n".join([*parts, *study_parts(results)])
 
 
 def row_table(rows: list[tuple[str, str, str]]) -> str:
