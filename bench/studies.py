@@ -85,6 +85,13 @@ LENGTHS: dict[str, dict[str, tuple[str, ...]]] = {
         "sic": ("epochs=4", "eval_interval=1", "ema_start=38", "arch.hidden_size=128"),
     },
 }
+LENGTH_KEYS = ("epochs", "eval_interval")
+
+
+def arguments(study: str) -> dict[str, list[str]]:
+    """The trainer's arguments for each candidate of a study."""
+    lengths = LENGTHS[study]
+    return {name: [*changed((*TASK, *lengths[name]), *own)] for name, own in STUDIES[study].items()}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -93,10 +100,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("study", choices=STUDIES)
     add_options(parser, "the first candidate")
     args = parse(parser, argv)
-    name = args.study
-    words = {each: [*changed((*TASK, *LENGTHS[name][each]), *own)] for each, own in STUDIES[name].items()}
-    campaign = Campaign(args.output or f"checkpoints/study-{name}", words, seeds(args.seeds))
-    return int(bool(conduct(campaign, args, f"Study: {name}", ("epochs", "eval_interval"))))
+    campaign = Campaign(
+        args.output or f"checkpoints/study-{args.study}", arguments(args.study), seeds(args.seeds)
+    )
+    return int(bool(conduct(campaign, args, f"Study: {args.study}", LENGTH_KEYS)))
 
 
 if __name__ == "__main__":

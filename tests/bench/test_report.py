@@ -204,7 +204,7 @@ def test_gate_statistics_are_reported_as_a_share(results):
     assert f"{line} gates_cpu.json |" in report.table(results)
 
 
-def test_a_comparison_has_a_row_for_each_candidate(results):
+def test_a_study_has_a_row_for_each_candidate(results):
     v1 = {0: history({10: 0.2, 20: 0.8}, pace=0.02), 1: history({10: 0.4, 20: 0.6}, pace=0.02)}
     slow = {seed: history({10: 0.5, 20: 0.9}, pace=0.04, ema={10: 0, 20: 0.1}) for seed in (0, 1)}
     for run in (*v1.values(), *slow.values()):
@@ -212,14 +212,14 @@ def test_a_comparison_has_a_row_for_each_candidate(results):
     found = compare_runs({"v1": v1, "slow": slow}, "v1")
     made_by = {"processor": "Chip", "cores": 2, "versions": {"torch": "2.13.0"}, "commit": "0123456789"}
     command = "python -m hrm.compare v1 slow --output /somewhere"
-    folder = results / report.COMPARISON
+    folder = results / "record_cpu"
     folder.mkdir()
     (folder / "results.json").write_text(
         json.dumps({**found, "made_by": made_by, "seeds": [0, 1], "command": command})
     )
-    said, rows, image = report.comparison_parts(results)
-    assert "Chip, 2 cores, PyTorch 2.13.0, commit 0123456; seeds 0, 1; " in said
-    assert "`python -m hrm.compare v1 slow`." in said
+    conditions, rows, image = report.study_parts(results)
+    assert "Chip, 2 cores, PyTorch 2.13.0, commit 0123456; seeds 0, 1; " in conditions
+    assert "`python -m hrm.compare v1 slow`." in conditions
     head, _, *lines = rows.splitlines()
     assert "Equal steps: after 20" in head and "steps until 63 % are solved" in head
     assert [line.split(" | ")[0] for line in lines] == ["| v1", "| slow", "| slow (EMA)"]
@@ -228,8 +228,14 @@ def test_a_comparison_has_a_row_for_each_candidate(results):
     assert lines[1].startswith("| slow | 1,234 | 40 ms | 90.0 % ± 0.0 | +20.0 [")
     assert "| 50.0 % ± 0.0 | -20.0 [" in lines[1]
     assert lines[2].startswith("| slow (EMA) |  |  | 10.0 % ± 0.0 |") and lines[2].endswith("| - | - |")
-    assert f"(../bench/results/{report.COMPARISON}/report.png)" in image
+    assert "(../bench/results/record_cpu/report.png)" in image
     assert report.table(results).endswith(image)
+    # A baseline that solves nothing has no share to reach.
+    (folder / "results.json").write_text(
+        json.dumps({**found, "aims": {}, "made_by": made_by, "seeds": [0, 1], "command": command})
+    )
+    head, _, first, *_ = report.study_parts(results)[1].splitlines()
+    assert "are solved" not in head and first.count("|") == head.count("|")
 
 
 def test_only_text_between_the_markers_is_replaced():
