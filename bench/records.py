@@ -11,7 +11,6 @@ here. `python -m bench.records` prints the table.
 
 import argparse
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -33,6 +32,7 @@ from hrm.engine.dry_run import Rehearsal
 from hrm.study.runs import surroundings
 from hrm.training.data import TrainingData
 from hrm.training.run_folder import folder_of
+from hrm.training.signals import REASONS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "records.json"
@@ -175,8 +175,8 @@ def train(config: Config, words: Sequence[str], target: float | None, seconds: f
             except subprocess.TimeoutExpired:
                 trainer.kill()
                 raise UserError(f"train.py did not end within {GRACE:g} s of a SIGTERM") from None
-    # 143: SIGTERM from here or from a scheduler, after which the run saved itself.
-    if trainer.returncode not in (0, 128 + signal.SIGTERM, 128 + signal.SIGINT):
+    # A run that ends at a request has saved itself.
+    if trainer.returncode not in (0, *(status for _, status in REASONS.values())):
         raise UserError(f"train.py ended with status {trainer.returncode}: see its lines above")
 
 

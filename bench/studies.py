@@ -5,16 +5,33 @@
 The studies share small 4x4 puzzles: `architectures` compares gates, subgoals and TRM with v1; `ingredients`
 takes single ingredients of the record recipe away; `record` compares that recipe with TRM at D=128. The same
 command continues with the missing runs. The output folder is that of `hrm.compare`.
+
+Parallel runs slow each other down. Times are therefore those of all candidates' steps side by side in one
+process, measured at the first report and stored in the folder's paces.json.
 """
 
 import argparse
+import json
+import statistics
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
+import torch
+
+from bench.implementations import random_batches
 from hrm.common.errors import run_command
+from hrm.common.files import read_json, write_whole
+from hrm.data.dataset import PuzzleDataset
+from hrm.data.sudoku.build import data_folder
+from hrm.engine.engine import Engine
 from hrm.study.comparison import conduct, seeds
+from hrm.study.history import History
 from hrm.study.options import INTERRUPTED, add_options, parse
-from hrm.study.runs import Campaign
+from hrm.study.runs import Campaign, Candidate
 
 # The quick preset with 1,000 puzzles, as many as the published recipes use. The learning rate is constant, so
 # that the score at a step is also that of a shorter run. Eager steps suffice for runs of a minute.
@@ -86,6 +103,7 @@ LENGTHS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 LENGTH_KEYS = ("epochs", "eval_interval")
+ROUNDS, STEPS = 9, 2
 
 
 def arguments(study: str) -> dict[str, list[str]]:
@@ -94,15 +112,58 @@ def arguments(study: str) -> dict[str, list[str]]:
     return {name: [*changed((*TASK, *lengths[name]), *own)] for name, own in STUDIES[study].items()}
 
 
+class Study(Campaign):
+    """A campaign whose step times are measured side by side."""
+
+    pace_note = "Times per step: processor time with one thread, of all candidates side by side."
+
+    def histories(self) -> dict[str, dict[int, History]]:
+        """The finished runs, with the measured time of a step in place of the logged ones."""
+        paces = self._paces()
+        return {
+            name: {
+                seed: replace(run, metrics={**run.metrics, "train/seconds_per_step": paces[name]})
+                for seed, run in runs.items()
+            }
+            for name, runs in super().histories().items()
+        }
+
+    def _paces(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        file = self.folder / "paces.json"
+        if not file.exists():
+            write_whole(file, json.dumps(paces(self.candidates), indent=1) + "\n")
+        found = read_json(file, 2**16, "the times of steps; delete it to measure them again")
+        return {name: (np.array([1]), np.array([seconds])) for name, seconds in found.items()}
+
+
+def paces(candidates: Sequence[Candidate]) -> dict[str, float]:
+    """Processor seconds of a training step by candidate: the median of ROUNDS rounds over all candidates."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    steps = {}
+    for candidate in candidates:
+        data = PuzzleDataset(data_folder(candidate.config), "train").metadata
+        engine = Engine(candidate.config, data, total_steps=1000, device=torch.device("cpu"))
+        steps[candidate.name] = engine, random_batches(candidate.config, data)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(ROUNDS):
+        for name, (engine, batches) in steps.items():
+            start = time.process_time()
+            for _ in range(STEPS):
+                engine.train_step(next(batches))
+            seconds[name].append((time.process_time() - start) / STEPS)
+    torch.set_num_threads(threads)
+    return {name: statistics.median(each) for name, each in seconds.items()}
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the command line. Returns 1 if a run failed, else 0."""
     parser = argparse.ArgumentParser(prog="python -m bench.studies", description=__doc__)
     parser.add_argument("study", choices=STUDIES)
     add_options(parser, "the first candidate")
     args = parse(parser, argv)
-    campaign = Campaign(
-        args.output or f"checkpoints/study-{args.study}", arguments(args.study), seeds(args.seeds)
-    )
+    folder = Path(args.output or f"checkpoints/study-{args.study}")
+    campaign = Study(folder, arguments(args.study), seeds(args.seeds))
     return int(bool(conduct(campaign, args, f"Study: {args.study}", LENGTH_KEYS)))
 
 

@@ -39,7 +39,7 @@ def trained(tiny_sudoku, out):
     return run
 
 
-# Feudal and gated, with every loss, average and limit that a variant can have, and random throughout.
+# Feudal and gated, by Muon, with every loss, average and limit that a variant can have, and random throughout.
 VARIANT = (
     "arch=feudal",
     "arch.use_gating=true",
@@ -52,6 +52,7 @@ VARIANT = (
     "loss.gate_loss_ramp_steps=10",
     "ema=true",
     "grad_clip=1",
+    "optimizer=muon",
 )
 
 

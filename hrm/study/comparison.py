@@ -153,7 +153,7 @@ def conclude(campaign: Campaign, baseline: str, title: str, command: str) -> Non
     results = compare_runs(histories, baseline)
     missing = [run.title for run in campaign.runs if not run.finished]
     made_by = {run.folder.name: run.made_by() for run in campaign.runs if run.finished}
-    notes = [*remarks(list(made_by.values()), missing), *cautions(results)]
+    notes = [*remarks(list(made_by.values()), missing, campaign.pace_note), *cautions(results)]
     found = [*tables(results), differing(campaign)]
     kept = {
         "title": title,
@@ -183,12 +183,14 @@ def differing(campaign: Campaign) -> Table:
     return Table("What differs", ["", *values], rows)
 
 
-def remarks(made_by: Sequence[Mapping[str, Any]], missing: Sequence[str]) -> list[str]:
-    """Notes for the reader on how the runs were made."""
+def remarks(made_by: Sequence[Mapping[str, Any]], missing: Sequence[str], pace_note: str) -> list[str]:
+    """Notes for the reader on how the runs were made. pace_note: see `Campaign`."""
     found = []
     if missing:
         found.append(f"Not finished: {', '.join(missing)}.")
-    if any(by["shared_device"] for by in made_by):
+    if pace_note:
+        found.append(pace_note)
+    elif any(by["shared_device"] for by in made_by):
         found.append("Runs shared a device, so steps took longer and times are not reliable.")
     for what, aspects in {
         "machines": ("processor", "cores", "gpus"),

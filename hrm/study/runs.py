@@ -103,7 +103,12 @@ class _Active:
 
 
 class Campaign:
-    """Candidates and seeds, their runs, and the folder that keeps them."""
+    """Candidates and seeds, their runs, and the folder that keeps them.
+
+    pace_note: how steps were timed if not in the runs; empty otherwise.
+    """
+
+    pace_note = ""
 
     def __init__(self, folder: str | Path, candidates: Mapping[str, Sequence[str]], seeds: Sequence[int]):
         """candidates: the trainer's arguments by name. Raises UserError for arguments that the trainer

@@ -1,9 +1,14 @@
 """The record of a recipe: what its log amounts to, and the recipes' configurations."""
 
+import subprocess
+import sys
+
 import pytest
 
+from bench import records
 from bench.implementations import metadata
 from bench.records import RECIPES, flop_per_step, flop_until, points, reached, table
+from hrm.common.errors import UserError
 from hrm.config.load import parse_args
 
 LOG = [
@@ -58,3 +63,25 @@ def test_a_row_names_the_source_of_its_figures():
     }
     *_, line = table({"sic": row}).splitlines()
     assert line == "| sic | 50.0% (best so far) | 1.0 min | 9 | 1e+12 | P | abc | 85.5% 0.8 h G (X) |"
+
+
+@pytest.mark.parametrize(
+    ("status", "accepted"), [(0, True), (75, True), (143, True), (1, False), (-9, False)]
+)
+def test_a_piece_that_saved_itself_is_continued_and_a_failure_is_reported(
+    monkeypatch, tmp_path, status, accepted
+):
+    ended = [
+        sys.executable,
+        "-c",
+        f"import os, signal; os.kill(os.getpid(), 9) if {status} < 0 else exit({status})",
+    ]
+    popen = subprocess.Popen
+    monkeypatch.setattr(records.subprocess, "Popen", lambda command, cwd: popen(ended))
+    monkeypatch.setattr(records, "LOOK", 0.01)
+    config = parse_args(["preset=quick", "device=cpu", f"output_dir={tmp_path}"])
+    if accepted:
+        records.train(config, [], None, 600)
+    else:
+        with pytest.raises(UserError, match=f"train.py ended with status {status}: see its lines above"):
+            records.train(config, [], None, 600)

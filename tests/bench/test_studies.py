@@ -1,9 +1,11 @@
 """The studies of bench/studies.py: which keys their candidates change."""
 
+import numpy as np
 import pytest
 
 from bench import studies
 from hrm.study.comparison import check_comparable
+from hrm.study.history import History
 from hrm.study.runs import Campaign, settings
 
 
@@ -37,3 +39,27 @@ def test_each_ingredient_is_taken_away_alone(tmp_path):
         "no-clipping": {"grad_clip"},
         "q-weight-0.5": {"loss.q_halt_weight"},
     }
+
+
+def test_times_come_from_the_measurement_and_not_from_the_runs(monkeypatch, tmp_path):
+    study = studies.Study(tmp_path, studies.arguments("record"), [0])
+    logged = {
+        "train/seconds_per_step": (np.array([5, 10]), np.array([7.0, 9.0])),
+        "loss": (np.array([1]),) * 2,
+    }
+    run = History("sic seed 0", tmp_path, None, 10, logged)
+    monkeypatch.setattr(Campaign, "histories", lambda _: {"trm": {}, "sic": {0: run}})
+    (tmp_path / "paces.json").write_text('{"trm": 0.25, "sic": 0.5}')
+    found = study.histories()
+    assert found["trm"] == {} and found["sic"][0].seconds_per_step == 0.5
+    assert found["sic"][0].metrics.keys() == logged.keys() and run.seconds_per_step == 8
+
+
+def test_steps_are_timed_for_every_candidate(monkeypatch, tmp_path):
+    monkeypatch.setattr(studies, "ROUNDS", 1)
+    monkeypatch.setenv("HRM_CACHE", str(tmp_path))
+    words = ["preset=quick", "device=cpu", "mode=eager", "sudoku.num_train=70", "sudoku.num_test=1"]
+    one = {"arch.hidden_size=8", "arch.num_heads=1", "global_batch_size=2"}
+    candidates = {"one": [*words, *one], "two": [*words, *one, "arch.H_cycles=20"]}
+    found = studies.paces(Campaign(tmp_path, candidates, [0]).candidates)
+    assert found.keys() == {"one", "two"} and 0 < found["one"] < found["two"]
