@@ -32,6 +32,7 @@ CASES = {
     "eqr": f"eqr {ONE_CYCLE}",
     "sic": f"sic {ONE_CYCLE} optimizer=muon ema_start=5 loss.label_smoothing=0.2",
     "urm": "urm arch.L_cycles=2 arch.L_layers=1",
+    "cgar, a stage": f"trm {ONE_CYCLE} arch.mlp_t=true loss.step_decay=0.7",
     "noise, grid": "v1 arch.noise=0.1 arch.init=random arch.damping=0.9 arch.pos_encodings=rope2d",
     "chains": f"trm {ONE_CYCLE} arch.chains=3 arch.noise=0.1",
     "chains, feudal": "feudal arch.chains=2 arch.use_gating=true",
