@@ -13,6 +13,7 @@ from hrm.common.errors import UserError
 from hrm.config.schema import Config
 from hrm.engine.compilation import GRACE
 from kernels import linear
+from kernels.cpu import multiplies_bfloat16
 
 # Seconds to compile the step and evaluation of a small model on two AVX2 cores, and the share of an eager
 # step that this saved (bench/NOTES.md). A run that would not regain this time is not compiled.
@@ -20,8 +21,8 @@ COMPILE_SECONDS = 170.0
 COMPILE_SAVES = 0.4
 # Seconds after which no further step is measured: a step of a large model takes minutes on a CPU.
 ENOUGH_SECONDS = 5.0
-# Relative time of a bfloat16 product below which dtype=auto takes bfloat16 on a CPU. Processors with
-# instructions for it need about half of float32's time, others more than all of it (bench/NOTES.md).
+# Relative time of a bfloat16 product below which dtype=auto takes bfloat16 on a CPU with instructions for it,
+# which usually need half of float32's time (bench/NOTES.md).
 BFLOAT16_PAYS = 0.8
 
 
@@ -45,13 +46,14 @@ COMPILE = Mode("compile", compiled=True, captured=False)
 def resolve_dtype(config: Config, device: torch.device) -> torch.dtype:
     """The dtype of the forward for the configuration's `dtype`.
 
-    auto is bfloat16 on CUDA, float32 on other devices, and on a CPU the one with the faster product. A run
-    with `deterministic=true` measures nothing and takes float32 on a CPU.
+    auto is bfloat16 on CUDA, float32 on other devices, and on a CPU with instructions for bfloat16 the one
+    with the faster product. A run with `deterministic=true` measures nothing and takes float32 on a CPU.
     """
     if config.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    if device.type == "cpu" and not config.deterministic and bfloat16_time() < BFLOAT16_PAYS:
-        return torch.bfloat16
+    if device.type == "cpu":
+        measured = multiplies_bfloat16() and not config.deterministic
+        return torch.bfloat16 if measured and bfloat16_time() < BFLOAT16_PAYS else torch.float32
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 

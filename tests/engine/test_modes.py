@@ -47,6 +47,7 @@ def test_modes_and_dtypes_resolve_by_machine(monkeypatch):
         ([], CUDA, 48.2, torch.bfloat16, ""),
         ([], MPS, 0.5, torch.float32, ""),
         ([], CPU, 1.1, torch.float32, ""),
+        ([], CPU, 0.6, torch.float32, ""),
         ([], CPU, 0.5, torch.bfloat16, "takes 0.5 times as long as in float32 on this processor"),
         (["deterministic=true"], CPU, 0.5, torch.float32, ""),
         (["dtype=float32"], CUDA, 0.5, torch.float32, ""),
@@ -63,6 +64,7 @@ def test_the_dtype_follows_device_and_measurement_and_notes_bfloat16(
     monkeypatch, words, device, relative, dtype, note
 ):
     monkeypatch.setattr(modes, "bfloat16_time", lambda: relative)
+    monkeypatch.setattr(modes, "multiplies_bfloat16", lambda: relative != 0.6)
     config = parse_args(["device=cpu", *words])
     assert resolve_dtype(config, device) == dtype
     line = dtype_note(config, device)
