@@ -39,7 +39,7 @@ def trained(tiny_sudoku, out):
     return run
 
 
-# Feudal and gated, by Muon, with every loss, average and limit that a variant can have, and random throughout.
+# Feudal and gated by Muon, with every loss, average and limit that a variant can have, and random throughout.
 VARIANT = (
     "arch=feudal",
     "arch.use_gating=true",
