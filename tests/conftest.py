@@ -98,6 +98,13 @@ def small_heap():
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def float32_on_cpus():
+    """`dtype=auto` computes in float32 on every processor, so that results do not depend on the machine."""
+    with forked.float32_on_cpus():
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_sudoku(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with 48 training and 20 test puzzles of 4x4 cells."""

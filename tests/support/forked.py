@@ -15,8 +15,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -80,6 +80,19 @@ class Forked:
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
+
+
+@contextmanager
+def float32_on_cpus() -> Iterator[None]:
+    """Within it no CPU has instructions for bfloat16 when `dtype=auto` is resolved."""
+    from hrm.engine import modes
+
+    here = modes.multiplies_bfloat16
+    modes.multiplies_bfloat16 = lambda: False
+    try:
+        yield
+    finally:
+        modes.multiplies_bfloat16 = here
 
 
 def start(
@@ -231,9 +244,10 @@ if __name__ == "__main__":
 
     gc.collect()
     gc.freeze()
-    words = serve(socket.socket(fileno=int(sys.argv[1])))
-    try:
-        run(words)
-    except SystemExit as end:
-        leave(end.code)
-    leave(0)
+    with float32_on_cpus():
+        words = serve(socket.socket(fileno=int(sys.argv[1])))
+        try:
+            run(words)
+        except SystemExit as end:
+            leave(end.code)
+        leave(0)
