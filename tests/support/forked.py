@@ -88,7 +88,7 @@ def float32_on_cpus() -> Iterator[None]:
     from hrm.engine import modes
 
     here = modes.multiplies_bfloat16
-    modes.multiplies_bfloat16 = lambda: False
+    modes.multiplies_bfloat16 = lambda: False  # type: ignore[assignment]
     try:
         yield
     finally:
