@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,9 +24,11 @@ from hrm.checkpoint.read import load_checkpoint
 from hrm.compare import main as compare
 from hrm.config.load import KEYS, Config, load_config, parse_args
 from hrm.data.__main__ import main as build
+from hrm.data.sudoku.build import builtin_sudoku
 from hrm.model.hrm import HRM
 from hrm.sweep import main as sweep
 from tests.support.fake_wandb import FakeWandb
+from tests.support.forked import popen
 from tests.support.paths import ROOT
 from tests.support.torchrun import torchrun
 
@@ -36,13 +39,13 @@ SMALL = {"arch.hidden_size": "16", "arch.num_heads": "2", "arch.expansion": "1",
 SMALL |= {"arch.L_layers": "1", "global_batch_size": "16", "eval_interval": "1", "mode": "eager"}
 SMALL |= {"device": "cpu", "log_interval": "1"}
 EPOCHS, STEPS_PER_EPOCH, MAX_STEPS = 2, 3, 2
-# The built-in data of that size: that of the fixture `tiny_sudoku`.
+# The built-in data of that size, with one batch of test puzzles.
 # The presets differ in their positions, which a checkpoint of one must share with a run of the other.
 BUILT_IN = {
     "arch.pos_encodings": "rope",
     "sudoku.size": "4",
     "sudoku.num_train": "48",
-    "sudoku.num_test": "20",
+    "sudoku.num_test": "16",
 }
 BUILT_IN |= {"sudoku.num_aug": "0", "sudoku.clues": "0"}
 # What a shortened run does not have as typed, or has according to its size.
@@ -114,7 +117,7 @@ class Workplace:
             if command.startswith("torchrun"):
                 out = self.folder / "checkpoints"
                 program = [str(ROOT / "train.py"), *words, f"output_dir={out}"]
-                (ended,) = torchrun(2, *program, fork=False)
+                (ended,) = torchrun(2, *program)
                 assert ended.status == 0, ended.text
             else:
                 assert train.main(words) == 0
@@ -129,18 +132,18 @@ def wandb() -> FakeWandb:
 
 
 @pytest.fixture(scope="module")
-def workplace(tiny_sudoku: Path, tmp_path_factory: pytest.TempPathFactory, wandb) -> Iterator[Workplace]:
+def workplace(tmp_path_factory: pytest.TempPathFactory, wandb) -> Iterator[Workplace]:
     folder = tmp_path_factory.mktemp("guides")
     (folder / "my_gated_config.yaml").write_text("defaults: [gated]\ngate_hidden_ratio: 0.3\n")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("HRM_CACHE", str(tiny_sudoku.parent))
+        patch.setenv("HRM_CACHE", str(folder / "cache"))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("WANDB_MODE", "offline")
         patch.setitem(sys.modules, "wandb", wandb)
-        yield Workplace(folder, tiny_sudoku)
+        yield Workplace(folder, builtin_sudoku(4, 48, 16, 0, 0))
     torch.set_num_threads(threads)
 
 
@@ -202,7 +205,9 @@ def test_the_make_target_runs_the_trainer():
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if any(name in c for name in CAMPAIGNS)])
-def test_comparisons_and_sweeps(command, workplace, capsys):
+def test_comparisons_and_sweeps(command, workplace, capsys, monkeypatch):
+    forking = SimpleNamespace(**{**vars(subprocess), "Popen": popen})
+    monkeypatch.setattr("hrm.study.runs.subprocess", forking)
     (main,) = (main for name, main in CAMPAIGNS.items() if name in command)
     words = words_of(command)
     assert main([*shortened(words), "--seeds=1"]) == 0, capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The launches of a step: counted one by one, against the roofline's count by hand, and as they are kept."""
 
 import json
+from functools import cache
 from importlib import import_module
 
 import pytest
@@ -15,6 +16,7 @@ from kernels.backend import recorded
 H200 = MACHINES["H200"]
 
 
+@cache
 def counted(arch: str = "v1", length: int = 81, batch: int = 768) -> dict[tuple[str, str], launches.Row]:
     return {(row.part, row.kernel): row for row in step(arch, batch, length, H200)}
 

@@ -46,9 +46,12 @@ def test_missing_folder_says_how_to_build_one(tmp_path: Path) -> None:
         PuzzleDataset(tmp_path / "data", "train")
 
 
-def cut(path: Path, share: float) -> None:
-    size = path.stat().st_size
-    os.truncate(path, int(size * share))
+def cut(array: str, share: float) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / f"set0__{array}.npy"
+        os.truncate(path, int(path.stat().st_size * share))
+
+    return damage
 
 
 def altered(array: str, change: Callable[[np.ndarray], Any]) -> Callable[[Path], None]:
@@ -83,21 +86,15 @@ def with_large(array: np.ndarray) -> np.ndarray:
     ("damage", "message"),
     [
         (lambda f: (f / "set0__labels.npy").unlink(), r"set0__labels\.npy: no such file"),
-        (
-            lambda f: cut(f / "set0__inputs.npy", 0.9),
-            r"set0__inputs\.npy: 263 bytes, expected 293 for .*33, 5",
-        ),
-        (lambda f: cut(f / "set0__inputs.npy", 0.1), r"set0__inputs\.npy: not a readable \.npy array"),
-        (lambda f: cut(f / "set0__labels.npy", 0), r"set0__labels\.npy: not a readable \.npy array"),
-        (
-            lambda f: cut(f / "set0__group_indices.npy", 0.9),
-            r"set0__group_indices\.npy: 147 bytes, expected 164",
-        ),
+        (cut("inputs", 0.9), r"set0__inputs\.npy: 263 bytes, expected 293 for .*33, 5"),
+        (cut("inputs", 0.1), r"set0__inputs\.npy: not a readable \.npy array"),
+        (cut("labels", 0), r"set0__labels\.npy: not a readable \.npy array"),
+        (cut("group_indices", 0.9), r"set0__group_indices\.npy: 147 bytes, expected 164"),
         (
             lambda f: (f / "set0__labels.npy").open("ab").write(b"0"),
             r"set0__labels\.npy: 294 bytes, expected 293",
         ),
-        (lambda f: cut(f / "set0__puzzle_indices.npy", 0.3), r"set0__puzzle_indices\.npy: not a readable"),
+        (cut("puzzle_indices", 0.3), r"set0__puzzle_indices\.npy: not a readable"),
         (
             lambda f: (f / "set0__inputs.npy").write_text("rows"),
             r"set0__inputs\.npy: not a readable \.npy array",

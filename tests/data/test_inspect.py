@@ -242,38 +242,29 @@ def test_all_damages_are_reported_together(data: Path, capsys: pytest.CaptureFix
     ]
 
 
+def wrote(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text)
+
+
+def described(**changes: Any) -> Callable[[Path], object]:
+    return lambda folder: edit_json(folder / "test/dataset.json", **changes)
+
+
+def altered(array: str, edit: Callable[[np.ndarray], Any]) -> Callable[[Path], object]:
+    return lambda folder: change(folder / f"test/all__{array}.npy", edit)
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (
-            lambda d: (d / "train/dataset.json").write_text("{"),
-            ["train/dataset.json: not readable as JSON (Expecting"],
-        ),
-        (
-            lambda d: (d / "train/dataset.json").write_text("[" * 100_000),
-            ["train/dataset.json: not readable as JSON"],
-        ),
-        (
-            lambda d: (d / "train/dataset.json").write_text("[1]"),
-            ["train/dataset.json: holds list, expected a JSON"],
-        ),
-        (lambda d: (d / "train/dataset.json").write_text("null"), ["train/dataset.json: holds null"]),
-        (
-            lambda d: (d / "train/dataset.json").write_bytes(b"\xff"),
-            ["train/dataset.json: not readable as JSON"],
-        ),
-        (
-            lambda d: (d / "train/dataset.json").write_text(" " * (1 << 21)),
-            ["train/dataset.json: more than 1 MiB"],
-        ),
+        (wrote("train/dataset.json", "{"), ["train/dataset.json: not readable as JSON (Expecting"]),
+        (wrote("train/dataset.json", "[1]"), ["train/dataset.json: holds list, expected a JSON"]),
+        (wrote("train/dataset.json", "null"), ["train/dataset.json: holds null"]),
         (lambda d: (d / "train/dataset.json").unlink(), ["train/dataset.json: no such file"]),
         (lambda d: (d / "identifiers.json").unlink(), ["identifiers.json: no such file"]),
+        (wrote("identifiers.json", "[1]"), ["identifiers.json: expected a list of names"]),
         (
-            lambda d: (d / "identifiers.json").write_text("[1]"),
-            ["identifiers.json: expected a list of names"],
-        ),
-        (
-            lambda d: edit_json(d / "test/dataset.json", seq_len=50),
+            described(seq_len=50),
             [
                 "test/all__inputs.npy: rows of 49 cells, dataset.json says seq_len 50",
                 "test/all__labels.npy: rows of 49 cells, dataset.json says seq_len 50",
@@ -281,25 +272,21 @@ def test_all_damages_are_reported_together(data: Path, capsys: pytest.CaptureFix
             ],
         ),
         (
-            lambda d: edit_json(d / "test/dataset.json", seq_len="missing", ignore_label_id=1.5),
+            described(seq_len="missing", ignore_label_id=1.5),
             [
                 "test/dataset.json: seq_len is missing, expected a whole number from 1 to 65536",
                 "test/dataset.json: ignore_label_id is 1.5, expected a whole number of 32 bits or null",
             ],
         ),
         (
-            lambda d: edit_json(d / "test/dataset.json", blank_identifier_id=1, mean_puzzle_examples=0),
+            described(blank_identifier_id=1, mean_puzzle_examples=0),
             [
                 "test/dataset.json: mean_puzzle_examples is 0, expected a number above 0",
                 "test/dataset.json: blank_identifier_id is 1, expected less than num_puzzle_identifiers 1",
             ],
         ),
         (
-            lambda d: edit_json(d / "test/dataset.json", sets=["all", "all"]),
-            ["test/dataset.json: sets is ['all', 'all'], expected a list of different plain names"],
-        ),
-        (
-            lambda d: edit_json(d / "test/dataset.json", sets=["none"]),
+            described(sets=["none"]),
             [f"test/none__{array}.npy: no such file" for array in PuzzleSet.__annotations__],
         ),
         (
@@ -311,41 +298,33 @@ def test_all_damages_are_reported_together(data: Path, capsys: pytest.CaptureFix
             ["test/all__labels.npy: not a readable .npy array"],
         ),
         (
-            lambda d: np.save(d / "test/all__labels.npy", np.array([{}], object), allow_pickle=True),
-            ["test/all__labels.npy: numbers of type object, expected integers"],
-        ),
-        (
-            lambda d: np.savez((d / "test/all__labels.npy").open("wb"), a=np.zeros(3)),
-            ["test/all__labels.npy: not a readable .npy array (the magic string is not correct"],
-        ),
-        (
-            lambda d: change(d / "test/all__labels.npy", lambda array: array[0]),
+            altered("labels", lambda array: array[0]),
             ["test/all__labels.npy: shape (49,), expected rows of cells"],
         ),
         (
-            lambda d: change(d / "test/all__puzzle_identifiers.npy", lambda array: array[:0]),
+            altered("puzzle_identifiers", lambda array: array[:0]),
             ["test/all__puzzle_identifiers.npy: shape (0,), expected numbers"],
         ),
         (
-            lambda d: change(d / "test/all__labels.npy", lambda array: array[:-2]),
+            altered("labels", lambda array: array[:-2]),
             ["test/all__labels.npy: 18 rows, expected 20, as the inputs are 20"],
         ),
         (
-            lambda d: change(d / "test/all__puzzle_indices.npy", lambda array: array[:-1]),
+            altered("puzzle_indices", lambda array: array[:-1]),
             [
                 "test/all__puzzle_indices.npy: 20 rows, expected 21, as the puzzle_identifiers are 20",
                 "test/all__puzzle_indices.npy: ends with 19, expected 20, the number of inputs",
             ],
         ),
         (
-            lambda d: change(d / "test/all__group_indices.npy", lambda array: array + 1),
+            altered("group_indices", lambda array: array + 1),
             [
                 "test/all__group_indices.npy: row 0 holds 1, expected 0",
                 "test/all__group_indices.npy: ends with 21, expected 20, the number of puzzle_identifiers",
             ],
         ),
         (
-            lambda d: change(d / "test/all__inputs.npy", lambda array: array.astype(np.int64) - 300),
+            altered("inputs", lambda array: array.astype(np.int64) - 300),
             [f"test/all__inputs.npy: row {row}, cell 0, holds -299, expected 0 to 5" for row in range(20)]
             + [f"test/all__labels.npy: row {row}: row 1, column 1 is no cell of a maze" for row in range(20)],
         ),

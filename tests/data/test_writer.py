@@ -1,6 +1,5 @@
 """Writing data sets: part by part, whole or not at all, and once into a cache that processes share."""
 
-import hashlib
 import json
 import os
 import subprocess
@@ -19,9 +18,8 @@ from hrm.data.dataset import PuzzleDataset
 from hrm.data.format import ARRAYS, DatasetError, Metadata, PuzzleSet, read_difficulty
 from hrm.data.writer import Shape, new_dataset
 from tests.support.paths import ROOT
+from tests.support.puzzle_sets import CELLS, MIXED, VOCAB, digest
 
-CELLS = 5
-VOCAB = 9
 SHAPE = Shape(seq_len=CELLS, vocab_size=VOCAB)
 
 
@@ -45,17 +43,6 @@ def write(folder: Path, *groups: list[list[int]]) -> None:
         for number, part in enumerate(groups):
             split.add("all", a_set(part, number))
         data.close(["<blank>", "a"])
-
-
-def digest(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-MIXED = [[1, 1], [3], [2, 4, 1], [7], [1], [2, 2], [5, 1], [1, 1, 1]]
 
 
 # --- part by part
@@ -170,8 +157,6 @@ def test_difficulty_covers_all_examples_or_none(tmp_path: Path) -> None:
 
 def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     part = a_set([[1], [2]])
-    cells = np.zeros((1, CELLS + 1), np.uint8)
-    index = np.arange(2, dtype=np.int32)
     cells = np.zeros((1, CELLS + 1), np.uint8)
     index = np.arange(2, dtype=np.int32)
     wide = PuzzleSet(cells, cells, np.zeros(1, np.int32), index, index)

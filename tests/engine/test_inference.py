@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -171,7 +172,9 @@ def test_captured(monkeypatch):
     assert sorted(body.__name__ for body in made) == ["_replace", "_turn"]
 
 
-def test_compiled():
+def test_compiled(monkeypatch):
+    """Traced as Inductor would trace it, whose code generation takes half a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     model, rows = halting_model(torch.float32, puzzle_emb_ndim=D), random_rows(11)
     model.arch = replace(model.arch, H_cycles=1, L_cycles=1)
     expected = in_order(EarlyExit(model, 3, S, mode=EAGER).answers(in_batches(rows, 3)))

@@ -22,16 +22,15 @@ from tests.support.engines import METADATA, B, S, all_state, assert_same_state, 
 
 CPU = torch.device("cpu")
 CAPTURED = Mode("graph", compiled=False, captured=True)
-# TRM's q_halt ends a first sequence early after more than 100 steps.
-STEPS, LONG = 24, 200
+STEPS = 16
 FEUDAL = SubgoalConfig(enabled=True, manager_period=2, goal_dim=16)
 EXTRA_LOSSES = LossConfig(
     feudal_loss_weight=0.1,
     gate_saturation_weight=0.1,
     gate_entropy_weight=0.1,
     gate_stability_weight=0.1,
-    gate_loss_warmup_steps=6,
-    gate_loss_ramp_steps=12,
+    gate_loss_warmup_steps=4,
+    gate_loss_ramp_steps=8,
 )
 SMOOTHED = LossConfig(label_smoothing=0.2, q_halt_weight=0.05)
 TRM = {
@@ -79,8 +78,11 @@ def captures_on_cpu(monkeypatch):
 
 
 def engine_in(mode: Mode, arch: dict[str, Any] | None = None, **changes: Any) -> Engine:
-    engine = Engine(make_config(arch, **changes), METADATA, total_steps=LONG)
+    engine = Engine(make_config(arch, **changes), METADATA, total_steps=STEPS)
     engine._mode = mode
+    # A new model would end no sequence early.
+    q_head = torch.randn(2, 32, generator=torch.Generator().manual_seed(0)) / 3
+    engine.load_weights({"q_head.weight": q_head, "q_head.bias": torch.zeros(2)})
     return engine
 
 
@@ -96,27 +98,17 @@ def run(engine: Engine, steps: int = STEPS) -> tuple[list[dict[str, float]], dic
 @pytest.mark.parametrize(
     ("variant", "dtype"),
     [
-        *product(("v1", "gated"), ("float32", "bfloat16")),
-        ("all", "float32"),
-        ("trm", "float32"),
+        *product(("v1", "muon"), ("float32", "bfloat16")),
+        ("gated", "bfloat16"),
         ("trm mixer", "bfloat16"),
-        ("random", "float32"),
-        ("chains", "float32"),
-        *product(("muon",), ("float32", "bfloat16")),
+        *product(("all", "trm", "random", "chains"), ("float32",)),
     ],
 )
 def test_a_replayed_run_equals_the_eager_one_bit_for_bit(captures_on_cpu, variant, dtype):
     arch, options = VARIANTS[variant]
     options = {**options, "dtype": dtype, "lr_min_ratio": 0.1}
     eager, captured = (engine_in(mode, arch, **options) for mode in (EAGER, CAPTURED))
-    is_trm = variant.startswith("trm")
-    # A fresh model wishes to halt no sequence early.
-    q_head = torch.randn(2, 32, generator=torch.Generator().manual_seed(0)) / 3
-    for engine in (eager, captured):
-        if not is_trm:
-            engine.load_weights({"q_head.weight": q_head, "q_head.bias": torch.zeros(2)})
-    steps = LONG if is_trm else STEPS
-    expected, actual = run(eager, steps), run(captured, steps)
+    expected, actual = run(eager), run(captured)
     assert actual == expected
     # One graph for the step, and the evaluation's comes after its own warm-up.
     assert len(captures_on_cpu) == 1
@@ -126,7 +118,7 @@ def test_a_replayed_run_equals_the_eager_one_bit_for_bit(captures_on_cpu, varian
     assert (
         sum(m["count"] for m in metrics) > 3 * B and metrics[0]["lr"] < metrics[2]["lr"] > metrics[-1]["lr"]
     )
-    assert len({m["steps"] for m in metrics if m["count"]}) > 2
+    assert len({m["steps"] for m in metrics if m["count"]}) > 1
 
 
 def test_stages_that_were_captured_before_are_replayed_bit_for_bit(captures_on_cpu):
@@ -186,8 +178,6 @@ def in_float64(monkeypatch):
 def assert_compiled_follows_eager(variant: str, metrics: float, loss: float, weights: float) -> None:
     """Within bounds relative to the first ten steps' metrics, to the first loss, to the weights' way."""
     arch, options = VARIANTS[variant]
-    # Each cycle more is compiled for itself, which takes half a minute.
-    arch = {**arch, "L_cycles": 1}
     eager, fused = (engine_in(mode, arch, lr=1e-3, **options) for mode in (EAGER, COMPILE))
     start = eager.parameters.data.clone()
     (expected, evaluation), (actual, fused_evaluation) = run(eager), run(fused)
@@ -208,20 +198,16 @@ def assert_compiled_follows_eager(variant: str, metrics: float, loss: float, wei
     assert sum(m["count"] for m in expected) > 3 * B
 
 
-@pytest.mark.parametrize("variant", ["gated", "all"])
-def test_a_compiled_run_follows_the_eager_one(variant):
+def test_a_compiled_run_follows_the_eager_one():
     """Fused kernels round differently; over the same batches a run may drift from it only slowly.
 
     Measured: the losses stay within 2e-7 of the first, the weights within 3e-6 of their way.
     """
-    assert_compiled_follows_eager(variant, metrics=1e-5, loss=1e-5, weights=1e-4)
+    assert_compiled_follows_eager("all", metrics=1e-5, loss=1e-5, weights=1e-4)
 
 
 def test_a_compiled_trm_follows_the_eager_one(in_float64):
-    """A gradient through a whole cycle enlarges differences: in float32 such runs part after some 100 steps.
-
-    Measured, after 200 steps: 4e-9 of their way in the weights; with attention in place of the mixer 4e-14.
-    """
+    """A gradient through a whole cycle enlarges differences, so these runs are compared in float64."""
     assert_compiled_follows_eager("trm mixer", metrics=1e-9, loss=1e-9, weights=1e-9)
 
 

@@ -4,8 +4,9 @@ The kernel may err twice as much as the reference does in the same dtype, plus a
 value, for sums taken in another order.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,12 @@ from kernels.fastest import allowed_error, distance, forced
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 Outputs = Tensor | tuple[Tensor, ...]
+Shape = TypeVar("Shape")
+
+
+def in_dtypes(shapes: Sequence[Shape]) -> list[tuple[Shape, torch.dtype]]:
+    """Every shape in float32, and two of them in each 16-bit dtype."""
+    return [*((shape, DTYPES[0]) for shape in shapes), *product(shapes[1:3], DTYPES[1:])]
 
 
 def randn(*shape: int, seed: int, scale: float = 1.0) -> Tensor:

@@ -15,10 +15,11 @@ from kernels.linear_swiglu import linear_swiglu
 from kernels.matmul import launch_choice, rstd_of
 from kernels.normed_swiglu_mlp import normed_swiglu_mlp
 from kernels.swiglu_mlp import swiglu_mlp
-from tests.kernels.compare import DEVICE, DTYPES, agree, agree_in_every_tile, compiles, randn
+from tests.kernels.compare import DEVICE, DTYPES, agree, agree_in_every_tile, compiles, in_dtypes, randn
 
 # Rows, K, and half of the weight's rows: SwiGLU's width.
 SHAPES = [((1,), 64, 40), ((17,), 100, 96), ((2, 41), 96, 256), ((70,), 256, 96)]
+CASES = in_dtypes(SHAPES)
 
 
 def tensors(rows: tuple[int, ...], K: int, N: int) -> dict[str, Tensor]:
@@ -66,8 +67,7 @@ def test_every_tile_that_a_measurement_may_choose(call, make):
     assert agree_in_every_tile(call, inputs, torch.bfloat16, gradients=()) == 4
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
 @pytest.mark.parametrize(("call", "make"), CALLS)
 def test_outputs(call, make, shape, dtype):
     rows, K, width = shape
@@ -94,8 +94,10 @@ FEED_FORWARDS = [(swiglu_mlp, dtype) for dtype in DTYPES]
 FEED_FORWARDS += [(normed_swiglu_mlp, dtype) for dtype in (torch.float32, torch.bfloat16)]
 
 
-@pytest.mark.parametrize(("call", "dtype"), FEED_FORWARDS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "call"),
+    [(*case, call) for case in CASES for call, dtype in FEED_FORWARDS if dtype == case[1]],
+)
 def test_a_feed_forward_with_its_gradients(shape, call, dtype):
     agree(call, feed_forward(*shape), dtype)
 

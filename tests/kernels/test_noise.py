@@ -14,9 +14,12 @@ from kernels.noise import (
     philox_reference,
     random_start_reference,
 )
-from tests.kernels.compare import DEVICE, DTYPES, agree, compiles, randn
+from tests.kernels.compare import DEVICE, DTYPES, agree, compiles, in_dtypes, randn
 
-SHAPES = [(1, 1, 4), (3, 7, 32), (2, 5, 33), (2, 3, 1), (1, 2, 1100)]
+CASES = [
+    *in_dtypes([(1, 1, 4), (3, 7, 32), (2, 5, 33), (2, 3, 1), (1, 2, 1100)]),
+    ((3, 7, 32), torch.float64),
+]
 
 
 def keys_of(B: int, paths: int = 3) -> torch.Tensor:
@@ -83,8 +86,7 @@ def test_draws_are_normal_and_independent(truncated):
         assert abs((x * y).mean().item()) < 4 / math.sqrt(x.numel())
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_the_update_draws_the_bits_of_the_reference(shape, dtype):
     f, z = (randn(*shape, seed=seed).to(dtype) for seed in (0, 1))
     keys, steps = keys_of(shape[0]), steps_of(shape[0])
@@ -100,8 +102,7 @@ def test_the_update_draws_the_bits_of_the_reference(shape, dtype):
         )
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_the_start_draws_the_bits_of_the_reference(shape, dtype):
     z, init = randn(*shape, seed=0).to(dtype), randn(shape[2], seed=1).float()
     keys, begins = keys_of(shape[0]), torch.arange(shape[0], device=DEVICE) < 2

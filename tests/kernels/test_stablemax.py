@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels import backend, softmax_cross_entropy, stablemax_cross_entropy
 from kernels.stablemax import MAX_VOCABULARY, launch_choice, stablemax_cross_entropy_reference
-from tests.kernels.compare import DEVICE, DTYPES, agree, compiles, randn
+from tests.kernels.compare import DEVICE, agree, compiles, in_dtypes, randn
 
 LOSSES = [stablemax_cross_entropy, softmax_cross_entropy]
 
@@ -29,8 +29,9 @@ def taught(
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1, 2), (3, 17, 11), (2, 100, 12), (5, 64), (2, 3, 1000)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), in_dtypes([(1, 1, 2), (3, 17, 11), (2, 100, 12), (5, 64), (2, 3, 1000)])
+)
 def test_losses_and_gradients(shape, dtype, loss):
     labels = some_labels(*shape[:-1], V=shape[-1])
     agree(taught(loss, labels), {"logits": randn(*shape, seed=0, scale=3)}, dtype)
@@ -90,9 +91,8 @@ def test_any_shape(M, V, scale, dtype, ignore_index, loss, smoothing):
     )
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e2, 1e4])
-@pytest.mark.parametrize("V", [2, 11, 64])
-def test_stablemax_in_float32_stays_within_the_stated_error(scale, V):
+@pytest.mark.parametrize(("V", "scale"), [(11, 1.0), (11, 1e2), (11, 1e4), (2, 1e4), (64, 1e4)])
+def test_stablemax_in_float32_stays_within_the_stated_error(V, scale):
     generator = torch.Generator().manual_seed(V)
     logits = ((torch.rand(4096, V, generator=generator) * 2 - 1) * scale).to(DEVICE)
     labels = torch.randint(0, V, (4096,), generator=generator).to(DEVICE)

@@ -1,6 +1,5 @@
 """Several chains of a sequence against the straight line: the best one learns, each keeps its z_L."""
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -27,14 +26,7 @@ CASES: dict[str, tuple[dict[str, Any], float]] = {
     "v1": ({"puzzle_emb_ndim": 32}, 0.0),
     "trm, noise and damping": ({**TRM, "damping": 0.8}, 0.1),
 }
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def straight_step(

@@ -1,6 +1,5 @@
 """Random starts, noise and damping: the straight line's numbers, and evaluation of any model by keys."""
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import count
 from typing import Any
@@ -32,14 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mixer": {**TRM, "mlp_t": True},
     "grid": {**TRM, "pos_encodings": "rope2d", "puzzle_emb_ndim": 32},
 }
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def make(variant: str, **changes: Any) -> tuple[Any, plain.Weights, dict[str, torch.Tensor], torch.Tensor]:

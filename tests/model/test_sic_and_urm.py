@@ -3,9 +3,6 @@
 Comparisons with the authors' code need a checkout, in SIC_REPO and URM_REPO, and are skipped without one.
 """
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,6 +23,7 @@ from tests.support.act_cases import (
     D,
     S,
     V,
+    assert_same,
     make_arch,
     make_model,
     make_weights,
@@ -49,29 +47,7 @@ FORMS = {
     "urm of positions": {**URM, "pos_encodings": "learned", "head_bias": True},
     "TRM with a convolution": {**TRM, "swiglu": "conv"},
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def in_float64() -> Iterator[None]:
-    """float64 wherever a dtype is left open; one thread."""
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_num_threads(threads)
-    torch.set_default_dtype(dtype)
-
-
-def assert_same(actual: Any, expected: Any, name: str = "", tolerance: float = 1e-9) -> None:
-    """Integers and flags are equal; real numbers differ by at most tolerance times the largest."""
-    if isinstance(expected, dict):
-        for key, value in expected.items():
-            assert_same(actual[key], value, f"{name}.{key}", tolerance)
-    elif expected.is_floating_point() and expected.numel():
-        bound = tolerance * expected.abs().max().item()
-        torch.testing.assert_close(actual, expected, rtol=0, atol=bound, msg=lambda text: f"{name}: {text}")
-    else:
-        assert torch.equal(actual, expected), name
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.mark.parametrize("form", FORMS)

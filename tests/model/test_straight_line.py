@@ -17,6 +17,7 @@ from tests.support.act_cases import (
     B,
     D,
     S,
+    assert_all_close,
     make_arch,
     make_batch,
     make_model,
@@ -28,28 +29,20 @@ from tests.support.act_cases import (
 )
 from tests.support.act_engine import as_arrays, make_engine
 
-
-@pytest.fixture(autouse=True)
-def float64_on_one_thread():
-    """Float64 wherever a dtype is left open; and tensors of this size only lose time to threads."""
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_num_threads(threads)
-    torch.set_default_dtype(dtype)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
-def assert_same(actual: Any, expected: Any) -> None:
-    """Every tensor of the same dtype and equal to 1e-9, integers and flags exactly."""
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("puzzle_emb_ndim", [0, D, 5 * D // 2])
-@pytest.mark.parametrize("pos_encodings", ["rope", "learned"])
+# Every two of the values together.
 @pytest.mark.parametrize(
-    ("use_gating", "q_continue", "loss_type"),
-    [(False, True, STABLEMAX), (False, False, SOFTMAX), (True, True, SOFTMAX), (True, False, STABLEMAX)],
+    ("use_gating", "q_continue", "loss_type", "pos_encodings", "puzzle_emb_ndim"),
+    [
+        (False, True, STABLEMAX, "rope", 0),
+        (True, False, SOFTMAX, "learned", 0),
+        (False, False, SOFTMAX, "rope", D),
+        (True, True, STABLEMAX, "learned", D),
+        (False, True, SOFTMAX, "learned", 5 * D // 2),
+        (True, False, STABLEMAX, "rope", 5 * D // 2),
+    ],
 )
 def test_training_steps(use_gating, q_continue, loss_type, pos_encodings, puzzle_emb_ndim):
     arch = make_arch(
@@ -65,7 +58,7 @@ def test_training_steps(use_gating, q_continue, loss_type, pos_encodings, puzzle
     for batch, least, expected in straight_line_run(arch, weights, loss_type, 10, generator):
         carry, actual = package_step(model, carry, batch, least, loss_type)
         for name in expected:
-            assert_same(actual[name], expected[name])
+            assert_all_close(actual[name], expected[name])
 
 
 def test_single_act_step_has_no_target():
@@ -81,7 +74,7 @@ def test_single_act_step_has_no_target():
     assert carry.halted.all()
     assert "target_q_continue" not in actual["outputs"] and "q_continue_loss" not in actual["metrics"]
     for name in ("outputs", "loss", "metrics", "gradients", "carry"):
-        assert_same(actual[name], expected[name])
+        assert_all_close(actual[name], expected[name])
 
 
 @pytest.mark.parametrize("use_gating", [False, True])
@@ -102,10 +95,10 @@ def test_evaluation(use_gating, loss_type):
             carry, outputs = act_step(model, carry, rows, None)
         loss, metrics = act_loss(LossConfig(loss_type), model.lm_head, carry, outputs)
     assert outputs.target_q_continue is None
-    assert_same(model.logits(carry.z_H), expected["outputs"]["logits"])
-    assert_same(v1_carry(carry), expected["carry"])
-    assert_same(loss, expected["loss"])
-    assert_same(metrics, expected["metrics"])
+    assert_all_close(model.logits(carry.z_H), expected["outputs"]["logits"])
+    assert_all_close(v1_carry(carry), expected["carry"])
+    assert_all_close(loss, expected["loss"])
+    assert_all_close(metrics, expected["metrics"])
     assert carry.halted.all()
 
 
@@ -146,8 +139,8 @@ def test_whole_training_steps(use_gating, monkeypatch):
         # What variants carry besides stays empty.
         kept = engine.carry._asdict()
         assert sum(kept.pop(name).count_nonzero() for name in ("goal", "goal_gate", "gates", "keys")) == 0
-        assert_same(kept, carry)
-        assert_same(engine.weights(), weights)
+        assert_all_close(kept, carry)
+        assert_all_close(engine.weights(), weights)
         # Metrics leave the engine in float32.
         metrics, sums = engine.pop().metrics, expected["metrics"]
         assert metrics["loss"] == pytest.approx(expected["loss"].item() / B, rel=1e-6)
@@ -159,8 +152,8 @@ def test_whole_training_steps(use_gating, monkeypatch):
         assert metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-6)
 
     moments = engine.optimizer.state_dict()
-    assert_same(moments["exp_avg"], {name: state[name][0] for name in moments["exp_avg"]})
-    assert_same(moments["exp_avg_sq"], {name: state[name][1] for name in moments["exp_avg_sq"]})
+    assert_all_close(moments["exp_avg"], {name: state[name][0] for name in moments["exp_avg"]})
+    assert_all_close(moments["exp_avg_sq"], {name: state[name][1] for name in moments["exp_avg_sq"]})
     moved = {name: not torch.equal(weights[name], before) for name, before in first.items()}
     assert moved == {name: name not in plain.BUFFERS for name in first}
     assert torch.equal(weights[plain.PUZZLE_TABLE][-1], first[plain.PUZZLE_TABLE][-1])

@@ -13,7 +13,18 @@ from hrm.model.hrm import HRM
 from hrm.model.losses import act_loss
 from tests.support import straight_line as plain
 from tests.support import straight_variants as variants
-from tests.support.act_cases import PUZZLES, STABLEMAX, B, D, S, V, draw_often, make_arch, random_batch
+from tests.support.act_cases import (
+    PUZZLES,
+    STABLEMAX,
+    B,
+    D,
+    S,
+    V,
+    assert_all_close,
+    draw_often,
+    make_arch,
+    random_batch,
+)
 
 FEUDAL = SubgoalConfig(enabled=True, manager_period=2, goal_dim=D // 2, goal_scale=1.5, temperature=0.7)
 GATE_LOSSES: dict[str, Any] = {
@@ -21,18 +32,7 @@ GATE_LOSSES: dict[str, Any] = {
     "gate_entropy_weight": 0.2,
     "gate_stability_weight": 5.0,
 }
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(dtype)
-
-
-def assert_same(actual: Any, expected: Any) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def make_variant(arch, seed=0):
@@ -103,17 +103,19 @@ def test_training_steps(changes, loss):
         )
         expected_loss.backward()
 
-        assert_same(total, expected_loss)
+        assert_all_close(total, expected_loss)
         assert metrics.keys() <= sums.keys()
         for name, value in metrics.items():
-            assert_same(sums[name], value)
+            assert_all_close(sums[name], value)
         for name, parameter in model.named_parameters():
-            assert_same(parameter.grad, leaves[name].grad)
-        assert_same(rows.grad, plain_rows.grad)
+            assert_all_close(parameter.grad, leaves[name].grad)
+        assert_all_close(rows.grad, plain_rows.grad)
         for name in ("z_H", "z_L", "steps", "halted", "goal", "goal_gate"):
-            assert_same(getattr(carry, name), expected[name])
+            assert_all_close(getattr(carry, name), expected[name])
         if loss.gate_stability_weight:
-            assert_same(carry.gates, torch.stack([g for module in expected["previous"] for g in module], 2))
+            assert_all_close(
+                carry.gates, torch.stack([g for module in expected["previous"] for g in module], 2)
+            )
         if outputs.subgoal is not None:
             renewed += int(outputs.subgoal.renewed.sum())
             kept += int((~outputs.subgoal.renewed).sum())
@@ -130,9 +132,9 @@ def test_evaluation_sets_goals_too():
         for _ in range(3):
             carry, _ = act_step(model, carry, None, None)
             goals.append(carry.goal)
-    assert_same(goals[0].norm(dim=1), torch.full((B,), 1.5))
+    assert_all_close(goals[0].norm(dim=1), torch.full((B,), 1.5))
     assert not goals[1].equal(goals[0])
-    assert_same(goals[2], goals[1])
+    assert_all_close(goals[2], goals[1])
 
 
 def test_without_a_weight_the_head_changes_nothing_but_the_input():
@@ -150,7 +152,7 @@ def test_without_a_weight_the_head_changes_nothing_but_the_input():
         loss, _ = act_loss(LossConfig(), each.lm_head, carry, outputs)
         loss.backward()
         results.append((loss, each.L_level.layers[0].mlp.down_proj.weight.grad))
-    assert_same(results[0], results[1])
+    assert_all_close(results[0], results[1])
 
 
 @pytest.mark.parametrize("changes", [{"use_gating": True}, {"subgoal_head": FEUDAL}])

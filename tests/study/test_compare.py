@@ -20,7 +20,7 @@ from hrm.study.history import History, read_history
 from hrm.study.results import cautions, compare_runs, first_reaching, score_at, tables
 from hrm.study.runs import Campaign, slots
 from hrm.training.run_folder import run_lock
-from tests.support.paths import ROOT
+from tests.support.forked import start
 from tests.support.studies import STAND_IN, TINY, history, started
 
 # --- what the numbers say
@@ -374,8 +374,8 @@ def test_a_killed_comparison_can_be_completed(tiny_sudoku, tmp_path):
     """kill -9 while the first run trains, then the same command."""
     out = tmp_path / "out"
     words = ["v1", "gated", *TINY, f"data_path={tiny_sudoku}", "--seeds", "1", "--output", str(out)]
-    command = [sys.executable, "-m", "hrm.compare", *words]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    command = ["-m", "hrm.compare", *words]
+    first = start(command)
     while not (out / "v1-seed0" / "metrics.jsonl").exists():
         assert first.poll() is None
         time.sleep(0.01)
@@ -383,10 +383,10 @@ def test_a_killed_comparison_can_be_completed(tiny_sudoku, tmp_path):
     first.wait()
     assert not (out / "v1-seed0" / "finished.json").exists()
 
-    command += ["--jobs", "2"]
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    with open(tmp_path / "said", "w") as said:
+        status = start([*command, "--jobs", "2"], stdout=said).wait()
     # The first run's trainer may have outlived the command, and is then waited for.
-    assert again.returncode == 0 and sorted(started(again.stdout)) == sorted(ALL[:2]), again.stderr
+    assert status == 0 and sorted(started((tmp_path / "said").read_text())) == sorted(ALL[:2])
     results = json.loads((out / "results.json").read_text())
     assert results["equal_steps"] == 12 and results["missing"] == []
     for name, entry in results["entries"].items():

@@ -133,6 +133,25 @@ def straight_line_run(
     assert all(events.values()), f"never happened: {[event for event in events if not events[event]]}"
 
 
+def assert_all_close(actual: Any, expected: Any) -> None:
+    """Every tensor of the same dtype and equal to 1e-9, integers and flags exactly."""
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+def assert_same(actual: Any, expected: Any, name: str = "", tolerance: float = 1e-9) -> None:
+    """The same names, integers and flags as expected; real numbers to tolerance of the largest."""
+    if isinstance(expected, dict):
+        # A carry here holds what other architectures need besides.
+        assert "carry" in name or actual.keys() == expected.keys(), name
+        for key, value in expected.items():
+            assert_same(actual[key], value, f"{name}.{key}", tolerance)
+    elif expected.is_floating_point() and expected.numel():
+        bound = tolerance * expected.abs().max().item()
+        torch.testing.assert_close(actual, expected, rtol=0, atol=bound, msg=lambda text: f"{name}: {text}")
+    else:
+        assert torch.equal(actual, expected), name
+
+
 def table_gradient(arch: ArchConfig, identifiers: Tensor | None, rows: Tensor | None) -> Tensor:
     """The puzzle table's gradient (PUZZLES, puzzle_emb_ndim) from the gradients of gathered rows, if there
     are any."""

@@ -1,5 +1,6 @@
 """Writes small data sets with given groups for tests."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,12 @@ def a_set(groups: list[list[int]], seed: int = 0) -> PuzzleSet:
         puzzle_indices=np.cumsum([0, *sizes]).astype(np.int32),
         group_indices=np.cumsum([0, *map(len, groups)]).astype(np.int32),
     )
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a folder by relative path."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def written(
