@@ -50,7 +50,7 @@ from kernels.backend import (
     wide,
 )
 from kernels.checks import check_floating
-from kernels.rope import check_tables, rope, rotate
+from kernels.rope import check_tables, checked_rope, rotate
 
 ATTENTION_BACKENDS = ("auto", "triton", "flash", "sdpa")
 # Limits of the Triton kernel: one block of keys and values, and two halves of 64.
@@ -394,5 +394,5 @@ def attention(
                 explain("attention", Choice("reference", limit))
     if backend == "triton":
         return _attention(qkv, num_heads, cos, sin, length if queries is None else queries)
-    q, k, v = library.split_heads(qkv, num_heads, cos, sin, queries, rope)
+    q, k, v = library.split_heads(qkv, num_heads, cos, sin, queries, checked_rope)
     return library.flash(q, k, v) if backend == "flash" else library.sdpa(q, k, v)

@@ -257,6 +257,11 @@ def device_of(tensor: Tensor) -> torch.device:
     return _stand_in or tensor.device
 
 
+def explaining() -> bool:
+    """Whether `explained` is active."""
+    return _choices is not None
+
+
 def explain(op: str, choice: Choice) -> None:
     """Reports the choice of an operation to `explained`, if active."""
     if _choices is not None:
@@ -280,6 +285,9 @@ def choose(
     other than CUDA, float64 or a missing Triton select the reference. With `triton`, an obstacle, an
     unsupported device or a missing Triton raise BackendError.
     """
+    # The usual case on a CPU. Without this test the choices take as long as the products of one sequence.
+    if tensor.is_cpu and _backend in ("auto", "reference") and _choices is None and _asked is None:
+        return "reference"
     fastest = _fastest(measured_as or op, tensor, sizes, weight)
     choice = decide(device_of(tensor), tensor.dtype, obstacle, slower, fastest)
     explain(op, choice)

@@ -5,7 +5,7 @@ Source: Dao 2023 (arXiv 2307.08691), Shah et al. 2024 (arXiv 2407.08608).
 
 import importlib
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.backend import device_of
-from kernels.checks import accumulate_dtype
+from kernels.checks import accumulate_dtype, cast
 from kernels.rope import rope_reference
 
 # PyTorch uses the first backend that supports the tensors. cuDNN is excluded: PyTorch prefers it on sm_90 for
@@ -27,23 +27,26 @@ def split_heads(
     """Rotated queries, rotated keys and values, each (B, T or queries, num_heads, d)."""
     heads = qkv.unflatten(2, (3 * num_heads, -1))
     # Use splits instead of slices: the gradient of a split is one concatenation.
-    qk, v = heads.split([2 * num_heads, num_heads], dim=2)
-    if cos is not None and sin is not None:
-        qk = rotate(qk, cos, sin)
-    q, k = qk.split([num_heads, num_heads], dim=2)
-    return q[:, :queries], k, v
+    if cos is None or sin is None:
+        q, k, v = heads.chunk(3, dim=2)
+    else:
+        qk, v = heads.split_with_sizes([2 * num_heads, num_heads], dim=2)
+        q, k = rotate(qk, cos, sin).chunk(2, dim=2)
+    return q if queries is None else q[:, :queries], k, v
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's attention of q (B, queries, heads, d) to k, v (B, T, heads, d): (B, queries, heads * d)."""
-    dtype = q.dtype
-    if device_of(q).type == "cpu":
+    dtype, on_cpu = q.dtype, device_of(q).type == "cpu"
+    if on_cpu:
         # On CPUs PyTorch's fused attention is several times slower in 16 bits than in float32.
-        q, k, v = (x.to(accumulate_dtype(dtype)) for x in (q, k, v))
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    with sdpa_kernel(SDPA_BACKENDS):
+        wide = accumulate_dtype(dtype)
+        q, k, v = cast(q, wide), cast(k, wide), cast(v, wide)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    # A CPU has a single fused attention; for one sequence it takes no longer than this context.
+    with nullcontext() if on_cpu else sdpa_kernel(SDPA_BACKENDS):
         o = F.scaled_dot_product_attention(q, k, v)
-    return o.transpose(1, 2).flatten(2).to(dtype)
+    return cast(o.transpose(1, 2).flatten(2), dtype)
 
 
 def attention_reference(

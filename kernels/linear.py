@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import Choice, device_of, explain, get_backend
+from kernels.backend import Choice, device_of, explain, explaining, get_backend
 from kernels.checks import check_floating, check_shape
 from kernels.cpu import cpuinfo, multiplies_bfloat16
 
@@ -74,11 +74,22 @@ for _answer in (_widens, _here):
     setattr(_answer, "_dynamo_marked_constant", True)  # noqa: B010
 
 
+def is_small(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product in float32 stays with PyTorch for its size, on any device."""
+    return x.dtype == torch.float32 and 2 * x.numel() * weight.shape[0] < LEAST_FLOP
+
+
+# Constants, because a product of one sequence takes only a few times as long as building a choice.
+_REQUESTED = Choice("reference", "backend 'reference' was requested")
+_SMALL = Choice("reference", f"a product of less than {LEAST_FLOP / 1e6:g} MFLOP gains nothing from oneDNN")
+_ONEDNN = Choice("onednn", "float32 on a processor with AVX-512 that MKL does not support")
+
+
 def linear_choice(x: Tensor, weight: Tensor) -> Choice:
     """The implementation of `linear` and the reason: onednn, widened, or reference (PyTorch's choice)."""
     device = device_of(x)
     if get_backend() == "reference":
-        return Choice("reference", "backend 'reference' was requested")
+        return _REQUESTED
     if device.type != "cpu":
         return Choice("reference", f"products on {device.type} use its library")
     if torch.is_autocast_enabled("cpu"):
@@ -87,15 +98,10 @@ def linear_choice(x: Tensor, weight: Tensor) -> Choice:
         return Choice("widened", "bfloat16 on a processor without instructions for it")
     if x.dtype != torch.float32:
         return Choice("reference", f"oneDNN is used only for float32, got {x.dtype}")
-    flop = 2 * x.numel() * weight.shape[0]
-    if flop < LEAST_FLOP:
-        return Choice("reference", f"a product of {flop / 1e6:.1f} MFLOP is too small to gain from oneDNN")
+    if is_small(x, weight):
+        return _SMALL
     limit = _here()
-    return (
-        Choice("reference", limit)
-        if limit
-        else Choice("onednn", "float32 on a processor with AVX-512 that MKL does not support")
-    )
+    return _ONEDNN if limit is None else Choice("reference", limit)
 
 
 def _dense(matrix: Tensor) -> Tensor:
@@ -161,11 +167,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     processor cannot multiply it. All other products, and all with `set_backend("reference")`, use
     `torch.nn.functional.linear`. Raises ValueError or TypeError naming the argument.
     """
-    check_floating("linear", x=x, weight=weight, **({} if bias is None else {"bias": bias}))
+    if bias is None:
+        check_floating("linear", x=x, weight=weight)
+    else:
+        check_floating("linear", x=x, weight=weight, bias=bias)
     if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"linear: weight must have shape (N, {x.shape[-1]}), got {tuple(weight.shape)}")
     if bias is not None:
         check_shape("linear", "bias", bias, (weight.shape[0],))
+    return checked_linear(x, weight, bias)
+
+
+def checked_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` of arguments that the caller has checked."""
+    if is_small(x, weight) and not explaining():
+        return F.linear(x, weight, bias)
     choice = linear_choice(x, weight)
     explain("linear", choice)
     if choice.implementation == "onednn":

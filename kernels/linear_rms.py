@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kernels.backend import dot, jit, launch, tl, triton, wide
 from kernels.checks import accumulate_dtype, as_rows, check_floating, check_shape
-from kernels.linear import linear
+from kernels.linear import checked_linear
 from kernels.matmul import (
     DEFERRED,
     check_mean_square,
@@ -41,7 +41,7 @@ from kernels.matmul import (
 
 def linear_scaled_reference(x: Tensor, weight: Tensor, mean_square: Tensor | None) -> Tensor:
     """The scaled product in plain PyTorch; see `linear_scaled`. Without mean_square the factor is 1."""
-    y = linear(x, weight)
+    y = checked_linear(x, weight)
     return y if mean_square is None else (y * rstd_of(mean_square)[..., None]).to(x.dtype)
 
 
@@ -52,7 +52,7 @@ def linear_rms_reference(
     scaled = residual.to(accumulate_dtype(x.dtype))
     if mean_square is not None:
         scaled = scaled * rstd_of(mean_square)[..., None]
-    h = linear(x, weight).to(scaled.dtype) + scaled
+    h = checked_linear(x, weight).to(scaled.dtype) + scaled
     return h.to(x.dtype), h.square().mean(-1, keepdim=True) + eps
 
 

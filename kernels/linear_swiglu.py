@@ -26,7 +26,7 @@ from kernels.matmul import (
     takes_kernel,
     wants_gradient,
 )
-from kernels.swiglu import swiglu, swiglu_reference
+from kernels.swiglu import checked_swiglu, swiglu_reference
 
 
 def linear_swiglu_reference(x: Tensor, weight: Tensor, mean_square: Tensor | None) -> Tensor:
@@ -122,7 +122,12 @@ def linear_swiglu(x: Tensor, weight: Tensor, mean_square: Tensor | None = None) 
     check_product("linear_swiglu", x, weight, mean_square)
     if weight.shape[0] % 2:
         raise ValueError(f"linear_swiglu: weight must have an even number of rows, got {tuple(weight.shape)}")
+    return checked_linear_swiglu(x, weight, mean_square)
+
+
+def checked_linear_swiglu(x: Tensor, weight: Tensor, mean_square: Tensor | None = None) -> Tensor:
+    """`linear_swiglu` of arguments that the caller has checked."""
     fused = takes_kernel("linear_swiglu", x, weight, sizes=(weight.shape[0],))
     if fused and not wants_gradient(x, weight, mean_square):
         return _linear_swiglu(x, weight, mean_square)
-    return swiglu(linear_scaled_reference(x, weight, mean_square))
+    return checked_swiglu(linear_scaled_reference(x, weight, mean_square))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Tile, choose, jit, launch, tl, triton, tunable, wide
-from kernels.checks import accumulate_dtype, as_rows, check_floating, check_shape
+from kernels.checks import accumulate_dtype, as_rows, cast, check_floating, check_shape
 
 MAX_WIDTH = 16384
 
@@ -29,8 +29,8 @@ MAX_WIDTH = 16384
 def rms_norm_reference(x: Tensor, residual: Tensor, eps: float) -> Tensor:
     """The norm in plain PyTorch; see `rms_norm`."""
     dtype = accumulate_dtype(x.dtype)
-    h = x.to(dtype) + residual.to(dtype)
-    return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    h = cast(x, dtype) + cast(residual, dtype)
+    return cast(h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps), x.dtype)
 
 
 def launch_variants(width: int) -> list[Tile]:
@@ -192,7 +192,7 @@ class _Pair(torch.autograd.Function):
 def _choice(op: str, x: Tensor, residual: Tensor) -> str:
     """Checks the arguments; returns the implementation."""
     check_floating(op, x=x, residual=residual)
-    check_shape(op, "residual", residual, tuple(x.shape))
+    check_shape(op, "residual", residual, x.shape)
     width = x.shape[-1]
     too_wide = f"its kernel holds rows of at most {MAX_WIDTH}, got {width}" if width > MAX_WIDTH else None
     return choose(op, x, too_wide, measured_as="rms_norm")

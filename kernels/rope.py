@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import jit, launch, tl, triton, use_triton, wide
-from kernels.checks import accumulate_dtype, check_floating, check_shape
+from kernels.checks import accumulate_dtype, cast, check_floating, check_shape
 
 
 def rope_tables(
@@ -59,10 +59,10 @@ def rope_tables_2d(
 
 def rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The rotation in plain PyTorch; see `rope`."""
-    x1, x2 = x.to(accumulate_dtype(x.dtype)).chunk(2, dim=-1)
+    x1, x2 = cast(x, accumulate_dtype(x.dtype)).chunk(2, dim=-1)
     half = x1.shape[-1]
-    cos, sin = cos[:, None, :half].to(x1.dtype), sin[:, None, :half].to(x1.dtype)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+    cos, sin = cast(cos[:, None, :half], x1.dtype), cast(sin[:, None, :half], x1.dtype)
+    return cast(torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1), x.dtype)
 
 
 def launch_choice(head_dim: int) -> dict[str, int]:
@@ -146,9 +146,10 @@ _rope.register_autograd(_differentiate, setup_context=_save)
 
 def check_tables(op: str, cos: Tensor, sin: Tensor, length: int, head_dim: int, device: torch.device) -> None:
     """Checks that both tables are (length, head_dim), on the device, and without gradient."""
+    check_floating(op, cos=cos)
+    check_floating(op, sin=sin)
     for name, table in (("cos", cos), ("sin", sin)):
         check_shape(op, name, table, (length, head_dim))
-        check_floating(op, **{name: table})
         if table.device != device:
             raise ValueError(f"{op}: {name} must be on {device}, got {table.device}")
         if table.requires_grad:
@@ -167,6 +168,11 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if x.dim() != 4 or x.shape[-1] % 2:
         raise ValueError(f"rope: x must be (B, T, n, d) with d even, got {tuple(x.shape)}")
     check_tables("rope", cos, sin, x.shape[1], x.shape[3], x.device)
+    return checked_rope(x, cos, sin)
+
+
+def checked_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rope` of arguments that the caller has checked."""
     if use_triton("rope", x):
         return _rope(x, cos, sin, False)
     return rope_reference(x, cos, sin)

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import Tile, jit, launch, tl, triton, tunable, use_triton, wide
-from kernels.checks import accumulate_dtype, as_rows, check_floating
+from kernels.checks import accumulate_dtype, as_rows, cast, check_floating
 
 
 def swiglu_reference(gate_up: Tensor) -> Tensor:
     """The product in plain PyTorch; see `swiglu`."""
-    gate, up = gate_up.to(accumulate_dtype(gate_up.dtype)).chunk(2, dim=-1)
-    return (F.silu(gate) * up).to(gate_up.dtype)
+    gate, up = cast(gate_up, accumulate_dtype(gate_up.dtype)).chunk(2, dim=-1)
+    return cast(F.silu(gate) * up, gate_up.dtype)
 
 
 def launch_variants(width: int) -> list[Tile]:
@@ -152,6 +152,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
     check_floating("swiglu", gate_up=gate_up)
     if gate_up.shape[-1] % 2:
         raise ValueError(f"swiglu: gate_up must have an even last dimension, got {tuple(gate_up.shape)}")
+    return checked_swiglu(gate_up)
+
+
+def checked_swiglu(gate_up: Tensor) -> Tensor:
+    """`swiglu` of an argument that the caller has checked."""
     if use_triton("swiglu", gate_up):
         return _swiglu(gate_up)
     return swiglu_reference(gate_up)

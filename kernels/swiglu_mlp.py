@@ -19,14 +19,14 @@ from torch import Tensor
 
 from kernels.backend import Tile, dot, jit, launch, tl, triton, tunable, wide
 from kernels.checks import as_rows, check_floating
-from kernels.linear import linear
-from kernels.linear_swiglu import forward_packed, linear_swiglu, linear_swiglu_reference
+from kernels.linear import checked_linear
+from kernels.linear_swiglu import checked_linear_swiglu, forward_packed, linear_swiglu_reference
 from kernels.matmul import check_product, fitted, place, takes_kernel, wants_gradient
 
 
 def swiglu_mlp_reference(x: Tensor, gate_up_weight: Tensor, down_weight: Tensor) -> Tensor:
     """The three operations in plain PyTorch; see `swiglu_mlp`."""
-    return linear(linear_swiglu_reference(x, gate_up_weight, None), down_weight)
+    return checked_linear(linear_swiglu_reference(x, gate_up_weight, None), down_weight)
 
 
 def launch_variants(dtype: torch.dtype, N: int, K: int) -> list[Tile]:
@@ -226,4 +226,4 @@ def swiglu_mlp(x: Tensor, gate_up_weight: Tensor, down_weight: Tensor) -> Tensor
     tensors = x, gate_up_weight, down_weight
     if wants_gradient(*tensors) and takes_kernel("swiglu_mlp", x, down_weight, sizes=(inner,)):
         return _swiglu_mlp(*tensors)[0]
-    return linear(linear_swiglu(x, gate_up_weight), down_weight)
+    return checked_linear(checked_linear_swiglu(x, gate_up_weight), down_weight)

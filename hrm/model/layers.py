@@ -24,6 +24,7 @@ from kernels import (
     rms_norm_pair,
     swiglu_mlp,
 )
+from kernels.checks import cast
 
 # Standard deviation of a unit normal truncated at two standard deviations.
 TRUNCATED_STD = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
@@ -71,7 +72,8 @@ class Linear(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        dtype, bias = x.dtype, self.bias
+        return linear(x, cast(self.weight, dtype), None if bias is None else cast(bias, dtype))
 
 
 # Maximum rows of a table whose gradient is computed as a product; in larger tables few cells share a row.
@@ -185,7 +187,7 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(width, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate_up, down = (layer.weight.to(x.dtype) for layer in (self.gate_up_proj, self.down_proj))
+        gate_up, down = cast(self.gate_up_proj.weight, x.dtype), cast(self.down_proj.weight, x.dtype)
         if self.norm_eps is None:
             return swiglu_mlp(x, gate_up, down)
         return normed_swiglu_mlp(x, gate_up, down, self.norm_eps)
@@ -259,7 +261,8 @@ class Block(nn.Module):
         """
         if self.self_attn is not None:
             attended = self.self_attn(x, cos, sin, queries)
-            x, residual = rms_norm_pair(residual[:, :queries], attended, self.eps)
+            residual = residual if queries is None else residual[:, :queries]
+            x, residual = rms_norm_pair(residual, attended, self.eps)
         else:
             assert self.mlp_t is not None
             # This norm is also over the tokens.
