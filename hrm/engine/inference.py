@@ -105,10 +105,12 @@ class Inference:
         _, sums = act_loss(self.loss, self.model.lm_head, carry, outputs)
         vector = torch.stack([value.to(torch.float32) for value in sums.values()])
         if not self.names:
-            self.names, self.sums = list(sums), torch.zeros_like(vector)
+            # An inference tensor could not be changed outside of inference mode.
+            with torch.inference_mode(mode=False):
+                self.names, self.sums = list(sums), torch.zeros_like(vector)
         self.sums.copy_(vector)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def run(self, batch: Batch, keys: np.ndarray | int = 0) -> None:
         """Solves a batch and sums its metrics; does not wait for the device.
 
@@ -118,7 +120,7 @@ class Inference:
         self._feed.push(batch, keys=keys)
         self._judging()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def solve(self, inputs: np.ndarray, puzzle_identifiers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The answers to inputs (B, S) of puzzles (B,), int32: predictions (B, S) int32, q_halt (B,) float32.
 
@@ -148,7 +150,7 @@ class Inference:
             first += count
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _prepare(
     step: Callable[[], object], what: str, model: HRM, feed: Feed, mode: Mode, compilation: Compilation
 ) -> None:
@@ -282,7 +284,7 @@ class StepByStep:
             self.gates.copy_(torch.stack(gates, dim=1))
         self._keep(carry)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def take_turn(self) -> None:
         """Runs one ACT step; sequences from the feed replace halted ones. Does not wait for the device."""
         self._begin()
@@ -297,7 +299,7 @@ class StepByStep:
             residual = np.where(counted > 0, changes / counted, np.inf).astype(np.float32)
         return Ends(places, labels, predictions, q_halt, steps, halts_at, residual)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def at_depths(self, batch: Batch, depths: Sequence[int], keys: np.ndarray | int = 0) -> Iterator[Ends]:
         """The state of all rows of a batch after each of `depths`, without early halting.
 
@@ -312,7 +314,7 @@ class StepByStep:
                 self._program()
             yield self._ends(rows, rows, batch.labels)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def until_halted(
         self, waiting: Iterator[Waiting], goes_on: Callable[[int, int], bool] = lambda place, steps: True
     ) -> Iterator[Ends]:

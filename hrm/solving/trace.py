@@ -111,7 +111,7 @@ def record_trace(
     return record_paths(model, metadata, tokens, puzzle, **options).traces[0]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def record_paths(
     model: HRM,
     metadata: Metadata,

@@ -29,6 +29,37 @@ def launches(call) -> int:
     return count
 
 
+X, WEIGHT, QKV, TABLE = torch.ones(1, 4, 8), torch.ones(8, 8), torch.ones(1, 4, 24), torch.ones(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("most", "call"),
+    [
+        (5, lambda: kernels.linear(X, WEIGHT)),
+        (11, lambda: kernels.rms_norm_pair(X, X)),
+        (23, lambda: kernels.swiglu_mlp(X, WEIGHT, WEIGHT[:, :4])),
+        (30, lambda: kernels.attention(QKV, 2, TABLE, TABLE)),
+    ],
+    ids=["linear", "rms_norm_pair", "swiglu_mlp", "attention"],
+)
+def test_an_operation_on_a_cpu_makes_few_calls(most, call):
+    """Python's calls take longer than the operation if it is of a single sequence."""
+    kernels.set_backend("auto")
+    made = []
+
+    def count(frame, event, _):
+        made.append(event == "call" and frame.f_globals["__name__"].startswith("kernels."))
+
+    before = sys.getprofile()
+    with torch.no_grad():
+        sys.setprofile(count)
+        try:
+            call()
+        finally:
+            sys.setprofile(before)
+    assert 0 < sum(made) <= most
+
+
 def test_each_backend_takes_its_own_path():
     x = torch.ones(2, 32, device=DEVICE)
     expected = {"triton": 1, "reference": 0, "auto": int(DEVICE.type == "cuda")}
