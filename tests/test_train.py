@@ -91,23 +91,14 @@ def test_bad_data_is_answered_by_one_line(copy_of, tmp_path, capsys):
             assert part in err
 
     refused("nowhere/train", "python -m hrm.data sudoku", data=tmp_path / "nowhere")
-    original = json.loads((copy_of / "train" / "dataset.json").read_text())
     edit_metadata(copy_of, num_puzzle_identifiers=2)
     refused("test/dataset.json: num_puzzle_identifiers is 1, but 2 in train")
-    edit_metadata(copy_of, seq_len=25)
-    refused("inputs.npy", "25")
-    edit_metadata(copy_of, **{**original, "vocab_size": 4})
-    refused("all__inputs.npy: row 0", "vocab_size 4")
-    edit_metadata(copy_of, **original)
+    edit_metadata(copy_of, num_puzzle_identifiers=1)
     labels = copy_of / "train" / "all__labels.npy"
     array = np.load(labels)
     array[3, 5] = 77
     np.save(labels, array)
     refused("all__labels.npy", "77")
-    labels.write_bytes(labels.read_bytes()[:300])
-    refused("all__labels.npy")
-    labels.unlink()
-    refused("all__labels.npy")
     assert not (tmp_path / "out").exists()
 
 
@@ -180,16 +171,6 @@ def test_a_run_belongs_to_one_process(tiny_sudoku, tmp_path, capsys):
             status == 2 and err == f"error: {run}: another process trains this run; give another run_name\n"
         )
     assert run_main(*argv, capsys=capsys)[0] == 0
-
-
-@pytest.mark.slow
-def test_the_last_checkpoints_stay(tiny_sudoku, tmp_path):
-    for keep, steps in (("1", [48]), ("null", [12, 24, 36, 48])):
-        argv = words(tiny_sudoku, tmp_path, f"run_name=keep-{keep}", f"keep_checkpoints={keep}")
-        argv += ["keep_best=false"]
-        assert train.main(argv) == 0
-        folders = (tmp_path / tiny_sudoku.name / f"keep-{keep}").glob("step_*")
-        assert sorted(int(folder.name.removeprefix("step_")) for folder in folders) == steps
 
 
 def test_an_interval_that_does_not_divide_the_epochs_fixes_them(tiny_sudoku, tmp_path, capsys):

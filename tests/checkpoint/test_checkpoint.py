@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import pickle
 import random
 import shutil
 import subprocess
@@ -24,7 +22,6 @@ from hrm.checkpoint.read import (
     read_manifest,
 )
 from hrm.checkpoint.save import save_checkpoint
-from hrm.checkpoint.weights import load_weights
 from tests.support.checkpoints import names, refused, reseal, save, write_manifest
 from tests.support.paths import ROOT
 
@@ -285,44 +282,6 @@ def test_forged_manifests(tmp_path: Path) -> None:
 
 
 # --- hostile files
-
-
-class Payload:
-    """Unpickled, it would make a file."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple:
-        return os.system, (f"touch '{self.marker}'",)
-
-
-@pytest.mark.parametrize("how", ["torch", "pickle", "legacy"])
-def test_pickled_objects_are_refused_without_running(tmp_path: Path, how: str) -> None:
-    marker, path = tmp_path / "was_run", save(tmp_path / "run", 1)
-    hostile = {"value": 1.0, "extra": [Payload(marker)]}
-    if how == "pickle":
-        (path / "training.pt").write_bytes(pickle.dumps(hostile))
-        pickle.loads((path / "training.pt").read_bytes())
-    else:
-        torch.save(hostile, path / "training.pt", _use_new_zipfile_serialization=how == "torch")
-        torch.load(path / "training.pt", weights_only=False)
-    # the payload is a live one
-    assert marker.exists()
-    marker.unlink()
-    reseal(path)
-    refused(path, str(path / "training.pt"), "not a torch file of plain tensors and numbers")
-    shutil.copy(path / "training.pt", tmp_path / "step_5")
-    with pytest.raises(CheckpointError, match="step_5 is not a torch file of plain tensors"):
-        load_weights(tmp_path / "step_5", {})
-    assert not marker.exists()
-
-
-def test_a_malicious_object_is_reported(tmp_path: Path) -> None:
-    path = save(tmp_path, 1)
-    torch.save({"a": Payload(tmp_path / "was_run")}, path / "training.pt")
-    reseal(path)
-    refused(path, f"it refers to {os.system.__module__}.system, which was not run")
 
 
 def test_training_files_that_unfold_beyond_their_size(tmp_path: Path) -> None:

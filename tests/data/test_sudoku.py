@@ -1,6 +1,5 @@
 """Sudoku: the solver against brute force, puzzles and symmetries that keep the rules, files and faults."""
 
-import hashlib
 import itertools
 import os
 import re
@@ -27,6 +26,7 @@ from hrm.data.sudoku.files import Puzzles, hold_out, read_puzzles
 from hrm.data.sudoku.solver import BOXES, SudokuError, random_grid, random_puzzle, solutions
 from hrm.data.workers import SHARE, over_rows
 from tests.support.paths import ROOT
+from tests.support.puzzle_sets import digest
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -63,14 +63,6 @@ def augment(*arguments: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:
     """All the groups at once."""
     inputs, labels = zip(*sudoku.augment(*arguments, **options), strict=True)
     return np.concatenate(inputs), np.concatenate(labels)
-
-
-def digest(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 # --- solver and generator

@@ -1,11 +1,13 @@
 """Many paths of each puzzle: views and the way back, path 0 as alone, early halting, options refused."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from hrm import evaluate
 from hrm.config.schema import SubgoalConfig
@@ -171,7 +173,9 @@ def test_an_official_checkpoint_takes_paths(run, runs, capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_evaluation_equals_the_eager_one(runs, capsys, tmp_path):
+def test_a_compiled_evaluation_equals_the_eager_one(runs, capsys, tmp_path, monkeypatch):
+    """Traced as Inductor would trace it, whose code generation takes half a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     argv = [f"paths={PATHS}", "by=init,noise", "batch_size=16", "eval_act=true"]
     found = []
     for mode in ("eager", "compile"):

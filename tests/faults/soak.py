@@ -33,7 +33,7 @@ from tests.support.runs import assert_same_run, words
 INTERVAL, STRETCH = 12, 20
 # Wide enough that a save takes as long as some steps.
 WIDE = ["arch.hidden_size=64", "arch.num_heads=4", "ema=true", "grad_clip=1", "log_interval=1"]
-KINDS = ("step", "save", "step", "start")
+KINDS = ("step", "save", "start", "step")
 STEPS_PER_EPOCH = 6
 
 

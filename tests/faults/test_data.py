@@ -19,12 +19,6 @@ def data(tiny_sudoku, tmp_path) -> Path:
     return Path(shutil.copytree(tiny_sudoku, tmp_path / "data"))
 
 
-def without_checksums(data: Path) -> None:
-    """As the official data sets are."""
-    for path in data.glob("*/checksums.json"):
-        path.unlink()
-
-
 def flip(path: Path) -> None:
     """Changes the last bit of a file of tokens: a digit becomes another one."""
     with path.open("r+b") as file:
@@ -49,20 +43,6 @@ def test_a_flipped_bit_is_found_before_the_first_step(data, tmp_path, capsys, sp
     told = refused(words(data, tmp_path / "out"), capsys)
     assert f"{data / split / 'all__labels.npy'}: its bytes are not those that checksums.json lists" in told
     assert not (tmp_path / "out").exists()
-
-
-def test_a_resumed_run_names_the_file_that_changed_in_between(data, tmp_path, capsys):
-    without_checksums(data)
-    argv = words(data, tmp_path, "run_name=r", "epochs=4", "lr=1e-4")
-    assert train.main(argv) == 0
-    labels = data / "train" / "all__labels.npy"
-    flip(labels)
-    told = refused(argv, capsys)
-    assert "all__labels.npy changed" in told and "all__inputs.npy" not in told
-    # The bit as it was: the same run.
-    flip(labels)
-    assert train.main(argv) == 0
-    assert "resuming" in capsys.readouterr().out
 
 
 def cut(path: Path) -> None:

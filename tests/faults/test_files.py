@@ -97,13 +97,6 @@ def test_without_a_good_checkpoint_a_run_is_refused_and_left_as_it_is(copy, caps
     }
 
 
-def test_a_missing_checkpoint_is_not_requested(copy, whole, capsys):
-    shutil.rmtree(copy / "step_24")
-    status, out, err = run_main(*resumption(copy), capsys=capsys)
-    assert status == 0 and resumed_step(out) == 12, err
-    assert_same_run(whole, copy)
-
-
 def test_a_line_of_metrics_that_was_cut_short_is_written_again(copy, whole, capsys):
     metrics = copy / "metrics.jsonl"
     with open(metrics, "ab") as file:

@@ -6,8 +6,8 @@ from tests.faults.soak import INTERVAL, KINDS, soak
 def test_a_run_that_is_killed_again_and_again_is_the_one_left_alone(tiny_sudoku, tmp_path):
     """The soak, short, with all that is random: it compares the runs, and what each kill left and resumed."""
     random = ("arch.init=random", "arch.noise=0.05", "arch.damping=0.9")
-    found = soak(tiny_sudoku, tmp_path, 4, 1, *random)
-    assert found["identical"] and [kill["kind"] for kill in found["each"]] == list(KINDS)
+    found = soak(tiny_sudoku, tmp_path, 3, 1, *random)
+    assert found["identical"] and [kill["kind"] for kill in found["each"]] == list(KINDS[:3])
     assert found["each"][1]["in_a_save"] and found["kills_in_a_save"] >= 1
     assert 0 < found["most_steps_done_again"] <= 2 * INTERVAL
     assert found["steps"] > max(kill["step"] for kill in found["each"])

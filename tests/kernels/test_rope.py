@@ -7,23 +7,22 @@ from hypothesis import strategies as st
 
 from kernels import rope
 from kernels.rope import launch_choice, rope_tables
-from tests.kernels.compare import DEVICE, DTYPES, agree, compiles, randn
+from tests.kernels.compare import DEVICE, DTYPES, agree, compiles, in_dtypes, randn
 
-SHAPES = [(1, 1, 1, 64), (2, 17, 3, 96), (1, 82, 16, 64), (3, 5, 100, 32), (2, 3, 2, 2)]
+SHAPES = [(1, 1, 1, 64), (2, 17, 3, 96), (1, 82, 3, 64), (3, 5, 100, 32), (2, 3, 2, 2)]
 
 
 def tables(length, head_dim, dtype=torch.float32):
     return tuple(table.to(DEVICE) for table in rope_tables(length, head_dim, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), in_dtypes(SHAPES))
 def test_output_and_gradient(shape, dtype):
     cos, sin = tables(shape[1], shape[3])
     agree(lambda x: rope(x, cos, sin), {"x": randn(*shape, seed=0)}, dtype)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(B=st.integers(1, 2), T=st.integers(1, 9), n=st.integers(1, 70), half=st.integers(1, 70))
 def test_any_shape(B, T, n, half):
     cos, sin = tables(T, 2 * half, torch.float64)
@@ -62,8 +61,8 @@ def test_the_inverse_rotation_turns_back():
 def test_gradients_of_first_and_second_order():
     cos, sin = tables(2, 4, torch.float64)
     x = randn(1, 2, 1, 4, seed=0).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: rope(x, cos, sin), x)
-    assert torch.autograd.gradgradcheck(lambda x: rope(x, cos, sin), x)
+    assert torch.autograd.gradcheck(lambda x: rope(x, cos, sin), x, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda x: rope(x, cos, sin), x, fast_mode=True)
 
 
 def test_operator_contract_and_compile():

@@ -7,13 +7,12 @@ from hypothesis import strategies as st
 
 from kernels import swiglu
 from kernels.swiglu import launch_choice
-from tests.kernels.compare import DEVICE, DTYPES, agree, compiles, randn
+from tests.kernels.compare import DEVICE, DTYPES, agree, compiles, in_dtypes, randn
 
 SHAPES = [(1, 1), (3, 17, 40), (2, 82, 96), (100, 256), (7, 1536)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), in_dtypes(SHAPES))
 def test_outputs_and_gradients(shape, dtype):
     *rows, width = shape
     agree(swiglu, {"gate_up": randn(*rows, 2 * width, seed=0, scale=2.0)}, dtype)
