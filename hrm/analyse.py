@@ -50,7 +50,9 @@ class AnalyseConfig:
     data_path: str | None = key(
         None, "folder of a data set; null is the one that the run was trained on", **PATH
     )
-    split: str = key("test", "split of it", pattern=r"^[\w-]{1,80}\Z", form="a split's name, such as test")
+    split: str = key(
+        "test", "split of the data set", pattern=r"^[\w-]{1,80}\Z", form="a split's name, such as test"
+    )
     sections: str | None = key(
         None,
         "sections of the page, with commas between them; null is all that apply",
@@ -100,8 +102,8 @@ usage: python -m hrm.analyse RUN [RUN] [{JSON_FLAG}] [key=value ...]
 
 Measures what a trained model does on its test puzzles and writes a page, analysis.html, with figures. With
 two runs it compares them. RUN is a run's folder or one of its checkpoints, a step_N file of the official
-code, or hub:OWNER/NAME. The measurements are stored in RUN/analysis/records, those of a checkpoint in
-analysis/step_N/records next to it, so the same command continues after an interruption.
+code, or hub:OWNER/NAME. The same command continues after an interruption: it reads the measurements stored
+in RUN/analysis/records, or for a checkpoint in analysis/step_N/records next to it.
 
   {JSON_FLAG}                 print the findings as JSON, and everything else to standard error"""
 

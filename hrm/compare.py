@@ -30,7 +30,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Train architectures with the same seeds and data, and report how they differ.",
     )
     parser.add_argument("words", nargs="*", metavar="CANDIDATE|key=value", help=_WORDS_HELP)
-    parser.add_argument("--arch", nargs="+", default=[], metavar="NAME", help="more candidates")
+    parser.add_argument(
+        "--arch", nargs="+", default=[], metavar="NAME", help="candidates, as in --arch v1 gated"
+    )
     add_options(parser, "the first candidate")
     return parse(parser, argv)
 

@@ -48,7 +48,9 @@ class EvaluateConfig:
     data_path: str | None = key(
         None, "folder of a data set; null is the one that the run was trained on", **PATH
     )
-    split: str = key("test", "split of it", pattern=r"^[\w-]{1,80}\Z", form="a split's name, such as test")
+    split: str = key(
+        "test", "split of the data set", pattern=r"^[\w-]{1,80}\Z", form="a split's name, such as test"
+    )
     ema: bool = key(False, "evaluate the averaged weights instead of the last ones")
     eval_act: bool = key(
         False, "also evaluate with early halting, and print the steps saved and the accuracy"
@@ -95,8 +97,7 @@ class EvaluateConfig:
     batch_size: int | None = key(
         None,
         "sequences per batch, on each GPU; null is the run's global_batch_size, or samples times paths if "
-        "that is less. "
-        "As in training, padding of the last batch counts in q_halt_loss",
+        "that is less. As in training, q_halt_loss counts the padding of the last batch",
         ge=1,
         le=2**20,
     )

@@ -54,8 +54,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "puzzle",
         metavar="PUZZLE",
         nargs="?",
-        help="the cells of a Sudoku ('.' or 0 is blank) or maze; a file with one over several lines, or "
-        "one per line; an ARC task's .json; - for standard input",
+        help="the cells of a Sudoku ('.' or 0 is blank) or of a maze; a file of puzzles, with one puzzle per "
+        "line or one row per line; an ARC task's .json; - for standard input",
     )
     parser.add_argument(
         "--tokens",
@@ -190,7 +190,7 @@ def solve(args: argparse.Namespace) -> list[str]:
         if args.html is not None:
             path = args.html if number == 1 else args.html.with_stem(f"{args.html.stem}-{number}")
             write_whole(path, page(recorded, chosen))
-            screen.note(f"page: {path}")
+            screen.note(f"the page is {path}")
     right = [result["right"] for result in results].count(True)
     if len(results) > 1:
         screen.say(f"{right} of {len(results)} right")
@@ -298,7 +298,8 @@ def _votes(puzzle: Puzzle, recorded: "Recorded", whole: bool) -> list[dict[str, 
 def _vote_lines(result: dict[str, Any]) -> list[str]:
     """The votes of the paths: a line for each of the most common answers."""
     total = sum(len(vote["paths"]) for vote in result["votes"])
-    lines = [f"path {result['path']} of {total} answers; the paths gave {len(result['votes'])} answers:"]
+    answers = counted(len(result["votes"]), "answer")
+    lines = [f"this is the answer of path {result['path']}; the {total} paths gave {answers}:"]
     for vote in result["votes"][:MOST_VOTES]:
         differ = sum(a != b for a, b in zip(vote["board"], result["board"], strict=True))
         is_chosen = result["path"] in vote["paths"]

@@ -33,7 +33,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--arch",
         metavar="NAME",
-        help="an architecture, its YAML file, a run's folder or configuration (gated)",
+        help="an architecture's name or YAML file, a run's folder or saved configuration (default: gated)",
     )
     add_options(parser, "the first of each key's values")
     return parse(parser, argv)

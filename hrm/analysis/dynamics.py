@@ -52,7 +52,7 @@ def depth(study: Study) -> Finding:
     elif change.high < 0:
         verdict = "It loses with further steps"
     else:
-        verdict = "Further steps change nothing that these puzzles can show"
+        verdict = "Further steps make no significant difference"
     sentence = (
         f"The model solves {percent(share_of(trained))} of {len(right):,} puzzles after the {M} ACT steps of "
         f"training and {percent(share_of(end))} after {last}. {verdict}: {points(change)} percentage points. "
@@ -238,7 +238,7 @@ def trajectories(study: Study) -> Finding:
     told = " and ".join(f"{row[4]} times as long for {row[1]} {row[0]} answers" for row in rows)
     sentence = (
         f"Two components hold {100 * shares.sum():.0f} % of the variance of {n} trajectories of z_H over "
-        f"{steps} steps. The way of a state, against the straight line from its start to its end, is {told}."
+        f"{steps} steps. The path of a state is longer than the straight line between its ends: {told}."
     )
     note = (
         f"Distances in the {F:,} numbers of z_H. Detour: the way over the straight line. All start at one "

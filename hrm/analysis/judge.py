@@ -19,6 +19,7 @@ from hrm.analysis.statistics import (
 )
 from hrm.analysis.study import Study
 from hrm.common.tables import Table
+from hrm.common.text import counted
 from hrm.data.arc.augment import task_of
 from hrm.data.format import read_names
 from hrm.evaluation.arc_voting import Votes, read_tests
@@ -48,11 +49,11 @@ def q_halt(study: Study) -> Finding:
     false_trust = share_of(~trained[believed])
     excess = found.excess
     too_sure = mean_of(sure - trained, least=-1.0)
-    trust = f"Of the {int(believed.sum()):,} answers that it holds right, {percent(false_trust)} are wrong."
+    trust = f"It judges {counted(int(believed.sum()), 'answer')} right; {percent(false_trust)} are wrong."
     if not believed.any():
-        trust = "It holds no answer right."
+        trust = "It judges no answer right."
     judged = (
-        f"not shown to exceed the {100 * found.by_chance:.1f} % of a calibrated judge by chance"
+        f"not significantly more than the {100 * found.by_chance:.1f} % of a calibrated judge by chance"
         if excess.low == 0
         else f"{percent(excess)} more than a calibrated judge shows by chance"
     )

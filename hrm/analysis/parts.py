@@ -81,8 +81,8 @@ def gates(study: Study) -> Finding:
     before = openings[:, 0].mean(axis=0)
     most = int(np.abs(means - before).argmax())
     sentence = (
-        f"In step {M} {' and '.join(told)}, where 1 lets a source pass whole. The mean that moves most is "
-        f"that of {GATES[most]}: {before[most]:.3f} in step 1, {means[most]:.3f} in step {M}."
+        f"In step {M} {' and '.join(told)}, where 1 passes a source unchanged. The mean gate "
+        f"of {GATES[most]}, changes most: {before[most]:.3f} in step 1, {means[most]:.3f} in step {M}."
     )
     table = Table(
         "Mean gates",

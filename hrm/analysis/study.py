@@ -33,6 +33,17 @@ SHOWN = 12
 STATE_BYTES = 1 << 28
 # Numbers of blank cells in the easiest puzzles.
 FEW_BLANKS = (1, 2, 4, 8)
+# The measurements, as their progress lines describe them.
+MEASURED = {
+    "deep": "long trajectories",
+    "init": "paths from other initial states",
+    "symmetry": "paths from symmetries",
+    "easy": "easy puzzles",
+    "identifiers": "other identifiers",
+    "parts": "the model without each part",
+    "states": "trajectories of z_H",
+    "votes": "votes of ARC tasks",
+}
 # Number of augmented puzzles for voting, as a multiple of the puzzles of other sections.
 VOTES = 20
 
@@ -86,7 +97,7 @@ class Study:
             found = getattr(self, f"_measure_{name}")()
             self.folder.mkdir(parents=True, exist_ok=True)
             write_record(path, found, key)
-            self.say(f"{self.name}: {name} measured in {time.perf_counter() - start:.1f} s")
+            self.say(f"{self.name}: {MEASURED[name]} measured in {time.perf_counter() - start:.1f} s")
         self._records[name] = found
         return found
 

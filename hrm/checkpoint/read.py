@@ -142,9 +142,15 @@ def differences(manifest: Mapping[str, Any], run: Mapping[str, Any]) -> list[str
     run: the `run` of `save_checkpoint`: nested mappings of JSON values such as architecture, data and seed.
     """
     saved, now = _flat(manifest["run"]), _flat(json.loads(to_json(run)))
+
+    def spelt(values: Mapping[str, Any], name: str) -> str:
+        """A value as a command line has it: null, true, false."""
+        value = values.get(name)
+        plain = "unset" if name not in values else repr(value) if isinstance(value, str) else to_json(value)
+        return one_line(plain)
+
     return [
-        f"{one_line(name)} was {one_line(repr(saved.get(name, 'unset')))} "
-        f"and is now {one_line(repr(now.get(name, 'unset')))}"
+        f"{one_line(name)} was {spelt(saved, name)} and is now {spelt(now, name)}"
         for name in sorted(saved.keys() | now.keys())
         if saved.get(name, "unset") != now.get(name, "unset")
     ]

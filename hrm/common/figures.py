@@ -22,7 +22,7 @@ def figures(svg_salt: str | None = None) -> Iterator[Any]:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError(
-            "drawing needs matplotlib, which is missing: pip install -e '.[plots]' here"
+            "drawing needs matplotlib, which is missing: run pip install -c constraints.txt -e '.[plots]'"
         ) from None
     settings: dict[Any, Any] = {
         "font.family": "sans-serif",

@@ -4,6 +4,7 @@ YAML is composed into nodes but never constructed: tags create no objects, value
 values, and mistakes are reported with their line.
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,8 +42,9 @@ def split_arguments(
     """
     if "--help" in argv or "-h" in argv:
         return Arguments({"--help": ""})
-    found, reader, words = Arguments(), Reader(keys), iter(argv)
-    for word in words:
+    found, reader, words = Arguments(), Reader(keys), deque(argv)
+    while words:
+        word = words.popleft()
         with reader.faults.collect():
             name, equals, text = word.partition("=")
             if name == "arch" and equals and "--arch" in known:
@@ -52,7 +54,7 @@ def split_arguments(
             if not equals and word.endswith((".yaml", ".yml")) and "--config" in known:
                 name, equals, text = "--config", "=", word
             if name in known:
-                text = text if equals or not _FLAGS[name] else next(words, "")
+                text = text if equals or not _FLAGS[name] else words.popleft() if words else ""
                 if equals and not _FLAGS[name]:
                     raise ConfigError(f"{name} takes no value: write {name}")
                 if _FLAGS[name] and (not text.strip() or text in _FLAGS):
@@ -61,9 +63,14 @@ def split_arguments(
                     raise ConfigError(f"{name} is given twice: leave one out")
                 found.flags[name] = text
             elif word.startswith("-"):
+                # The next word is most likely the flag's value, not a second mistake.
+                if not equals and words and "=" not in words[0] and not words[0].startswith("-"):
+                    words.popleft()
                 raise ConfigError(f"unknown flag {one_line(name)}: {_instead_of(name, keys, known)}")
             elif not equals:
                 shown = one_line(word) or "(empty)"
+                if word and "checkpoint" in keys:
+                    raise ConfigError(f"{shown}: write key=value, such as checkpoint={shown}; see --help")
                 raise ConfigError(f"{shown}: write key=value, with no space around the =; see --help")
             else:
                 own, text, note = foreign.translate(name, text, keys)

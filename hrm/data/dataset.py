@@ -117,7 +117,7 @@ def _missing(path: Path, split: str) -> str:
     there = sorted(file.parent.name for file in path.glob("*/dataset.json"))
     return (
         f"{path / split}: no such folder, expected a data set's {split} split (dataset.json and its arrays); "
-        f"{path} has {', '.join(there) if there else 'no split'}"
+        f"{path} has {', '.join(there) if there else 'no split; give the folder of a data set'}"
     )
 
 

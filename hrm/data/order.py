@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hrm.common.text import counted
 from hrm.data.format import DatasetError, PuzzleSet
 
 # Random stream of the division of training groups.
@@ -154,6 +155,7 @@ def _most_examples(part: PuzzleSet, groups: np.ndarray) -> int:
 
 def _too_small(folder: Path, examples: int, epochs: int, global_batch_size: int) -> DatasetError:
     return DatasetError(
-        f"{folder}: an iteration of {epochs} epochs gives {examples} examples, fewer than one "
-        f"batch of global_batch_size={global_batch_size}; lower global_batch_size or raise eval_interval"
+        f"{folder}: the {counted(epochs, 'epoch')} between evaluations have {counted(examples, 'example')}, "
+        f"fewer than one batch of global_batch_size={global_batch_size}; lower global_batch_size or raise "
+        "eval_interval"
     )

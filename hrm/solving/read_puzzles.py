@@ -209,7 +209,7 @@ def _questions(kind: Kind, boards: Sequence[str], where: str) -> Iterator[Puzzle
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
         if wrong := kind.impossible(question):
-            raise UserError(f"{place}: {shortened(wrong)}; correct it, as no answer can be right")
+            raise UserError(f"{place}: {shortened(wrong)}; correct it, because no single answer is right")
         yield Puzzle(question, _only_answer(kind, question), place)
 
 

@@ -58,5 +58,5 @@ def _sequences(text: str, where: str, kind: Kind, metadata: Metadata) -> Iterato
                 )
         question = declared(kind, "tokens").parse(" ".join([*words, *padding]))
         if wrong := kind.impossible(question):
-            raise UserError(f"{place}: {shortened(wrong)}; correct it, as no answer can be right")
+            raise UserError(f"{place}: {shortened(wrong)}; correct it, because no single answer is right")
         yield Puzzle(question, None, place)

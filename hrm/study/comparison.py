@@ -141,7 +141,10 @@ def describe(campaign: Campaign, at_once: int) -> None:
     if common:
         print(f"  all: {' '.join(common)}")
     done = sum(run.finished for run in campaign.runs)
-    print(f"{done} of them are finished" if done else "none of them is finished yet", flush=True)
+    print(
+        f"{done} of the {len(campaign.runs)} runs are finished" if done else "no run is finished yet",
+        flush=True,
+    )
 
 
 def conclude(campaign: Campaign, baseline: str, title: str, command: str) -> None:

@@ -13,7 +13,12 @@ INTERRUPTED = "the same command continues from here; with --report-only it repor
 def add_options(parser: argparse.ArgumentParser, first: str) -> None:
     """Adds the options of a campaign. first: describes the default baseline."""
     parser.epilog, parser.formatter_class = THREADS_HELP, argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--seeds", default="3", metavar="N|A,B,...", help="how many, or which (3)")
+    parser.add_argument(
+        "--seeds",
+        default="3",
+        metavar="N|A,B,...",
+        help="the number of seeds, or a list of them (default: 3)",
+    )
     parser.add_argument(
         "--output", metavar="DIR", help="folder of runs and results (default: in checkpoints)"
     )

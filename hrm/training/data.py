@@ -213,6 +213,6 @@ def _notes_on_ranking(
         yield f"{folder}: there is no test split, so the run is not evaluated"
     elif config.early_stop_patience is not None or (config.keep_best and config.eval_interval is not None):
         yield (
-            "the best checkpoint is the best one on the test set, which biases its accuracy upwards; "
-            "valid_fraction=0.1 ranks by training groups held out"
+            "the test set selects the best checkpoint, which biases its accuracy upwards; valid_fraction=0.1 "
+            "selects it by training groups that are held out"
         )

@@ -214,7 +214,7 @@ _SHOWN = (
     ("train/loss", "loss {:.4f}"),
     ("train/accuracy", "token {:.1%}"),
     ("train/exact_accuracy", "exact {:.1%}"),
-    ("train/steps", "steps {:.1f}"),
+    ("train/steps", "ACT steps {:.1f}"),
     ("train/samples_per_second", "{:.0f} samples/s"),
 )
 
@@ -232,7 +232,7 @@ class ProgressBar:
     ) -> None:
         self._file = sys.stderr if file is None else file
         self._total, self._initial, self._step, self._seconds = total, initial, initial, seconds
-        self._shown = ""
+        self._shown, self._repeated = "", False
         self._start, self._next = time.monotonic(), 0.0
         self._bar = None
         if _can_draw(self._file):
@@ -247,7 +247,7 @@ class ProgressBar:
         if metrics:
             known = [(form, metrics[name]) for name, form in _SHOWN if metrics.get(name) is not None]
             words = [form.format(float(value)) for form, value in known]
-            self._shown = "  ".join(words) or self._shown
+            self._shown, self._repeated = "  ".join(words) or self._shown, False
         done, self._step = step - self._step, step
         if self._bar is not None:
             self._bar.set_postfix_str(self._shown, refresh=False)
@@ -257,6 +257,7 @@ class ProgressBar:
         if now >= self._next or step == self._total:
             self._next = now + self._seconds
             print(self._line(now - self._start), file=self._file, flush=True)
+            self._repeated = True
 
     def resume_clock(self) -> None:
         """Excludes the time so far, such as that of an evaluation, from the estimate of the remaining
@@ -276,7 +277,9 @@ class ProgressBar:
             self._bar.close()
 
     def _line(self, elapsed: float) -> str:
-        parts = [f"step {self._step}/{self._total}", self._shown]
+        is_last = self._step == self._total
+        # Figures that do not change from line to line look like a run that is stuck.
+        parts = [f"step {self._step}/{self._total}", "" if self._repeated and not is_last else self._shown]
         if self._initial < self._step < self._total:
             left = elapsed * (self._total - self._step) / (self._step - self._initial)
             parts.append(f"{tqdm.format_interval(left)} left")

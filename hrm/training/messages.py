@@ -67,6 +67,11 @@ def end_lines(config: Config, progress: Progress, run_dir: Path, ended_by: int) 
     if progress.stopped_early and progress.step < progress.total_steps:
         best = progress.best
         lines.append(f"stopped early: no improvement over step {best.step} in the last {best.stale}")
+    elif progress.step < progress.total_steps:
+        lines.append(
+            f"step {progress.step:,} is the last: the schedule counts {progress.total_steps:,} steps, but "
+            "incomplete batches before an evaluation are left out"
+        )
     return "\n".join([*lines, *_summary(config, progress, run_dir)])
 
 

@@ -408,7 +408,7 @@ def test_a_fixed_point_does_not_drift_and_gains_nothing(run, capsys, tmp_path):
     (own,) = look(capsys, save_run(tmp_path / "still", config, model), "sections=depth,drift")[0].values()
     depth, drift = (own["sections"][name] for name in ("depth", "drift"))
     assert depth["numbers"]["gain_beyond"]["value"] == depth["numbers"]["gain_within"]["value"] == 0
-    assert "Further steps change nothing" in depth["sentence"]
+    assert "Further steps make no significant difference" in depth["sentence"]
     assert drift["numbers"]["median_drift_end"] < 1e-5 and "more than 0.01 for 0 of the" in drift["sentence"]
     moves = [each[level]["value"] for each in drift["numbers"]["wrong"]["steps"].values() for level in "HL"]
     assert max(moves) < 1e-5 and drift["numbers"]["wrong"]["answer_kept"]["value"] == 1
@@ -460,7 +460,7 @@ def test_a_calibrated_judge_has_no_calibration_error(factor, is_calibrated):
     found = judge.q_halt(study)
     excess = found.numbers["ece_beyond_chance"]
     assert (excess["low"] == 0) == is_calibrated
-    assert ("not shown to exceed" in found.sentence) == is_calibrated
+    assert ("not significantly more than" in found.sentence) == is_calibrated
     gap = np.abs(judge.sigmoid(logits) - judge.sigmoid(factor * logits)).mean()
     assert found.numbers["ece"] == pytest.approx(gap, abs=0.025)
 

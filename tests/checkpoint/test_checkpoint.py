@@ -437,6 +437,6 @@ def test_resuming_another_run_names_every_difference(tmp_path: Path) -> None:
     assert differences(manifest, {"arch": other, "data_fingerprint": "beef"}) == [
         "arch.hidden_size was 4 and is now 8",
         "arch.layout.kind was 'a' and is now 'b'",
-        "arch.new was 'unset' and is now True",
+        "arch.new was unset and is now true",
         "data_fingerprint was 'f00d' and is now 'beef'",
     ]

@@ -423,7 +423,7 @@ def test_arrays_are_walked_in_chunks(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("nowhere",), "error: nowhere: no such folder, expected that of a data set"),
+        (("nowhere",), "error: nowhere: no such folder; give the folder of a data set"),
         (
             ("--split", "dev"),
             "no split 'dev' in it (there: train, test); expected <split>/dataset.json and arrays",
@@ -442,4 +442,4 @@ def test_uninspectable_data(
 
 def test_an_empty_folder_is_no_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(tmp_path) == 2
-    assert "no split in it (there: none)" in capsys.readouterr().err
+    assert "no split, so it is no data set" in capsys.readouterr().err

@@ -481,6 +481,7 @@ GOOD = "1..434.2.1434.21"
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        (f"{'.' * 81},{GOOD_ANSWER},0", "question of 81 characters, expected 16 for size 4; give --size 9"),
         ("1..434.2.1434.2,1234341221434321,0", "question of 15 characters, expected 16 for size 4"),
         (f"{GOOD},12343412214343211,0", "answer of 17 characters, expected 16"),
         (

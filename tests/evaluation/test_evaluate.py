@@ -308,6 +308,7 @@ def test_a_file_is_written_atomically(tmp_path):
     ("argv", "message"),
     [
         ([], "checkpoint is not given: write checkpoint=PATH"),
+        (["gated"], "gated: write key=value, such as checkpoint=gated"),
         (["checkpoint={run}", "split=dev"], "dev: no such folder, expected a data set's dev split"),
         (["checkpoint={run}", "data_path=nowhere"], "nowhere: no such data set; give data_path=DIR"),
         (["checkpoint={run}/none"], "does not exist"),

@@ -185,7 +185,7 @@ def test_many_puzzles(run_of_4, tmp_path, capsys, monkeypatch):
 def test_paths_vote(run_of_4, capsys, monkeypatch):
     words = [run_of_4, RIGHT[0], "--paths", 6, "--by", "init,symmetry", "--select", "vote"]
     status, out, _ = run(*words, capsys=capsys)
-    assert status == 0 and "of 6 answers; the paths gave" in out and ": this answer, right" in out
+    assert status == 0 and "; the 6 paths gave" in out and ": this answer, right" in out
     _, out, _ = run(*words, "--json", capsys=capsys)
     (result,) = json.loads(out)["puzzles"]
     paths = [path for vote in result["votes"] for path in vote["paths"]]
@@ -278,7 +278,7 @@ def test_pages_are_written_atomically(run_of_4, tmp_path, capsys, monkeypatch):
     source.write_text("\n".join(RIGHT))
     status, out, _ = run(run_of_4, source, "--html", path, capsys=capsys)
     assert status == 0 and {each.name for each in tmp_path.glob("*.html")} == {"a.html", "a-2.html"}
-    assert f"page: {path}" in out and f"page: {tmp_path / 'a-2.html'}" in out
+    assert f"page is {path}" in out and f"page is {tmp_path / 'a-2.html'}" in out
     text = path.read_text(encoding="utf-8")
     assert text.startswith("<!DOCTYPE html>") and "puzzle 1" in text and str(run_of_4) in text
 

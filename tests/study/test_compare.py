@@ -271,11 +271,11 @@ def test_seeds_take_turns_and_the_results_are_kept(pretend, tmp_path):
     assert "run_name=gated-seed1 resume=auto" in log
     shutil.rmtree(tmp_path / "out" / "gated-seed1")
     status, out, _ = pretend("--seeds", "2")
-    assert status == 0 and started(out) == ["gated seed 1"] and "3 of them are finished" in out
+    assert status == 0 and started(out) == ["gated seed 1"] and "3 of the 4 runs are finished" in out
     again = json.loads((tmp_path / "out" / "results.json").read_text())
     assert again["entries"] == results["entries"]
     status, out, _ = pretend("--seeds", "2", "--baseline", "gated")
-    assert status == 0 and started(out) == [] and "4 of them are finished" in out and "-20.0 [" in out
+    assert status == 0 and started(out) == [] and "4 of the 4 runs are finished" in out and "-20.0 [" in out
 
 
 def test_another_plan_is_refused(pretend, tmp_path):

@@ -224,7 +224,7 @@ METRICS = {
     "train/samples_per_second": 1234.4,
     "train/lr": 0.1,
 }
-SHOWN = "loss 1.2346  token 50.0%  exact 12.5%  steps 3.2  1234 samples/s"
+SHOWN = "loss 1.2346  token 50.0%  exact 12.5%  ACT steps 3.2  1234 samples/s"
 
 
 def test_plain_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +238,7 @@ def test_plain_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     assert file.getvalue().splitlines() == [
         f"step 11/40  {SHOWN}  00:29 left",
         f"step 21/40  {SHOWN}  00:19 left",
-        f"step 31/40  {SHOWN}  00:09 left",
+        "step 31/40  00:09 left",
         f"step 40/40  {SHOWN}",
     ]
 

@@ -106,7 +106,7 @@ def _notes(root: Path, splits: list[Split]) -> Iterator[str]:
 def _folders(path: Path, wanted: str | None) -> tuple[Path, list[Path]]:
     """The data set's folder and the folders of its splits."""
     if not path.is_dir():
-        raise DatasetError(f"{path}: no such folder, expected that of a data set")
+        raise DatasetError(f"{path}: no such folder; give the folder of a data set")
     if _is_split(path):
         if wanted not in (None, path.name):
             raise DatasetError(f"{path}: is the split {path.name}, not {wanted}; leave out --split")
@@ -115,8 +115,8 @@ def _folders(path: Path, wanted: str | None) -> tuple[Path, list[Path]]:
     found = sorted((folder for folder in path.iterdir() if _is_split(folder)), reverse=True)
     folders = [folder for folder in found if wanted in (None, folder.name)]
     if not folders:
-        there = ", ".join(folder.name for folder in found) or "none"
-        what = "split" if wanted is None else f"split {wanted!r}"
+        there = ", ".join(folder.name for folder in found)
+        what = f"split {wanted!r}, only {there}" if wanted and there else "split, so it is no data set"
         raise DatasetError(
             f"{path}: no {what} in it (there: {there}); expected <split>/dataset.json and arrays"
         )

@@ -287,7 +287,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"sides of generated mazes in cells, such as 30 or 20x40, {SMALLEST_SIDE} or more (default 30)",
     )
     add("--kind", choices=("perfect", "braided"), help="one path between any two cells (default), or loops")
-    add("--min-length", type=int, help="least steps from start to goal of generated mazes (default: any)")
+    add("--min-length", type=int, help="minimum steps from start to goal of generated mazes (default: any)")
     add_shared(parser, "mazes", "--num-train", "--num-test")
     add(
         "--num-aug",

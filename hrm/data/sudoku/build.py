@@ -246,7 +246,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "which a share is held out for the test. A file is a table (columns found by name: question, puzzle, "
         "quizzes; answer, solution; rating, difficulty), one puzzle per line, or grids (.sdk, .ss, .sdm)",
     )
-    add("--size", type=int, default=9, choices=list(BOXES), help="cells a side (default 9)")
+    add("--size", type=int, default=9, choices=list(BOXES), help="cells along a side (default 9)")
     add_shared(parser, "puzzles", "--num-train", "--num-test")
     add(
         "--clues",

@@ -13,7 +13,7 @@ import numpy as np
 from hrm.common.files import numbered_lines
 from hrm.common.text import counted
 from hrm.data.faults import Faults
-from hrm.data.sudoku.solver import GAVE_UP, UNDECIDED, SudokuError, solve_each, units
+from hrm.data.sudoku.solver import BOXES, GAVE_UP, UNDECIDED, SudokuError, solve_each, units
 from hrm.data.sudoku.text import FOREIGN, cells_of, digit_table, expected, read_rows
 from hrm.data.tables import Row
 from hrm.data.workers import over_rows
@@ -172,7 +172,9 @@ def _read(
             kept = np.maximum(arrays[3], 0) >= min_difficulty if rated else np.ones(len(arrays[0]), bool)
             chunks.append([array[kept] for array in arrays])
     except OSError as error:
-        raise SudokuError(f"{path}: cannot be read ({error}); expected a file of puzzles") from None
+        raise SudokuError(
+            f"{path}: cannot be read ({error.strerror or error}); expected a file of puzzles"
+        ) from None
     except ValueError as fault:
         raise SudokuError(f"{path}: line 1: {fault}") from None
     faults.check()
@@ -251,6 +253,8 @@ def _digits(
             # Spreadsheets and pandas read the digits as a number and drop leading zeros.
             dropped = len(text) < cells and text.isdigit() and "0" in text
             hint = "; read the column as text, because leading zeros are missing" if dropped else ""
+            if size != (side := math.isqrt(len(text))) and side in BOXES and side * side == len(text):
+                hint = f"; give --size {side}"
             found = f"{what} of {counted(len(text), 'character')}, expected {cells} for size {size}"
             fault(row, found + hint)
             texts[row] = "." * cells
