@@ -209,18 +209,18 @@ def attention(s: Shape, queries: int | None = None) -> dict[str, Work]:
     flop = 4 * asked * s.T
     return {
         "forward": Work((2 * one + 2 * asked) * item + _tables(s), flop),
-        # qkv and do read, dqkv written.
+        # qkv and do are read, dqkv is written.
         "backward": Work((6 * one + asked) * item + _tables(s), 5 * flop // 2),
     }
 
 
 def library_attention(s: Shape, queries: int | None = None) -> dict[str, Work]:
-    """Attention of PyTorch or flash-attn, of rotated queries and keys; o and a sum a row are kept."""
+    """Attention of PyTorch or flash-attn, of rotated queries and keys; o and one sum per row are kept."""
     asked, one, item = s.B * (queries or s.T) * s.D, s.tokens * s.D, s.dtype.itemsize
     flop, sums = 4 * asked * s.T, 4 * asked // s.head_dim
     return {
         "forward": Work((2 * one + 2 * asked) * item + sums, flop),
-        # q, k, v, o and do read, dq, dk and dv written.
+        # q, k, v, o and do are read, dq, dk and dv are written.
         "backward": Work((4 * one + 4 * asked) * item + sums, 5 * flop // 2),
     }
 
@@ -252,7 +252,7 @@ def random_start(s: Shape) -> dict[str, Work]:
 
 
 def adam_atan2(s: Shape, gated: bool = False) -> dict[str, Work]:
-    """AdamATan2 or AdamW: p, m, v read and written and g read, in float32, and p's narrow copy written."""
+    """AdamATan2 or AdamW: p, m, v are read and written, g is read; p's narrow copy is written."""
     copy = s.dtype.itemsize if s.dtype.itemsize < 4 else 0
     return {"update": Work((28 + copy) * s.parameters(gated))}
 
@@ -273,7 +273,7 @@ def muon(s: Shape, steps: int = 3) -> dict[str, Work]:
 
 
 def sign_sgd(s: Shape) -> dict[str, Work]:
-    """The batch's rows of the table read and written, their gradients read."""
+    """The batch's rows of the table are read and written, their gradients are read."""
     return {"update": Work(s.B * s.P * s.D * 12 + 4 * s.B)}
 
 

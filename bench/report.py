@@ -62,7 +62,7 @@ def quick_rows(results: Path) -> list[tuple[str, str, str]]:
 
 
 def shared_rows(results: Path) -> list[tuple[str, str, str]]:
-    """Time and accuracy of the quick preset on a CPU that it does not have to itself."""
+    """Time and accuracy of the quick preset on a CPU that other processes use too."""
     rows = []
     for name, condition in SHARED.items():
         if (results / name).exists():
@@ -75,7 +75,7 @@ def shared_rows(results: Path) -> list[tuple[str, str, str]]:
 
 
 def _span(values: list[str]) -> str:
-    """The least and the greatest of numbers of one format, or the only one."""
+    """The minimum and the maximum of some numbers, or the number if they are equal."""
     least, greatest = min(values, key=float), max(values, key=float)
     return least if least == greatest else f"{least} to {greatest}"
 

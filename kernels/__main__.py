@@ -135,7 +135,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
         "--device",
         type=device_name,
         default="auto",
-        help="cpu, cuda, cuda:N or auto, the default: CUDA if it is here",
+        help="cpu, cuda, cuda:N or auto (default), which is CUDA if there is a GPU",
     )
     measuring = parser.add_argument_group("measurement, on a CUDA device")
     measuring.add_argument(

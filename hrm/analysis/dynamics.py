@@ -140,7 +140,7 @@ def cells(study: Study) -> Finding:
     """At which ACT steps, and in which cells, answers become right, and which are lost again."""
     deep, M, examples = study.record("deep"), study.steps, study.examples
     asked = examples.labels != IGNORE_LABEL
-    # Cells that the puzzle gives away teach nothing, if some others are left.
+    # Leave out the clues, which the model only copies, unless every cell is one.
     open_cells = asked & (examples.inputs != examples.labels)
     if not open_cells.any():
         open_cells = asked
@@ -180,10 +180,10 @@ def cells(study: Study) -> Finding:
     early = next(step for step in range(1, M + 1) if share[step - 1] >= 0.99 * share[-1])
     dropped = share_of(solved.any(axis=1) & ~solved[:, -1])
     sentence = (
-        f"Of the open cells {100 * share[0]:.1f} % are right after step 1 and {100 * share[-1]:.1f} % after "
-        f"step {M}; step {early} is the first with 99 % of that share. An open cell is right for good from "
-        f"step {number(when)} on average, and {percent(dropped)} of the puzzles are solved at some step and "
-        f"wrong at step {M}."
+        f"After step 1 {100 * share[0]:.1f} % of the open cells are right, and after step {M} "
+        f"{100 * share[-1]:.1f} %; step {early} is the first to reach 99 % of that share. On average an open "
+        f"cell stays right from step {number(when)} on. {percent(dropped)} of the puzzles are solved at some "
+        f"step and wrong at step {M}."
     )
     note = (
         "Open cells: those whose answer the puzzle does not show. A cell that ends wrong counts as step "
@@ -241,10 +241,10 @@ def trajectories(study: Study) -> Finding:
         f"{steps} steps. The path of a state is longer than the straight line between its ends: {told}."
     )
     note = (
-        f"Distances in the {F:,} numbers of z_H. Detour: the way over the straight line. All start at one "
+        f"Distances in the {F:,} numbers of z_H. Detour: the path over the straight line. All start at one "
         "point. Up to half of the sample are wrong answers, which is more than their share of the puzzles."
     )
-    table = Table("Trajectories", ["answer", "puzzles", "way", "straight line", "detour"], rows, note)
+    table = Table("Trajectories", ["answer", "puzzles", "path", "straight line", "detour"], rows, note)
     drawing = figures.plane("z_H in its principal plane", paths, right, M, shares)
     numbers["variance"] = [float(each) for each in shares]
     return Finding(sentence, table, [drawing], numbers)

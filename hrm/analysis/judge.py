@@ -80,7 +80,7 @@ def q_halt(study: Study) -> Finding:
         f"ECE {100 * found.error:.2f} %; a calibrated judge with the same confidences shows "
         f"{100 * found.by_chance:.2f} % by chance; beyond chance {percent(excess, 2)}. A right answer ranks "
         f"above a wrong one in {'-' if np.isnan(rank) else f'{100 * rank:.1f} %'} of the pairs (AUROC, over "
-        f"{int((~trained).sum()):,} wrong answers). It holds an answer right from a confidence of 50 %."
+        f"{int((~trained).sum()):,} wrong answers). It judges answers of 50 % or more right."
     )
     table = Table("Confidence and accuracy", ["sigmoid(q_halt)", "puzzles", "mean", "right"], rows, note)
     shares = {"all steps": share_of(trained), "halting by q_halt": share_of(halted)}

@@ -50,7 +50,7 @@ def contributions(study: Study) -> Finding:
         ["model", "solved", "change in points", "meaning"],
         rows,
         "The weights are those of training, which saw no such cut; a model trained without the part may do "
-        f"better. Cuts but '1 ACT step' keep the {study.steps} ACT steps, which may replace a lost cycle.",
+        f"better. All cuts except '1 ACT step' keep the {study.steps} ACT steps, which may replace a cycle.",
     )
     drawing = figures.bars("Puzzles solved without a part", {n: share_of(r) for n, r in answers.items()})
     return Finding(sentence, table, [drawing], numbers)
@@ -115,7 +115,7 @@ def goals(study: Study) -> Finding:
         rows.append([f"{step}", number(opening)])
         numbers[f"{step}"] = opening._asdict()
     last = mean_of(openings[:, M - 1])
-    verdict = "matter" if change.high < 0 else "do not matter to a degree that these puzzles can show"
+    verdict = "matter" if change.high < 0 else "make no significant difference"
     sentence = (
         f"The gate of the subgoals is open by {number(last)} after step {M} (1 commits fully). Without "
         f"subgoals the accuracy changes by {points(change)} points, so they {verdict}."

@@ -94,7 +94,7 @@ def no_paths(study: Study) -> str:
 
 
 def easy(study: Study) -> Finding:
-    """Accuracy of puzzles whose blanks are filled in but for a few."""
+    """Accuracy on puzzles in which all but a few blanks are filled in."""
     record, own = study.record("easy"), own_answers(study)
     blank = study.blanks()
     rows, numbers, shown = [], dict[str, Any](), {}
@@ -123,7 +123,7 @@ def easy(study: Study) -> Finding:
     single = study.examples.right(record["predictions"][0])
     name = rows[0][0]
     change = change_of(own, single)
-    verdict = "neither easier nor harder for it by more than these puzzles can show"
+    verdict = "not significantly easier or harder for it"
     if change.low > 0 or change.high < 0:
         verdict = f"{'easier' if change.low > 0 else 'harder'} for it than its test puzzles"
     sentence = (
@@ -136,7 +136,7 @@ def easy(study: Study) -> Finding:
         ["left blank", "puzzles", "solved", "blanks right", "clues kept"],
         rows,
         "The other blanks of each test puzzle, drawn at random, are filled in from its answer. Solved: every "
-        "cell right. Blanks right, clues kept: all of them.",
+        "cell right. Blanks right: every blank right. Clues kept: every clue unchanged.",
     )
     numbers["change"] = change._asdict()
     return Finding(sentence, table, [figures.bars("Puzzles solved by blanks left", shown)], numbers)
@@ -148,7 +148,7 @@ def no_blanks(study: Study) -> str:
         return f"puzzles of kind {study.kind.name} have no blank cells to fill in"
     if study.blanks().sum(axis=1).max(initial=0) < 2:
         return "no puzzle has two blank cells"
-    # A cell that no label fills cannot be filled in.
+    # A blank cell without a label cannot be filled in.
     if (study.blanks() & (study.examples.labels < 0)).any():
         return "some blank cells have no known answer to fill in"
     return ""

@@ -39,7 +39,7 @@ SECTIONS = (
     Section(
         "identifiers",
         "Puzzle identifiers",
-        "How much of an answer hangs on the puzzle's learnt embedding?",
+        "How much of an answer depends on the puzzle's learnt embedding?",
         robustness.identifiers,
         robustness.no_identifiers,
     ),
@@ -80,7 +80,7 @@ SECTIONS = (
     Section(
         "trajectories",
         "Trajectories",
-        "What way do states take, for right and for wrong answers?",
+        "Which path do states take, for right and for wrong answers?",
         dynamics.trajectories,
     ),
 )

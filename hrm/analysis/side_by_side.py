@@ -11,7 +11,7 @@ from hrm.analysis.statistics import Estimate, change_of, number, percent, points
 from hrm.analysis.study import Study
 from hrm.common.tables import Table
 
-# A row: its section, the way to its estimate, whether it is a share, a difference or a number.
+# A row: its name, its section, the keys that lead to its estimate, the function that formats it.
 _ROWS = (
     ("gained by further steps, points", "depth", ("gain_beyond",), points),
     ("gained since step 1, points", "depth", ("gain_within",), points),

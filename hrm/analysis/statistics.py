@@ -31,7 +31,7 @@ def share_of(mask: np.ndarray) -> Estimate:
 
 
 def mean_of(values: np.ndarray, least: float = 0.0) -> Estimate:
-    """The mean of values (n,) >= least with Student's interval, cut off there; no interval for one value."""
+    """The mean of values (n,) >= least, with Student's interval cut off there; none for one value."""
     values = np.asarray(values, np.float64)
     n = len(values)
     if n < 2:

@@ -1,4 +1,4 @@
-"""Models with a part taken away, for as long as a block runs."""
+"""Contexts that remove a part of a model, and restore it at their end."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ Before = Callable[[StepByStep], None]
 
 @contextmanager
 def changed(model: HRM, **parts: Any) -> Iterator[None]:
-    """The model with other attributes: fields of its architecture, levels or head; then as it was."""
+    """Within this context the model has other attributes: an architecture, levels or a subgoal head."""
     held = {name: getattr(model, name) for name in parts}
     try:
         for name, part in parts.items():
@@ -30,21 +30,21 @@ def changed(model: HRM, **parts: Any) -> Iterator[None]:
 
 @contextmanager
 def steps_of(model: HRM, steps: int) -> Iterator[None]:
-    """The model with so many ACT steps as halt_max_steps."""
+    """Within this context halt_max_steps is `steps`."""
     with changed(model, arch=replace(model.arch, halt_max_steps=steps)):
         yield
 
 
 class Frozen(nn.Module):
-    """A level whose state stays; with a level and its calls in an ACT step, the last call still updates."""
+    """A level whose state does not change. With `level`, the last of its `calls` in an ACT step updates."""
 
     def __init__(self, level: nn.Module | None = None, calls: int = 1) -> None:
         super().__init__()
-        # In a list, the level is no submodule, so that the model's parameters stay as they are.
+        # A list hides the level from PyTorch, so that the model's parameters do not change.
         self._level, self._calls, self._made = [level], calls, 0
 
     def hold(self, z: Tensor, o: Tensor, x: Tensor | None) -> Any:
-        """The held gate values of the level that the last call runs."""
+        """The gate values that `level` holds for an H-cycle; None without a level."""
         level = self._level[0]
         return None if level is None else level.hold(z, o, x)  # type: ignore[operator]
 

@@ -198,7 +198,7 @@ class Config:
     preset: Literal["auto", "quick", "full", "record", "cgar"] = key("auto", "set of defaults, see Presets")
     data_path: str | None = key(None, "folder of a puzzle data set; null generates Sudoku", **PATH)
     global_batch_size: int = key(768, "sequences in a step, over all devices", ge=1, le=2**20)
-    epochs: int = key(100_000, "epochs, each drawing one puzzle of every group", ge=1, le=10**9)
+    epochs: int = key(100_000, "number of epochs; an epoch draws one puzzle of every group", ge=1, le=10**9)
     eval_interval: int | None = key(
         10_000, "epochs between evaluations; null for one at the end", ge=1, le=10**9
     )

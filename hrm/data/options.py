@@ -28,7 +28,7 @@ _SHARED: dict[str, dict[str, Any]] = {
     "--seed": {"type": int, "default": 0, "help": "same seed, same bytes (default 0)"},
     "--workers": {
         "type": int,
-        "help": "threads or processes, which do not affect the result (default: one per core)",
+        "help": "number of threads or processes; does not affect the result (default: one per core)",
     },
 }
 
