@@ -252,7 +252,7 @@ def random_start(s: Shape) -> dict[str, Work]:
 
 
 def adam_atan2(s: Shape, gated: bool = False) -> dict[str, Work]:
-    """AdamATan2 or AdamW: p, m, v are read and written, g is read; p's narrow copy is written."""
+    """AdamATan2 or AdamW in float32: p, m, v read and written, g read, p's narrow copy written."""
     copy = s.dtype.itemsize if s.dtype.itemsize < 4 else 0
     return {"update": Work((28 + copy) * s.parameters(gated))}
 

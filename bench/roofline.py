@@ -326,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
         "--machine",
         default="H200",
         choices=[*MACHINES, "here"],
-        help="machine whose ceilings to use; here: measure this GPU",
+        help="the machine that sets the ceilings; here measures this GPU",
     )
     parser.add_argument("--write", action="store_true", help=f"store the predictions in {RESULTS.name}")
     options = parser.parse_args(argv)

@@ -320,7 +320,7 @@ def _verdict(result: dict[str, Any]) -> list[str]:
         False: "wrong: " + shortened(result["problems"]),
         None: "no answer to compare with",
     }
-    halts = "would go on" if result["halts_at"] is None else f"halts at step {result['halts_at']}"
+    halts = "would continue" if result["halts_at"] is None else f"halts at step {result['halts_at']}"
     confidence = f"confidence {100 * result['q_halt']:.1f} % after {counted(result['steps'], 'step')}"
     return [told[result["right"]], f"{confidence}; with early halting the model {halts}"]
 
@@ -331,7 +331,7 @@ def _step_line(kind: Kind, number: int, step: "Step", before: Sequence[int]) -> 
         kind.at(n) for n, (now, then) in enumerate(zip(step.board, before, strict=True)) if now != then
     ]
     rules = counted(len(step.problems), "fault") if step.problems else "no fault"
-    sure = f"confidence {100 * step.q_halt:.1f} %, {'halts' if step.halts else 'goes on'}"
+    sure = f"confidence {100 * step.q_halt:.1f} %, {'halts' if step.halts else 'continues'}"
     where = f": {shortened(changed)}" if changed and number > 1 else ""
     return f"step {number}: {rules}, {sure}; {counted(len(changed), 'cell')} changed{where}"
 

@@ -46,7 +46,7 @@ def contributions(study: Study) -> Finding:
         f"{', '.join(f'{name} {points(losses[name])}' for name in ordered)}."
     )
     table = Table(
-        "Parts taken away",
+        "Removed parts",
         ["model", "solved", "change in points", "meaning"],
         rows,
         "The weights are those of training, which saw no such cut; a model trained without the part may do "
@@ -57,7 +57,7 @@ def contributions(study: Study) -> Finding:
 
 
 def no_parts(study: Study) -> str:
-    """Why no part can be taken away."""
+    """Why no part can be removed."""
     return "" if removable(study.trained.model) else "the model has one update in an ACT step"
 
 

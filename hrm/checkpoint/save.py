@@ -66,7 +66,7 @@ class Saver:
         """
         self.wait()
         write = _prepared(self.run_dir, step, keep=self._keep, keep_best=self._keep_best, **state)
-        # Not a daemon: a started save finishes even if the trainer ends.
+        # The thread is no daemon: a started save finishes even if the trainer ends.
         self._thread = Thread(target=self._run, args=(write,), name="checkpoint")
         self._thread.start()
         return self.run_dir / f"step_{step}"

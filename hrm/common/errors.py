@@ -30,7 +30,7 @@ class UserError(Exception):
 class Stopped(BaseException):
     """Ends the work after a signal or a time limit. code: a key of `hrm.training.signals.REASONS`.
 
-    Not a subclass of Exception, so that no library handles it as its own failure.
+    It is not a subclass of Exception, so that no library handles it as its own failure.
     """
 
     def __init__(self, code: int) -> None:

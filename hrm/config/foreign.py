@@ -46,7 +46,7 @@ _SWITCHES = {
 }
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
-# Keys without an equivalent: the values that have no effect here.
+# Keys without an equivalent, each with the values that have no effect here.
 _NONE = ("null", "~")
 _IDLE: dict[str, tuple[str, ...]] = {
     "evaluators": ("[]",),

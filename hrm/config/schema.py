@@ -204,7 +204,7 @@ class Config:
     )
     eval_samples: int | None = key(
         None,
-        "fixed random sample of examples for evaluations; null, and the last evaluation, use all",
+        "fixed random sample of examples for evaluations; null uses all, and so does the last evaluation",
         ge=1,
         le=10**9,
     )

@@ -174,10 +174,10 @@ class Adam:
         self.count = torch.zeros((), dtype=torch.int64, device=parameters.data.device)
 
     def propose(self, skip: Tensor | None = None) -> None:
-        """Does the part of an update before `exchange`: nothing."""
+        """Does the part of an update before `exchange`; this optimiser has none."""
 
     def exchange(self) -> None:
-        """Exchanges parts of an update between ranks: nothing."""
+        """Exchanges parts of an update between ranks; this optimiser has none."""
 
     @torch.no_grad()
     def step(self, lr: Tensor, skip: Tensor | None = None) -> None:

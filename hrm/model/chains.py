@@ -30,7 +30,8 @@ def chains_step(
     """One training step of a carry with z_L (B, K, T, D): the carry after it, the winners' outputs, winners.
 
     winners: (B,) int64, the chain of each sequence that carries the gradient. A chain whose loss is NaN wins,
-    so that the update is skipped. Gates and subgoals are the winners'. Other arguments: see `act_step`.
+    so that the update is skipped. Gates and subgoals are those of the winners. For other arguments see
+    `act_step`.
     """
     K = carry.z_L.shape[1]
     with region("chains"), torch.no_grad():

@@ -33,9 +33,9 @@ from kernels import noisy_update
 from kernels.matmul import DEFERRED, rstd_of, use_fused
 from kernels.rope import rope_tables, rope_tables_2d
 
-# Sum the parts of a bfloat16 product in float32. By default PyTorch lets cuBLAS round each part to bfloat16
-# where it splits a long sum, and a weight's gradient is a sum over all tokens. The setting is the process's.
-# PyTorch applies it to no batched product.
+# Sum the parts of a bfloat16 product in float32, in the whole process. By default PyTorch lets cuBLAS round
+# each part to bfloat16 where it splits a long sum, and a weight's gradient is a sum over all tokens. PyTorch
+# applies the setting to no batched product.
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 

@@ -60,7 +60,7 @@
     if (step.wrong !== null) parts.push(step.wrong ? `${plural(step.wrong, "cell")} wrong` : "every cell right");
     if (trace.ruled) parts.push(step.problems.length ? `${plural(step.problems.length, "rule")} broken` : "no rule broken");
     parts.push(`${step.sure} sure`);
-    return `${parts.join(", ")}. The model would ${step.halts ? "stop here" : "go on"}.`;
+    return `${parts.join(", ")}. The model would ${step.halts ? "stop here" : "continue"}.`;
   }
 
   function show(index) {

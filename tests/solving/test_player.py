@@ -379,7 +379,7 @@ def test_a_step_in_words_and_its_confidence_drawn(opened):
     assert dot["y"] + dot["height"] / 2 == pytest.approx(chart["y"] + 0.375 * chart["height"], abs=2)
     shown.press("body", "Home")
     assert shown.inner_text("#said") == (
-        "10 cells changed, 1 cell wrong, 1 rule broken, below 0.1 % sure. The model would go on."
+        "10 cells changed, 1 cell wrong, 1 rule broken, below 0.1 % sure. The model would continue."
     )
     assert shown.inner_text("#broken") == "Rules broken: 1"
     assert title(shown, 1) == "row 1, column 2: 1, was blank, breaks a rule"
@@ -540,7 +540,7 @@ def test_arc_in_ten_colours(opened):
     assert title(shown, 0) == "row 1, column 1: green"
     assert title(shown, 2) == "row 1, column 3: no cell, was orange"
     shown.press("body", "Home")
-    assert shown.inner_text("#said") == "First board, 4 cells wrong, 10.0 % sure. The model would go on."
+    assert shown.inner_text("#said") == "First board, 4 cells wrong, 10.0 % sure. The model would continue."
     assert texts(shown, ".value")[1] == "-"
     colours = shown.evaluate(
         "() => { const cell = document.querySelector('#live td'); return [...Array(10).keys()].map(i => {"

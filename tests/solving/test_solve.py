@@ -254,7 +254,7 @@ def test_the_trace_shows_what_changed(run_of_4, capsys, monkeypatch):
         places = [SUDOKU.at(n) for n in range(16) if before[n] != after[n]]
         step = found["trace"][number - 1]
         assert f"; {len(places)} cell{'s' * (len(places) != 1)} changed" in line
-        assert f"confidence {100 * step['q_halt']:.1f} %, {'halts' if step['halts'] else 'goes on'}" in line
+        assert f"confidence {100 * step['q_halt']:.1f} %, {'halts' if step['halts'] else 'continues'}" in line
         assert (f"{len(step['problems'])} fault" if step["problems"] else "no fault") in line
         assert f"{line}\n{SUDOKU.text(after)}\n" in out
         if number > 1:

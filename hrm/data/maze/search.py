@@ -257,7 +257,7 @@ def _room(room, way, height, width):
 def _ends(columns, min_length, random, maze):
     cells = np.nonzero(maze == OPEN)[0]
     steps = np.empty(len(maze), np.int32)
-    # Most starts have a goal at sufficient distance, unless hardly any has.
+    # Usually most starts have a goal at sufficient distance; otherwise very few have.
     for _ in range(16):
         start = cells[_below(len(cells), random)]
         steps[:] = -1

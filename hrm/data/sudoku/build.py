@@ -135,7 +135,7 @@ def _draw(
                 f"min_difficulty={min_difficulty}: none of {ATTEMPTS} random {size}x{size} puzzles needs "
                 "that many guesses; lower it"
             )
-        # All puzzles are used: start again, so that hardly any occurs a third time before all occur twice.
+        # All puzzles are used: start again, so that few occur a third time before all occur twice.
         seen.clear()
         return repeated
 
