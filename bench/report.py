@@ -46,7 +46,7 @@ def quick_rows(results: Path) -> list[tuple[str, str, str]]:
     seconds = [run["seconds"] for run in found["runs"]]
     each = ", ".join(f"{value:.1f}" for value in exact)
     others = max((run.get("other_cpus") or 0 for run in found["runs"]), default=0)
-    beside = f", with other processes on up to {others:.1f} CPUs" if others > IDLE_CPUS else ""
+    beside = f", while other processes used up to {others:.1f} CPUs" if others > IDLE_CPUS else ""
     return [
         (
             f"`make train`: unseen grids solved exactly, {len(exact)} seeds",
@@ -113,7 +113,7 @@ def saving_rows(results: Path) -> list[tuple[str, str, str]]:
             )
             stall, foreground = (1000 * info[f"{name}_seconds"] for name in ("stall", "foreground"))
             share = f"{100 * info['share']:.1f} %"
-            measured = f"{share}; stops for {stall:.0f} ms, {foreground:.0f} ms in the foreground"
+            measured = f"{share}; stops for {stall:.0f} ms, or {foreground:.0f} ms without a thread"
             rows.append((what, measured, file.name))
     return rows
 

@@ -276,5 +276,5 @@ def test_checkpoint_cost_is_reported_as_a_share(results):
     kept(results, "saving_cpu.json", [{"extra_info": info, "stats": {"median": 1}}])
     assert (
         "| a checkpoint every 100 steps of `gated-B2`, as a share of step time | 0.4 %; "
-        "stops for 4 ms, 30 ms in the foreground | saving_cpu.json |"
+        "stops for 4 ms, or 30 ms without a thread | saving_cpu.json |"
     ) in report.table(results)
