@@ -16,11 +16,11 @@ halves x = [x1, x2], as rope requires: q k^T = q1 k1^T + q2 k2^T.
 
 Saved: only qkv. The backward recomputes the rotation, the scores and P, which never leave the chip.
 Bytes, in elements for N = B * T * D: 3N read and N written forward, 4N read and 3N written backward; the
-tables come from the cache. FLOP: 4 B h T^2 d forward and 10 B h T^2 d backward; at T = 82 tiles pad T^2 to
-128 x 128 and 128 x 96, so at B = 768, D = 512 the counts are 26 and 48 GFLOP against 0.26 and 0.45 GB in 16
-bits: on a GPU of 790 TFLOP/s and 4.3 TB/s 0.03 and 0.06 ms against 0.06 and 0.11 ms, so both are bound by
-bytes. Splitting 82 keys into blocks of 64 and 32 would save a quarter of the arithmetic but no bytes, for
-twice the code.
+tables come from the cache. FLOP: 4 B h T^2 d forward and 10 B h T^2 d backward. At T = 82 tiles pad T^2 to
+128 x 128 forward and 128 x 96 backward. At B = 768, D = 512 in 16 bits this is 26 GFLOP and 0.26 GB forward,
+and 48 GFLOP and 0.45 GB backward. On a GPU of 790 TFLOP/s and 4.3 TB/s the arithmetic takes 0.03 and 0.06 ms,
+the bytes take 0.06 and 0.11 ms, so both directions are bound by bytes. Splitting 82 keys into blocks of 64
+and 32 would save a quarter of the arithmetic but no bytes, for twice the code.
 
 Longer sequences go to flash-attn or to PyTorch's scaled_dot_product_attention, after the rope kernel: there
 is no tiled kernel here, because those two are fastest for long sequences. PyTorch's is FlashAttention 2 in 16
@@ -351,10 +351,10 @@ def attention(
     Returns (B, T or queries, D) in qkv's dtype; rotation, softmax and sums are computed in float32 for
     narrower inputs, products in qkv's dtype.
 
-    backend: triton, the kernel of this file, for T <= 128 and an even head_dim <= 128; flash, flash-attn 3
-    or 2 (2.6 or later), and sdpa, PyTorch's own, both after `rope`; auto, the fastest by measurement, else
-    the choice of `attention_backend`: flash or sdpa for longer T also with `set_backend("triton")`, and only
-    sdpa with `set_backend("reference")`. Raises ValueError or TypeError
+    backend: triton is the kernel of this file, for T <= 128 and an even head_dim <= 128. flash is flash-attn
+    3 or 2 (2.6 or later), and sdpa is PyTorch's own attention, both after `rope`. auto is the fastest by
+    measurement, else the choice of `attention_backend`. With `set_backend("triton")` auto still takes flash
+    or sdpa for longer T; with `set_backend("reference")` it takes only sdpa. Raises ValueError or TypeError
     naming the argument, BackendError if a selected backend is missing or does not support the arguments.
     Source: Vaswani et al. 2017 (arXiv 1706.03762).
     """

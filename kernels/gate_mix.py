@@ -54,12 +54,12 @@ def gate_mix_reference(
 def launch_choice(hidden: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
     """Tiles of the three launches for a gate network `hidden` wide.
 
-    Each program reads all weights, 6 D R elements, from the L2 cache, so a forward tile has as many rows as
-    registers can hold of hidden in float32 (64 per thread): with R = 128 and D = 512, 128 rows read 0.8 MB of
-    weights and 0.8 MB of sources for 0.1 GFLOP; 492 programs at B = 768, T = 82. Two buffers of a source and
-    W1 keep copies in flight, because registers allow only one block per multiprocessor. The backward over
-    rows holds both p and dhidden, so it has half the rows. Float32 products run outside the tensor cores with
-    operands in registers, so their tiles are small.
+    Each program reads all weights, 6 D R elements, from the L2 cache, so a forward tile has many rows: as
+    many as registers can hold of hidden in float32 (64 per thread). With R = 128 and D = 512, 128 rows read
+    0.8 MB of weights and 0.8 MB of sources for 0.1 GFLOP; B = 768, T = 82 has 492 programs. Two buffers of a
+    source and W1 keep copies in flight, because registers allow only one block per multiprocessor. The
+    backward over rows holds both p and dhidden, so it has half the rows. Float32 products run outside the
+    tensor cores with operands in registers, so their tiles are small.
     """
     BLOCK_R = max(16, triton.next_power_of_2(hidden))
     if dtype in (torch.float32, torch.float64):

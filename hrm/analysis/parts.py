@@ -89,8 +89,8 @@ def gates(study: Study) -> Finding:
         ["module, source", "step 1", f"step {M}", "right answers", "wrong answers"],
         rows,
         "A gate is a factor from 0 to 1 on one source of a module; the mean is over tokens and channels, in "
-        f"the last update of a step. Right and wrong: in step {M}, by the "
-        "answer after it. Primary: the module's own state; secondary: the other one's.",
+        f"the last update of a step. Right and wrong answers: in step {M}, by the answer after it. "
+        "Primary: the module's own state; secondary: the other one's.",
     )
     x = list(range(1, M + 1))
     curves = {name: [mean_of(openings[:, s - 1, i]) for s in x] for i, name in enumerate(GATES)}

@@ -38,9 +38,9 @@ def act_loss(
 
     head: lm_head. carry: after the step. previous_gates: from the carry before the step, for the stability
     loss. gate_loss_scale: (), scale of the gate losses; None disables them. lm is a sequence's mean token
-    loss over its valid tokens, with config.label_smoothing; at ACT step t it weighs config.step_decay^(t -
-    1), which the metric lm_loss leaves out (Qasim and Zhang 2025, arXiv 2511.08653, who divide by the sum of
-    the weights). w is config.q_halt_weight. The target of q_halt is whether every valid token is right;
+    loss over its valid tokens, with config.label_smoothing. At ACT step t its weight is config.step_decay^(t
+    - 1), which the metric lm_loss leaves out. Qasim and Zhang 2025 (arXiv 2511.08653) also divide by the sum
+    of the weights. w is config.q_halt_weight. The target of q_halt is whether every valid token is right;
     q_continue has its own target; both have a binary cross-entropy loss with logits. The extras are the
     weighted feudal loss and gate losses. Returns the loss () and sums (), over sequences that halted at this
     step: count, accuracy, exact_accuracy, q_halt_accuracy, steps; over the batch: lm_loss, q_halt_loss and,

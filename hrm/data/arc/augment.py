@@ -1,10 +1,11 @@
 """ARC grids on their canvas, and augmentations: the eight symmetries of the square, permutations of nine
 colours.
 
-A canvas is a square of tokens, by default 30 x 30, row by row: 0 is padding, colour c is c + 2, and 1 marks
-the end of the grid, below its last row and right of its last column, if the canvas has room. An augmentation
-rotates or reflects all grids of a task in the same way (a "turn", `t0` to `t7`) and permutes colours 1 to 9;
-black does not change. Its name is `<task>_t<k>_<perm>`, where digit c of perm is the new colour of colour c.
+A canvas is a square of tokens, by default 30 x 30, row by row. Token 0 is padding, and colour c is token c +
+2. Token 1 marks the end of the grid: it is below the last row and right of the last column, if the canvas has
+room. An augmentation rotates or reflects all grids of a task in the same way (a "turn", `t0` to `t7`) and
+permutes colours 1 to 9; black does not change. Its name is `<task>_t<k>_<perm>`, where digit c of perm is the
+new colour of colour c.
 """
 
 import math
