@@ -426,7 +426,7 @@ def test_arrays_are_walked_in_chunks(
         (("nowhere",), "error: nowhere: no such folder; give the folder of a data set"),
         (
             ("--split", "dev"),
-            "no split 'dev' in it (there: train, test); expected <split>/dataset.json and arrays",
+            "no split 'dev' in it; give one of train, test",
         ),
         (("--samples", "-1"), "error: samples=-1: expected 0 to 100"),
         (("--seed", "-1"), "error: seed=-1: expected at least 0"),
@@ -442,4 +442,4 @@ def test_uninspectable_data(
 
 def test_an_empty_folder_is_no_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(tmp_path) == 2
-    assert "no split, so it is no data set" in capsys.readouterr().err
+    assert ": not a data set; expected <split>/dataset.json" in capsys.readouterr().err

@@ -115,11 +115,10 @@ def _folders(path: Path, wanted: str | None) -> tuple[Path, list[Path]]:
     found = sorted((folder for folder in path.iterdir() if _is_split(folder)), reverse=True)
     folders = [folder for folder in found if wanted in (None, folder.name)]
     if not folders:
-        there = ", ".join(folder.name for folder in found)
-        what = f"split {wanted!r}, only {there}" if wanted and there else "split, so it is no data set"
-        raise DatasetError(
-            f"{path}: no {what} in it (there: {there}); expected <split>/dataset.json and arrays"
-        )
+        if found:
+            there = ", ".join(folder.name for folder in found)
+            raise DatasetError(f"{path}: no split {wanted!r} in it; give one of {there}")
+        raise DatasetError(f"{path}: not a data set; expected <split>/dataset.json and arrays")
     return path, folders
 
 
