@@ -220,8 +220,7 @@ _SHOWN = (
 
 
 class ProgressBar:
-    """A progress bar on a terminal; in a file or a pipe, a plain line at the first step and then at
-    intervals.
+    """A progress bar on a terminal; in a file or a pipe, plain lines at the first step and at intervals.
 
     total, initial: steps of the whole run, and steps before this process. seconds: between plain lines; the
     last step always has one. file: None for standard error.
@@ -260,8 +259,7 @@ class ProgressBar:
             self._repeated = True
 
     def resume_clock(self) -> None:
-        """Excludes the time so far, such as that of an evaluation, from the estimate of the remaining
-        time."""
+        """Excludes the time so far, such as that of an evaluation, from the estimated remaining time."""
         self._initial, self._start = self._step, time.monotonic()
 
     def write(self, line: str) -> None:
@@ -277,9 +275,9 @@ class ProgressBar:
             self._bar.close()
 
     def _line(self, elapsed: float) -> str:
-        is_last = self._step == self._total
-        # Figures that do not change from line to line look like a run that is stuck.
-        parts = [f"step {self._step}/{self._total}", "" if self._repeated and not is_last else self._shown]
+        # Repeated figures look like a run that is stuck.
+        shown = self._shown if self._step == self._total or not self._repeated else ""
+        parts = [f"step {self._step}/{self._total}", shown]
         if self._initial < self._step < self._total:
             left = elapsed * (self._total - self._step) / (self._step - self._initial)
             parts.append(f"{tqdm.format_interval(left)} left")
