@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 
 Z = 1.959963984540054
 DEPTH, PATHS, N, CELLS = 3, 3, 20, 16
-OWN_ARCH = {"use_gating": True, "subgoal_head": SubgoalConfig(enabled=True, manager_period=2, goal_dim=8)}
+CYCLES = {"H_cycles": 2, "L_cycles": 2}
+SUBGOALS = SubgoalConfig(enabled=True, manager_period=2, goal_dim=8)
+OWN_ARCH = {**CYCLES, "use_gating": True, "subgoal_head": SUBGOALS}
 
 
 def save_run(folder: Path, config: Config, model: HRM) -> Path:
@@ -465,32 +467,32 @@ def test_a_calibrated_judge_has_no_calibration_error(factor, is_calibrated):
     assert found.numbers["ece"] == pytest.approx(gap, abs=0.025)
 
 
-@pytest.mark.parametrize("part", ["1 H-cycle", "1 L-cycle", "H frozen", "L frozen"])
-def test_a_part_taken_away(part, run, capsys, tmp_path):
+def test_a_part_taken_away(run, capsys, tmp_path):
     """The predictions without a part, computed by the levels themselves."""
     data = PuzzleDataset(run.parent / "data", "test")
-    config = make_config({"L_cycles": 3}, data_path=str(run.parent / "data"))
+    config = make_config({"H_cycles": 2, "L_cycles": 3}, data_path=str(run.parent / "data"))
     model = make_model(config, data.metadata)
     look(capsys, save_run(tmp_path / "v1", config, model), "sections=contributions")
     record = dict(np.load(tmp_path / "v1" / "analysis" / "records" / "parts.npz"))
-    found = record["predictions"][record["names"].tolist().index(part)]
     inputs = torch.from_numpy(np.asarray(data.sets["all"].inputs, np.int32))
     e, rope = model.embed(inputs, model.puzzle_emb.weights[:1].expand(N, -1)), (model.cos, model.sin)
-    z_H, z_L = (start.expand_as(e) for start in (model.H_init, model.L_init))
-    H_cycles, L_cycles = 1 if part == "1 H-cycle" else 2, 1 if part == "1 L-cycle" else 3
-    for _ in range(3):
-        if part == "H frozen":
-            z_H = model.H_init.expand_as(e)
-        for cycle in range(H_cycles):
-            for _ in range(L_cycles):
-                z_L = z_L if part == "L frozen" else model.L_level(z_L, z_H, e, *rope)
-            if part != "H frozen" or cycle == H_cycles - 1:
-                z_H = model.H_level(z_H, z_L, None, *rope)
-    assert np.array_equal(found, model.logits(z_H).argmax(-1).numpy())
-    # The model is whole again.
-    with without(model, part), steps_of(model, 9):
-        pass
-    assert model.arch == config.arch and not [key for key in model.state_dict() if "_level._" in key]
+    for part in ("1 H-cycle", "1 L-cycle", "H frozen", "L frozen"):
+        found = record["predictions"][record["names"].tolist().index(part)]
+        z_H, z_L = (start.expand_as(e) for start in (model.H_init, model.L_init))
+        H_cycles, L_cycles = 1 if part == "1 H-cycle" else 2, 1 if part == "1 L-cycle" else 3
+        for _ in range(3):
+            if part == "H frozen":
+                z_H = model.H_init.expand_as(e)
+            for cycle in range(H_cycles):
+                for _ in range(L_cycles):
+                    z_L = z_L if part == "L frozen" else model.L_level(z_L, z_H, e, *rope)
+                if part != "H frozen" or cycle == H_cycles - 1:
+                    z_H = model.H_level(z_H, z_L, None, *rope)
+        assert np.array_equal(found, model.logits(z_H).argmax(-1).numpy())
+        # The model is whole again.
+        with without(model, part), steps_of(model, 9):
+            pass
+        assert model.arch == config.arch and not [key for key in model.state_dict() if "_level._" in key]
 
 
 # --- other checkpoints, other puzzles
@@ -500,7 +502,7 @@ def test_an_official_folder(run, capsys, tmp_path):
     rng = np.random.default_rng(0)
     inputs, labels = rng.integers(1, 6, (2, 12, 9))
     write_data(tmp_path / "data", inputs, labels, np.arange(12) % 5, Shape(9, 6, kind="tokens"))
-    make_run(tmp_path / "own", make_config({"H_cycles": 2, "L_cycles": 2}))
+    make_run(tmp_path / "own", make_config(CYCLES))
     folder = tmp_path / "official"
     folder.mkdir()
     as_official(tmp_path / "own", folder, str(tmp_path / "data"))
@@ -517,7 +519,9 @@ def test_an_official_folder(run, capsys, tmp_path):
 def test_a_single_state_has_no_low_level(run, capsys, tmp_path):
     metadata = PuzzleDataset(run.parent / "data", "test").metadata
     make_run(
-        tmp_path / "urm", make_config({"single_state": True}, data_path=str(run.parent / "data")), metadata
+        tmp_path / "urm",
+        make_config({**CYCLES, "single_state": True}, data_path=str(run.parent / "data")),
+        metadata,
     )
     (own,) = look(capsys, tmp_path / "urm", "sections=drift,contributions")[0].values()
     assert own["sections"]["drift"]["table"]["columns"] == ["answer", "puzzles", "z_H moves"]
@@ -574,25 +578,25 @@ def browser() -> Iterator["Browser"]:
         yield found
 
 
-@pytest.mark.parametrize("width", [360, 1280])
-def test_the_page_in_a_browser(width, run, browser, capsys, tmp_path):
+def test_the_page_in_a_browser(run, browser, capsys, tmp_path):
     look(capsys, run, "sections=depth,drift,q_halt", f"output={tmp_path}")
     asked: list[str] = []
     said: list[str] = []
-    shown = browser.new_page(viewport={"width": width, "height": 800})
-    shown.on("request", lambda request: asked.append(request.url))
-    shown.on("console", lambda message: said.append(message.text))
-    address = (tmp_path / "analysis.html").as_uri()
-    shown.goto(address)
-    # Nothing but a table's own region is wider than the window.
-    assert shown.evaluate("document.documentElement.scrollWidth") == width
-    assert shown.locator("section h2").all_inner_texts()[:2] == ["Depth", "Drift and settling"]
-    # By keyboard: the first link leads to its section, and every table can be reached.
-    shown.keyboard.press("Tab")
-    shown.keyboard.press("Enter")
-    assert shown.url == f"{address}#depth"
-    assert shown.evaluate("Math.abs(document.getElementById('depth').getBoundingClientRect().top) < 5")
-    assert shown.locator("[role=region][tabindex='0']").count() == 3
-    assert shown.locator("[role=img][aria-label]").count() == 5
-    shown.close()
-    assert asked == [address] and said == []
+    for width in (360, 1280):
+        shown = browser.new_page(viewport={"width": width, "height": 800})
+        shown.on("request", lambda request: asked.append(request.url))
+        shown.on("console", lambda message: said.append(message.text))
+        address = (tmp_path / "analysis.html").as_uri()
+        shown.goto(address)
+        # Nothing but a table's own region is wider than the window.
+        assert shown.evaluate("document.documentElement.scrollWidth") == width
+        assert shown.locator("section h2").all_inner_texts()[:2] == ["Depth", "Drift and settling"]
+        # By keyboard: the first link leads to its section, and every table can be reached.
+        shown.keyboard.press("Tab")
+        shown.keyboard.press("Enter")
+        assert shown.url == f"{address}#depth"
+        assert shown.evaluate("Math.abs(document.getElementById('depth').getBoundingClientRect().top) < 5")
+        assert shown.locator("[role=region][tabindex='0']").count() == 3
+        assert shown.locator("[role=img][aria-label]").count() == 5
+        shown.close()
+    assert asked == [address] * 2 and said == []

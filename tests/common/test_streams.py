@@ -1,16 +1,17 @@
 """Standard streams without a reader or without space: how every command ends."""
 
 import os
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from hrm.common.errors import UserError, run_command
 from hrm.common.streams import on_failure, watched
+from tests.support.forked import start
 
-ROOT = Path(__file__).parents[2]
 FULL = Path("/dev/full")
 COMMANDS = [
     ["train.py", "--help"],
@@ -23,11 +24,13 @@ COMMANDS = [
 ]
 
 
-def run(words: list[str], stdout: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *words]
-    return subprocess.run(
-        command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=300, check=False
-    )
+def run(words: list[str], stdout: int, fork: bool = False) -> SimpleNamespace:
+    """The program's exit status and errors."""
+    with tempfile.TemporaryFile("w+") as errors:
+        process = start(words, fork=fork, stdout=stdout, stderr=errors)
+        process.wait(300)
+        errors.seek(0)
+        return SimpleNamespace(returncode=process.returncode, stderr=errors.read())
 
 
 @pytest.fixture
@@ -42,7 +45,7 @@ def unread():
 @pytest.mark.slow
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_a_closed_pipe_ends_every_command_quietly(words, unread):
-    done = run(words, unread)
+    done = run(words, unread, fork=words != COMMANDS[0])
     assert (done.returncode, done.stderr) == (141, "")
 
 
@@ -50,13 +53,13 @@ def test_a_closed_pipe_ends_every_command_quietly(words, unread):
 @pytest.mark.parametrize("words", COMMANDS[:3], ids=" ".join)
 def test_output_that_does_not_fit_is_one_line(words):
     with FULL.open("w") as full:
-        done = run(words, full.fileno())
+        done = run(words, full.fileno(), fork=words != COMMANDS[1])
     line = "error: standard output: No space left on device; free space, or write elsewhere\n"
     assert (done.returncode, done.stderr) == (2, line)
 
 
 def test_violations_and_a_closed_pipe_have_different_statuses(tiny_sudoku, unread):
-    assert run(["-m", "hrm.data", "inspect", str(tiny_sudoku)], unread).returncode == 141
+    assert run(["-m", "hrm.data", "inspect", str(tiny_sudoku)], unread, fork=True).returncode == 141
 
 
 def program(body: str) -> list[str]:
@@ -78,7 +81,8 @@ def test_buffered_output_counts(body, unread):
 
 def test_a_command_without_standard_output_runs():
     body = "sys.stdout = None; sys.exit(run_command(lambda: print('text') or sys.stdout.isatty() or 7, ''))"
-    assert run(program(body), subprocess.DEVNULL).returncode == 7
+    with open(os.devnull, "w") as nothing:
+        assert run(program(body), nothing.fileno()).returncode == 7
 
 
 def test_a_lost_terminal_counts_as_closed():

@@ -1,7 +1,6 @@
 """The memory of a step: against what the profiler sees on this machine, and against sizes by hand."""
 
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from typing import Any
@@ -30,7 +29,7 @@ from hrm.engine.memory_estimate import (
 )
 from kernels import backend
 from kernels.backend import Launch
-from tests.support.paths import ROOT
+from tests.support.forked import start
 from tests.support.runs import words
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -272,7 +271,7 @@ def test_the_trainer_suggests_a_fitting_size(tiny_sudoku, tmp_path, capsys, monk
     )
 
 
-def test_real_out_of_memory_suggests_a_fitting_size():
+def test_real_out_of_memory_suggests_a_fitting_size(tmp_path):
     """In a process of its own, limited to 4 GiB, which the carry alone of this batch exceeds."""
     script = """
 import resource, sys
@@ -293,13 +292,15 @@ try:
 except UserError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    with open(tmp_path / "said", "w") as file:
+        start(["-c", script], stdout=file).wait()
+    said = (tmp_path / "said").read_text()
     match = re.fullmatch(
         r"global_batch_size=65536 needs about 67\d\.\d GiB on each device and cpu has 4 GiB: "
         r"global_batch_size=(\d+) would fit\n",
-        done.stdout,
+        said,
     )
-    assert match, (done.stdout, done.stderr)
+    assert match, said
     config = shallow(dtype="float32", global_batch_size=int(match[1]))
     fitting = step_memory(config, SUDOKU, int(match[1]), CPU).peak
     assert 0.9 * (1 - RESERVE) * 4 * GIB < fitting <= (1 - RESERVE) * 4 * GIB

@@ -164,7 +164,7 @@ def taken(monkeypatch):
         (module, "_attention"),
         (library, "flash"),
         (library, "sdpa"),
-        (module, "checked_rope"),
+        (module, "rope"),
         (library, "rope_reference"),
     ):
         inner = getattr(place, name)
@@ -187,14 +187,13 @@ def test_the_choice_is_carried_out(taken, monkeypatch):
     kernels.set_backend("reference")
     attention(short, 2, *tables(17, 8))
     attention(short, 2, *tables(17, 8), backend="triton")
-    rotated = "checked_rope"
-    assert taken == ["_attention", rotated, "sdpa", rotated, "sdpa", "rope_reference", "sdpa", "_attention"]
+    assert taken == ["_attention", "rope", "sdpa", "rope", "sdpa", "rope_reference", "sdpa", "_attention"]
 
 
 @pytest.mark.parametrize("queries", [None, 1])
 def test_longer_sequences_rotate_in_the_kernel(queries):
     cos, sin = tables(130, 8)
-    agree(lambda qkv: attention(qkv, 2, cos, sin, queries), packed(2, 130, 2, 8), torch.float32)
+    agree(lambda qkv: attention(qkv, 2, cos, sin, queries), packed(1, 130, 2, 8), torch.float32)
 
 
 def stand_in(name, version, returned):
@@ -241,10 +240,10 @@ def test_flash_handles_longer_sequences(installed, package, dtype):
     flash = stand_in(*package)
     installed(flash)
     cos, sin = tables(130, 8)
-    agree(lambda qkv: attention(qkv, 2, cos, sin, 5), packed(2, 130, 2, 8), dtype)
-    assert flash.calls == [(2, 5, 2, 8)]
-    agree(lambda qkv: attention(qkv, 2, cos, sin), packed(2, 130, 2, 8), dtype)
-    assert flash.calls[1:] == [(2, 130, 2, 8)]
+    agree(lambda qkv: attention(qkv, 2, cos, sin, 5), packed(1, 130, 2, 8), dtype)
+    assert flash.calls == [(1, 5, 2, 8)]
+    agree(lambda qkv: attention(qkv, 2, cos, sin), packed(1, 130, 2, 8), dtype)
+    assert flash.calls[1:] == [(1, 130, 2, 8)]
     kernels.set_backend("auto")
     short = packed(1, 17, 2, 8)["qkv"].to(dtype)
     named = attention(short, 2, backend="flash")

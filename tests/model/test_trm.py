@@ -347,12 +347,14 @@ def test_a_short_run_trains_and_resumes(tiny_sudoku, tmp_path, capsys):
     words = ["--arch", "trm", "preset=quick", f"data_path={tiny_sudoku}", f"output_dir={tmp_path}"]
     words += ["arch.hidden_size=16", "arch.num_heads=2", "global_batch_size=16", "mode=eager", "device=cpu"]
     words += ["log_interval=1", "epochs=4", "eval_interval=2", "lr_warmup_steps=0"]
+    # From the architecture, with the preset's number of steps.
+    arch = parse_args(words).arch
+    assert (arch.H_cycles, arch.L_cycles, arch.L_layers, arch.halt_max_steps) == (3, 6, 2, 8)
+    words += ["arch.H_cycles=2", "arch.L_cycles=1", "arch.L_layers=1", "arch.halt_max_steps=3"]
     assert run_main(*words, "max_steps=6", capsys=capsys)[0] == 0
     run = tmp_path / tiny_sudoku.name / "trm"
     arch = load_config(run / "config.yaml").arch
-    # Of the architecture, with the preset's sizes around it.
     assert (arch.share_levels, arch.gradient, arch.q_continue) == (True, "last_cycle", False)
-    assert (arch.H_cycles, arch.L_cycles, arch.L_layers, arch.halt_max_steps) == (3, 6, 2, 8)
     lines = metrics_of(run)
     logged = [line for line in lines if "train/loss" in line]
     assert [line["step"] for line in logged] == [1, 2, 3, 4, 5, 6]

@@ -24,6 +24,8 @@ def make_config(arch: Mapping[str, Any] | None = None, **changes: Any) -> Config
         "expansion": 2.0,
         "H_layers": 1,
         "L_layers": 1,
+        "H_cycles": 1,
+        "L_cycles": 1,
     }
     fixed: dict[str, Any] = {"global_batch_size": 4, "mode": "eager", "data_path": "nowhere", "epochs": 10}
     return Config(

@@ -228,7 +228,7 @@ def test_evaluations_look_at_a_sample_and_the_last_at_all(tiny_sudoku, tmp_path,
 
 @pytest.mark.slow
 def test_a_checkpoint_from_before_an_option_existed_resumes(tiny_sudoku, tmp_path, capsys, monkeypatch):
-    argv = words(tiny_sudoku, tmp_path, "run_name=r")
+    argv = words(tiny_sudoku, tmp_path, "epochs=4")
     identity = resume.run_identity
 
     def earlier(config, fingerprint):
@@ -239,13 +239,13 @@ def test_a_checkpoint_from_before_an_option_existed_resumes(tiny_sudoku, tmp_pat
         return run
 
     monkeypatch.setattr(resume, "run_identity", earlier)
-    assert run_main(*argv, "max_steps=12", capsys=capsys)[0] == 0
+    assert run_main(*argv, "run_name=r", "max_steps=12", capsys=capsys)[0] == 0
     monkeypatch.undo()
-    status, out, error = run_main(*argv, capsys=capsys)
+    status, out, error = run_main(*argv, "run_name=r", capsys=capsys)
     assert status == 0 and "at step 12" in out, error
-    assert run_main(*words(tiny_sudoku, tmp_path, "run_name=whole"), capsys=capsys)[0] == 0
+    assert run_main(*argv, "run_name=whole", capsys=capsys)[0] == 0
     run = tmp_path / tiny_sudoku.name / "r"
-    assert load_checkpoint(run).step == 48
+    assert load_checkpoint(run).step == 24
     for name, tensor in load_checkpoint(run.with_name("whole")).weights.items():
         assert torch.equal(load_checkpoint(run).weights[name], tensor)
 
@@ -260,7 +260,8 @@ def test_a_symptom_is_reported_during_training(tiny_sudoku, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_deterministic_runs_are_the_same_bit_for_bit_and_measure_no_mode(tiny_sudoku, tmp_path, capsys):
-    argv = words(tiny_sudoku, tmp_path, "deterministic=true", "mode=auto", "ema=true", "grad_clip=1")
+    more = ["deterministic=true", "mode=auto", "ema=true", "grad_clip=1", "epochs=4"]
+    argv = words(tiny_sudoku, tmp_path, *more)
     for name in ("a", "b"):
         status, out, err = run_main(*argv, f"run_name={name}", capsys=capsys)
         assert status == 0, err
