@@ -24,7 +24,7 @@ def grid(text: str) -> np.ndarray:
 def search() -> Callable[..., None]:
     """`solve_each` for the two grids, which are searched once."""
     grids = np.stack([grid(PROPER), grid(ENDLESS)])
-    kept = np.zeros_like(grids), np.zeros(2, np.int32), np.zeros(2, np.uint8)
+    kept: tuple[np.ndarray, ...] = (np.zeros_like(grids), np.zeros(2, np.int32), np.zeros(2, np.uint8))
     solver.solve_each(grids, *kept)
     assert kept[1][1] == MOST_GUESSES + 1 and kept[2].tolist() == [1, UNDECIDED]
 
