@@ -286,7 +286,13 @@ def choose(
     unsupported device or a missing Triton raise BackendError.
     """
     # The usual case on a CPU. Without this test the choices take as long as the products of one sequence.
-    if tensor.is_cpu and _backend in ("auto", "reference") and _choices is None and _asked is None:
+    if (
+        tensor.is_cpu
+        and _backend in ("auto", "reference")
+        and _choices is None
+        and _asked is None
+        and _stand_in is None
+    ):
         return "reference"
     fastest = _fastest(measured_as or op, tensor, sizes, weight)
     choice = decide(device_of(tensor), tensor.dtype, obstacle, slower, fastest)

@@ -362,15 +362,15 @@ def test_every_number_comes_from_the_saved_predictions(run, capsys, tmp_path):
 def test_what_is_measured_is_kept(run, capsys, tmp_path):
     options = (run, "sections=depth,easy", "samples=8", f"output={tmp_path}")
     first, said = look(capsys, *options)
-    assert "deep measured" in said and "easy measured" in said
+    assert "long trajectories measured in" in said and "easy puzzles measured in" in said
     again, said = look(capsys, *options)
     assert again == first and " measured in " not in said
     (run / "analysis" / "records" / "easy.npz").write_bytes(b"cut off")
     again, said = look(capsys, *options)
-    assert again == first and "easy measured" in said and "deep measured" not in said
+    assert again == first and "easy puzzles measured in" in said and "long trajectories measured" not in said
     # Other puzzles are other records.
     _, said = look(capsys, *options, "seed=1")
-    assert "deep measured" in said
+    assert "long trajectories measured in" in said
     assert list(first["own"]["sections"]) == ["depth", "easy"]
     assert first["own"]["sections"]["depth"]["numbers"]["3"]["exact"]["n"] == 8
 

@@ -414,9 +414,14 @@ def test_requests_that_cannot_be_met_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="rank=2 is not one of the 2 processes"):
         train_batches(data, **options, rank=2, world_size=2)
     # The largest puzzles of the groups have 24 examples, so two epochs never have more than 48.
-    with pytest.raises(DatasetError, match=r"of 2 epochs gives 48 examples, .*global_batch_size=49; lower"):
+    with pytest.raises(
+        DatasetError,
+        match=r"the 2 epochs between evaluations have 48 examples, .*global_batch_size=49; lower",
+    ):
         train_batches(data, **options | {"global_batch_size": 49})
-    with pytest.raises(DatasetError, match=r"of 2 epochs gives [34]\d examples, .*global_batch_size=48"):
+    with pytest.raises(
+        DatasetError, match=r"the 2 epochs between evaluations have [34]\d examples, .*global_batch_size=48"
+    ):
         list(train_batches(data, **options | {"global_batch_size": 48}))
     with pytest.raises(DatasetError, match="cannot continue at batch 99 of an iteration of"):
         list(train_batches(data, **options, start=(1, 99)))

@@ -164,7 +164,7 @@ def taken(monkeypatch):
         (module, "_attention"),
         (library, "flash"),
         (library, "sdpa"),
-        (module, "rope"),
+        (module, "checked_rope"),
         (library, "rope_reference"),
     ):
         inner = getattr(place, name)
@@ -187,7 +187,11 @@ def test_the_choice_is_carried_out(taken, monkeypatch):
     kernels.set_backend("reference")
     attention(short, 2, *tables(17, 8))
     attention(short, 2, *tables(17, 8), backend="triton")
-    assert taken == ["_attention", "rope", "sdpa", "rope", "sdpa", "rope_reference", "sdpa", "_attention"]
+    rotated = "checked_rope"
+    assert taken == [
+        *("_attention", rotated, "sdpa", rotated, "sdpa"),
+        *("rope_reference", "sdpa", "_attention"),
+    ]
 
 
 @pytest.mark.parametrize("queries", [None, 1])

@@ -246,7 +246,7 @@ ALL = ["v1 seed 0", "gated seed 0", "v1 seed 1", "gated seed 1"]
 def test_a_comparison_without_matplotlib_does_not_train(pretend, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     status, out, error = pretend("--seeds", "2")
-    assert status == 2 and "pip install -e '.[plots]'" in error
+    assert status == 2 and "pip install -c constraints.txt -e '.[plots]'" in error
     assert started(out) == [] and not (tmp_path / "out" / "results.json").exists()
 
 

@@ -397,7 +397,9 @@ def test_a_failed_report_keeps_the_previous_one(tmp_path, monkeypatch):
     groups = {"a": [run(tmp_path / "a")]}
     html, _ = write_report(tmp_path / "out", "first", groups)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"needs matplotlib.*pip install -e '\.\[plots\]'"):
+    with pytest.raises(
+        UserError, match=r"needs matplotlib.*pip install -c constraints\.txt -e '\.\[plots\]'"
+    ):
         write_report(tmp_path / "out", "second", groups)
     with pytest.raises(UserError, match="matplotlib"):
         write_report(tmp_path / "new", "second", groups)
