@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from bench.implementations import random_batches
-from hrm.common.errors import run_command
+from hrm.common.errors import UserError, run_command
 from hrm.common.files import read_json, write_whole
+from hrm.config import presets
 from hrm.data.dataset import PuzzleDataset
 from hrm.data.sudoku.build import data_folder
 from hrm.engine.engine import Engine
@@ -48,15 +49,8 @@ TASK = (
 # Two cycles of two updates, as v1 has, in place of TRM's 3 x 6 and the recipe's 6 x 9.
 TRM = ("--arch=trm", "arch.H_cycles=2", "arch.L_cycles=2")
 # preset=record without the keys of its data and length; its average starts after 5/8 of the steps.
-RECORD = (
-    "--arch=sic",
-    *TRM[1:],
-    "grad_clip=1.0",
-    "loss.loss_type=softmax_cross_entropy",
-    "loss.label_smoothing=0.2",
-    "loss.q_halt_weight=0.05",
-    "ema_rate=0.9",
-)
+INGREDIENTS = ("grad_clip", "loss.loss_type", "loss.label_smoothing", "loss.q_halt_weight", "ema_rate")
+RECORD = ("--arch=sic", *TRM[1:], *(f"{key}={presets.RECORD[key]}" for key in INGREDIENTS))
 
 
 def changed(words: tuple[str, ...], *changes: str) -> tuple[str, ...]:
@@ -131,7 +125,11 @@ class Study(Campaign):
         file = self.folder / "paces.json"
         if not file.exists():
             write_whole(file, json.dumps(paces(self.candidates), indent=1) + "\n")
-        found = read_json(file, 2**16, "the times of steps; delete it to measure them again")
+        expected = "the seconds of a step by candidate; rename the file to measure them again"
+        found = read_json(file, 2**16, expected)
+        names = {candidate.name for candidate in self.candidates}
+        if not isinstance(found, dict) or found.keys() != names or {*map(type, found.values())} != {float}:
+            raise UserError(f"{file}: expected {expected}")
         return {name: (np.array([1]), np.array([seconds])) for name, seconds in found.items()}
 
 

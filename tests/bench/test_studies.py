@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from bench import studies
+from hrm.common.errors import UserError
 from hrm.study.comparison import check_comparable
 from hrm.study.history import History
 from hrm.study.runs import Campaign, settings
@@ -51,6 +52,10 @@ def test_times_come_from_the_measurement_and_not_from_the_runs(monkeypatch, tmp_
     monkeypatch.setattr(Campaign, "histories", lambda _: {"trm": {}, "sic": {0: run}})
     (tmp_path / "paces.json").write_text('{"trm": 0.25, "sic": 0.5}')
     found = study.histories()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "paces.json").write_text('{"trm": 0.25}')
+    with pytest.raises(UserError, match=r"paces.json: expected the seconds of a step by candidate; rename"):
+        studies.Study(tmp_path / "other", studies.arguments("record"), [0]).histories()
     assert found["trm"] == {} and found["sic"][0].seconds_per_step == 0.5
     assert found["sic"][0].metrics.keys() == logged.keys() and run.seconds_per_step == 8
 

@@ -1,4 +1,4 @@
-"""What the comparisons with straight-line models share."""
+"""Fixtures of the comparisons with straight-line models."""
 
 from collections.abc import Iterator
 

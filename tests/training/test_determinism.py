@@ -83,7 +83,7 @@ def trained(config: Config, steps: int = 12) -> dict[str, Tensor]:
 
 
 def trained_digests(config: Config) -> list[str]:
-    """What identifies the bits of each tensor that a run of three steps leaves."""
+    """A digest of the bits of each tensor after a run of three steps."""
     return [str(digest(tensor)) for _, tensor in sorted(trained(config, 3).items())]
 
 
